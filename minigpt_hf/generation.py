@@ -1,0 +1,88 @@
+"""Any model folder + prompt -> text, through `AutoModelForCausalLM` alone.
+
+In: a folder (or Hub id) of any causal LM, a prompt or none, and the options of transformers' `GenerationConfig`. Out: text,
+as it is written. It refuses options that `generate` does not have, and it never replaces `generate`.
+"""
+
+import difflib
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
+
+    Raises:
+        ValueError: if there is no model there.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: no model can be loaded from it ({str(error).splitlines()[0]}); give a model folder or a Hub id"
+        ) from error
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return model.eval(), tokenizer
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str = "",
+    *,
+    seed: int | None = None,
+    streamer: BaseStreamer | None = None,
+    **options,
+) -> list[str]:
+    """Continue a prompt, or begin a document if there is none.
+
+    Args:
+        prompt: What the text starts with.
+        seed: Makes sampling repeatable.
+        streamer: Shown the text while it is written (one sequence only).
+        options: Any attribute of `GenerationConfig`: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, …
+
+    Returns:
+        `num_return_sequences` texts, each with its prompt.
+
+    Raises:
+        ValueError: for an option that `GenerationConfig` does not have, or a prompt that the tokenizer cannot encode.
+    """
+    known = set(vars(GenerationConfig()))
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(f"generation has no option {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    if seed is not None:
+        set_seed(seed)
+    inputs = encode_prompt(tokenizer, prompt).to(model.device)
+    # The Trainer turns the cache off while it trains; here it is what makes writing fast.
+    sequences = model.generate(**inputs, streamer=streamer, **{"use_cache": True, **options})
+    return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str):
+    """Prompt -> `input_ids` and `attention_mask` [1, T]; the end-of-text token, which opens a document, if it is empty."""
+    opening = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
+    try:
+        return tokenizer(prompt or opening, return_tensors="pt", return_token_type_ids=False)
+    except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
+        vocabulary = tokenizer.get_vocab()
+        for character in prompt:
+            if character not in vocabulary:
+                raise ValueError(
+                    f"the prompt has a character that this model's tokenizer does not know: {character!r} "
+                    f"(U+{ord(character):04X}); leave it out"
+                ) from error
+        raise

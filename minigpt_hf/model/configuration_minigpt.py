@@ -1,0 +1,159 @@
+"""The numbers that define a MiniGPT.
+
+In: keyword arguments, or a `config.json`. Out: a validated `MiniGPTConfig`. It refuses an architecture that cannot be
+built (heads that do not divide, sizes below one, token ids beyond the vocabulary, dropouts that are not probabilities).
+
+This file travels with the weights: it knows nothing of the rest of the package.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Which class of `modeling_minigpt.py` each Auto class loads when a folder is used without this package installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_minigpt.MiniGPTConfig",
+    "AutoModel": "modeling_minigpt.MiniGPTModel",
+    "AutoModelForCausalLM": "modeling_minigpt.MiniGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_minigpt.MiniGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_minigpt.MiniGPTForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_minigpt.MiniGPTForQuestionAnswering",
+}
+
+
+@strict
+class MiniGPTConfig(PreTrainedConfig):
+    """Configuration of a MiniGPT. Every field that Qwen3 has too means the same there.
+
+    Args:
+        vocab_size: Number of token ids, specials included.
+        hidden_size: Width of the residual stream (H · D need not equal it).
+        intermediate_size: Width of the feed-forward layer. Default: 8/3 · `hidden_size`, up to a multiple of 32. SwiGLU
+            has three matrices where a GPT-2 MLP has two, so 8/3 gives as many parameters as GPT-2's factor of 4.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads, shared by groups of query heads (GQA, arXiv:2305.13245).
+            Default: as many as query heads.
+        head_dim: Width of one head. Default: `hidden_size / num_attention_heads`.
+        hidden_act: Activation of the gate in the feed-forward layer (`silu` makes it SwiGLU, arXiv:2002.05202).
+        max_position_embeddings: Longest sequence, in tokens.
+        initializer_range: Standard deviation of fresh embeddings; `MiniGPTPreTrainedModel` tells the whole table.
+        rms_norm_eps: Added to the mean square inside each RMSNorm.
+        use_cache: Whether to return keys and values for the next step of a generation.
+        tie_word_embeddings: Whether the output head is the embedding matrix itself (arXiv:1608.05859).
+        rope_parameters: `rope_type`, `rope_theta` and what a scaled type needs, as transformers names them.
+        use_sliding_window, sliding_window, max_window_layers: If used, the layers from `max_window_layers` on see only
+            the last `sliding_window` tokens.
+        layer_types: `full_attention` or `sliding_attention` for each layer. Default: derived from the line above.
+        attention_dropout: Share of attention weights dropped while training.
+        embedding_dropout: Share of embedding values dropped while training.
+        residual_dropout: Share of each branch's output dropped while training, before it joins the residual stream.
+
+    Raises:
+        ValueError (wrapped by `huggingface_hub.errors.StrictDataclassError`): if the architecture cannot be built.
+    """
+
+    model_type = "minigpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    # Tensor parallelism: split the heads and the feed-forward columns, gather at the matrix that leaves each branch. The
+    # per-head norms are whole on every rank but see only that rank's heads, so their gradients are summed.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    # Pipeline parallelism: what enters and what leaves each stage.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 8192
+    hidden_size: int = 384
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int = 0
+    layer_types: list[str] | None = None
+    attention_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size * 8 // (3 * 32)) * 32
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            heads = max(1, self.num_attention_heads)  # zero heads are refused below, in words
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"`hidden_size` {self.hidden_size} does not divide into {heads} heads: "
+                    "choose a multiple, or name a `head_dim`"
+                )
+            self.head_dim = self.hidden_size // heads
+        if not self.use_sliding_window:
+            self.sliding_window = None
+        if self.layer_types is None:
+            self.layer_types = [
+                "sliding_attention" if self.sliding_window and layer >= self.max_window_layers else "full_attention"
+                for layer in range(self.num_hidden_layers)
+            ]
+        super().__post_init__(**kwargs)
+        # transformers would fill in only the class that is saved; a folder is to load through every Auto class.
+        self.auto_map = dict(AUTO_MAP)
+
+    def validate_architecture(self):
+        """Cross-field checks; `@strict` runs them after construction and before each save."""
+        super().validate_architecture()
+        sizes = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings"
+        )
+        for name in sizes.split():
+            if (size := self.__dict__[name]) < 1:
+                raise ValueError(f"`{name}` is {size}: it must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` {self.num_attention_heads} is not a multiple of "
+                f"`num_key_value_heads` {self.num_key_value_heads}: each key head serves a whole group of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` is {self.head_dim}: rotary positions turn pairs, so it must be even")
+        if self.use_sliding_window and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(f"`sliding_window` is {self.sliding_window}: with `use_sliding_window` it is at least 1")
+        for name in ("attention_dropout", "embedding_dropout", "residual_dropout"):
+            if not 0 <= (share := self.__dict__[name]) < 1:
+                raise ValueError(f"`{name}` is {share}: a share that is dropped lies in [0, 1)")
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, ids in (("bos", [self.bos_token_id]), ("eos", eos), ("pad", [self.pad_token_id])):
+            for token_id in ids:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"`{name}_token_id` {token_id} is not in the vocabulary: ids run from 0 to {self.vocab_size - 1}"
+                    )
+
+
+__all__ = ["MiniGPTConfig"]

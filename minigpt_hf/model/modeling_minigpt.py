@@ -1,0 +1,472 @@
+"""The GPT: token ids in, a score for every possible next token out. Read it from top to bottom.
+
+A GPT predicts the next token. Each token becomes a vector of H numbers. A stack of blocks then refines these vectors:
+in each block *attention* lets a token gather what it needs from the tokens before it, and a *feed-forward layer* works
+on every token by itself. Both add their result to the vector that flows past them, the *residual stream*. At the end a
+linear layer turns each vector into V scores, the logits of the next token.
+
+The mathematics and the parameter names are those of Qwen3 in transformers, so the same weights run wherever Qwen3 runs.
+Dropout is the one addition; it is off in `eval()`. This file travels with the weights and needs nothing of the package
+but the configuration beside it.
+
+Shapes in the comments:
+    B  batch          H  hidden_size                 N  num_attention_heads       D  head_dim
+    T  time (tokens)  F  intermediate_size           K  num_key_value_heads       V  vocab_size
+    S  tokens that can be attended to: those in the cache and the T new ones
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_minigpt import MiniGPTConfig
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MiniGPTRMSNorm(nn.Module):
+    """Scale each vector to a root mean square of one, then by a learned weight (arXiv:1910.07467).
+
+    Vectors keep their direction and lose their length, so that no layer has to cope with a residual stream that grows
+    with depth. [..., H] -> [..., H]. The mean is taken in float32: squares overflow in half precision.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.to(torch.float32)
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x32.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MiniGPTRotaryEmbedding(nn.Module):
+    """Where a token stands, told as angles (RoPE, arXiv:2104.09864).
+
+    Attention alone does not know the order of tokens. RoPE turns pair i of a query or key at position t by the angle
+    t · θ^(-2i/D). The product of a turned query and a turned key depends only on the distance between the two tokens.
+    """
+
+    def __init__(self, config: MiniGPTConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = self.compute_default_rope_parameters
+        if self.rope_type != "default":  # linear, dynamic, yarn, llama3, …: a longer context by configuration alone
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)  # [D/2]
+        # Not saved: they follow from the configuration, and `_init_weights` of transformers restores them on loading.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MiniGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Angle per position for each of the D/2 pairs: from 1 radian (near tokens) down to about 1/θ (far ones)."""
+        theta = config.rope_parameters["rope_theta"]
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / theta**exponent, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [B, T] -> cosines and sines, each [B, T, D], in the dtype of `x`."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)  # [B, T, D/2]
+        angles = torch.cat((angles, angles), dim=-1)  # [B, T, D]: both members of a pair turn by the same angle
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Quarter turn of every pair (x_i, x_{i + D/2}): [1, 2, 3, 4] -> [-3, -4, 1, 2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries [B, N, T, D] and keys [B, K, T, D] by the angles of their positions, [B, T, D]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, T, D]: the same for every head
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def repeat_kv(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Give each query head its key or value head: [B, K, S, D] -> [B, N, S, D], with N = K · groups."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention, written out (arXiv:1706.03762). The fast kernels compute the same.
+
+    Each token asks a question (its query), offers a label (its key) and carries a message (its value). The closer query
+    and key, the more of that message flows. `attention_mask` [B, 1, T, S] is 0 where a token may look and hugely
+    negative where it may not: at tokens after it, at padding, at other documents.
+
+    Returns the messages received [B, T, N, D] and the weights given to each token [B, N, T, S].
+    """
+    key = repeat_kv(key, module.num_key_value_groups)  # [B, N, S, D]
+    value = repeat_kv(value, module.num_key_value_groups)  # [B, N, S, D]
+
+    # Products of D numbers of variance 1 have variance D; `scaling` = 1/√D keeps the softmax from saturating.
+    scores = query @ key.transpose(2, 3) * scaling  # [B, N, T, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)  # each row sums to 1
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights  # [B, T, N, D]
+
+
+class MiniGPTAttention(nn.Module):
+    """The tokens talk: each gathers from those before it, through N heads that look for different things."""
+
+    def __init__(self, config: MiniGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx  # its place in the cache
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj.leaves_branch = True  # see `_init_weights`
+        # QK-norm (arXiv:2010.04245): queries and keys of fixed length keep the scores bounded at any learning rate.
+        self.q_norm = MiniGPTRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = MiniGPTRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]  # B, T
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)  # [B, N, T, D]
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)  # [B, K, T, D]
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, K, T, D]
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, D]
+
+        # eager (above), sdpa, flash, flex, paged …: chosen by `attn_implementation`, one and the same function.
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # [B, T, N·D]: the heads side by side
+        return self.o_proj(attn_output), attn_weights  # [B, T, H]
+
+
+class MiniGPTMLP(nn.Module):
+    """Each token thinks for itself: SwiGLU (arXiv:2002.05202), where one projection gates another. [B, T, H] -> same."""
+
+    def __init__(self, config: MiniGPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.leaves_branch = True  # see `_init_weights`
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] inside
+
+
+class MiniGPTDecoderLayer(GradientCheckpointingLayer):
+    """One block: the tokens talk, then each thinks. Both steps add to the residual stream; neither overwrites it."""
+
+    def __init__(self, config: MiniGPTConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = MiniGPTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = MiniGPTAttention(config, layer_idx)
+        self.post_attention_layernorm = MiniGPTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MiniGPTMLP(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attn_output)  # [B, T, H]
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))  # [B, T, H]
+
+
+class MiniGPTPreTrainedModel(PreTrainedModel):
+    """What all MiniGPT classes share: how weights start, and what transformers may do with them.
+
+    Fresh weights, with r = `initializer_range`:
+
+    | parameter                         | start           | why                                                |
+    |-----------------------------------|-----------------|----------------------------------------------------|
+    | `embed_tokens` (and a tied head)  | N(0, r²)        | small: the first guess is near uniform             |
+    | … its row of `pad_token_id`       | 0               | padding says nothing                               |
+    | `q_proj` `k_proj` `v_proj`        | N(0, r²)        | the norms around them set the scale                |
+    | `gate_proj` `up_proj`             | N(0, r²)        | likewise                                           |
+    | `o_proj` `down_proj`              | 0               | each block starts as the identity (arXiv:1901.09321) |
+    | `lm_head`, if not tied            | N(0, r²)        | as the embeddings                                  |
+    | all norm weights                  | 1               | a plain normalisation                              |
+    | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | the usual fresh classifier                        |
+    """
+
+    config: MiniGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MiniGPTDecoderLayer, "attentions": MiniGPTAttention}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)  # N(0, r²) for matrices and embeddings, 0 for the padding row, 1 for norms
+        # The tag sits on the Linear: for classes outside transformers this method never sees a module without
+        # parameters of its own, such as the attention that holds it.
+        if module.__dict__.get("leaves_branch"):
+            init.zeros_(module.weight)
+
+
+class MiniGPTModel(MiniGPTPreTrainedModel):
+    """Embeddings, the stack of blocks, a last norm: token ids [B, T] -> hidden states [B, T, H]."""
+
+    def __init__(self, config: MiniGPTConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([MiniGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = MiniGPTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MiniGPTRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Refine each token's vector in the light of the tokens before it.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, H] in their place.
+            attention_mask: [B, S], 1 for tokens and 0 for padding; or a mask [B, 1, T, S] for each layer type, by name.
+            position_ids: [B, T]. Positions that restart at 0 begin a new document, which cannot see the one before it;
+                this needs `use_cache=False` and no `attention_mask`.
+            past_key_values: Keys and values of the tokens already seen.
+            use_cache: Whether to return `past_key_values`.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`: one, and not both")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, H]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = position_ids.unsqueeze(0)  # [1, T]
+
+        masks = attention_mask
+        if not isinstance(masks, dict):  # `generate` with a static cache brings one mask for each layer type
+            mask_inputs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"full_attention": create_causal_mask(**mask_inputs)}
+            if "sliding_attention" in self.config.layer_types:
+                masks["sliding_attention"] = create_sliding_window_causal_mask(**mask_inputs)
+
+        hidden_states = self.dropout(inputs_embeds)  # [B, T, H]
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
+    """The language model: token ids [B, T] -> logits of each next token [B, T, V], and the loss if labels are given."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MiniGPTConfig):
+        super().__init__(config)
+        self.model = MiniGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Score every token of the vocabulary as the next one.
+
+        Args:
+            labels: [B, T], usually the `input_ids` themselves: the loss shifts them by one, and leaves out -100.
+            logits_to_keep: Compute logits only for the last so many positions, or for the positions in a tensor; 0 for
+                all. In a generation just the last one is needed.
+            kwargs: Carry `num_items_in_batch` and `shift_labels` [B, T] (labels that are already shifted) to the loss,
+                and whatever the attention kernels take. The rest is as in `MiniGPTModel.forward`.
+
+        Returns:
+            `loss` in nats per token: the mean cross-entropy, or its sum over `num_items_in_batch`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # [B, T, V]
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# Other heads on the same body. The generic classes bring `forward`; their `__init__` would look up the body through
+# AutoModel, which does not know it when this file runs as remote code, so each builds it here.
+class MiniGPTForSequenceClassification(GenericForSequenceClassification, MiniGPTPreTrainedModel):
+    """One label for a whole text, read off its last token."""
+
+    def __init__(self, config: MiniGPTConfig):
+        MiniGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class MiniGPTForTokenClassification(GenericForTokenClassification, MiniGPTPreTrainedModel):
+    """One label for every token."""
+
+    def __init__(self, config: MiniGPTConfig):
+        MiniGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniGPTModel(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MiniGPTForQuestionAnswering(GenericForQuestionAnswering, MiniGPTPreTrainedModel):
+    """Where in a text an answer starts and ends."""
+
+    def __init__(self, config: MiniGPTConfig):
+        MiniGPTPreTrainedModel.__init__(self, config)
+        self.model = MiniGPTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "MiniGPTForCausalLM",
+    "MiniGPTForQuestionAnswering",
+    "MiniGPTForSequenceClassification",
+    "MiniGPTForTokenClassification",
+    "MiniGPTModel",
+    "MiniGPTPreTrainedModel",
+]

@@ -1,0 +1,81 @@
+"""A trained model -> a model folder that the world can load.
+
+In: model, tokenizer, what is known of the training. Out: a folder with exactly the files of `REQUIRED` (weights may be
+sharded, `figures/` may come along). It is whole or it is not there: it is written beside its place and moved there. It
+refuses weights that are not finite.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .card import render_card
+from .figures import draw_loss
+
+REQUIRED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "configuration_minigpt.py",
+    "modeling_minigpt.py",
+    "README.md",
+    "minigpt.json",
+)
+
+
+def save_suitcase(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict | None = None
+) -> None:
+    """Write what `from_pretrained` needs: weights as safetensors, configurations, tokenizer, and the model's own code.
+
+    Two things are put right: the Trainer switches `use_cache` off while it trains, which is not for publication; and
+    transformers 5 names the tokenizer's class `TokenizersBackend`, which older tools do not know, where the alias
+    `PreTrainedTokenizerFast` loads everywhere.
+    """
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    model.save_pretrained(folder, state_dict=state_dict)
+    model.config.use_cache = use_cache
+
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_model_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+    log: list[dict[str, Any]],
+) -> None:
+    """Write a model folder, whole or not at all.
+
+    Args:
+        folder: Where it is to stand; it must not exist.
+        about: Becomes `minigpt.json`: recipe, data, tokenizer, training, results. The card tells it in prose.
+        log: Rows of `log.jsonl`, for the figure.
+
+    Raises:
+        ValueError: if a weight is not finite: such a model is never published.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} has values that are not finite; the model is not published")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_suitcase(model, tokenizer, unfinished)
+    (unfinished / "minigpt.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (unfinished / "figures").mkdir()
+    draw_loss(log, about["results"], unfinished / "figures" / "loss.png")
+    (unfinished / "README.md").write_text(render_card(about, model.config), encoding="utf-8")
+    unfinished.rename(folder)

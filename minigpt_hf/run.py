@@ -1,0 +1,213 @@
+"""The story of a training: corpus -> tokenizer -> stream -> model -> trainer -> folder.
+
+In: the three dataclasses of `training.arguments`. Out: a run folder with checkpoints, log and recipe, and in it `model/`,
+the folder that is published. It refuses to write into a folder that holds anything.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+from . import __version__
+from .data.blocks import Blocks
+from .data.corpus import Corpus, load_corpus
+from .data.stream import TokenStream, build_stream
+from .data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer, load_tokenizer, tokenizer_fingerprint
+from .evaluation import Score, summarize
+from .model.configuration_minigpt import MiniGPTConfig
+from .model.modeling_minigpt import MiniGPTForCausalLM
+from .publish.folder import write_model_folder
+from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments, resolved
+from .training.callbacks import Lines, Samples
+from .training.plan import device_name, duration, show_plan, tokens_per_step
+from .training.trainer import MiniGPTTrainer
+
+
+def train(arguments: Arguments) -> Path:
+    """Train a GPT from scratch and return its model folder.
+
+    Raises:
+        ValueError: if the text, the configuration or the output folder cannot be used.
+    """
+    data, architecture, training = arguments
+    run = claim_run_folder(training)
+    set_seed(training.seed)
+
+    corpus = load_corpus(data.data, data.validation_fraction, data.encoding)
+    tokenizer = make_tokenizer(corpus, data)
+    config = make_config(architecture, data.block_size, tokenizer)
+    with training.main_process_first(desc="token streams"):  # the other processes find what the first one made
+        stream, validation = make_streams(corpus, tokenizer, data)
+    blocks = Blocks(stream, data.block_size, training.seed)
+    model = make_model(config)
+
+    lines = Lines(run / "log.jsonl", tokens_per_step(training, data.block_size), len(stream) / stream.bytes)
+    samples = Samples(tokenizer, training.sample_prompt, training.sample_tokens)
+    trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, callbacks=[lines, samples])
+    if trainer.is_world_process_zero():
+        (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(arguments), sort_keys=False), encoding="utf-8")
+        show_plan(trainer, corpus, stream)
+
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    results = final_score(trainer, validation, data.block_size)
+    if trainer.is_world_process_zero():
+        about = describe(arguments, corpus, tokenizer, stream, validation, trainer, results)
+        about["training"] |= {"seconds": round(lines.seconds, 1), "time": duration(lines.seconds)}
+        about["sample"] = {"prompt": training.sample_prompt, "text": samples.latest}
+        write_model_folder(run / "model", trainer.model, tokenizer, about, read_log(run / "log.jsonl"))
+        print(f"the model is in {run / 'model'}", flush=True)
+    return run / "model"
+
+
+def claim_run_folder(training: MiniGPTTrainingArguments) -> Path:
+    """The run folder, made if need be; only a resumed run may find something in it."""
+    run = Path(training.output_dir)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--output_dir {run}: this is a file; name a folder")
+    if training.should_save and not training.resume_from_checkpoint and run.is_dir() and any(run.iterdir()):
+        what = "holds another run" if (run / "recipe.yaml").is_file() else "is not empty"
+        raise ValueError(f"--output_dir {run}: {what}; name another folder, or remove this one")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def make_tokenizer(corpus: Corpus, data: DataArguments) -> PreTrainedTokenizerBase:
+    """Learn a tokenizer from the training text, or take an existing one."""
+    if data.tokenizer == "bpe":
+        return byte_level_bpe(corpus.train, data.vocab_size)
+    if data.tokenizer == "bytes":
+        return byte_tokenizer()
+    if data.tokenizer == "characters":
+        # Of the validation text, too: that a character exists gives nothing away, and one without an id would end it all.
+        return character_tokenizer(text for part in (corpus.train, corpus.validation) for text in part)
+    return load_tokenizer(data.tokenizer)
+
+
+def make_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
+    """The architecture, with what follows from block size and tokenizer filled in."""
+    settings = dict(vars(architecture))
+    rope_theta, longest = settings.pop("rope_theta"), settings.pop("max_position_embeddings")
+    if architecture.use_sliding_window:
+        # No layer looks further back than training did, so the model can write on past its block. One token more than a
+        # block: then no block needs a mask for the window, and attention keeps its fast path.
+        settings["sliding_window"] = settings["sliding_window"] or block_size + 1
+        longest = longest or 16 * block_size
+    config = MiniGPTConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=longest or block_size,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+    if config.max_position_embeddings < block_size:
+        raise ValueError(
+            f"--max_position_embeddings {config.max_position_embeddings} is less than --block_size {block_size}: "
+            "the model could not take its own training blocks"
+        )
+    tokenizer.model_max_length = config.max_position_embeddings
+    return config
+
+
+def make_streams(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: DataArguments
+) -> tuple[TokenStream, TokenStream | None]:
+    """Training and validation text as token streams, found again if they were made before."""
+    cache = Path(data.cache_dir) if data.cache_dir else Path(datasets.config.HF_CACHE_HOME) / "minigpt"
+    with tqdm(
+        total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
+    ) as bar:
+        stream = build_stream(corpus.train, tokenizer, cache, data.num_proc, progress=bar.update)
+    if not len(corpus.validation):
+        return stream, None
+    return stream, build_stream(corpus.validation.head(data.validation_characters), tokenizer, cache, data.num_proc)
+
+
+def make_model(config: MiniGPTConfig) -> MiniGPTForCausalLM:
+    """Fresh weights, and how `generate` samples unless it is told otherwise."""
+    model = MiniGPTForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    return model
+
+
+def final_score(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size: int) -> Score | None:
+    """The validation score of the published weights: the best evaluation, which they were taken from."""
+    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
+    if validation is None or not evaluations:
+        return None
+    best = (
+        min(evaluations, key=lambda row: row["eval_loss"]) if trainer.args.load_best_model_at_end else evaluations[-1]
+    )
+    tokens = len(validation) - len(validation.documents)
+    return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
+
+
+def describe(
+    arguments: Arguments,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: TokenStream,
+    validation: TokenStream | None,
+    trainer: MiniGPTTrainer,
+    results: Score | None,
+) -> dict[str, Any]:
+    """Everything that a model folder tells about where it comes from: the content of `minigpt.json`."""
+    data, _, training = arguments
+    step = tokens_per_step(training, data.block_size)
+    return {
+        "name": Path(training.output_dir).name,
+        "minigpt_version": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "recipe": resolved(arguments),
+        "data": {
+            "name": corpus.name,
+            "cut": corpus.cut,
+            "train": describe_stream(stream),
+            "validation": describe_stream(validation) if validation else None,
+        },
+        "tokenizer": {
+            "kind": {"bpe": "byte-level BPE"}.get(data.tokenizer, data.tokenizer),
+            "vocab_size": len(tokenizer),
+            "bytes_per_token": stream.bytes / (len(stream) - len(stream.documents)),
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+        },
+        "training": {
+            "parameters": trainer.model.num_parameters(),
+            "steps": trainer.state.global_step,
+            "tokens_per_step": step,
+            "tokens": trainer.state.global_step * step,
+            "device": device_name(training),
+        },
+        "results": results.to_dict() if results else {},
+    }
+
+
+def describe_stream(stream: TokenStream) -> dict[str, Any]:
+    """Counts and fingerprint of a text and its tokens."""
+    return {
+        "documents": len(stream.documents),
+        "characters": stream.characters,
+        "bytes": stream.bytes,
+        "tokens": len(stream),
+        "fingerprint": stream.fingerprint,
+    }
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The rows of `log.jsonl`."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,245 @@
+"""Every knob of a training, as dataclasses on top of transformers' `TrainingArguments`.
+
+In: a recipe (YAML) and flags that override it. Out: three dataclasses, validated. It refuses unknown recipes and keys, and
+names the nearest ones. Every flag of `TrainingArguments` works; only defaults differ where a small GPT wants others.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+RECIPES = files("minigpt_hf") / "training" / "recipes"
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    data: str = field(
+        default="stdlib",
+        metadata={
+            "help": "Text to learn from: a file (one document), a folder (each text file in it is a document), an "
+            "http(s) URL, or `stdlib`, the Python standard library's source on this disk."
+        },
+    )
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the text files."})
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share held out for validation: of 20 documents or more, those with the lowest hash of their "
+            "content; of fewer, the tail of the text. 0 for none."
+        },
+    )
+    validation_characters: int = field(
+        default=1_000_000,
+        metadata={"help": "At most so many characters of the validation text are scored while training."},
+    )
+    tokenizer: str = field(
+        default="bpe",
+        metadata={"help": "`bpe` (byte-level), `characters`, `bytes`, or a folder or Hub id of an existing tokenizer."},
+    )
+    vocab_size: int = field(
+        default=4096, metadata={"help": "Tokens that `bpe` learns, at most. Others have their own."}
+    )
+    block_size: int = field(
+        default=256, metadata={"help": "Tokens in a training block: the longest context it learns."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where token streams are kept; default: `minigpt` in the Hugging Face cache."}
+    )
+    num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize; default: one for each core."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The architecture; names and meanings are those of `MiniGPTConfig`."""
+
+    hidden_size: int = field(default=256, metadata={"help": "Width of the residual stream."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Number of blocks."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Number of query heads."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key and value heads; default: as many."})
+    head_dim: int | None = field(default=None, metadata={"help": "Width of a head; default: hidden_size / heads."})
+    intermediate_size: int | None = field(
+        default=None,
+        metadata={"help": "Width of the feed-forward layer; default: 8/3 of hidden_size, to a multiple of 32."},
+    )
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "Longest sequence that the model is said to take; default: block_size."}
+    )
+    use_sliding_window: bool = field(
+        default=False, metadata={"help": "Layers from max_window_layers on see only the last sliding_window tokens."}
+    )
+    sliding_window: int | None = field(default=None, metadata={"help": "How many tokens such a layer sees."})
+    max_window_layers: int = field(default=0, metadata={"help": "The first layers, which see everything."})
+    rope_theta: float = field(default=10_000.0, metadata={"help": "Longest wavelength of the rotary positions."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "The output head is the embedding matrix."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of fresh weights."})
+    rms_norm_eps: float = field(default=1e-6, metadata={"help": "Added to the mean square in each norm."})
+    attention_dropout: float = field(default=0.0, metadata={"help": "Share of attention weights dropped in training."})
+    embedding_dropout: float = field(default=0.0, metadata={"help": "Share of embedding values dropped in training."})
+    residual_dropout: float = field(
+        default=0.0, metadata={"help": "Share of each branch's output dropped in training."}
+    )
+
+
+@dataclass
+class MiniGPTTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the defaults of a small GPT, Muon, and samples while it trains."""
+
+    muon: bool = field(
+        default=True,
+        metadata={"help": "Muon for the matrices of the layers, AdamW for the rest. --no_muon: `optim` for all."},
+    )
+    muon_learning_rate: float = field(
+        default=0.02, metadata={"help": "Learning rate of Muon; AdamW has learning_rate."}
+    )
+    muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
+    sample_prompt: str = field(default="", metadata={"help": "What the samples shown while training start with."})
+    sample_tokens: int = field(default=120, metadata={"help": "Tokens in such a sample; 0 for no samples."})
+
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "How slowly AdamW forgets squared gradients."})
+    warmup_steps: float = field(
+        default=20, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks in a batch, per device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Windows in a validation batch, per device."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
+    bf16: bool = field(
+        default=None, metadata={"help": "bfloat16 autocast over float32 weights; default: where the device has it."}
+    )
+    logging_steps: float = field(default=20, metadata={"help": "A line every so many steps; below 1, a share of all."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to validate: no, steps or epoch."})
+    eval_steps: float | None = field(default=0.25, metadata={"help": "Validate every so many steps; below 1, a share."})
+    save_steps: float = field(default=0.25, metadata={"help": "Save every so many steps; below 1, a share of all."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep: the best and the last."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Publish the best by validation loss."})
+    # A loss that is not a number is to be seen; the Trainer would log 0.0 in its place.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    # The Trainer would drop `shift_labels`, which `forward` takes through its keyword arguments.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop what `forward` does not name."})
+    # Lines in our own format instead of a bar: they can be read an hour later.
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar of the Trainer's."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # pinned memory speeds up copies to an accelerator; there is none
+
+
+Arguments = tuple[DataArguments, ModelArguments, MiniGPTTrainingArguments]
+GROUPS = (DataArguments, ModelArguments, MiniGPTTrainingArguments)
+
+
+def parse_arguments(argv: Sequence[str], recipe: str = "demo") -> Arguments:
+    """A recipe overridden by flags -> the dataclasses.
+
+    Raises:
+        ValueError: for an unknown recipe, key or flag, naming the nearest ones; or a value that cannot be.
+    """
+    parser = argument_parser(prog="minigpt train")
+    settings = {"output_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe)}
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    if "num_train_epochs" in given and "max_steps" not in given:
+        settings["max_steps"] = -1  # who asks for epochs is not to be stopped by the recipe's number of steps
+    parser.set_defaults(**settings)
+    data, model, training, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(
+            f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), _fields())}"
+        )
+    if data.validation_fraction == 0:
+        training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
+        training.load_best_model_at_end = False
+    return data, model, training
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def argument_parser(**kwargs) -> HfArgumentParser:
+    """The parser of every flag there is; abbreviations are not guessed, and a bad value is a `ValueError`."""
+    return _Parser(GROUPS, allow_abbrev=False, **kwargs)
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a named recipe, or of a YAML file.
+
+    Raises:
+        ValueError: if there is no such recipe, it is no YAML mapping, or a key is not the name of a setting.
+    """
+    if name.endswith((".yaml", ".yml")):
+        source = Path(name)
+        if not source.is_file():
+            raise ValueError(f"recipe {name}: no such file")
+    else:
+        source = RECIPES / f"{name}.yaml"
+        if not source.is_file():
+            raise ValueError(
+                f"unknown recipe {name!r}{_nearest(name, recipe_names())}; known: {', '.join(recipe_names())}"
+            )
+    try:
+        settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
+    known = _fields()
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(key, known)}")
+        if known[key] is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
+            settings[key] = float(value)
+    return settings
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
+
+
+def resolved(arguments: Arguments) -> dict[str, Any]:
+    """The settings as a recipe that gives this very training again, whatever later defaults are.
+
+    All of ours, and those of `TrainingArguments` that are not as transformers has them.
+    """
+    settings = {}
+    for group in arguments:
+        values = group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
+        inherited = {each.name: each.default for each in fields(TrainingArguments)} if group is arguments[2] else {}
+        for name in [each.name for each in fields(group) if each.init and each.name not in NOT_IN_A_RECIPE]:
+            if name not in inherited or values[name] != inherited[name]:
+                settings[name] = values[name]
+    return settings
+
+
+# Where a run lies and what it runs on is not part of what it does; others the Trainer derives by itself.
+NOT_IN_A_RECIPE = {
+    *("output_dir", "cache_dir", "num_proc", "resume_from_checkpoint", "report_to", "hub_token", "local_rank"),
+    *("bf16", "dataloader_pin_memory", "accelerator_config", "do_eval", "debug", "fsdp_config"),
+    *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better"),
+}
+
+
+def _fields() -> dict[str, Any]:
+    return {each.name: each.type for group in GROUPS for each in fields(group) if each.init}
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

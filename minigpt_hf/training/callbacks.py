@@ -1,0 +1,143 @@
+"""What a person sees while it trains.
+
+In: what the Trainer reports. Out: lines on standard output, samples of what the model writes, and `log.jsonl` with
+everything. It refuses to touch the training: samples leave all random states as they were.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ..generation import generate
+from .plan import duration
+
+
+class Lines(TrainerCallback):
+    """A line for each log and each validation, with units and the time left; and `log.jsonl`.
+
+    Must exist because the Trainer's own printing shows raw dictionaries and neither bits per byte nor the time left.
+
+    Args:
+        tokens_per_step: Tokens in an optimizer step, over all processes.
+        tokens_per_byte: Of the training text, to tell loss as bits per byte.
+    """
+
+    def __init__(self, file: Path, tokens_per_step: int, tokens_per_byte: float):
+        self.file = file
+        self.tokens_per_step = tokens_per_step
+        self.tokens_per_byte = tokens_per_byte
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+        self.first_step = self.last_step = state.global_step
+        self.busy = 0.0  # seconds of training since the last line; validating, saving and sampling are left out
+        self.mark = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.mark is None:
+            self.mark = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.busy, self.mark = self.busy + now - self.mark, now
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.mark = None
+
+    def on_save(self, args, state, control, **kwargs):
+        self.mark = None
+
+    def on_log(self, args, state, control, logs: dict[str, Any], **kwargs):
+        if not state.is_world_process_zero:
+            return
+        elapsed, step = time.perf_counter() - self.began, state.global_step
+        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(elapsed, 3), **logs}
+        place = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "eval_loss" in logs:
+            print(
+                f"{place}   validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
+                f"   {logs['eval_bits_per_byte']:.3f} bits/byte",
+                flush=True,
+            )
+        elif "loss" in logs:
+            row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
+            row["tokens_per_second"] = round((step - self.last_step) * self.tokens_per_step / self.busy, 1)
+            self.last_step, self.busy = step, 0.0
+            left = elapsed / (step - self.first_step) * (state.max_steps - step)
+            print(
+                f"{place}   loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte"
+                f"   lr {logs['learning_rate']:.1e}   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left",
+                flush=True,
+            )
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = time.perf_counter() - self.began
+
+
+class Samples(TrainerCallback):
+    """What the model writes before, during and after training.
+
+    Must exist because a loss does not show whether the text reads like the text it learnt from.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int):
+        self.tokenizer, self.prompt, self.tokens = tokenizer, prompt, tokens
+        self.latest = ""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self._show("before training", state, model)
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        if state.global_step < state.max_steps:
+            self._show(f"after {state.global_step} steps", state, model)
+
+    def on_save(self, args, state, control, model, **kwargs):
+        if args.eval_strategy == "no" and state.global_step < state.max_steps:
+            self._show(f"after {state.global_step} steps", state, model)
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self._show("after training", state, model)
+
+    def _show(self, when: str, state, model: PreTrainedModel) -> None:
+        if self.tokens and state.is_world_process_zero:
+            self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
+            print(
+                f"--- it writes, {when}:",
+                *("  " + line for line in self.latest.splitlines()),
+                "---",
+                sep="\n",
+                flush=True,
+            )
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """One text, always with the same seed, that leaves model and random states as they were."""
+    was_training = model.training
+    model.eval()
+    with random_state_kept():
+        text = generate(
+            model, tokenizer, prompt, seed=0, max_new_tokens=tokens, do_sample=True, temperature=0.8, use_cache=True
+        )[0]
+    model.train(was_training)
+    return text
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give Python, NumPy and torch their random states back at the end."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)

@@ -1,0 +1,78 @@
+"""What a training is about to do, said before it does it.
+
+In: a trainer that is ready. Out: five lines: device, text, model, training, time. It refuses nothing.
+"""
+
+import math
+import time
+
+import torch
+from transformers import Trainer
+
+from ..data.corpus import Corpus
+from ..data.stream import TokenStream
+from .arguments import MiniGPTTrainingArguments
+
+
+def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
+    """Tokens that one optimizer step learns from, over all processes."""
+    blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return blocks * block_size
+
+
+def show_plan(trainer: Trainer, corpus: Corpus, stream: TokenStream) -> None:
+    """What is about to happen, before it does."""
+    args, model = trainer.args, trainer.model
+    steps = args.max_steps
+    if steps <= 0:
+        steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
+        steps = math.ceil(steps_per_epoch * args.num_train_epochs)
+    step = tokens_per_step(args, trainer.train_dataset.block_size)
+    precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
+    print(
+        f"device        {device_name(args)}, {precision}\n"
+        f"text          {corpus.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
+        f"{stream.bytes / len(stream):.2f} bytes; validation: {corpus.cut}\n"
+        f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
+        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}\n"
+        f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
+        f"{steps * step / len(stream):.2f} times the text\n"
+        f"time          about {duration(steps * seconds_per_step(trainer))}, evaluations left out",
+        flush=True,
+    )
+
+
+def seconds_per_step(trainer: Trainer) -> float:
+    """Time forward and backward on one batch, and forget it."""
+    args = trainer.args
+    rows = min(args.train_batch_size, len(trainer.train_dataset))
+    batch = trainer.train_dataset.collate([trainer.train_dataset[0, i] for i in range(rows)])
+    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+    devices = [args.device] if args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout draws numbers
+        for _ in range(2):  # the first warms up
+            began = time.perf_counter()
+            with trainer.accelerator.autocast():
+                loss = trainer.model.train()(**batch, use_cache=False).loss
+            loss.backward()
+            loss.item()  # waits for the device
+    trainer.model.zero_grad()
+    return (time.perf_counter() - began) * args.gradient_accumulation_steps
+
+
+def device_name(args: MiniGPTTrainingArguments) -> str:
+    """The hardware, in words."""
+    if args.device.type == "cuda":
+        return f"{args.world_size} × {torch.cuda.get_device_name(args.device)}"
+    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+    processes = f", {args.world_size} processes" if args.world_size > 1 else ""
+    return f"{args.device.type}{threads}{processes}"
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45 s"; 200 -> "3 min 20 s"; 7500 -> "2 h 5 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
