@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import (
@@ -36,6 +37,8 @@ for auto_class, model_class in (
     # From now on `save_pretrained` puts the two model files beside the weights: the folder carries its own code.
     model_class.register_for_auto_class(auto_class.__name__)
 del auto_class, model_class
+# The Trainer looks here whether labels are to be shifted when it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minigpt"] = MiniGPTForCausalLM.__name__
 
 __all__ = [
     "MiniGPTConfig",

@@ -25,9 +25,9 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ValueError: if there is no model there.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: no model can be loaded from it ({str(error).splitlines()[0]}); give a model folder or a Hub id"
         ) from error

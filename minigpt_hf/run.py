@@ -67,14 +67,13 @@ def train(arguments: Arguments) -> Path:
 
 
 def claim_run_folder(training: MiniGPTTrainingArguments) -> Path:
-    """The run folder, made if need be; only a resumed run may find something in it."""
+    """The run folder, which is made when all else is known to work; only a resumed run may find something in it."""
     run = Path(training.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output_dir {run}: this is a file; name a folder")
     if training.should_save and not training.resume_from_checkpoint and run.is_dir() and any(run.iterdir()):
         what = "holds another run" if (run / "recipe.yaml").is_file() else "is not empty"
         raise ValueError(f"--output_dir {run}: {what}; name another folder, or remove this one")
-    run.mkdir(parents=True, exist_ok=True)
     return run
 
 

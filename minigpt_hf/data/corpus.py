@@ -7,6 +7,7 @@ A document is a text that stands for itself: a file. `datasets` reads it (line e
 memory-mapped on disk, so a corpus may be larger than memory.
 """
 
+import codecs
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -104,6 +105,10 @@ def load_corpus(data: str, validation_fraction: float = 0.1, encoding: str = "ut
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}: a share in [0, 1) is held out, e.g. 0.1")
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(f"encoding {encoding!r} is unknown; try utf-8, latin-1, cp1252 or utf-16") from error
     rows = _read(data, encoding)
     digests, lengths = [], []
     for row in rows:
@@ -158,10 +163,8 @@ def _read(data: str, encoding: str) -> datasets.Dataset:
     except DatasetGenerationError as error:
         _raise_if_undecodable(files, encoding)
         raise ValueError(f"{data}: cannot be read: {error.__cause__ or error}") from error
-    except FileNotFoundError as error:
+    except OSError as error:  # a URL that does not answer, a file without permission
         raise ValueError(f"{data}: cannot be read: {error}") from error
-    except LookupError as error:
-        raise ValueError(f"encoding {encoding!r} is unknown; try utf-8, latin-1, cp1252 or utf-16") from error
 
 
 def _files_below(folder: Path, endings: frozenset[str]) -> list[str]:

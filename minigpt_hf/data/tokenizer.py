@@ -30,9 +30,9 @@ WORDS_OF_BYTES = pre_tokenizers.Sequence(
 )
 EACH_CHARACTER = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
 
-# No match of PATTERN reaches from a line end into the character after it, unless that is white space. So a text may be
-# cut there, and its pieces encoded one by one, with the same result.
-SAFE_CUT = re.compile(r"\n(?=\S)")
+# No match of PATTERN reaches from a line end into the next line, unless that is blank. So a text may be cut there, and its
+# pieces encoded one by one, with the same result.
+SAFE_CUT = re.compile(r"\n(?=[^\S\r\n]*\S)")
 PIECE_CHARACTERS = 100_000  # long enough to keep a process busy for some 50 ms, short enough to keep memory flat
 
 
@@ -109,7 +109,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def pieces(text: str, anywhere: bool = False) -> Iterator[str]:
-    """Cut a long text where that changes no token: at a line end before ink, or anywhere if each token is one unit."""
+    """Cut a long text where that changes no token: after a line end, or anywhere if each token is one unit."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         stop = start + PIECE_CHARACTERS

@@ -58,6 +58,11 @@ class DataArguments:
         default=None, metadata={"help": "Processes that tokenize; default: one for each core."}
     )
 
+    def __post_init__(self):
+        for name, smallest in (("block_size", 1), ("validation_characters", 1), ("num_proc", 1)):
+            if (value := vars(self)[name]) is not None and value < smallest:
+                raise ValueError(f"{name} is {value}: it must be at least {smallest}")
+
 
 @dataclass
 class ModelArguments:

@@ -1,0 +1,74 @@
+"""The training loop with no Trainer: what happens in each step, on one page.
+
+    python scripts/bare_loop.py --recipe shakespeare-char --data tinyshakespeare.txt --output_dir runs/bare
+
+In: the recipe and flags of `minigpt train`. Out: a folder that loads with `from_pretrained`, and the same losses as the
+Trainer's, to the last bit on one CPU. It refuses nothing and restores nothing: no checkpoints, one device, no
+validation. Its use is to be read, and to measure what the Trainer adds.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import get_scheduler, set_seed
+
+from minigpt_hf.data.blocks import Blocks, BlockSampler
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.run import make_config, make_model, make_streams, make_tokenizer
+from minigpt_hf.training.arguments import Arguments, parse_arguments
+from minigpt_hf.training.trainer import optimizer_factory
+
+
+def train(arguments: Arguments) -> list[float]:
+    """Train as the recipe says and return the loss of every step, in nats per token."""
+    data, architecture, training = arguments
+    set_seed(training.seed)
+    corpus = load_corpus(data.data, data.validation_fraction, data.encoding)
+    tokenizer = make_tokenizer(corpus, data)
+    stream, _ = make_streams(corpus, tokenizer, data)
+    blocks = Blocks(stream, data.block_size, training.seed)
+    model = make_model(make_config(architecture, data.block_size, tokenizer)).to(training.device).train()
+
+    muon_adamw, rates = optimizer_factory(training)
+    optimizer = muon_adamw()(model, **rates)
+    steps = training.max_steps
+    schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps)
+
+    losses, epoch, began = [], 0, time.perf_counter()
+    while len(losses) < steps:
+        order = BlockSampler(len(blocks), training.seed)
+        order.set_epoch(epoch)  # each epoch cuts the text elsewhere and shuffles the blocks anew
+        for batch in DataLoader(blocks, training.train_batch_size, sampler=order, collate_fn=blocks.collate):
+            batch = {name: tensor.to(training.device) for name, tensor in batch.items()}
+            with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=training.bf16):
+                # The loss is summed and divided by the number of tokens, as the Trainer does for the whole step.
+                loss = model(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
+            loss.backward()  # how would the loss change with each weight?
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            optimizer.step()  # move each weight a little against it
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if len(losses) % training.logging_steps == 0:
+                speed = len(losses) * batch["labels"].numel() / (time.perf_counter() - began)
+                print(f"step {len(losses)}/{steps}   loss {losses[-1]:.4f}   {speed:,.0f} tokens/s", flush=True)
+            if len(losses) == steps:
+                break
+        epoch += 1
+
+    model.save_pretrained(training.output_dir)
+    tokenizer.save_pretrained(training.output_dir)
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--recipe", default="demo")
+    recipe, flags = parser.parse_known_args()
+    arguments = parse_arguments(flags, recipe.recipe)
+    if Path(arguments[2].output_dir).exists():
+        raise SystemExit(f"{arguments[2].output_dir} exists; name another --output_dir")
+    train(arguments)

@@ -1,0 +1,8 @@
+"""`minigpt train` as a file, for launchers that want one: accelerate launch scripts/train.py --recipe …"""
+
+import sys
+
+from minigpt_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,111 @@
+"""What the tests share: a tiny model (2 layers, width 32), real text, and one training that many tests look at."""
+
+import os
+import tempfile
+
+# Before any Hugging Face library is imported: no network, and caches of this test process alone.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="minigpt-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
+from minigpt_hf.cli import main
+
+ROOT = Path(__file__).parents[1]
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+TINY_RECIPE = """
+tokenizer: bpe
+vocab_size: 300
+block_size: 32
+hidden_size: 32
+num_hidden_layers: 2
+num_attention_heads: 4
+num_key_value_heads: 2
+use_sliding_window: true
+per_device_train_batch_size: 4
+max_steps: 40
+logging_steps: 10
+eval_steps: 20
+save_steps: 20
+validation_characters: 20000
+sample_tokens: 10
+sample_prompt: "def "
+use_cpu: true
+"""
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def tiny_config(**overrides) -> MiniGPTConfig:
+    settings = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    return MiniGPTConfig(**{**settings, **overrides})
+
+
+def tiny_model(**overrides) -> MiniGPTForCausalLM:
+    """The same model each time, as training leaves it: no parameter at its initial value (fresh ones have zeros)."""
+    torch.manual_seed(0)
+    model = MiniGPTForCausalLM(tiny_config(**overrides))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    """Token ids that are no specials."""
+    return torch.randint(2, 99, shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Real text, on every machine: the source of argparse."""
+    return Path(argparse.__file__).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def text_file(text, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "argparse.py"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    file.write_text(TINY_RECIPE, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def run_folder(text_file, recipe_file, tmp_path_factory) -> Path:
+    """A whole training, by the command a person would type."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(folder)]
+    assert main(argv) == 0
+    return folder

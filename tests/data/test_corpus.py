@@ -1,0 +1,122 @@
+"""Text is read as documents, and cut into train and validation that share none."""
+
+import functools
+import http.server
+import threading
+
+import datasets
+import pytest
+
+from minigpt_hf.data.corpus import Documents, load_corpus
+
+
+def write_files(folder, texts: dict[str, str]):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def cut_by_characters(corpus) -> tuple[str, str]:
+    return "".join(corpus.train), "".join(corpus.validation)
+
+
+def test_a_file_is_one_document_and_its_tail_is_validation(text, text_file):
+    corpus = load_corpus(str(text_file))
+    cut = int(len(text) * 0.9)
+    assert list(corpus.train) == [text[:cut]]
+    assert list(corpus.validation) == [text[cut:]]
+    assert corpus.cut == f"the last {len(text) - cut:,} of {len(text):,} characters"
+
+
+def test_the_cut_of_few_documents_may_fall_inside_one_or_between_two(tmp_path):
+    folder = write_files(tmp_path / "a", {"1.txt": "abcde", "2.txt": "fghij"})
+    inside = load_corpus(folder, validation_fraction=0.3)
+    assert (list(inside.train), list(inside.validation)) == (["abcde", "fg"], ["hij"])
+    between = load_corpus(folder, validation_fraction=0.5)
+    assert (list(between.train), list(between.validation)) == (["abcde"], ["fghij"])
+
+
+def test_a_folder_is_read_in_order_without_hidden_empty_or_other_files(tmp_path):
+    files = {"b.txt": "B", "a/c.md": "C", ".hidden.txt": "no", ".git/x.txt": "no", "empty.txt": "", "p.png": "no"}
+    corpus = load_corpus(write_files(tmp_path, files), validation_fraction=0)
+    assert list(corpus.train) == ["C", "B"]
+    assert list(corpus.validation) == []
+
+
+def test_of_many_documents_a_tenth_is_chosen_by_content_alone(tmp_path):
+    texts = [f"document {i}\n" * (i + 1) for i in range(40)]
+    one = load_corpus(write_files(tmp_path / "one", {f"{i:02}.txt": text for i, text in enumerate(texts)}))
+    other = load_corpus(write_files(tmp_path / "other", {f"{40 - i:02}.txt": text for i, text in enumerate(texts)}))
+    assert len(one.validation) == 4
+    assert sorted([*one.train, *one.validation]) == sorted(texts)
+    assert list(one.validation) == list(other.validation)
+    assert one.validation.fingerprint != one.train.fingerprint
+
+
+def test_copies_of_a_document_stay_on_one_side(tmp_path):
+    texts = {f"{i:02}.txt": f"document {i % 20}" for i in range(60)}
+    corpus = load_corpus(write_files(tmp_path, texts))
+    assert set(corpus.train).isdisjoint(corpus.validation)
+    assert len(corpus.validation) == 6  # a tenth of 20 different ones, three times each
+
+
+def test_the_head_is_a_prefix_of_the_text_and_the_fingerprint_follows_the_content(tmp_path):
+    corpus = load_corpus(write_files(tmp_path, {"1.txt": "abcde", "2.txt": "fghij"}), validation_fraction=0.3)
+    whole = "".join(corpus.train)
+    for characters in range(1, 12):
+        head = corpus.train.head(characters)
+        assert "".join(head) == whole[:characters]
+        assert head.characters == min(characters, len(whole))
+    assert "".join(corpus.validation.head(2)) == "hi"
+    assert len({corpus.train.head(n).fingerprint for n in (3, 4, 5, 6)}) == 4
+
+
+def test_the_standard_library_is_real_text_on_this_disk():
+    corpus = load_corpus("stdlib")
+    assert isinstance(corpus.train, Documents)
+    assert corpus.train.characters > 3_000_000
+    assert any("class ArgumentParser" in text for part in (corpus.train, corpus.validation) for text in part)
+    assert not any("import pytest" in text for text in corpus.train)
+
+
+def test_a_url_is_read_like_a_file(text, text_file, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # loopback is no network
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=text_file.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        corpus = load_corpus(f"http://127.0.0.1:{server.server_port}/{text_file.name}")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_corpus(f"http://127.0.0.1:{server.server_port}/absent.txt")
+        server.shutdown()
+    assert "".join([*corpus.train, *corpus.validation]) == text
+
+
+def test_another_encoding_can_be_named(tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes("café au lait".encode("latin-1"))
+    assert "".join(load_corpus(str(file), 0, encoding="latin-1").train) == "café au lait"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent.txt", "no such file or folder"),
+        (lambda folder: folder, "no text file in this folder"),
+        (lambda folder: (folder / "empty.txt").write_text("") or folder / "empty.txt", "there is no text in it"),
+        (
+            lambda folder: (folder / "bad.txt").write_bytes(b"abc\xff\xfe") and folder / "bad.txt",
+            r"bad.txt: not utf-8 text: byte 0xff at position 3; name its encoding",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(make(tmp_path)))
+
+
+def test_an_encoding_that_does_not_exist_and_a_fraction_that_cannot_be_are_refused(text_file):
+    with pytest.raises(ValueError, match="encoding 'utf-9' is unknown"):
+        load_corpus(str(text_file), encoding="utf-9")
+    with pytest.raises(ValueError, match=r"validation_fraction is 1\.0"):
+        load_corpus(str(text_file), 1.0)

@@ -1,0 +1,149 @@
+"""Tokenizers lose nothing, and say what they do not know."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, Qwen2TokenizerFast
+
+from minigpt_hf.data import tokenizer as module
+from minigpt_hf.data.tokenizer import (
+    END_OF_TEXT,
+    PAD,
+    Encoder,
+    byte_level_bpe,
+    byte_tokenizer,
+    character_tokenizer,
+    load_tokenizer,
+    pieces,
+    tokenizer_fingerprint,
+)
+from minigpt_hf.publish.folder import save_suitcase
+from tests.conftest import tiny_model
+
+# Text that is likely to break something: any character, the specials, white space in every mixture.
+SPITEFUL = st.lists(
+    st.one_of(
+        st.text(), st.sampled_from([END_OF_TEXT, PAD, "\n", "\r\n", "  ", "\u2028", "\x1c", "\t", "'ll", " é", "é"])
+    )
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    from pathlib import Path
+
+    return byte_level_bpe([Path(module.__file__).read_text(encoding="utf-8")], 400)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(bpe):
+    return [bpe, byte_tokenizer()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=SPITEFUL)
+def test_decoding_what_was_encoded_gives_the_text_back(tokenizers, text):
+    for tokenizer in tokenizers:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+        assert tokenizer.decode(encoder(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="ab \n\r\té", max_size=60))
+def test_characters_are_given_back_too(text):
+    tokenizer = character_tokenizer(["ab \n\r\té"])
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=SPITEFUL, size=st.integers(1, 20))
+def test_pieces_encode_to_the_same_tokens_as_the_whole(bpe, text, size):
+    encoder = Encoder(bpe.backend_tokenizer.to_str())
+    cut = list(_pieces_of_size(text, size))
+    assert "".join(cut) == text
+    assert [i for piece in cut for i in encoder(piece)] == encoder(text)
+
+
+def _pieces_of_size(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE_CHARACTERS", size)
+        yield from pieces(text)
+
+
+def test_real_text_is_cut_and_encodes_the_same(bpe, text):
+    encoder = Encoder(bpe.backend_tokenizer.to_str())
+    cut = list(_pieces_of_size(text, 1000))
+    assert len(cut) > 50
+    assert [i for piece in cut for i in encoder(piece)] == encoder(text)
+
+
+def test_words_are_cut_as_qwen2_cuts_them(bpe):
+    """The pre-tokenizer is Qwen2's own, as transformers has it."""
+    qwen2 = Qwen2TokenizerFast().backend_tokenizer.pre_tokenizer
+    ours = bpe.backend_tokenizer.pre_tokenizer
+    source = random.Random(0)
+    for _ in range(300):
+        text = "".join(source.choice("aB1 \n\r\t'.,é日_-½\u00a0") for _ in range(30)) + " it's we'LL 12345"
+        assert ours.pre_tokenize_str(text) == qwen2.pre_tokenize_str(text)
+
+
+def test_training_is_deterministic_and_of_the_size_asked_for(text):
+    one, other = byte_level_bpe([text], 300), byte_level_bpe(iter([text]), 300)
+    assert len(one) == len(other) == 300
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(byte_level_bpe([text], 301))
+
+
+def test_the_first_merge_is_the_most_frequent_pair():
+    """In "ababab ab" the pair (a, b) occurs four times, more than any other."""
+    tokenizer = byte_level_bpe(["ababab ab"], 259)
+    assert tokenizer.convert_ids_to_tokens(258) == "ab"
+
+
+def test_byte_b_has_id_b_plus_2():
+    assert byte_tokenizer()("A\n\x00é").input_ids == [65 + 2, 10 + 2, 0 + 2, 0xC3 + 2, 0xA9 + 2]
+
+
+def test_characters_have_ids_in_code_point_order_after_the_specials():
+    assert character_tokenizer(["cab"])("abc").input_ids == [2, 3, 4]
+
+
+def test_an_unknown_character_is_named():
+    encoder = Encoder(character_tokenizer(["abc"]).backend_tokenizer.to_str())
+    with pytest.raises(ValueError, match=r"does not know the character 'é' \(U\+00E9\)"):
+        encoder("abécab")
+
+
+def test_text_that_spells_a_special_token_stays_text(bpe):
+    encoder = Encoder(bpe.backend_tokenizer.to_str())
+    assert bpe.eos_token_id not in encoder(f"a{END_OF_TEXT}b{PAD}")
+    assert bpe.pad_token_id not in encoder(f"a{END_OF_TEXT}b{PAD}")
+    assert bpe(f"a{END_OF_TEXT}").input_ids[-1] == bpe.eos_token_id  # where it is meant, it is one token
+
+
+def test_special_tokens_are_as_promised(tokenizers):
+    for tokenizer in [*tokenizers, character_tokenizer(["abc"])]:
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
+        assert (tokenizer.bos_token, tokenizer.pad_token) == (END_OF_TEXT, PAD)
+
+
+def test_a_saved_tokenizer_loads_anywhere_and_encodes_the_same(tokenizers, tmp_path, text):
+    for i, tokenizer in enumerate([*tokenizers, character_tokenizer([text])]):
+        tokenizer.model_max_length = 64
+        save_suitcase(tiny_model(), tokenizer, tmp_path / str(i))
+        assert "PreTrainedTokenizerFast" in (tmp_path / str(i) / "tokenizer_config.json").read_text()
+        loaded = AutoTokenizer.from_pretrained(tmp_path / str(i))
+        assert loaded.model_max_length == 64
+        assert loaded(text).input_ids == tokenizer(text).input_ids
+        assert loaded.decode(loaded(text).input_ids) == text
+        assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / str(i)))) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_tokenizer_that_is_not_there_or_a_vocabulary_too_small_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match="at least 258"):
+        byte_level_bpe(["abc"], 200)

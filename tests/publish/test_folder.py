@@ -1,0 +1,105 @@
+"""A model folder is whole or it is not there, and holds exactly what it should."""
+
+import json
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from minigpt_hf.data.tokenizer import character_tokenizer
+from minigpt_hf.publish import folder as module
+from minigpt_hf.publish.folder import REQUIRED, write_model_folder
+from tests.conftest import random_ids, tiny_model
+
+
+@pytest.fixture
+def about(run_folder):
+    return json.loads((run_folder / "model" / "minigpt.json").read_text())
+
+
+def files_of(folder) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_folder_holds_exactly_its_files(run_folder):
+    assert files_of(run_folder / "model") == {*REQUIRED, "figures/loss.png"}
+    assert {path.name for path in run_folder.iterdir()} == {
+        *("checkpoint-20", "checkpoint-40", "model", "recipe.yaml", "log.jsonl")
+    }
+
+
+def test_the_trained_folder_is_a_qwen3_with_other_words_in_its_config(run_folder):
+    folder = run_folder / "model"
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    shared = {name: settings[name] for name in Qwen3Config().to_dict() if name in settings and name != "model_type"}
+    twin = Qwen3ForCausalLM.from_pretrained(folder, config=Qwen3Config(**shared))
+    ids = random_ids(2, 80)  # more than two blocks: the sliding window is at work
+    assert torch.equal(twin(ids).logits, ours(ids).logits)
+
+
+def test_the_card_tells_true_figures_and_leaves_nothing_open(run_folder, about):
+    text = (run_folder / "model" / "README.md").read_text()
+    assert not re.search(r"\{\{|\}\}|\{%|TODO|None", text)
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
+    assert f"| {about['results']['loss']:.4f} |" in text
+    assert about["sample"]["text"].splitlines()[0] in text
+    card = ModelCard.load(run_folder / "model" / "README.md")
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics == {name: round(about["results"][name], 4) for name in ("loss", "perplexity", "bits_per_byte")}
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+
+
+def test_the_python_of_the_card_runs(run_folder, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (run_folder / "model" / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(run_folder)
+    exec(code.replace('folder = "tiny"', 'folder = "model"'), {})
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_minigpt_json_says_where_the_model_comes_from(about):
+    assert about["recipe"]["block_size"] == 32
+    assert about["recipe"]["validation_fraction"] == 0.1
+    assert about["data"]["cut"].startswith("the last ")
+    assert about["data"]["train"]["tokens"] > about["data"]["validation"]["tokens"] > 0
+    assert about["training"]["steps"] == 40
+    assert about["training"]["tokens"] == 40 * 4 * 32
+
+
+def test_the_figure_is_a_picture_of_the_size_of_a_card(run_folder):
+    with Image.open(run_folder / "model" / "figures" / "loss.png") as picture:
+        assert picture.size == (1050, 600)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty sheet
+
+
+def test_a_folder_that_fails_half_way_is_not_there(about, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "render_card", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+    assert not (tmp_path / "model").exists()
+    monkeypatch.undo()
+    write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_are_not_finite_are_never_published(about, tmp_path):
+    model = tiny_model()
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has values that are not finite"):
+        write_model_folder(tmp_path / "model", model, character_tokenizer(["ab"]), about, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_validation_has_a_card_without_results(about, tmp_path):
+    about["results"], about["data"]["validation"] = {}, None
+    write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.eval_results is None
+    assert "How well" not in card.text

@@ -1,0 +1,97 @@
+"""Text is written by transformers' own `generate`, from any model folder."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.data.tokenizer import character_tokenizer
+from minigpt_hf.generation import generate, load
+from tests.conftest import random_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def written(run_folder):
+    return load(str(run_folder / "model"))
+
+
+def test_greedy_text_is_that_of_generate(written):
+    model, tokenizer = written
+    ids = tokenizer("def ", return_tensors="pt").input_ids
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
+    assert generate(model, tokenizer, "def ", max_new_tokens=20, do_sample=False) == [expected]
+
+
+def test_a_seed_repeats_and_another_differs(written):
+    texts = [generate(*written, "def ", seed=seed, max_new_tokens=20)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_without_a_prompt_a_document_begins(written):
+    model, tokenizer = written
+    start = torch.tensor([[tokenizer.bos_token_id]])
+    expected = tokenizer.decode(model.generate(start, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
+    assert generate(model, tokenizer, max_new_tokens=8, do_sample=False) == [expected]
+
+
+def test_several_sequences_can_be_asked_for(written):
+    texts = generate(*written, "def ", seed=0, max_new_tokens=12, num_return_sequences=3)
+    assert len(set(texts)) == 3
+    assert all(text.startswith("def ") for text in texts)
+
+
+def test_text_goes_on_past_the_context_that_was_learnt(written):
+    """Every layer looks back one block; what it writes after many blocks is what it writes after one."""
+    model, tokenizer = written
+    block_size = 32
+    assert model.config.sliding_window == block_size + 1
+    ids = tokenizer("def main(", return_tensors="pt").input_ids
+    long = model.generate(ids, max_new_tokens=5 * block_size, do_sample=False)
+    steps = [ids]
+    for _ in range(5 * block_size):  # without a cache, one token at a time
+        steps.append(model(torch.cat(steps, 1), use_cache=False).logits[:, -1:].argmax(-1))
+        if steps[-1].item() == tokenizer.eos_token_id:
+            break
+    assert torch.equal(long, torch.cat(steps, 1))
+
+
+def test_an_option_that_generate_does_not_have_is_refused_with_the_nearest(written):
+    with pytest.raises(ValueError, match="no option 'temprature'; near: temperature"):
+        generate(*written, "def ", temprature=1)
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_named():
+    with pytest.raises(ValueError, match=r"does not know: 'é' \(U\+00E9\)"):
+        generate(tiny_model(), character_tokenizer(["abc"]), "abé")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no model can be loaded"):
+        load(str(tmp_path))
+
+
+def test_no_method_of_generation_is_overridden():
+    assert "generate" not in vars(MiniGPTForCausalLM)
+    assert MiniGPTForCausalLM.generate.__module__ == "transformers.generation.utils"
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_ways_of_generating_agree_with_the_plain_one(options):
+    model, ids = tiny_model(), random_ids(2, 7)
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
+    other = model.generate(ids, max_new_tokens=12, do_sample=False, **options)
+    if "num_beams" in options:  # a wider search finds a text that is at least as probable
+
+        def surprise(sequences):
+            return model(sequences[:1], labels=sequences[:1]).loss.item()
+
+        assert surprise(other) <= surprise(plain) + 1e-6
+    else:
+        assert torch.equal(other, plain)
+
+
+def test_a_pipeline_writes_text(run_folder):
+    folder = run_folder / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = pipeline("text-generation", model, tokenizer=tokenizer)("def ", max_new_tokens=10, do_sample=False)
+    assert text[0]["generated_text"] == generate(model, tokenizer, "def ", max_new_tokens=10, do_sample=False)[0]

@@ -1,0 +1,122 @@
+"""The house: which room may import which, what is public, and what the wheel carries."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import minigpt_hf
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "minigpt_hf"
+EVERYTHING = {"data", "model", "training", "evaluation", "generation", "publish", "run"}
+# The table of the design: what each room may import of the others.
+MAY_IMPORT = {
+    "model": set(),
+    "data": set(),
+    "evaluation": set(),
+    "generation": set(),
+    "training": {"data", "evaluation", "generation", "publish.folder"},
+    "publish": {"model"},
+    "run": {"data", "model", "training", "evaluation", "publish", "__version__"},
+    "cli": EVERYTHING | {"__version__"},
+    "__init__": {"model"},
+}
+
+
+def imports_of(file: Path) -> set[str]:
+    """What a file imports of this package, as dotted names below it."""
+    package = file.relative_to(PACKAGE).parent.parts
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
+            base = tuple(part for part in base if part)
+            names |= {".".join(base)} if base else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minigpt_hf"):
+            names.add(node.module.removeprefix("minigpt_hf").lstrip("."))
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("minigpt_hf")}
+    return names
+
+
+def room_of(file: Path) -> str:
+    first = file.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    room = room_of(file)
+    foreign = {name for name in imports_of(file) if name.split(".")[0] != room}
+    allowed = MAY_IMPORT[room]
+    beyond = {name for name in foreign if name not in allowed and name.split(".")[0] not in allowed}
+    assert beyond == set()
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(file) for file in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
+
+
+def test_the_model_files_import_nothing_but_torch_and_transformers():
+    for file in (PACKAGE / "model").glob("*_minigpt.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert (node.level, node.module) == (1, "configuration_minigpt")
+            elif isinstance(node, ast.ImportFrom):
+                allowed = {"torch", "transformers", "collections", "huggingface_hub"}
+                assert node.module.split(".")[0] in allowed, node.module
+
+
+def test_public_names():
+    assert sorted(minigpt_hf.__all__) == [
+        "MiniGPTConfig",
+        "MiniGPTForCausalLM",
+        "MiniGPTForQuestionAnswering",
+        "MiniGPTForSequenceClassification",
+        "MiniGPTForTokenClassification",
+        "MiniGPTModel",
+        "__version__",
+    ]
+
+
+def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp_path):
+    """Built here, installed without its sources; the dependencies are those of this environment."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("minigpt_hf-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {"py.typed", "publish/model_card.md", "training/recipes/demo.yaml", "model/modeling_minigpt.py"}
+    assert {f"minigpt_hf/{name}" for name in wanted} <= names
+    assert not any(name.startswith(("tests", "scripts")) for name in names)
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
+    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    site = Path(
+        subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
+    )
+    zipfile.ZipFile(wheel).extractall(site)  # what installing a pure wheel does
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"]
+    argv += ["--max_steps", "2", "--logging_steps", "1"]
+    entry = "import sys; from minigpt_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [python, "-c", entry, *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    where = [python, "-c", "import minigpt_hf; print(minigpt_hf.__file__)"]
+    assert str(site) in subprocess.check_output(where, cwd=tmp_path, text=True)
+    assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["training"]["steps"] == 2

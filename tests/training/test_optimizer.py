@@ -1,0 +1,112 @@
+"""Muon and AdamW in one optimizer do what torch's own do apart."""
+
+import copy
+
+import pytest
+import torch
+
+from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.training.optimizer import MuonAdamW, muon_adamw, orthogonalize
+from tests.conftest import random_ids, tiny_config, tiny_model
+
+SHAPES = [(32, 32), (96, 32), (96, 32), (32, 96), (16, 32)]
+
+
+def parameters_with_gradients(shapes, seed=0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def renew_gradients(groups, seed):
+    for parameters in groups:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_steps_as_torch_optim_muon_does(weight_decay):
+    ours, reference = parameters_with_gradients(SHAPES), parameters_with_gradients(SHAPES)
+    muon = MuonAdamW(
+        [{"params": ours, "algorithm": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": weight_decay}]
+    )
+    torchs = torch.optim.Muon(reference, lr=0.02, momentum=0.95, weight_decay=weight_decay)
+    for step in range(5):
+        renew_gradients([ours, reference], step)
+        muon.step()
+        torchs.step()
+    for a, b in zip(ours, reference, strict=True):
+        # Both iterate in bfloat16 (relative precision 2⁻⁸); a batched product may round the last bit otherwise.
+        torch.testing.assert_close(a, b, atol=5 * 0.02 * 2**-6, rtol=0)
+
+
+def test_adamw_steps_as_torch_optim_adamw_does():
+    ours, reference = parameters_with_gradients([(7, 5), (3,)]), parameters_with_gradients([(7, 5), (3,)])
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    adamw = MuonAdamW([{"params": ours, "algorithm": "adamw", **settings}])
+    torchs = torch.optim.AdamW(reference, fused=True, **settings)
+    for step in range(5):
+        renew_gradients([ours, reference], step)
+        adamw.step()
+        torchs.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+def test_orthogonalizing_makes_all_singular_values_about_one_and_keeps_directions():
+    matrices = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrices)
+    for matrix, turned in zip(matrices, result, strict=True):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        assert torch.linalg.svdvals(turned).min() > 0.6
+        assert torch.linalg.svdvals(turned).max() < 1.3
+        aligned = (left.T @ turned @ right.T).diagonal()  # U·S'·Vᵀ with the same U and V
+        assert (aligned > 0.6).all()
+        assert values.max() / values.min() > 2  # it was not so before
+
+
+def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit():
+    def take_steps(model, optimizer, first, last):
+        for step in range(first, last):
+            ids = random_ids(4, 16 + step)[:, step:]
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight = tiny_model().train()
+    optimizer = muon_adamw(straight, lr=1e-2, muon_lr=0.02, weight_decay=0.1)
+    take_steps(straight, optimizer, 0, 3)
+    resumed = copy.deepcopy(straight)
+    other = muon_adamw(resumed, lr=9.0, muon_lr=9.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(straight, optimizer, 3, 6)
+    take_steps(resumed, other, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_each_parameter_follows_its_rule():
+    model = MiniGPTForCausalLM(tiny_config(tie_word_embeddings=False))
+    optimizer = muon_adamw(model, lr=4e-3, muon_lr=0.02, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rules = {
+        names[id(parameter)]: (group["algorithm"], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert set(rules) == set(names.values())
+    for name, rule in rules.items():
+        if "norm" in name:
+            assert rule == ("adamw", 4e-3, 0.0), name
+        elif "layers" in name:
+            assert rule == ("muon", 0.02, 0.1), name
+        else:
+            assert rule == ("adamw", 4e-3, 0.1), name
+
+
+def test_what_muon_cannot_turn_and_what_has_no_rule_are_refused():
+    with pytest.raises(ValueError, match="is not one"):
+        MuonAdamW([{"params": parameters_with_gradients([(3,)]), "algorithm": "muon"}])
+    with pytest.raises(ValueError, match="use 'muon' or 'adamw'"):
+        MuonAdamW([{"params": parameters_with_gradients([(3, 3)])}])

@@ -1,0 +1,216 @@
+"""The Trainer with our data and optimizer does what the arithmetic says."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.stream import build_stream
+from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.evaluation import evaluate_texts
+from minigpt_hf.generation import load
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments, parse_arguments
+from minigpt_hf.training.callbacks import random_state_kept
+from minigpt_hf.training.trainer import MiniGPTTrainer
+from tests.conftest import ROOT, tiny_model
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import bare_loop
+
+
+@pytest.fixture(scope="module")
+def streams(text_file, tmp_path_factory):
+    corpus, cache = load_corpus(str(text_file)), tmp_path_factory.mktemp("cache")
+    return [build_stream(part, byte_tokenizer(), cache) for part in (corpus.train, corpus.validation.head(2000))]
+
+
+def trained(streams, folder, *, model=None, **settings) -> MiniGPTTrainer:
+    defaults = {"max_steps": 5, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "use_cpu": True}
+    settings = {**defaults, "load_best_model_at_end": False, **settings}
+    args = MiniGPTTrainingArguments(output_dir=str(folder), **settings)
+    model = model or tiny_model(vocab_size=258)
+    blocks = Blocks(streams[0], 32, seed=args.seed)
+    trainer = MiniGPTTrainer(model, args, blocks, streams[1], byte_tokenizer(), callbacks=[])
+    trainer.train()
+    return trainer
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_eight_by_one_equals_one_by_eight(streams, tmp_path):
+    """A step of 8 blocks is the same step in one batch or in eight: sums differ only in their order (float32)."""
+    runs = [
+        trained(streams, tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        for size in (8, 2, 1)
+    ]
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), abs=1e-3)
+    # AdamW does not round to bfloat16 as Muon does, and so agrees more closely.
+    runs = [
+        trained(
+            streams,
+            tmp_path / f"adamw-{size}",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            muon=False,
+            learning_rate=1e-3,
+        )
+        for size in (8, 1)
+    ]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-5)
+
+
+def test_a_training_repeats_bit_for_bit_and_the_seed_matters(streams, tmp_path):
+    settings = {"per_device_train_batch_size": 2, "max_steps": 3}
+    runs = [
+        trained(
+            streams, tmp_path / str(i), seed=seed, model=tiny_model(vocab_size=258, residual_dropout=0.1), **settings
+        )
+        for i, seed in enumerate([1, 1, 2])
+    ]
+    assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
+
+
+def test_one_batch_can_be_learnt_by_heart(streams, tmp_path):
+    """A stream of one block, shown again and again: the loss goes to (nearly) nothing."""
+    text = tmp_path / "line.txt"
+    text.write_text("abcdefghijklmnopqrstuvwxyz012345")
+    stream = build_stream(load_corpus(str(text), 0).train, byte_tokenizer(), tmp_path / "cache")
+    args = MiniGPTTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=120,
+        logging_steps=120,
+        save_strategy="no",
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        use_cpu=True,
+        per_device_train_batch_size=1,
+    )
+    trainer = MiniGPTTrainer(tiny_model(vocab_size=258), args, Blocks(stream, 32, 0), None, byte_tokenizer(), [])
+    trainer.train()
+    score = evaluate_texts(trainer.model.eval(), byte_tokenizer(), [text.read_text()], block_size=32)
+    assert score.loss < 0.05
+
+
+def test_validation_while_training_is_the_figure_of_evaluate(streams, text, tmp_path):
+    trainer = trained(streams, tmp_path, max_steps=2)
+    metrics = trainer.evaluate()
+    validation = text[int(len(text) * 0.9) :][:2000]
+    score = evaluate_texts(trainer.model, byte_tokenizer(), [validation], block_size=32, batch_size=7)
+    assert metrics["eval_loss"] == pytest.approx(score.loss, rel=1e-6)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+
+
+def test_without_muon_the_optimizer_is_the_trainers_own(streams, tmp_path):
+    trainer = trained(streams, tmp_path, max_steps=1, muon=False, optim="adamw_torch")
+    assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
+
+
+def test_a_compiled_training_gives_the_same_losses_and_plain_names(streams, tmp_path):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2}
+    plain = trained(streams, tmp_path / "plain", **settings)
+    compiled = trained(
+        streams,
+        tmp_path / "run",
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        save_strategy="steps",
+        **settings,
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
+    names = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    assert set(names) == set(dict(plain.model.named_parameters()))
+
+
+def test_label_smoothing_shifts_the_labels(streams, tmp_path):
+    """With smoothing ε the loss is (1-ε)·CE + ε·mean over the vocabulary, of the *next* token."""
+    trainer = trained(streams, tmp_path, max_steps=1, label_smoothing_factor=0.1)
+    blocks = trainer.train_dataset
+    batch = blocks.collate([blocks[0, i] for i in range(2)])
+    model = trainer.model.eval()
+    loss = trainer.compute_loss(model, dict(batch))
+    log_shares = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+    right = -log_shares.gather(-1, batch["input_ids"][:, 1:, None]).mean()
+    torch.testing.assert_close(loss, 0.9 * right + 0.1 * -log_shares.mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bare_loop_gives_the_losses_of_the_trainer(run_folder, recipe_file, text_file, tmp_path):
+    arguments = parse_arguments(
+        ["--data", str(text_file), "--output_dir", str(tmp_path / "bare")], recipe=str(recipe_file)
+    )
+    bare = bare_loop.train(arguments)
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    logged = [row["loss"] for row in rows if "loss" in row]
+    means = [sum(bare[i : i + 10]) / 10 for i in range(0, 40, 10)]
+    assert logged == pytest.approx(means, rel=1e-6)  # the log rounds a float32 sum
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "bare").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(run_folder / "checkpoint-40").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def test_every_checkpoint_loads_and_holds_no_pickled_arguments(run_folder):
+    checkpoints = sorted(run_folder.glob("checkpoint-*"))
+    assert [checkpoint.name for checkpoint in checkpoints] == ["checkpoint-20", "checkpoint-40"]
+    for checkpoint in checkpoints:
+        model, tokenizer = load(str(checkpoint))
+        assert len(tokenizer) == model.config.vocab_size
+        assert model.config.use_cache is True
+        assert not (checkpoint / "training_args.bin").exists()
+
+
+def test_the_published_model_is_the_best_checkpoint(run_folder):
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
+    published = load_file(run_folder / "model" / "model.safetensors")
+    checkpoint = load_file(run_folder / f"checkpoint-{best['step']}" / "model.safetensors")
+    assert all(torch.equal(published[name], checkpoint[name]) for name in checkpoint)
+    results = json.loads((run_folder / "model" / "minigpt.json").read_text())["results"]
+    assert results["loss"] == pytest.approx(best["eval_loss"], rel=1e-12)
+
+
+def test_the_recipe_of_a_run_gives_that_run_again(run_folder, recipe_file, text_file, tmp_path):
+    recipe = run_folder / "recipe.yaml"
+    flags = ["--output_dir", str(tmp_path), "--use_cpu"]
+    again = parse_arguments(flags, recipe=str(recipe))
+    first = parse_arguments(["--data", str(text_file), *flags], recipe=str(recipe_file))
+    assert again[:2] == first[:2]
+    assert again[2].to_dict() == first[2].to_dict()
+    assert yaml.safe_load(recipe.read_text())["max_steps"] == 40
+
+
+def test_the_log_holds_every_figure(run_folder):
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == [10, 20, 30, 40]
+    assert [row["tokens"] for row in training] == [step * 4 * 32 for step in (10, 20, 30, 40)]
+    wanted = {"loss", "grad_norm", "learning_rate", "bits_per_byte", "tokens_per_second", "seconds", "epoch"}
+    assert wanted <= set(training[0])
+    assert [row["step"] for row in rows if "eval_loss" in row] == [20, 40]
+    assert training[-1]["loss"] < training[0]["loss"]
+
+
+def test_samples_leave_all_random_states_as_they_were():
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    expected = draw()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    with random_state_kept():
+        draw()
+    assert draw() == expected
