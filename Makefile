@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install
+.PHONY: demo test lint docs-check install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
-	$(BIN)/minigpt generate runs/demo/model --prompt "def " --max_new_tokens 200 --seed 1
+	$(BIN)/minigpt generate runs/demo/model --prompt "def __init__(self, " --max_new_tokens 150 --seed 2
 
 test: install
 	$(BIN)/python -m pytest -n 2
+
+# The commands of the README that take minutes, in a copy, as on a fresh machine.
+docs-check:
+	@folder=$$(mktemp -d) && git clone --quiet . $$folder && $(MAKE) --directory $$folder demo test && rm -rf $$folder
 
 lint: install
 	$(BIN)/ruff check .

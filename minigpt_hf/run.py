@@ -74,6 +74,10 @@ def claim_run_folder(training: MiniGPTTrainingArguments) -> Path:
     if training.should_save and not training.resume_from_checkpoint and run.is_dir() and any(run.iterdir()):
         what = "holds another run" if (run / "recipe.yaml").is_file() else "is not empty"
         raise ValueError(f"--output_dir {run}: {what}; name another folder, or remove this one")
+    if (run / "model").exists():
+        raise ValueError(
+            f"--output_dir {run}: this run is finished, its model is in {run / 'model'}; name another folder"
+        )
     return run
 
 

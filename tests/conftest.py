@@ -67,7 +67,7 @@ def tiny_config(**overrides) -> MiniGPTConfig:
 
 
 def tiny_model(**overrides) -> MiniGPTForCausalLM:
-    """The same model each time, as training leaves it: no parameter at its initial value (fresh ones have zeros)."""
+    """The same model each time, far from its initial values: norm weights differ from 1, logits from uniform."""
     torch.manual_seed(0)
     model = MiniGPTForCausalLM(tiny_config(**overrides))
     generator = torch.Generator().manual_seed(1)

@@ -179,13 +179,17 @@ def _files_below(folder: Path, endings: frozenset[str]) -> list[str]:
 
 
 def _standard_library() -> list[str]:
-    """The .py files of this Python, without its tests: real text, some megabytes, on every machine."""
+    """The .py files of this Python: real text, some megabytes, on every machine.
+
+    Left out are tests, tables, and what describes this very machine.
+    """
     folder = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
     return [
         file
         for file in _files_below(folder, frozenset({".py"}))
         if left_out.isdisjoint(Path(file).relative_to(folder).parts)
+        and not Path(file).name.startswith("_sysconfigdata")
     ]
 
 

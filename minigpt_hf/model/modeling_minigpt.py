@@ -247,7 +247,7 @@ class MiniGPTDecoderLayer(GradientCheckpointingLayer):
 class MiniGPTPreTrainedModel(PreTrainedModel):
     """What all MiniGPT classes share: how weights start, and what transformers may do with them.
 
-    Fresh weights, with r = `initializer_range`:
+    Fresh weights, with r = `initializer_range` and L = `num_hidden_layers`:
 
     | parameter                         | start           | why                                                |
     |-----------------------------------|-----------------|----------------------------------------------------|
@@ -255,7 +255,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     | … its row of `pad_token_id`       | 0               | padding says nothing                               |
     | `q_proj` `k_proj` `v_proj`        | N(0, r²)        | the norms around them set the scale                |
     | `gate_proj` `up_proj`             | N(0, r²)        | likewise                                           |
-    | `o_proj` `down_proj`              | 0               | each block starts as the identity (arXiv:1901.09321) |
+    | `o_proj` `down_proj`              | N(0, r² / 2L)   | L layers add 2L branches, in sum as much as one (GPT-2) |
     | `lm_head`, if not tied            | N(0, r²)        | as the embeddings                                  |
     | all norm weights                  | 1               | a plain normalisation                              |
     | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | the usual fresh classifier                        |
@@ -278,7 +278,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
         # The tag sits on the Linear: for classes outside transformers this method never sees a module without
         # parameters of its own, such as the attention that holds it.
         if module.__dict__.get("leaves_branch"):
-            init.zeros_(module.weight)
+            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
 
 class MiniGPTModel(MiniGPTPreTrainedModel):

@@ -132,6 +132,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     # The Trainer would drop `shift_labels`, which `forward` takes through its keyword arguments.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop what `forward` does not name."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search each step for parameters without gradient; MiniGPT has none."}
+    )
     # Lines in our own format instead of a bar: they can be read an hour later.
     disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar of the Trainer's."})
 

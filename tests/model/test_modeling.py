@@ -182,7 +182,7 @@ def test_qwen3_loads_the_weights_untouched_and_gives_the_same_logits_bit_for_bit
 
 
 def test_fresh_weights_are_as_the_table_says():
-    """The table in the docstring of MiniGPTPreTrainedModel, line by line."""
+    """The table in the docstring of MiniGPTPreTrainedModel, line by line; r = 0.05 and L = 2."""
     model = MiniGPTForCausalLM(
         tiny_config(vocab_size=4000, hidden_size=256, head_dim=64, tie_word_embeddings=False, initializer_range=0.05)
     )
@@ -190,24 +190,17 @@ def test_fresh_weights_are_as_the_table_says():
     for name, weight in model.named_parameters():
         kind = name.split(".")[-2]
         seen.add(kind)
-        if kind in ("o_proj", "down_proj"):
-            assert not weight.any(), name
-        elif "norm" in kind:
+        if "norm" in kind:
             assert (weight == 1).all(), name
-        else:
-            if kind == "embed_tokens":
-                assert not weight[model.config.pad_token_id].any()
-            assert weight.mean().item() == pytest.approx(0, abs=2e-3), name
-            assert weight.std().item() == pytest.approx(0.05, rel=0.03), name
+            continue
+        if kind == "embed_tokens":
+            assert not weight[model.config.pad_token_id].any()
+        expected = 0.05 / 2 if kind in ("o_proj", "down_proj") else 0.05
+        assert weight.mean().item() == pytest.approx(0, abs=2e-3), name
+        assert weight.std().item() == pytest.approx(expected, rel=0.03), name
     projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head"
     norms = "norm q_norm k_norm input_layernorm post_attention_layernorm"
     assert seen == {*projections.split(), *norms.split()}
-
-
-def test_a_fresh_block_is_the_identity():
-    model, ids = MiniGPTForCausalLM(tiny_config()), random_ids(2, 10)
-    states = model(ids, output_hidden_states=True).hidden_states
-    assert torch.equal(states[0], states[1])
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -226,10 +219,8 @@ def test_every_parameter_moves():
     model, ids = MiniGPTForCausalLM(tiny_config(tie_word_embeddings=False)).train(), random_ids(8, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    for _ in range(3):  # the zero matrices move first, what lies behind them next
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
     still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
     assert still == []
 

@@ -1,0 +1,79 @@
+"""What the documents say is so: their commands run, their links lead somewhere, their figures can be found."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from minigpt_hf.cli import main
+from minigpt_hf.training.arguments import recipe_names
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+# Done for real elsewhere: `make test` is this very run, `make demo` and the installation are `make docs-check`.
+ELSEWHERE = ("make ", "python -m venv", ".venv/bin/python -m pip", ".venv/bin/python -m pytest")
+SHORT = "--max_steps 2 --logging_steps 1 --validation_characters 500 --sample_tokens 5 --use_cpu".split()
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, capsys):
+    """With few steps; folders and files are made as the README supposes them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tinyshakespeare.txt", "notes.txt", "my_folder/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("ROMEO: " + text[:20_000], encoding="utf-8")
+    ran = 0
+    for words in commands():
+        line = " ".join(words)
+        if line.startswith(ELSEWHERE):
+            continue
+        if words[0] == "python":
+            argv = [sys.executable, str(ROOT / words[1]), *words[2:]]
+            argv += SHORT if words[1].endswith("bare_loop.py") else []
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+        else:
+            assert words[0] in ("minigpt", ".venv/bin/minigpt"), line
+            is_training = words[1] == "train" and "--help" not in words
+            if is_training and "--output_dir" in words:  # the README trains `runs/demo` with and without make
+                shutil.rmtree(words[words.index("--output_dir") + 1], ignore_errors=True)
+            assert main(words[1:] + SHORT * is_training) == 0, capsys.readouterr().err
+        ran += 1
+    assert ran >= 9
+
+
+def test_the_python_of_the_readme_runs(run_folder, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run_folder)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(code, names)
+    ids = names["tokenizer"]("def ", return_tensors="pt").input_ids
+    assert names["model"].generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+def test_every_link_leads_to_a_file(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if not target.startswith(("http", "figures/")):
+            assert (document.parent / target).exists(), target
+
+
+def test_the_readme_lists_every_recipe():
+    assert set(re.findall(r"^\| `([a-z0-9-]+)`", README, re.MULTILINE)) == set(recipe_names())
+
+
+def test_the_first_figure_of_the_readme_is_in_the_results():
+    (figure,) = re.findall(r"\*\*(\d\.\d+) nats per character\*\*", README)
+    assert figure in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
