@@ -57,6 +57,7 @@ def train(argv: list[str]) -> None:
 
     from . import run
 
+    _quiet()
     run.train(arguments)
 
 
@@ -76,13 +77,15 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--stride", type=int, help="tokens scored in a window (default: block_size)")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time (default: 16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     args = parser.parse_args(argv)
 
     from .data.corpus import load_corpus
     from .evaluation import evaluate_texts
     from .generation import load
 
-    model, tokenizer = load(args.model)
+    _quiet()
+    model, tokenizer = load(args.model, args.trust_remote_code)
     recipe = _recipe_of(args.model)
     fraction = args.validation_fraction
     if fraction is None:
@@ -115,6 +118,7 @@ def generate(argv: list[str]) -> None:
     parser.add_argument("model", help="a model folder or Hub id")
     parser.add_argument("--prompt", default="", help="what the text starts with (default: nothing: a new document)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
     args, rest = parser.parse_known_args(argv)
     options = {"max_new_tokens": 200, **_options(rest)}
@@ -124,7 +128,8 @@ def generate(argv: list[str]) -> None:
     from .generation import generate as write
     from .generation import load
 
-    model, tokenizer = load(args.model)
+    _quiet()
+    model, tokenizer = load(args.model, args.trust_remote_code)
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
@@ -187,27 +192,31 @@ def _recipe_of(folder: str) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))["recipe"] if file.is_file() else {}
 
 
-def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
-    """Run a verb; tell an error that a user can put right in one line."""
+def _quiet() -> None:
+    """No bars for steps that take a blink; what takes long says so in lines of its own."""
     import datasets
-    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
-    # Bars for steps that take a blink; what takes long says so in lines of its own.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+
+
+def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
+    """Run a verb; tell an error that a user can put right in one line."""
     try:
         VERBS[verb](argv)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        if debug:
-            raise
-        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-            error = error.__cause__
-        print(f"minigpt {verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"minigpt {verb}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        if debug or not isinstance(error, ValueError | OSError | StrictDataclassError):
+            raise
+        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+            error = error.__cause__  # the sentence of the check, without the name of the checker
+        print(f"minigpt {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 

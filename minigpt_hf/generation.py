@@ -18,15 +18,18 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 
-def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
 
+    Args:
+        trust_remote_code: Whether to run code that other models bring along; a MiniGPT needs none of it here.
+
     Raises:
-        ValueError: if there is no model there.
+        ValueError: if there is no model there, or it brings code that is not trusted.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: no model can be loaded from it ({str(error).splitlines()[0]}); give a model folder or a Hub id"

@@ -19,7 +19,14 @@ from . import __version__
 from .data.blocks import Blocks
 from .data.corpus import Corpus, load_corpus
 from .data.stream import TokenStream, build_stream
-from .data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer, load_tokenizer, tokenizer_fingerprint
+from .data.tokenizer import (
+    byte_level_bpe,
+    byte_tokenizer,
+    character_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from .evaluation import Score, summarize
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
@@ -58,9 +65,9 @@ def train(arguments: Arguments) -> Path:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     results = final_score(trainer, validation, data.block_size)
     if trainer.is_world_process_zero():
-        about = describe(arguments, corpus, tokenizer, stream, validation, trainer, results)
-        about["training"] |= {"seconds": round(lines.seconds, 1), "time": duration(lines.seconds)}
-        about["sample"] = {"prompt": training.sample_prompt, "text": samples.latest}
+        about = describe(
+            arguments, corpus, tokenizer, stream, validation, trainer, results, lines.seconds, samples.latest
+        )
         write_model_folder(run / "model", trainer.model, tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
     return run / "model"
@@ -103,7 +110,7 @@ def make_config(architecture: ModelArguments, block_size: int, tokenizer: PreTra
         settings["sliding_window"] = settings["sliding_window"] or block_size + 1
         longest = longest or 16 * block_size
     config = MiniGPTConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=longest or block_size,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         bos_token_id=tokenizer.bos_token_id,
@@ -167,6 +174,8 @@ def describe(
     validation: TokenStream | None,
     trainer: MiniGPTTrainer,
     results: Score | None,
+    seconds: float,
+    sample: str,
 ) -> dict[str, Any]:
     """Everything that a model folder tells about where it comes from: the content of `minigpt.json`."""
     data, _, training = arguments
@@ -185,7 +194,7 @@ def describe(
         },
         "tokenizer": {
             "kind": {"bpe": "byte-level BPE"}.get(data.tokenizer, data.tokenizer),
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "bytes_per_token": stream.bytes / (len(stream) - len(stream.documents)),
             "fingerprint": tokenizer_fingerprint(tokenizer),
         },
@@ -194,9 +203,12 @@ def describe(
             "steps": trainer.state.global_step,
             "tokens_per_step": step,
             "tokens": trainer.state.global_step * step,
+            "seconds": round(seconds, 1),
+            "time": duration(seconds),
             "device": device_name(training),
         },
         "results": results.to_dict() if results else {},
+        "sample": {"prompt": training.sample_prompt, "text": sample},
     }
 
 

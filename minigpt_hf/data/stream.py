@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import Documents
-from .tokenizer import Encoder, tokenizer_fingerprint
+from .tokenizer import Encoder, tokenizer_fingerprint, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _write_stream(
     num_proc: int | None,
     progress: Callable[[int], None],
 ) -> None:
-    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
     end_of_text = np.array([tokenizer.eos_token_id], dtype=dtype)
     starts, written, characters, size = [], 0, 0, 0
     with (folder / "tokens.bin").open("wb") as file:

@@ -125,9 +125,14 @@ class MiniGPTTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=20, metadata={"help": "A line every so many steps; below 1, a share of all."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to validate: no, steps or epoch."})
     eval_steps: float | None = field(default=0.25, metadata={"help": "Validate every so many steps; below 1, a share."})
-    save_steps: float = field(default=0.25, metadata={"help": "Save every so many steps; below 1, a share of all."})
+    save_steps: float = field(default=None, metadata={"help": "Save every so many steps; default: as eval_steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep: the best and the last."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Publish the best by validation loss."})
+    load_best_model_at_end: bool = field(
+        default=None,
+        metadata={
+            "help": "Publish the best by validation loss; default: if it is validated and saved at the same steps."
+        },
+    )
     # A loss that is not a number is to be seen; the Trainer would log 0.0 in its place.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     # The Trainer would drop `shift_labels`, which `forward` takes through its keyword arguments.
@@ -141,6 +146,11 @@ class MiniGPTTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
+        if self.save_steps is None:
+            self.save_steps = self.eval_steps
+        if self.load_best_model_at_end is None:
+            together = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
+            self.load_best_model_at_end = self.eval_strategy != "no" and together
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinned memory speeds up copies to an accelerator; there is none

@@ -42,6 +42,22 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     assert read_recipe(str(file)) == {"learning_rate": 0.004}
 
 
+@pytest.mark.parametrize(
+    ("flags", "save_steps", "best"),
+    [
+        ([], 0.25, True),
+        (["--eval_steps", "100"], 100, True),
+        (["--save_steps", "50"], 50, False),
+        (["--eval_strategy", "no"], 0.25, False),
+        (["--validation_fraction", "0"], 0.25, False),
+        (["--load_best_model_at_end", "false"], 0.25, False),
+    ],
+)
+def test_checkpoints_follow_validation_so_that_the_best_can_be_published(flags, save_steps, best):
+    _, _, training = parse_arguments(["--use_cpu", *flags], recipe="demo")
+    assert (training.save_steps, training.load_best_model_at_end) == (save_steps, best)
+
+
 @pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "found a list"), ("a: [1\n", "not YAML")])
 def test_a_recipe_that_is_no_mapping_is_refused(text, message, tmp_path):
     file = tmp_path / "r.yaml"
