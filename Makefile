@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs-check install
+.PHONY: demo test lint docs-check torture install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
@@ -10,6 +10,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2
+
+# A hundred real kills in one training, most of them inside a save; the end is compared bit for bit.
+torture: install
+	$(BIN)/python scripts/torture.py --kills 100
 
 # The commands of the README that take minutes, in a copy, as on a fresh machine.
 docs-check:

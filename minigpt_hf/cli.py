@@ -211,12 +211,14 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassError
 
-        if debug or not isinstance(error, ValueError | OSError | StrictDataclassError):
+        from .training.stops import RunStopped
+
+        if debug or not isinstance(error, ValueError | OSError | StrictDataclassError | RunStopped):
             raise
         if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__  # the sentence of the check, without the name of the checker
         print(f"minigpt {verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code if isinstance(error, RunStopped) else 2
     return 0
 
 

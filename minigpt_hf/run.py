@@ -1,7 +1,7 @@
 """The story of a training: corpus -> tokenizer -> stream -> model -> trainer -> folder.
 
 In: the three dataclasses of `training.arguments`. Out: a run folder with checkpoints, log and recipe, and in it `model/`,
-the folder that is published. It refuses to write into a folder that holds anything.
+the folder that is published. It refuses to write into a folder that holds anything but the same run, which then goes on.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 import yaml
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
@@ -33,15 +34,18 @@ from .model.modeling_minigpt import MiniGPTForCausalLM
 from .publish.folder import write_model_folder
 from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments, resolved
 from .training.callbacks import Lines, Samples
+from .training.checkpoint import FINGERPRINT, differences, newest_valid, set_aside, what_is_wrong
 from .training.plan import device_name, duration, show_plan, tokens_per_step
+from .training.stops import Interrupted, StopAtBoundary
 from .training.trainer import MiniGPTTrainer
 
 
 def train(arguments: Arguments) -> Path:
-    """Train a GPT from scratch and return its model folder.
+    """Train a GPT from scratch and return its model folder; a run that was interrupted goes on, exactly.
 
     Raises:
-        ValueError: if the text, the configuration or the output folder cannot be used.
+        ValueError: if the text, the configuration or the output folder cannot be used, or settings have changed.
+        RunStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
     """
     data, architecture, training = arguments
     run = claim_run_folder(training)
@@ -53,16 +57,27 @@ def train(arguments: Arguments) -> Path:
     with training.main_process_first(desc="token streams"):  # the other processes find what the first one made
         stream, validation = make_streams(corpus, tokenizer, data)
     blocks = Blocks(stream, data.block_size, training.seed)
+    fingerprint = fingerprint_of(arguments, stream, validation, tokenizer, config)
+    if (run / "model").exists():
+        say_that_it_is_finished(run, fingerprint)
+        return run / "model"
+    checkpoint = checkpoint_to_resume(run, fingerprint, training)
     model = make_model(config)
 
     lines = Lines(run / "log.jsonl", tokens_per_step(training, data.block_size), len(stream) / stream.bytes)
     samples = Samples(tokenizer, training.sample_prompt, training.sample_tokens)
-    trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, callbacks=[lines, samples])
+    stop = StopAtBoundary()
+    trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, [lines, samples, stop], fingerprint)
     if trainer.is_world_process_zero():
+        trainer.check_room()
         (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(arguments), sort_keys=False), encoding="utf-8")
+        (run / FINGERPRINT).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
         show_plan(trainer, corpus, stream)
 
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.number is not None:
+        raise Interrupted(stop.number, trainer.state.global_step)
     results = final_score(trainer, validation, data.block_size)
     if trainer.is_world_process_zero():
         about = describe(
@@ -74,18 +89,104 @@ def train(arguments: Arguments) -> Path:
 
 
 def claim_run_folder(training: MiniGPTTrainingArguments) -> Path:
-    """The run folder, which is made when all else is known to work; only a resumed run may find something in it."""
+    """The run folder, empty, absent, or with a run of ours that may go on; with --fresh that run is renamed."""
     run = Path(training.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output_dir {run}: this is a file; name a folder")
-    if training.should_save and not training.resume_from_checkpoint and run.is_dir() and any(run.iterdir()):
-        what = "holds another run" if (run / "recipe.yaml").is_file() else "is not empty"
-        raise ValueError(f"--output_dir {run}: {what}; name another folder, or remove this one")
-    if (run / "model").exists():
-        raise ValueError(
-            f"--output_dir {run}: this run is finished, its model is in {run / 'model'}; name another folder"
-        )
+    if not training.should_save or not run.is_dir() or not any(run.iterdir()):
+        return run
+    if not (run / FINGERPRINT).is_file():
+        raise ValueError(f"--output_dir {run}: is not empty and holds no run; name another folder")
+    if training.fresh:
+        print(f"the run that was in {run} is kept as {set_aside(run)}", flush=True)
     return run
+
+
+def say_that_it_is_finished(run: Path, fingerprint: dict[str, Any]) -> None:
+    """A run that is asked for again is not run again; another one does not take its place."""
+    if changed := differences(read_json(run / FINGERPRINT), fingerprint):
+        raise ValueError(
+            f"--output_dir {run}: holds another run, which is finished ({in_words(changed)}); name another folder, or "
+            "say --fresh"
+        )
+    print(f"this run is finished; the model is in {run / 'model'}", flush=True)
+
+
+def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniGPTTrainingArguments) -> Path | None:
+    """The newest checkpoint that is whole, if the run was started with the same settings."""
+    if not (run / FINGERPRINT).is_file():
+        if training.resume_from_checkpoint:
+            raise ValueError(f"--resume_from_checkpoint: there is no run in {run} that could go on")
+        return None
+    if training.resume_from_checkpoint:
+        checkpoint = Path(training.resume_from_checkpoint)
+        if fault := what_is_wrong(checkpoint):
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}: it is broken ({fault})")
+    else:
+        checkpoint, lines = newest_valid(run)
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+    changed = differences(read_json((checkpoint or run) / FINGERPRINT), fingerprint)
+    if fixed := {name: pair for name, pair in changed.items() if name.startswith("config.") and name not in MAY_CHANGE}:
+        raise ValueError(
+            f"--output_dir {run}: holds another run, its model is another ({in_words(fixed)}); name another folder, or say "
+            "--fresh"
+        )
+    for name in training.allow_change:
+        if name not in fingerprint:
+            raise ValueError(f"--allow_change {name}: a run is not known by that; there are {', '.join(fingerprint)}")
+    refused = {name: pair for name, pair in changed.items() if name not in training.allow_change}
+    if refused:
+        raise ValueError(
+            f"--output_dir {run}: holds another run, or this one with other settings ({in_words(refused)}); name another "
+            f"folder, say --fresh, or let it go on with --allow_change {' '.join(refused)}"
+        )
+    if changed:
+        print(f"changed: {in_words(changed)}", flush=True)
+    if checkpoint:
+        step = read_json(checkpoint / "trainer_state.json")["global_step"]
+        keep_log_until(run / "log.jsonl", step)
+        print(f"going on from step {step} ({checkpoint})", flush=True)
+    return checkpoint
+
+
+# What may change about a model that goes on training; the rest is what it is.
+MAY_CHANGE = {"config.attention_dropout", "config.embedding_dropout", "config.residual_dropout"}
+
+
+def fingerprint_of(
+    arguments: Arguments,
+    stream: TokenStream,
+    validation: TokenStream | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: MiniGPTConfig,
+) -> dict[str, Any]:
+    """Everything that decides which numbers a run computes, by name; a run goes on only where it is the same."""
+    data, _, training = arguments
+    model = config.to_dict()
+    architecture = {f"config.{name}": model[name] for name in vars(arguments[1]) if name in model}
+    names = "learning_rate muon_learning_rate muon_momentum muon optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    names += "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps num_train_epochs seed "
+    names += "label_smoothing_factor bf16 fp16 world_size"
+    values = {**training.to_dict(), "world_size": training.world_size}
+    return {
+        "data": stream.fingerprint,
+        "validation": validation.fingerprint if validation else None,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "block_size": data.block_size,
+        "effective_batch": tokens_per_step(training, data.block_size) // data.block_size,
+        **architecture,
+        "config.rope_theta": model["rope_parameters"]["rope_theta"],
+        **{name: values[name] for name in names.split()},
+        "device": training.device.type,
+        "minigpt_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def in_words(changed: dict[str, tuple[Any, Any]]) -> str:
+    """{"seed": (1, 2)} -> "seed was 1 and is 2"."""
+    return ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
 
 
 def make_tokenizer(corpus: Corpus, data: DataArguments) -> PreTrainedTokenizerBase:
@@ -221,6 +322,17 @@ def describe_stream(stream: TokenStream) -> dict[str, Any]:
         "tokens": len(stream),
         "fingerprint": stream.fingerprint,
     }
+
+
+def keep_log_until(file: Path, step: int) -> None:
+    """Drop the rows of steps that were lost: they will be taken again."""
+    rows = [row for row in read_log(file) if row["step"] <= step] if file.is_file() else []
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of this package's making."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

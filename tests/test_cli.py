@@ -195,7 +195,10 @@ BAD = {
     "no such tokenizer": (["--tokenizer", "absent"], "tokenizer absent: cannot be loaded"),
     "an unknown encoding": (["--encoding", "utf-9"], "encoding 'utf-9' is unknown"),
     "a model shorter than its blocks": (["--max_position_embeddings", "8"], "less than --block_size 32"),
-    "another run": (["--output_dir", "taken"], "taken: holds another run; name another folder"),
+    "another run": (
+        ["--output_dir", "taken"],
+        "taken: holds another run.*; name another folder, or say --fresh",
+    ),
     "a folder in use": (["--output_dir", "used"], "used: is not empty"),
     "a file for a folder": (["--output_dir", "text.txt"], r"text\.txt: this is a file"),
 }
@@ -210,9 +213,9 @@ def workshop(tmp_path, monkeypatch, text):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "text.txt").write_text(text[:20_000])
     (tmp_path / "typo.yaml").write_text("hiden_size: 8\n")
-    for name, file in (("taken", "recipe.yaml"), ("used", "thesis.docx")):
+    for name, file, content in (("taken", "fingerprint.json", '{"seed": 7}'), ("used", "thesis.docx", "precious")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text("precious")
+        (tmp_path / name / file).write_text(content)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,6 +11,7 @@ epoch, as all cuts do. The order of the blocks is a seeded permutation that is c
 stands is two numbers, and to resume is arithmetic.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -71,12 +72,17 @@ class Blocks(Dataset):
 
 
 class BlockSampler(Sampler):
-    """Yields (epoch, index) for every block of an epoch, in a seeded order that differs from epoch to epoch."""
+    """Yields (epoch, index) for every block of an epoch, in a seeded order that differs from epoch to epoch.
+
+    `passed` says how many of the next epoch are behind us: a resumed loop counts them off without looking, so they are
+    not computed, and the millionth step starts as fast as the first.
+    """
 
     def __init__(self, number_of_blocks: int, seed: int):
         self.number_of_blocks = number_of_blocks
         self.seed = seed
         self.epoch = 0
+        self.passed = 0
 
     def __len__(self) -> int:
         return self.number_of_blocks
@@ -87,7 +93,9 @@ class BlockSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         keys = permutation_keys(self.seed, self.epoch)
-        for place in range(self.number_of_blocks):
+        passed, self.passed = self.passed, 0
+        yield from itertools.repeat((self.epoch, 0), passed)
+        for place in range(passed, self.number_of_blocks):
             yield self.epoch, permute(place, self.number_of_blocks, keys)
 
 

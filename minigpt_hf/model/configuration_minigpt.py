@@ -50,7 +50,7 @@ class MiniGPTConfig(PreTrainedConfig):
         residual_dropout: Share of each branch's output dropped while training, before it joins the residual stream.
 
     Raises:
-        ValueError (wrapped by `huggingface_hub.errors.StrictDataclassError`): if the architecture cannot be built.
+        ValueError, or `huggingface_hub.errors.StrictDataclassError` around one: if the architecture cannot be built.
     """
 
     model_type = "minigpt"

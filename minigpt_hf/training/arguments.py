@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -110,6 +110,17 @@ class MiniGPTTrainingArguments(TrainingArguments):
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
     sample_prompt: str = field(default="", metadata={"help": "What the samples shown while training start with."})
     sample_tokens: int = field(default=120, metadata={"help": "Tokens in such a sample; 0 for no samples."})
+
+    fresh: bool = field(
+        default=False, metadata={"help": "Start over: a run that is in output_dir is renamed, not deleted."}
+    )
+    allow_change: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings that may differ from those a run was started with, when it goes on."},
+    )
+    on_bad_loss: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "What a step does whose loss or gradient is not finite, or has exploded."}
+    )
 
     learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "How slowly AdamW forgets squared gradients."})
@@ -248,9 +259,9 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
 
 # Where a run lies and what it runs on is not part of what it does; others the Trainer derives by itself.
 NOT_IN_A_RECIPE = {
-    *("output_dir", "cache_dir", "num_proc", "resume_from_checkpoint", "report_to", "hub_token", "local_rank"),
-    *("bf16", "dataloader_pin_memory", "accelerator_config", "do_eval", "debug", "fsdp_config"),
-    *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better"),
+    *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to"),
+    *("bf16", "dataloader_pin_memory", "accelerator_config", "do_eval", "debug", "fsdp_config", "hub_token"),
+    *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
 }
 
 

@@ -96,7 +96,7 @@ class Samples(TrainerCallback):
         self.latest = ""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        self._show("before training", state, model)
+        self._show(f"at step {state.global_step}" if state.global_step else "before training", state, model)
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         if state.global_step < state.max_steps:
@@ -107,7 +107,8 @@ class Samples(TrainerCallback):
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        self._show("after training", state, model)
+        if state.global_step >= state.max_steps:  # who stopped it is waiting
+            self._show("after training", state, model)
 
     def _show(self, when: str, state, model: PreTrainedModel) -> None:
         if self.tokens and state.is_world_process_zero:

@@ -1,0 +1,124 @@
+"""What a checkpoint promises: it is whole or it is not there, it is verified before it is used, and it is exact.
+
+In: a folder that the Trainer fills. Out: `checkpoint-N/` with a manifest; or, when a run goes on, the newest checkpoint
+that is still what was written. It refuses a checkpoint in which any byte differs, and never deletes one for it.
+
+Why the promises hold, in the order of events:
+
+1. *Write.* Everything goes into `.unfinished/checkpoint-N/`. Whatever happens there, no checkpoint is touched.
+2. *Seal.* `manifest.json` lists the size and SHA-256 of every file; each file and the folder are forced to disk.
+3. *Rename.* One rename, atomic on POSIX file systems, makes it `checkpoint-N/`; the parent folder is forced to disk.
+4. *Resume.* Checkpoints are verified against their manifests, newest first. A broken one is renamed, not deleted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
+
+
+@contextmanager
+def whole_or_absent(checkpoint: Path) -> Iterator[Path]:
+    """Yield a folder to fill; when the block ends without an error, it becomes `checkpoint`, sealed."""
+    folder = unfinished(checkpoint)
+    shutil.rmtree(folder.parent, ignore_errors=True)  # what a killed run left
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        seal(folder)
+        if checkpoint.exists():  # a run that went back to an earlier checkpoint writes this one again
+            set_aside(checkpoint)
+        folder.rename(checkpoint)
+        _to_disk(checkpoint.parent)
+    finally:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def unfinished(checkpoint: Path) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return checkpoint.parent / ".unfinished" / checkpoint.name
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest and force everything to disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {}
+    for file in files:
+        _to_disk(file)
+        entries[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    _to_disk(folder / MANIFEST)
+    _to_disk(folder)
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Compare a checkpoint with its manifest; `None` if every byte is as it was written."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in entries.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["size"]:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
+            if _sha256(file) != entry["sha256"]:
+                return f"the content of {name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    needed = {"config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", FINGERPRINT} - set(entries)
+    return f"{', '.join(sorted(needed))} not in {MANIFEST}" if needed else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """`checkpoint-N` folders of a run, oldest first, by step."""
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line about each broken one that was set aside on the way to it."""
+    lines = []
+    for checkpoint in reversed(checkpoints(run)):
+        fault = what_is_wrong(checkpoint)
+        if fault is None:
+            return checkpoint, lines
+        kept = set_aside(checkpoint)
+        lines.append(f"{checkpoint.name} is broken ({fault}); it is kept as {kept.name}")
+    return None, lines
+
+
+def set_aside(path: Path) -> Path:
+    """Rename `path` to `path.aside-1`, `-2`, …: nothing is deleted."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.aside-{number}")).exists():
+        number += 1
+    return path.rename(kept)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries of two fingerprints that differ: name -> (old, new)."""
+    names = sorted({*old, *new})
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Force a file, or the list of names in a folder, from memory to disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders, and writes their entries through
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,460 @@
+"""A checkpoint is whole or absent, verified before use, and exact."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt_hf.cli import main
+from minigpt_hf.training import checkpoint as module
+from minigpt_hf.training.checkpoint import (
+    MANIFEST,
+    newest_valid,
+    seal,
+    set_aside,
+    what_is_wrong,
+    whole_or_absent,
+)
+from minigpt_hf.training.trainer import MiniGPTTrainer
+
+SMALL = """
+tokenizer: bytes
+block_size: 16
+hidden_size: 32
+num_hidden_layers: 2
+num_attention_heads: 4
+attention_dropout: 0.1
+embedding_dropout: 0.1
+residual_dropout: 0.1
+per_device_train_batch_size: 2
+max_steps: 8
+warmup_steps: 2
+logging_steps: 1
+eval_strategy: "no"
+save_steps: 2
+save_total_limit: 9
+sample_tokens: 0
+use_cpu: true
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    file.write_text(SMALL)
+    return file
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, text):
+    """Text of some 12 steps an epoch, so that a run of 30 steps sees three."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(text[:420])
+    return file
+
+
+def train(recipe, data, folder, *flags) -> int:
+    argv = ["train", "--recipe", recipe, "--data", data, "--output_dir", folder, "--validation_fraction", "0", *flags]
+    return main([str(word) for word in argv])
+
+
+def rows(folder) -> list[dict]:
+    """Loss, gradient norm and learning rate of each step, as logged."""
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    return [{name: row[name] for name in names} for row in logged if "loss" in row]
+
+
+def state_of(checkpoint) -> dict:
+    """Weights, moments, schedule and random states."""
+    files = {
+        name: torch.load(checkpoint / name, weights_only=False)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    }
+    return {"weights": load_file(checkpoint / "model.safetensors"), **files}
+
+
+def assert_equal(one, other):
+    """Bit for bit, however deep."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert (one == other) if not hasattr(one, "shape") else (one == other).all()
+
+
+def go_back(folder, copy, step):
+    """The run as it would be if it had died right after the checkpoint of this step."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "model")
+    for checkpoint in copy.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+
+
+# -- exact ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("muon", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_run_that_goes_on_equals_the_one_that_did_not_stop(accumulation, muon, workers, recipe, words, tmp_path):
+    """Cut in the first epoch, at an epoch's border, in a later one, and at the last step; dropout is on."""
+    if workers and accumulation != 2:
+        pytest.skip("workers are tried with one accumulation: they cost seconds")
+    flags = [f"--gradient_accumulation_steps={accumulation}", f"--muon={muon}", f"--dataloader_num_workers={workers}"]
+    steps_per_epoch = math.ceil(421 // 16 / 2 / accumulation)
+    last = 2 * steps_per_epoch + 2
+    flags += [f"--max_steps={last}", "--save_steps=1", "--save_total_limit=99"]
+    straight = tmp_path / "straight"
+    assert train(recipe, words, straight, *flags) == 0
+    for cut in (2, steps_per_epoch, steps_per_epoch + 1, last):
+        resumed = tmp_path / f"cut-{cut}"
+        go_back(straight, resumed, cut)
+        assert train(recipe, words, resumed, *flags) == 0
+        assert rows(resumed) == rows(straight)
+        assert_equal(state_of(resumed / f"checkpoint-{last}"), state_of(straight / f"checkpoint-{last}"))
+
+
+def test_a_finished_run_says_so_and_another_does_not_take_its_place(run_folder, recipe_file, text_file, capsys):
+    argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(run_folder)]
+    before = sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*"))
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"this run is finished; the model is in {run_folder / 'model'}\n"
+    assert main([*argv, "--seed", "7"]) == 2
+    assert "another run, which is finished (seed was 42 and is 7)" in capsys.readouterr().err
+    assert sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*")) == before
+
+
+def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder) == 0
+    (folder / "my notes.txt").write_text("precious")
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train(recipe, words, folder, "--fresh", "--seed", "7") == 0
+    kept = tmp_path / "run.aside-1"
+    assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+    assert json.loads((folder / "fingerprint.json").read_text())["seed"] == 7
+
+
+# -- whole or absent --------------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 0xFF]) + file.read_bytes()[1:]),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train(recipe, words, folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_each_damaged_file_is_found_out_and_the_checkpoint_before_is_taken(damage, finished, tmp_path):
+    """Every file of a checkpoint × every damage: at least 45 broken states, and none is used or deleted."""
+    names = sorted(path.name for path in (finished / "checkpoint-8").iterdir())
+    assert len(names) * len(DAMAGE) >= 45
+    for name in names:
+        run = tmp_path / name
+        for step in (6, 8):
+            shutil.copytree(finished / f"checkpoint-{step}", run / f"checkpoint-{step}")
+        DAMAGE[damage](run / "checkpoint-8" / name)
+        found, lines = newest_valid(run)
+        assert found == run / "checkpoint-6", name
+        (line,) = lines
+        assert line.startswith("checkpoint-8 is broken (") and line.endswith("it is kept as checkpoint-8.aside-1")
+        assert (run / "checkpoint-8.aside-1").is_dir()
+
+
+def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
+    """The save dies after 0, 1, 2, … files were forced to disk; then before the rename."""
+    files = [path for path in (finished / "checkpoint-8").iterdir() if path.name != MANIFEST]
+    real = module._to_disk
+    for survives in range(len(files) + 3):
+        run = tmp_path / str(survives)
+        shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
+        left = survives
+
+        def dies(path):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            real(path)
+
+        monkeypatch.setattr(module, "_to_disk", dies)
+        try:
+            with whole_or_absent(run / "checkpoint-8") as folder:
+                for file in files:
+                    shutil.copy(file, folder)
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(module, "_to_disk", real)
+        found, lines = newest_valid(run)
+        assert lines == []
+        # Once all files, the manifest and the folder are on disk, the rename has happened.
+        complete = survives >= len(files) + 2
+        assert found == run / ("checkpoint-8" if complete else "checkpoint-6")
+        assert sorted(path.name for path in run.iterdir()) == ["checkpoint-6"] + ["checkpoint-8"] * complete
+
+
+def test_a_stray_folder_that_looks_like_a_checkpoint_does_not_block_the_run(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
+    (run / "checkpoint-99999").mkdir()
+    found, lines = newest_valid(run)
+    assert found == run / "checkpoint-6"
+    (line,) = lines
+    assert line.startswith(f"checkpoint-99999 is broken ({MANIFEST} cannot be read")
+
+
+def test_a_sealed_folder_is_valid_until_a_byte_changes(tmp_path):
+    for name in ("config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "fingerprint.json"):
+        (tmp_path / name).write_text("{}")
+    seal(tmp_path)
+    assert what_is_wrong(tmp_path) is None
+    (tmp_path / "optimizer.pt").write_text("{ ")
+    assert what_is_wrong(tmp_path) == "the content of optimizer.pt has changed"
+
+
+def test_setting_aside_never_overwrites(tmp_path):
+    for _ in range(3):
+        (tmp_path / "x").mkdir()
+        set_aside(tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.aside-1", "x.aside-2", "x.aside-3"]
+
+
+def test_the_limit_on_checkpoints_keeps_the_last_and_the_best(recipe, words, tmp_path):
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, "--save_total_limit", "2") == 0
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_checkpoints_hold_nothing_that_runs_code_when_it_is_read(finished):
+    for file in (finished / "checkpoint-8").iterdir():
+        assert file.name != "training_args.bin"
+        if file.suffix == ".pt":
+            torch.load(file, weights_only=True)
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_exactly(
+    number, recipe, words, tmp_path, capsys, monkeypatch
+):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train(recipe, words, straight) == 0
+    real = MiniGPTTrainer.training_step
+
+    def asked_at_step_3(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", asked_at_step_3)
+    assert train(recipe, words, stopped) == 128 + number
+    assert f"stopped by {number.name} and saved at step 4" in capsys.readouterr().err
+    assert not (stopped / "model").exists()
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
+    assert train(recipe, words, stopped) == 0
+    assert "going on from step 4" in capsys.readouterr().out
+    assert rows(stopped) == rows(straight)
+    assert_equal(state_of(stopped / "checkpoint-8"), state_of(straight / "checkpoint-8"))
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails_at", range(10))
+def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
+    """ENOSPC when the n-th file of the second checkpoint is forced to disk."""
+    folder, count, real = tmp_path / "run", 0, module._to_disk
+
+    def full(path):
+        nonlocal count
+        if "checkpoint-4" in str(path):
+            count += 1
+            if count > fails_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(module, "_to_disk", full)
+    assert train(recipe, words, folder) == 28
+    err = capsys.readouterr().err
+    assert "no room for checkpoint-4: it needs about" in err
+    assert err.count("\n") == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert what_is_wrong(folder / "checkpoint-2") is None
+    assert not (folder / ".unfinished").exists()
+    monkeypatch.setattr(module, "_to_disk", real)
+    assert train(recipe, words, folder) == 0
+    assert rows(folder) == rows(finished)
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+def test_room_is_looked_for_before_the_first_step(recipe, words, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert train(recipe, words, tmp_path / "run") == 28
+    captured = capsys.readouterr()
+    assert "no room for this run" in captured.err
+    assert "step" not in captured.out
+
+
+def test_the_room_that_is_estimated_is_about_what_a_checkpoint_takes(finished, monkeypatch, recipe, words, tmp_path):
+    estimates = []
+    monkeypatch.setattr(MiniGPTTrainer, "check_room", lambda self: estimates.append(self.bytes_of_a_checkpoint()))
+    assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
+    size = sum(file.stat().st_size for file in (finished / "checkpoint-8").iterdir())
+    assert size <= estimates[0] <= 1.6 * size
+
+
+# -- a loss that is no number -----------------------------------------------------------------------------------------
+
+
+def bad_at_step(number: int, value: float, monkeypatch):
+    """The loss of one step is multiplied by `value`, and so are its gradients."""
+    real = MiniGPTTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * value if self.state.global_step == number - 1 else loss
+
+    monkeypatch.setattr(MiniGPTTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
+def test_a_bad_loss_stops_the_run_before_it_spreads(value, recipe, words, tmp_path, capsys, monkeypatch):
+    bad_at_step(6, value, monkeypatch)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder) == 65
+    err = capsys.readouterr().err
+    assert err.startswith("minigpt train: step 6: the loss is ")
+    assert err.count("\n") == 1
+    shown = json.loads((folder / "bad-step-6.json").read_text())
+    assert [len(row) for row in shown["input_ids"]] == [16, 16]
+    assert len(shown["texts"]) == 2
+    weights = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5]
+    assert not (folder / "model").exists()
+
+
+def test_a_bad_step_can_be_left_out(recipe, words, tmp_path, capsys, monkeypatch):
+    bad_at_step(3, float("nan"), monkeypatch)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, "--on_bad_loss", "skip", "--logging_steps", "2") == 0
+    assert "step 3: the loss is nan and the gradient norm nan; it is left out (1 so far)" in capsys.readouterr().out
+    assert all(math.isfinite(row["loss"]) and row["loss"] > 1 for row in rows(folder))
+    before, after = (torch.load(folder / f"checkpoint-{step}" / "optimizer.pt") for step in (2, 4))
+    taken = [
+        {int(state["step"]) for state in moments["state"].values() if "step" in state} for moments in (before, after)
+    ]
+    assert taken == [{2}, {3}]  # of steps 3 and 4, one was taken
+
+
+# -- changes between start and going on -------------------------------------------------------------------------------
+
+CHANGES = {
+    "learning_rate": ["--learning_rate", "0.001"],
+    "muon_learning_rate": ["--muon_learning_rate", "0.01"],
+    "muon_momentum": ["--muon_momentum", "0.9"],
+    "weight_decay": ["--weight_decay", "0.1"],
+    "adam_beta1": ["--adam_beta1", "0.8"],
+    "adam_beta2": ["--adam_beta2", "0.99"],
+    "adam_epsilon": ["--adam_epsilon", "1e-6"],
+    "max_grad_norm": ["--max_grad_norm", "0.5"],
+    "lr_scheduler_type": ["--lr_scheduler_type", "cosine"],
+    "warmup_steps": ["--warmup_steps", "3"],
+    "max_steps": ["--max_steps", "9"],
+    "seed": ["--seed", "7"],
+    "effective_batch": ["--gradient_accumulation_steps", "2"],
+    "config.attention_dropout": ["--attention_dropout", "0.2"],
+    "config.embedding_dropout": ["--embedding_dropout", "0.2"],
+    "config.residual_dropout": ["--residual_dropout", "0.2"],
+    "label_smoothing_factor": ["--label_smoothing_factor", "0.1"],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_refused_by_name_or_really_applied(name, recipe, words, finished, tmp_path, capsys):
+    folder, flags = tmp_path / "run", CHANGES[name]
+    go_back(finished, folder, 4)
+    before = (folder / "log.jsonl").read_text()
+    old = json.loads((folder / "fingerprint.json").read_text())[name]
+    assert train(recipe, words, folder, *flags) == 2
+    assert f"{name} was {old} and is " in capsys.readouterr().err
+    assert (folder / "log.jsonl").read_text() == before  # nothing was touched
+
+    assert train(recipe, words, folder, *flags, "--allow_change", name) == 0
+    assert f"{name} was {old} and is " in capsys.readouterr().out
+    assert rows(folder)[:4] == rows(finished)[:4]
+    weights = [load_file(run / "checkpoint-8" / "model.safetensors") for run in (folder, finished)]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_new_learning_rate_is_that_of_the_new_schedule(recipe, words, finished, tmp_path):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    flags = ["--learning_rate", "0.001", "--max_steps", "10", "--warmup_steps", "0"]
+    assert train(recipe, words, folder, *flags, "--allow_change", "learning_rate", "max_steps", "warmup_steps") == 0
+    expected = [0.001 * (1 - step / 10) for step in range(4, 10)]  # linear to zero over ten steps
+    assert [row["learning_rate"] for row in rows(folder)[4:]] == pytest.approx(expected)
+
+
+def test_other_text_and_another_shape_are_refused(recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    other = tmp_path / "other.txt"
+    other.write_text(words.read_text()[::-1])
+    assert train(recipe, other, folder) == 2
+    assert "data was " in capsys.readouterr().err
+    assert train(recipe, words, folder, "--hidden_size", "64", "--allow_change", "config.hidden_size") == 2
+    assert "its model is another" in capsys.readouterr().err
+    assert train(recipe, words, folder, "--allow_change", "colour") == 2
+    assert "--allow_change colour" in capsys.readouterr().err
+
+
+def test_versions_are_part_of_the_fingerprint(finished):
+    fingerprint = json.loads((finished / "checkpoint-8" / "fingerprint.json").read_text())
+    assert {"torch", "transformers", "minigpt_hf", "device", "world_size", "data", "tokenizer"} <= set(fingerprint)
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
+
+
+def test_ten_kills_change_nothing(recipe, words, tmp_path):
+    """`make torture` does a hundred; see scripts/torture.py."""
+    done = subprocess.run(
+        [sys.executable, "scripts/torture.py", "--kills", "10", "--folder", tmp_path / "torture"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=module.__file__.split("/minigpt_hf/")[0],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 kills" in done.stdout
