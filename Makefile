@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
-	$(BIN)/minigpt generate runs/demo/model --prompt "def __init__(self, " --max_new_tokens 150 --seed 2
+	$(BIN)/minigpt generate runs/demo/model --prompt "def __init__(self" --max_new_tokens 150 --seed 1
 
 test: install
 	$(BIN)/python -m pytest -n 2

@@ -7,7 +7,8 @@ removal) the process kills itself. The others fall at a random moment, from outs
 given again, and nothing else. Dropout is on; the run has several epochs. Exit code 0 if every state is equal: weights,
 moments, schedule and random states.
 
-Processes are forked from this one, which has imported torch but computed nothing, so a hundred kills take minutes.
+Then each file of the newest checkpoint is broken in each of five ways, and the one before it must be taken: a table of what
+held. Processes are forked from this one, which has imported torch but computed nothing, so a hundred kills take minutes.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 import minigpt_hf.run  # noqa: F401 (imported here, so that forked processes need not)
 from minigpt_hf.cli import main
-from minigpt_hf.training.checkpoint import checkpoints, what_is_wrong
+from minigpt_hf.training.checkpoint import checkpoints, newest_valid, what_is_wrong
 
 RECIPE = """
 tokenizer: bytes
@@ -38,7 +39,7 @@ embedding_dropout: 0.1
 residual_dropout: 0.1
 per_device_train_batch_size: 2
 gradient_accumulation_steps: 2
-max_steps: 120
+max_steps: STEPS
 logging_steps: 1
 eval_strategy: "no"
 save_steps: 2
@@ -47,6 +48,14 @@ sample_tokens: 0
 validation_fraction: 0.0
 use_cpu: true
 """
+
+DAMAGE = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 0xFF]) + file.read_bytes()[1:]),
+}
 
 
 def train(recipe: Path, text: Path, run: Path, dies_at: int | None = None) -> int:
@@ -104,7 +113,7 @@ def unequal(one: Path, other: Path) -> list[str]:
 def torture(kills: int, folder: Path, seed: int) -> list[str]:
     """Run the quiet training and the tortured one; return what went wrong."""
     recipe, text = folder / "recipe.yaml", folder / "text.txt"
-    recipe.write_text(RECIPE)
+    recipe.write_text(RECIPE.replace("STEPS", str(16 * kills)))  # about what the kills let it do
     text.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:2000], encoding="utf-8")
     quiet, tortured = folder / "quiet", folder / "tortured"
     code = ended_by(train(recipe, text, quiet))
@@ -143,7 +152,29 @@ def torture(kills: int, folder: Path, seed: int) -> list[str]:
     faults += judge(quiet, tortured)
     if inside < kills / 2:
         faults.append(f"only {inside} kills fell inside a save")
+    faults += break_everything(quiet, folder)
     print(f"{kills} kills, {inside} of them inside a save; {len(faults)} failures", flush=True)
+    return faults
+
+
+def break_everything(run: Path, folder: Path) -> list[str]:
+    """Every file × every damage: the checkpoint before must be taken, and the broken one kept."""
+    before, newest = checkpoints(run)[-2:]
+    faults = []
+    print(f"{'file':<28}" + "".join(f"{damage:>9}" for damage in DAMAGE))
+    for file in sorted(newest.iterdir()):
+        cells = []
+        for damage, harm in DAMAGE.items():
+            copy = folder / f"{file.name}-{damage}"
+            for checkpoint in (before, newest):
+                shutil.copytree(checkpoint, copy / checkpoint.name)
+            harm(copy / newest.name / file.name)
+            found, lines = newest_valid(copy)
+            held = found == copy / before.name and len(lines) == 1 and (copy / f"{newest.name}.aside-1").is_dir()
+            cells.append("held" if held else "FAILED")
+            faults += [] if held else [f"{file.name} {damage}: {found} was taken"]
+            shutil.rmtree(copy)
+        print(f"{file.name:<28}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
     return faults
 
 

@@ -165,6 +165,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinned memory speeds up copies to an accelerator; there is none
+        if self.world_size > 1:
+            # Else accelerate shows some blocks twice, to give each process as many. What is left out moves each epoch.
+            self.dataloader_drop_last = True
 
 
 Arguments = tuple[DataArguments, ModelArguments, MiniGPTTrainingArguments]
@@ -259,9 +262,10 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
 
 # Where a run lies and what it runs on is not part of what it does; others the Trainer derives by itself.
 NOT_IN_A_RECIPE = {
-    *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to"),
-    *("bf16", "dataloader_pin_memory", "accelerator_config", "do_eval", "debug", "fsdp_config", "hub_token"),
+    *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
+    *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
     *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
+    "do_eval",
 }
 
 

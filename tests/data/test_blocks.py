@@ -81,6 +81,14 @@ def test_epochs_differ_in_cut_and_order_and_seeds_repeat():
     assert blocks.shift(0) == Blocks(stream_of([1000]), 10, seed=3).shift(0)
 
 
+def test_what_is_behind_a_resumed_run_is_passed_over_and_the_rest_is_the_same():
+    whole = list(BlockSampler(100, seed=0))
+    resumed = BlockSampler(100, seed=0)
+    resumed.passed = 37
+    assert list(resumed)[37:] == whole[37:]
+    assert list(resumed) == whole  # the next epoch is whole again
+
+
 def test_positions_restart_where_a_document_begins():
     blocks = Blocks(stream_of([3, 2, 9]), 8, seed=0)
     rows = [np.array([5, 6, 0, 8, 9, 0, 11, 12]), np.array([1, 2, 3, 4, 5, 6, 7, 8])]

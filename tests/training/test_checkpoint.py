@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,89 +26,11 @@ from minigpt_hf.training.checkpoint import (
     whole_or_absent,
 )
 from minigpt_hf.training.trainer import MiniGPTTrainer
+from tests.conftest import ROOT
+from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 
-SMALL = """
-tokenizer: bytes
-block_size: 16
-hidden_size: 32
-num_hidden_layers: 2
-num_attention_heads: 4
-attention_dropout: 0.1
-embedding_dropout: 0.1
-residual_dropout: 0.1
-per_device_train_batch_size: 2
-max_steps: 8
-warmup_steps: 2
-logging_steps: 1
-eval_strategy: "no"
-save_steps: 2
-save_total_limit: 9
-sample_tokens: 0
-use_cpu: true
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    file = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    file.write_text(SMALL)
-    return file
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory, text):
-    """Text of some 12 steps an epoch, so that a run of 30 steps sees three."""
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    file.write_text(text[:420])
-    return file
-
-
-def train(recipe, data, folder, *flags) -> int:
-    argv = ["train", "--recipe", recipe, "--data", data, "--output_dir", folder, "--validation_fraction", "0", *flags]
-    return main([str(word) for word in argv])
-
-
-def rows(folder) -> list[dict]:
-    """Loss, gradient norm and learning rate of each step, as logged."""
-    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    names = ("step", "loss", "grad_norm", "learning_rate")
-    return [{name: row[name] for name in names} for row in logged if "loss" in row]
-
-
-def state_of(checkpoint) -> dict:
-    """Weights, moments, schedule and random states."""
-    files = {
-        name: torch.load(checkpoint / name, weights_only=False)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-    }
-    return {"weights": load_file(checkpoint / "model.safetensors"), **files}
-
-
-def assert_equal(one, other):
-    """Bit for bit, however deep."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert (one == other) if not hasattr(one, "shape") else (one == other).all()
-
-
-def go_back(folder, copy, step):
-    """The run as it would be if it had died right after the checkpoint of this step."""
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "model")
-    for checkpoint in copy.glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > step:
-            shutil.rmtree(checkpoint)
-
+sys.path.insert(0, str(ROOT / "scripts"))
+import torture
 
 # -- exact ------------------------------------------------------------------------------------------------------------
 
@@ -155,14 +79,6 @@ def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys):
 
 # -- whole or absent --------------------------------------------------------------------------------------------------
 
-DAMAGE = {
-    "missing": lambda file: file.unlink(),
-    "empty": lambda file: file.write_bytes(b""),
-    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
-    "flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 0xFF]) + file.read_bytes()[1:]),
-}
-
 
 @pytest.fixture(scope="module")
 def finished(recipe, words, tmp_path_factory):
@@ -171,21 +87,22 @@ def finished(recipe, words, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_each_damaged_file_is_found_out_and_the_checkpoint_before_is_taken(damage, finished, tmp_path):
-    """Every file of a checkpoint × every damage: at least 45 broken states, and none is used or deleted."""
-    names = sorted(path.name for path in (finished / "checkpoint-8").iterdir())
-    assert len(names) * len(DAMAGE) >= 45
-    for name in names:
-        run = tmp_path / name
-        for step in (6, 8):
-            shutil.copytree(finished / f"checkpoint-{step}", run / f"checkpoint-{step}")
-        DAMAGE[damage](run / "checkpoint-8" / name)
-        found, lines = newest_valid(run)
-        assert found == run / "checkpoint-6", name
-        (line,) = lines
-        assert line.startswith("checkpoint-8 is broken (") and line.endswith("it is kept as checkpoint-8.aside-1")
-        assert (run / "checkpoint-8.aside-1").is_dir()
+def test_each_damaged_file_is_found_out_and_the_checkpoint_before_is_taken(finished, tmp_path, capsys):
+    """Every file of a checkpoint × missing, empty, halved, zeroed, flipped: none is used, none is deleted."""
+    assert torture.break_everything(finished, tmp_path) == []
+    assert capsys.readouterr().out.count("held") >= 45
+
+
+def test_a_broken_checkpoint_is_told_in_one_line_and_the_run_ends_the_same(recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 6)
+    torture.DAMAGE["flipped"](folder / "checkpoint-6" / "optimizer.pt")
+    assert train(recipe, words, folder) == 0
+    out = capsys.readouterr().out
+    said = "checkpoint-6 is broken (the content of optimizer.pt has changed); it is kept as checkpoint-6.aside-1\n"
+    assert said in out
+    assert "going on from step 4" in out
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
 def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
@@ -284,6 +201,35 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_exactly(
     assert "going on from step 4" in capsys.readouterr().out
     assert rows(stopped) == rows(straight)
     assert_equal(state_of(stopped / "checkpoint-8"), state_of(straight / "checkpoint-8"))
+
+
+def test_a_second_signal_ends_the_run_at_once_and_loses_no_checkpoint(recipe, words, tmp_path):
+    """The first one comes inside a step that never ends, so only the second can stop it."""
+    child = os.fork()
+    if child == 0:
+        MiniGPTTrainer.training_step = endless_after_step_3
+        os._exit(train(recipe, words, tmp_path / "run"))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "step-3").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.5)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it waits for the step to end
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+    assert newest_valid(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", [])
+
+
+def endless_after_step_3(self, *args, **kwargs):
+    if self.state.global_step == 3:
+        (Path(self.args.output_dir) / "step-3").touch()
+        while True:
+            time.sleep(0.1)
+    return TRAINING_STEP(self, *args, **kwargs)
+
+
+TRAINING_STEP = MiniGPTTrainer.training_step
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------
@@ -454,7 +400,7 @@ def test_ten_kills_change_nothing(recipe, words, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=module.__file__.split("/minigpt_hf/")[0],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 kills" in done.stdout

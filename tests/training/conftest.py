@@ -1,0 +1,90 @@
+"""Small trainings to cut, kill and change, and how to compare them bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt_hf.cli import main
+
+SMALL = """
+tokenizer: bytes
+block_size: 16
+hidden_size: 32
+num_hidden_layers: 2
+num_attention_heads: 4
+attention_dropout: 0.1
+embedding_dropout: 0.1
+residual_dropout: 0.1
+validation_fraction: 0.0
+per_device_train_batch_size: 2
+max_steps: 8
+warmup_steps: 2
+logging_steps: 1
+save_steps: 2
+save_total_limit: 9
+sample_tokens: 0
+use_cpu: true
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    file.write_text(SMALL)
+    return file
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory, text):
+    """421 tokens with the E: 26 blocks of 16, so 13 steps of two blocks an epoch."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(text[:420])
+    return file
+
+
+def train(recipe, data, folder, *flags) -> int:
+    argv = ["train", "--recipe", recipe, "--data", data, "--output_dir", folder, *flags]
+    return main([str(word) for word in argv])
+
+
+def rows(folder) -> list[dict]:
+    """Loss, gradient norm and learning rate of each step, as logged."""
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    return [{name: row[name] for name in names} for row in logged if "loss" in row]
+
+
+def state_of(checkpoint) -> dict:
+    """Weights, moments, schedule and random states."""
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    files = {name: torch.load(checkpoint / name, weights_only=False) for name in names}
+    return {"weights": load_file(checkpoint / "model.safetensors"), **files}
+
+
+def assert_equal(one, other):
+    """Bit for bit, however deep."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert (one == other) if not hasattr(one, "shape") else (one == other).all()
+
+
+def go_back(folder, copy, step):
+    """The run as it would be if it had died right after the checkpoint of this step."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "model")
+    for checkpoint in copy.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
