@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers import TrainerCallback
 
 
@@ -58,6 +59,10 @@ class StopAtBoundary(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # the signal reaches each process at another time; all are to stop at the same step
+            asked = torch.tensor(self.number or 0, device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.number = int(asked) or None
         if self.number is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # who asked is waiting

@@ -162,18 +162,15 @@ class MiniGPTTrainer(Trainer):
         run, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = run / f"checkpoint-{step}"
         try:
-            with (
-                whole_or_absent(checkpoint) if self.args.should_save else nullcontext(unfinished(checkpoint)) as folder
-            ):
+            staged = whole_or_absent(checkpoint) if self.args.should_save else nullcontext(unfinished(checkpoint))
+            with staged as folder:
                 self.args.output_dir = str(folder.parent)
                 self.accelerator.wait_for_everyone()  # the folder is there
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process has written its random states
                 if self.args.should_save:
-                    if (
-                        self.state.best_global_step == step
-                    ):  # the Trainer noted where it found it, and there it was staged
-                        self.state.best_model_checkpoint = str(checkpoint)
+                    if self.state.best_global_step == step:
+                        self.state.best_model_checkpoint = str(checkpoint)  # the Trainer noted where it was staged
                     self.state.save_to_json(folder / "trainer_state.json")
                     (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
         except Exception as error:
@@ -228,10 +225,8 @@ class MiniGPTTrainer(Trainer):
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not isinstance(
-            self.lr_scheduler, LambdaLR
-        ):  # others change their rates by what they see
-            return
+        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
+            return  # schedules of another kind set their rates by what they have seen
         schedule = self.lr_scheduler
         schedule.base_lrs = [setting["initial_lr"] for setting in settings]
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]

@@ -40,8 +40,6 @@ import torture
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_a_run_that_goes_on_equals_the_one_that_did_not_stop(accumulation, muon, workers, recipe, words, tmp_path):
     """Cut in the first epoch, at an epoch's border, in a later one, and at the last step; dropout is on."""
-    if workers and accumulation != 2:
-        pytest.skip("workers are tried with one accumulation: they cost seconds")
     flags = [f"--gradient_accumulation_steps={accumulation}", f"--muon={muon}", f"--dataloader_num_workers={workers}"]
     steps_per_epoch = math.ceil(421 // 16 / 2 / accumulation)
     last = 2 * steps_per_epoch + 2

@@ -15,6 +15,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from minigpt_hf.data.blocks import BlockSampler
+from minigpt_hf.training.checkpoint import checkpoints
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, train
 
@@ -76,6 +77,26 @@ def test_a_killed_process_ends_the_job_within_ten_seconds_with_a_message(recipe,
     assert time.monotonic() - began < 10
     assert process.returncode != 0
     assert "SIGKILL" in out or "exitcode" in out
+
+
+def test_a_signal_stops_both_processes_at_one_step_and_the_run_goes_on_exactly(recipe, words, tmp_path):
+    flags = ["--max_steps", "400", "--save_steps", "100"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    finish(start(recipe, words, straight, *flags))
+    process = start(recipe, words, stopped, *flags)
+    deadline = time.monotonic() + 60
+    while not (stopped / "log.jsonl").exists():
+        assert time.monotonic() < deadline, "the training did not start"
+        time.sleep(0.05)
+    process.terminate()  # the launcher hands it on to both
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM and saved at step" in out
+    assert len(checkpoints(stopped)) == 1
+    assert not (stopped / "model").exists()
+    finish(start(recipe, words, stopped, *flags))
+    for name in ("optimizer.pt", "model.safetensors"):
+        last = "checkpoint-400"
+        assert (stopped / last / name).read_bytes() == (straight / last / name).read_bytes()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
