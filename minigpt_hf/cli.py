@@ -47,7 +47,7 @@ def train(argv: list[str]) -> None:
     first.add_argument(
         "--recipe",
         default="demo",
-        help=f"Settings that the other flags override: {', '.join(recipe_names())}, or a YAML file. (default: demo)",
+        help=f"Settings that the other flags override: {', '.join(recipe_names())}, or a YAML file.",
     )
     if "--help" in argv or "-h" in argv:
         argument_parser(prog="minigpt train", parents=[first]).print_help()
@@ -72,7 +72,10 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument(
         "--validation_fraction", type=float, help="how it is cut (default: as the model's training did)"
     )
-    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+    parser.add_argument("--encoding", help="of the text (default: as the model's training, or utf-8)")
+    parser.add_argument(
+        "--max_characters", type=int, help="score no more (default: of the validation part as many as training did)"
+    )
     parser.add_argument("--block_size", type=int, help="inputs in a window (default: what the model was trained on)")
     parser.add_argument("--stride", type=int, help="tokens scored in a window (default: block_size)")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time (default: 16)")
@@ -90,9 +93,17 @@ def evaluate(argv: list[str]) -> None:
     fraction = args.validation_fraction
     if fraction is None:
         fraction = recipe.get("validation_fraction", 0.1)
-    corpus = load_corpus(args.data, 0.0 if args.split == "all" else fraction, args.encoding)
+    encoding = args.encoding or recipe.get("encoding", "utf-8")
+    corpus = load_corpus(args.data, 0.0 if args.split == "all" else fraction, encoding)
     texts = corpus.validation if args.split == "validation" else corpus.train
-    block_size = args.block_size or recipe.get("block_size")
+    if not len(texts):
+        raise ValueError(f"nothing of {args.data} is held out for validation; say how much with --validation_fraction")
+    most = args.max_characters
+    if most is None and args.split == "validation":
+        most = recipe.get("validation_characters")
+    if most is not None:
+        texts = texts.head(most)
+    block_size = recipe.get("block_size") if args.block_size is None else args.block_size
     score = evaluate_texts(model, tokenizer, texts, block_size, args.stride, args.batch_size).to_dict()
     if args.json:
         print(json.dumps({"model": args.model, "data": args.data, "split": args.split, **score}))
@@ -121,18 +132,21 @@ def generate(argv: list[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
     args, rest = parser.parse_known_args(argv)
-    options = {"max_new_tokens": 200, **_options(rest)}
+    options = _options(rest)
+    if "max_length" not in options:
+        options.setdefault("max_new_tokens", 200)
 
     from transformers import TextStreamer
 
+    from .generation import encode_prompt, load
     from .generation import generate as write
-    from .generation import load
 
     _quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
+            encode_prompt(tokenizer, prompt)  # one that cannot be encoded is not printed
             # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
             print(prompt, end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -213,7 +227,7 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
 
         from .training.stops import RunStopped
 
-        if debug or not isinstance(error, ValueError | OSError | StrictDataclassError | RunStopped):
+        if debug or not isinstance(error, ValueError | OSError | ImportError | StrictDataclassError | RunStopped):
             raise
         if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__  # the sentence of the check, without the name of the checker

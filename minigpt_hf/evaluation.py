@@ -57,7 +57,7 @@ def evaluate_texts(
         ValueError: if there is no text, the tokenizer has no token to open a document with, or the window is impossible.
     """
     longest = model.config.max_position_embeddings
-    block_size = block_size or longest
+    block_size = longest if block_size is None else block_size
     if not 1 <= block_size <= longest:
         raise ValueError(f"block_size is {block_size}: this model takes windows of 1 to {longest} tokens")
     opening = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -69,11 +69,23 @@ def evaluate_texts(
         nonlocal size
         for text in texts:
             size += len(text.encode())
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-            yield np.array(ids, dtype=np.int64)
+            yield np.array(_encode(tokenizer, text), dtype=np.int64)
 
     nats, tokens, documents = score_documents(model, encoded(), opening, block_size, stride, batch_size)
     return summarize(nats, tokens, size, documents, block_size, stride)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
+        vocabulary = tokenizer.get_vocab()
+        unknown = next((character for character in text if character not in vocabulary), None)
+        if unknown is None:
+            raise
+        raise ValueError(
+            f"the text has a character that this model's tokenizer does not know: {unknown!r} (U+{ord(unknown):04X})"
+        ) from error
 
 
 def summarize(nats: float, tokens: int, size: int, documents: int, block_size: int, stride: int | None) -> Score:
@@ -108,7 +120,9 @@ def score_documents(
     Raises:
         ValueError: if the stride is not within the window.
     """
-    stride = stride or block_size
+    stride = block_size if stride is None else stride
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride is {stride}: it must be between 1 and the block size, {block_size}")
     device = next(model.parameters()).device

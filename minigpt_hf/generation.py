@@ -4,7 +4,9 @@ In: a folder (or Hub id) of any causal LM, a prompt or none, and the options of 
 as it is written. It refuses options that `generate` does not have, and it never replaces `generate`.
 """
 
+import copy
 import difflib
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -31,6 +33,8 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if (Path(folder) / "model" / "config.json").is_file():
+            raise ValueError(f"{folder}: this is a run; its model is in {Path(folder) / 'model'}") from error
         raise ValueError(
             f"{folder}: no model can be loaded from it ({str(error).splitlines()[0]}); give a model folder or a Hub id"
         ) from error
@@ -67,6 +71,12 @@ def generate(
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             raise ValueError(f"generation has no option {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    try:
+        copy.deepcopy(model.generation_config).update(**options)  # looks at them together with the model's own
+    except TypeError as error:
+        raise ValueError(f"generation options cannot be used: {error}") from error
+    if "stop_strings" in options:
+        options["tokenizer"] = tokenizer
     if seed is not None:
         set_seed(seed)
     inputs = encode_prompt(tokenizer, prompt).to(model.device)

@@ -81,9 +81,7 @@ def train(arguments: Arguments) -> Path:
         raise Interrupted(stop.number, trainer.state.global_step)
     results = final_score(trainer, validation, data.block_size)
     if trainer.is_world_process_zero():
-        about = describe(
-            arguments, corpus, tokenizer, stream, validation, trainer, results, lines.seconds, samples.latest
-        )
+        about = describe(arguments, corpus, tokenizer, stream, validation, trainer, results, lines.seconds, samples)
         write_model_folder(run / "model", trainer.model, tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
     return run / "model"
@@ -176,7 +174,7 @@ def describe(
     trainer: MiniGPTTrainer,
     results: Score | None,
     seconds: float,
-    sample: str,
+    samples: Samples,
 ) -> dict[str, Any]:
     """Everything that a model folder tells about where it comes from: the content of `minigpt.json`."""
     data, _, training = arguments
@@ -209,7 +207,7 @@ def describe(
             "device": device_name(training),
         },
         "results": results.to_dict() if results else {},
-        "sample": {"prompt": training.sample_prompt, "text": sample},
+        "sample": {"prompt": samples.prompt, "text": samples.latest},
     }
 
 

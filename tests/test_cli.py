@@ -105,6 +105,24 @@ def test_without_validation_the_last_weights_are_published(recipe_file, text_fil
     assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"] == {}
 
 
+def test_a_sample_prompt_in_another_alphabet_gives_way(recipe_file, tmp_path, capsys):
+    text = tmp_path / "greek.txt"
+    text.write_text("μῆνιν ἄειδε θεὰ Πηληϊάδεω Ἀχιλῆος\n" * 30, encoding="utf-8-sig")  # with the mark of some editors
+    code, out, _ = run(
+        capsys,
+        *("train", "--recipe", recipe_file, "--data", text, "--output_dir", tmp_path / "run"),
+        *("--max_steps", 2, "--logging_steps", 1, "--tokenizer", "characters"),
+    )
+    assert code == 0
+    assert "samples begin a document: the prompt has a character that this model's tokenizer does not know: 'd'" in out
+    assert "\ufeff" not in (tmp_path / "run" / "model" / "tokenizer.json").read_text(encoding="utf-8")
+    latin = tmp_path / "latin.txt"
+    latin.write_text("arma virumque cano")
+    code, _, err = run(capsys, "evaluate", tmp_path / "run" / "model", "--data", latin)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the text has a character that this model's tokenizer does not know: 'a' (U+0061)" in err
+
+
 def test_an_existing_tokenizer_can_be_used(recipe_file, run_folder, text_file, tmp_path, capsys):
     code, _, _ = run(
         capsys,
@@ -189,6 +207,14 @@ BAD = {
     "zero heads": (["--num_attention_heads", "0"], "`num_attention_heads` is 0"),
     "negative layers": (["--num_hidden_layers", "-1"], "`num_hidden_layers` is -1"),
     "a dropout of 7": (["--attention_dropout", "7"], r"`attention_dropout` is 7\.0: a share"),
+    "no steps": (["--max_steps", "0"], "max_steps is 0: give a number of steps"),
+    "no accumulation": (
+        ["--gradient_accumulation_steps", "0"],
+        "gradient_accumulation_steps is 0: it must be at least 1",
+    ),
+    "a negative learning rate": (["--learning_rate", "-1"], r"learning_rate is -1\.0: it must be at least 0"),
+    "an optimizer beside Muon": (["--optim", "sgd"], "optim sgd has no effect beside Muon: add --no_muon"),
+    "fp16 without an accelerator": (["--fp16", "true"], "fp16 needs an accelerator"),
     "a negative block": (["--block_size", "-3"], "block_size is -3"),
     "a validation share of 2": (["--validation_fraction", "2"], r"validation_fraction is 2\.0"),
     "too small a vocabulary": (["--vocab_size", "5"], "vocab_size is 5: byte-level BPE needs at least 258"),
@@ -250,10 +276,19 @@ def test_bad_input_gets_one_line_and_loses_nothing(case, workshop, recipe_file, 
         (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
         (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         (["generate", "MODEL", "--temperature", "-1"], "temperature"),
+        (["generate", "MODEL", "--max_new_tokens", "many"], "generation options cannot be used"),
+        (["generate", "RUN"], "this is a run; its model is in"),
+        (["evaluate", "MODEL", "--data", "text.txt", "--stride", "0"], "stride is 0"),
+        (["evaluate", "MODEL", "--data", "text.txt", "--batch_size", "0"], "batch_size is 0"),
+        (
+            ["evaluate", "MODEL", "--data", "text.txt", "--split", "validation", "--validation_fraction", "0"],
+            "held out",
+        ),
     ],
 )
 def test_the_other_verbs_refuse_in_one_line_too(argv, message, workshop, run_folder, capsys):
-    argv = [str(run_folder / "model") if word == "MODEL" else word for word in argv]
+    places = {"MODEL": str(run_folder / "model"), "RUN": str(run_folder)}
+    argv = [places.get(word, word) for word in argv]
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert re.fullmatch(rf"minigpt {argv[0]}: .*{message}.*\n", err), err

@@ -158,8 +158,10 @@ def _read(data: str, encoding: str) -> datasets.Dataset:
         files = [str(path)]
     else:
         raise ValueError(f"{data}: no such file or folder; give a text file, a folder, a URL or `stdlib`")
+    # The mark that some editors put before the first character is no part of the text.
+    read_as = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     try:
-        return datasets.load_dataset("text", data_files=files, sample_by="document", encoding=encoding, split="train")
+        return datasets.load_dataset("text", data_files=files, sample_by="document", encoding=read_as, split="train")
     except DatasetGenerationError as error:
         _raise_if_undecodable(files, encoding)
         raise ValueError(f"{data}: cannot be read: {error.__cause__ or error}") from error

@@ -155,6 +155,17 @@ class MiniGPTTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar of the Trainer's."})
 
     def __post_init__(self):
+        smallest = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+        smallest |= {"learning_rate": 0, "muon_learning_rate": 0, "sample_tokens": 0}
+        for name, least in smallest.items():
+            if (value := vars(self)[name]) < least:
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps is {self.max_steps}: give a number of steps, or -1 to train for num_train_epochs"
+            )
+        if self.muon and self.optim != TrainingArguments.optim:
+            raise ValueError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
         if self.save_steps is None:
@@ -163,6 +174,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             together = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
             self.load_best_model_at_end = self.eval_strategy != "no" and together
         super().__post_init__()
+        if self.device.type == "cpu" and self.fp16:
+            raise ValueError("fp16 needs an accelerator, and there is none here: leave it out")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinned memory speeds up copies to an accelerator; there is none
         if self.world_size > 1:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..generation import generate
+from ..generation import encode_prompt, generate
 from .plan import duration
 
 
@@ -94,6 +94,11 @@ class Samples(TrainerCallback):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int):
         self.tokenizer, self.prompt, self.tokens = tokenizer, prompt, tokens
         self.latest = ""
+        try:
+            encode_prompt(tokenizer, prompt)
+        except ValueError as error:  # a recipe's prompt in another alphabet than the text
+            self.prompt = ""
+            print(f"samples begin a document: {error}", flush=True)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self._show(f"at step {state.global_step}" if state.global_step else "before training", state, model)

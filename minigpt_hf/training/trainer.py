@@ -115,6 +115,17 @@ class MiniGPTTrainer(Trainer):
         self.step_batches.append(inputs["input_ids"])
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Because the Trainer's label smoothing shifts labels by itself, and so would lose one of each block."""
+        if self.label_smoother is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        others = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        outputs = model(**others)
+        loss = self.label_smoother(outputs, inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the gradients of all processes are averaged, not summed
+        return (loss, outputs) if return_outputs else loss
+
     def _get_grad_norm(self, model, grad_norm=None):
         """Because this runs before every optimizer step: the last moment to keep a bad one from spreading."""
         norm = super()._get_grad_norm(model, grad_norm)

@@ -130,16 +130,19 @@ def test_a_compiled_training_gives_the_same_losses_and_plain_names(streams, tmp_
     assert set(names) == set(dict(plain.model.named_parameters()))
 
 
-def test_label_smoothing_shifts_the_labels(streams, tmp_path):
+def test_label_smoothing_scores_every_label_of_a_block(streams, tmp_path):
     """With smoothing ε the loss is (1-ε)·CE + ε·mean over the vocabulary, of the *next* token."""
     trainer = trained(streams, tmp_path, max_steps=1, label_smoothing_factor=0.1)
     blocks = trainer.train_dataset
     batch = blocks.collate([blocks[0, i] for i in range(2)])
     model = trainer.model.eval()
     loss = trainer.compute_loss(model, dict(batch))
-    log_shares = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
-    right = -log_shares.gather(-1, batch["input_ids"][:, 1:, None]).mean()
-    torch.testing.assert_close(loss, 0.9 * right + 0.1 * -log_shares.mean(), atol=1e-5, rtol=1e-5)
+    log_shares = model(batch["input_ids"]).logits.log_softmax(-1)
+    right = -log_shares.gather(-1, batch["shift_labels"][..., None]).mean()
+    expected = 0.9 * right + 0.1 * -log_shares.mean()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(4 * 32))  # half of a larger step
+    torch.testing.assert_close(loss, expected / 2, atol=1e-5, rtol=1e-5)
 
 
 def test_the_bare_loop_gives_the_losses_of_the_trainer(run_folder, recipe_file, text_file, tmp_path):
