@@ -5,6 +5,7 @@ told in one line with exit code 2; `--debug` shows where it came from.
 """
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -232,6 +233,8 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
         if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__  # the sentence of the check, without the name of the checker
         print(f"minigpt {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return errno.ENOSPC  # as DiskFull: the log, too, needs room
         return error.exit_code if isinstance(error, RunStopped) else 2
     return 0
 
