@@ -1,5 +1,6 @@
 """The Trainer with our data and optimizer does what the arithmetic says."""
 
+import inspect
 import json
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from minigpt_hf.data.blocks import Blocks
 from minigpt_hf.data.corpus import load_corpus
@@ -217,3 +218,31 @@ def test_samples_leave_all_random_states_as_they_were():
     with random_state_kept():
         draw()
     assert draw() == expected
+
+
+# What our Trainer relies on: another release that changes one of these is told here, not in the middle of a run.
+SIGNATURES = {
+    "_get_train_sampler": "train_dataset",
+    "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+    "evaluate": "eval_dataset ignore_keys metric_key_prefix",
+    "training_step": "model inputs num_items_in_batch",
+    "compute_loss": "model inputs return_outputs num_items_in_batch",
+    "_get_grad_norm": "model grad_norm",
+    "log": "logs start_time",
+    "_save_checkpoint": "model trial",
+    "_save": "output_dir state_dict",
+    "_load_optimizer_and_scheduler": "checkpoint",
+    "_issue_warnings_after_load": "load_result",
+}
+
+
+def test_the_trainer_has_the_methods_that_are_overridden_with_these_parameters():
+    found = {name: " ".join([*inspect.signature(getattr(Trainer, name)).parameters][1:]) for name in SIGNATURES}
+    assert found == SIGNATURES
+
+
+def test_every_override_is_pinned_and_says_why_it_must_exist():
+    overrides = {name: method for name, method in vars(MiniGPTTrainer).items() if name in vars(Trainer)}
+    overrides = {name: method for name, method in overrides.items() if not name.startswith("__")}
+    assert set(overrides) == set(SIGNATURES)
+    assert all(method.__doc__.startswith("Because ") for method in overrides.values())
