@@ -1,0 +1,70 @@
+"""`minigpt <verb>`: the package on the command line.
+
+Each verb is a file of its own in this folder, a thin skin over one stage: `parser()` says what it takes and `run(argv)` does
+it. Nothing is imported before it is needed, so `--help` answers at once. What a user can put right is told in one line with
+exit code 2; `--debug` shows where it came from.
+"""
+
+import errno
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "train": "train a GPT from scratch on a text, and write a model folder",
+    "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
+    "generate": "write text with any causal LM",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from .. import __version__
+
+        print(f"minigpt {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"minigpt: unknown verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    debug = "--debug" in rest
+    return _in_one_line(verb, [flag for flag in rest if flag != "--debug"], debug)
+
+
+def usage() -> str:
+    """What `minigpt --help` prints: a line for each verb."""
+    lines = [f"  {verb:<11} {summary}\n" for verb, summary in VERBS.items()]
+    return (
+        "usage: minigpt <verb> [options]      minigpt <verb> --help\n\n"
+        + "".join(lines)
+        + "\n  --version   the version of this package\n"
+        "  --debug     after a verb: show the traceback of an error\n"
+    )
+
+
+def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
+    """Run a verb and return its exit code; tell an error that a user can put right in one line."""
+    try:
+        code = import_module(f"{__name__}.{verb}").run(argv)
+    except KeyboardInterrupt:
+        print(f"minigpt {verb}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        from ..training.stops import RunStopped
+
+        if debug or not isinstance(error, ValueError | OSError | ImportError | StrictDataclassError | RunStopped):
+            raise
+        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+            error = error.__cause__  # the sentence of the check, without the name of the checker
+        print(f"minigpt {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return errno.ENOSPC  # as DiskFull: the log, too, needs room
+        return error.exit_code if isinstance(error, RunStopped) else 2
+    return code or 0

@@ -1,0 +1,78 @@
+"""`minigpt generate`: any causal LM and a prompt -> text, as it is written."""
+
+import sys
+
+from .parser import Parser, quiet
+
+
+def parser() -> Parser:
+    """What this verb takes, beside the options of transformers' `GenerationConfig`."""
+    parser = Parser(
+        "generate",
+        epilog="Every other flag is an option of transformers' GenerationConfig: --max_new_tokens 300 --temperature 0.8 "
+        "--top_k 50 --top_p 0.9 --do_sample false --num_beams 4 --num_return_sequences 3 …",
+    )
+    parser.add_argument("model", help="a model folder or Hub id")
+    parser.add_argument("--prompt", default="", help="what the text starts with (default: nothing: a new document)")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
+    parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Load, and write after each prompt."""
+    args, rest = parser().parse_known_args(argv)
+    options = _options(rest)
+    if "max_length" not in options:
+        options.setdefault("max_new_tokens", 200)
+
+    from transformers import TextStreamer
+
+    from ..generation import encode_prompt, load
+    from ..generation import generate as write
+
+    quiet()
+    model, tokenizer = load(args.model, args.trust_remote_code)
+
+    def answer(prompt: str) -> None:
+        if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
+            encode_prompt(tokenizer, prompt)  # one that cannot be encoded is not printed
+            # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
+            print(prompt, end="", flush=True)
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, **options)
+        else:
+            for text in write(model, tokenizer, prompt, seed=args.seed, **options):
+                print(text, end="\n---\n", flush=True)
+
+    if not args.interactive:
+        answer(args.prompt)
+        return
+    print("One prompt a line; an empty line writes a new document; end with Ctrl-D.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            answer(prompt)
+        except ValueError as error:  # a prompt that cannot be encoded does not end the session
+            print(f"minigpt generate: {error}", file=sys.stderr)
+
+
+def _options(flags: list[str]) -> dict:
+    """["--top_k", "50", "--do_sample", "false"] -> {"top_k": 50, "do_sample": False}."""
+    import yaml
+
+    options = {}
+    while flags:
+        flag, *flags = flags
+        if not flag.startswith("--"):
+            raise ValueError(f"unexpected argument {flag!r}; options look like --top_k 50")
+        name, is_joined, value = flag[2:].partition("=")
+        if not is_joined:
+            value, flags = (flags[0], flags[1:]) if flags and not flags[0].startswith("--") else ("true", flags)
+        options[name.replace("-", "_")] = yaml.safe_load(value)
+    return options

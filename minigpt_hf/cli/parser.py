@@ -1,0 +1,24 @@
+"""What the verbs share: a parser whose errors are `ValueError`s, and silence where nothing takes long."""
+
+import argparse
+
+from . import VERBS
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for one verb; abbreviations are not guessed, and a bad value is a `ValueError`."""
+
+    def __init__(self, verb: str, **kwargs):
+        super().__init__(prog=f"minigpt {verb}", description=VERBS[verb], allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def quiet() -> None:
+    """No bars for steps that take a blink; what takes long says so in lines of its own."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
