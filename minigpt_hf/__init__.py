@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .api import ModelFolder, evaluate, generate, load, train
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import (
     MiniGPTForCausalLM,
@@ -47,5 +48,10 @@ __all__ = [
     "MiniGPTForSequenceClassification",
     "MiniGPTForTokenClassification",
     "MiniGPTModel",
+    "ModelFolder",
     "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "train",
 ]

@@ -9,34 +9,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import yaml
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import __version__
 from .data.blocks import Blocks
-from .data.corpus import Corpus, load_corpus
-from .data.stream import TokenStream, build_stream
-from .data.tokenizer import (
-    byte_level_bpe,
-    byte_tokenizer,
-    character_tokenizer,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    vocabulary_size,
-)
+from .data.corpus import CACHE, load_corpus
+from .data.prepared import PreparedText, is_prepared, prepare
+from .data.stream import TokenStream
+from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from .evaluation import Score, summarize
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
+from .pretrained import existing_config, existing_model, merged, with_lora
 from .publish.folder import write_model_folder
-from .training.arguments import Arguments, DataArguments, ModelArguments, resolved
+from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments, resolved
 from .training.callbacks import Lines, Samples
 from .training.checkpoint import FINGERPRINT
 from .training.plan import device_name, duration, show_plan, tokens_per_step
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
-from .training.stops import Interrupted, StopAtBoundary
+from .training.stops import Interrupted, StopAtBoundary, StopWhenNoBetter
 from .training.trainer import MiniGPTTrainer
 
 
@@ -51,64 +44,100 @@ def train(arguments: Arguments) -> Path:
     run = claim_run_folder(training)
     set_seed(training.seed)
 
-    corpus = load_corpus(data.data, data.validation_fraction, data.encoding)
-    tokenizer = make_tokenizer(corpus, data)
-    config = make_config(architecture, data.block_size, tokenizer)
-    with training.main_process_first(desc="token streams"):  # the other processes find what the first one made
-        stream, validation = make_streams(corpus, tokenizer, data)
-    blocks = Blocks(stream, data.block_size, training.seed)
-    fingerprint = {**fingerprint_of(arguments, stream, validation, tokenizer, config), "minigpt_hf": __version__}
+    if architecture.init_from:
+        existing_config(architecture)  # what cannot be gone on from is said before the text is read
+    with training.main_process_first(desc="text"):  # the other processes find what the first one made
+        text = prepare_text(data)
+    config = make_config(architecture, data.block_size, text.tokenizer)
+    blocks = Blocks(text.train, data.block_size, training.seed)
+    fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
     if (run / "model").exists():
         say_that_it_is_finished(run, fingerprint)
         return run / "model"
     with training.main_process_first(desc="checkpoint"):
         checkpoint = checkpoint_to_resume(run, fingerprint, training)
-    model = make_model(config)
+    model = make_model(config, architecture)
 
-    lines = Lines(run / "log.jsonl", tokens_per_step(training, data.block_size), len(stream) / stream.bytes)
-    samples = Samples(tokenizer, training.sample_prompt, training.sample_tokens)
+    lines = Lines(run / "log.jsonl", tokens_per_step(training, data.block_size), len(text.train) / text.train.bytes)
+    samples = Samples(text.tokenizer, training.sample_prompt, training.sample_tokens)
     stop = StopAtBoundary()
-    trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, [lines, samples, stop], fingerprint)
+    callbacks = [lines, samples, stop, StopWhenNoBetter(patience(training, blocks))]
+    trainer = MiniGPTTrainer(model, training, blocks, text.validation, text.tokenizer, callbacks, fingerprint)
     if trainer.is_world_process_zero():
         trainer.check_room()
         (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(arguments), sort_keys=False), encoding="utf-8")
         (run / FINGERPRINT).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
-        show_plan(trainer, corpus, stream)
+        show_plan(trainer, text)
 
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.number is not None:
         raise Interrupted(stop.number, trainer.state.global_step)
-    results = final_score(trainer, validation, data.block_size)
+    results = final_score(trainer, text.validation, data.block_size)
     if trainer.is_world_process_zero():
-        about = describe(arguments, corpus, tokenizer, stream, validation, trainer, results, lines.seconds, samples)
-        write_model_folder(run / "model", trainer.model, tokenizer, about, read_log(run / "log.jsonl"))
+        model = merged(trainer.model) if architecture.lora_rank else trainer.model
+        about = describe(arguments, text, model, trainer, results, lines.seconds, samples)
+        write_model_folder(run / "model", model, text.tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
     return run / "model"
 
 
-def make_tokenizer(corpus: Corpus, data: DataArguments) -> PreTrainedTokenizerBase:
-    """Learn a tokenizer from the training text, or take an existing one."""
-    if data.tokenizer == "bpe":
-        return byte_level_bpe(corpus.train, data.vocab_size)
-    if data.tokenizer == "bytes":
-        return byte_tokenizer()
-    if data.tokenizer == "characters":
-        # Of the validation text, too: that a character exists gives nothing away, and one without an id would end it all.
-        return character_tokenizer(text for part in (corpus.train, corpus.validation) for text in part)
-    return load_tokenizer(data.tokenizer)
+def prepare_text(data: DataArguments) -> PreparedText:
+    """Text, tokenizer and token streams; what was prepared before is found again."""
+    cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
+    if is_prepared(data.data):
+        text = PreparedText.open(Path(data.data))
+        data.tokenizer, data.vocab_size = text.kind, vocabulary_size(text.tokenizer)
+        return text
+    corpus = load_corpus(
+        data.data,
+        data.validation_fraction,
+        data.encoding,
+        split=data.data_split,
+        text_column=data.text_column,
+        data_format=data.data_format,
+        streaming=data.streaming,
+        cache_dir=cache_dir,
+    )
+    return prepare(
+        corpus,
+        data.tokenizer,
+        data.vocab_size,
+        cache_dir,
+        validation_characters=data.validation_characters,
+        num_proc=data.num_proc,
+        max_tokens=data.max_tokens,
+    )
 
 
 def make_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
-    """The architecture, with what follows from block size and tokenizer filled in."""
+    """The architecture, with what follows from block size and tokenizer filled in; or that of the model to go on from."""
+    config = (
+        existing_config(architecture) if architecture.init_from else new_config(architecture, block_size, tokenizer)
+    )
+    if config.max_position_embeddings < block_size:
+        raise ValueError(
+            f"--max_position_embeddings {config.max_position_embeddings} is less than --block_size {block_size}: "
+            "the model could not take its own training blocks"
+        )
+    if config.vocab_size < (size := vocabulary_size(tokenizer)):
+        raise ValueError(f"the tokenizer has {size:,} tokens, and the model's vocabulary only {config.vocab_size:,}")
+    tokenizer.model_max_length = config.max_position_embeddings
+    return config
+
+
+def new_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
+    """What the recipe says."""
     settings = dict(vars(architecture))
+    for name in ("init_from", "lora_rank"):
+        del settings[name]
     rope_theta, longest = settings.pop("rope_theta"), settings.pop("max_position_embeddings")
     if architecture.use_sliding_window:
         # No layer looks further back than training did, so the model can write on past its block. One token more than a
         # block: then no block needs a mask for the window, and attention keeps its fast path.
         settings["sliding_window"] = settings["sliding_window"] or block_size + 1
         longest = longest or 16 * block_size
-    config = MiniGPTConfig(
+    return MiniGPTConfig(
         vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=longest or block_size,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
@@ -117,32 +146,12 @@ def make_config(architecture: ModelArguments, block_size: int, tokenizer: PreTra
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
-    if config.max_position_embeddings < block_size:
-        raise ValueError(
-            f"--max_position_embeddings {config.max_position_embeddings} is less than --block_size {block_size}: "
-            "the model could not take its own training blocks"
-        )
-    tokenizer.model_max_length = config.max_position_embeddings
-    return config
 
 
-def make_streams(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: DataArguments
-) -> tuple[TokenStream, TokenStream | None]:
-    """Training and validation text as token streams, found again if they were made before."""
-    cache = Path(data.cache_dir) if data.cache_dir else Path(datasets.config.HF_CACHE_HOME) / "minigpt"
-    with tqdm(
-        total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
-    ) as bar:
-        stream = build_stream(corpus.train, tokenizer, cache, data.num_proc, progress=bar.update)
-    if not len(corpus.validation):
-        return stream, None
-    return stream, build_stream(corpus.validation.head(data.validation_characters), tokenizer, cache, data.num_proc)
-
-
-def make_model(config: MiniGPTConfig) -> MiniGPTForCausalLM:
-    """Fresh weights, and how `generate` samples unless it is told otherwise."""
-    model = MiniGPTForCausalLM(config)
+def make_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrainedModel:
+    """Fresh weights, or those to go on from; and how `generate` samples unless it is told otherwise."""
+    folder = architecture.init_from
+    model = existing_model(folder, config) if folder else MiniGPTForCausalLM(config)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.8,
@@ -150,7 +159,16 @@ def make_model(config: MiniGPTConfig) -> MiniGPTForCausalLM:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    return model
+    return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model
+
+
+def patience(training: MiniGPTTrainingArguments, blocks: Blocks) -> int:
+    """Evaluations without a better one after which to stop; 0 for never: what is read once is not learnt by heart."""
+    if training.early_stopping_patience is not None:
+        return training.early_stopping_patience
+    steps_per_epoch = len(blocks) * blocks.block_size / tokens_per_step(training, blocks.block_size)
+    epochs = training.max_steps / steps_per_epoch if training.max_steps > 0 else training.num_train_epochs
+    return 5 if epochs > 1 and training.load_best_model_at_end else 0
 
 
 def final_score(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size: int) -> Score | None:
@@ -167,10 +185,8 @@ def final_score(trainer: MiniGPTTrainer, validation: TokenStream | None, block_s
 
 def describe(
     arguments: Arguments,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    stream: TokenStream,
-    validation: TokenStream | None,
+    text: PreparedText,
+    model: PreTrainedModel,
     trainer: MiniGPTTrainer,
     results: Score | None,
     seconds: float,
@@ -186,19 +202,19 @@ def describe(
         "torch": torch.__version__,
         "recipe": resolved(arguments),
         "data": {
-            "name": corpus.name,
-            "cut": corpus.cut,
-            "train": describe_stream(stream),
-            "validation": describe_stream(validation) if validation else None,
+            "name": text.name,
+            "cut": text.cut,
+            "train": describe_stream(text.train),
+            "validation": describe_stream(text.validation) if text.validation else None,
         },
         "tokenizer": {
-            "kind": {"bpe": "byte-level BPE"}.get(data.tokenizer, data.tokenizer),
-            "vocab_size": vocabulary_size(tokenizer),
-            "bytes_per_token": stream.bytes / (len(stream) - len(stream.documents)),
-            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "kind": {"bpe": "byte-level BPE"}.get(text.kind, text.kind),
+            "vocab_size": vocabulary_size(text.tokenizer),
+            "bytes_per_token": text.train.bytes / (len(text.train) - len(text.train.documents)),
+            "fingerprint": tokenizer_fingerprint(text.tokenizer),
         },
         "training": {
-            "parameters": trainer.model.num_parameters(),
+            "parameters": model.num_parameters(),
             "steps": trainer.state.global_step,
             "tokens_per_step": step,
             "tokens": trainer.state.global_step * step,

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler, set_seed
 
 from minigpt_hf.data.blocks import Blocks, BlockSampler
-from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.run import make_config, make_model, make_streams, make_tokenizer
+from minigpt_hf.run import make_config, make_model, prepare_text
 from minigpt_hf.training.arguments import Arguments, parse_arguments
 from minigpt_hf.training.trainer import optimizer_factory
 
@@ -26,11 +25,10 @@ def train(arguments: Arguments) -> list[float]:
     """Train as the recipe says and return the loss of every step, in nats per token."""
     data, architecture, training = arguments
     set_seed(training.seed)
-    corpus = load_corpus(data.data, data.validation_fraction, data.encoding)
-    tokenizer = make_tokenizer(corpus, data)
-    stream, _ = make_streams(corpus, tokenizer, data)
-    blocks = Blocks(stream, data.block_size, training.seed)
-    model = make_model(make_config(architecture, data.block_size, tokenizer)).to(training.device).train()
+    text = prepare_text(data)
+    blocks = Blocks(text.train, data.block_size, training.seed)
+    config = make_config(architecture, data.block_size, text.tokenizer)
+    model = make_model(config, architecture).to(training.device).train()
 
     muon_adamw, rates = optimizer_factory(training)
     optimizer = muon_adamw()(model, **rates)
@@ -60,7 +58,7 @@ def train(arguments: Arguments) -> list[float]:
         epoch += 1
 
     model.save_pretrained(training.output_dir)
-    tokenizer.save_pretrained(training.output_dir)
+    text.tokenizer.save_pretrained(training.output_dir)
     return losses
 
 

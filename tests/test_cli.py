@@ -188,7 +188,7 @@ def test_help_version_and_no_verb(capsys):
 
 BAD = {
     "no such file": (["--data", "absent.txt"], r"absent\.txt: no such file or folder; give a text file"),
-    "nothing readable in a folder": (["--data", "folder"], "folder: no text file in this folder"),
+    "nothing readable in a folder": (["--data", "folder"], "folder: no text file or table in this folder"),
     "empty text": (["--data", "empty.txt"], r"empty\.txt: there is no text in it"),
     "shorter than a block": (["--data", "short.txt", "--tokenizer", "bytes"], "less than one block of 32"),
     "not UTF-8": (
@@ -296,7 +296,7 @@ def test_the_other_verbs_refuse_in_one_line_too(argv, message, workshop, run_fol
 
 def test_an_unknown_verb_is_named(capsys):
     code, _, err = run(capsys, "trian")
-    assert (code, err) == (2, "minigpt: unknown verb 'trian'; there are train, evaluate, generate\n")
+    assert (code, err) == (2, f"minigpt: unknown verb 'trian'; there are {', '.join(VERBS)}\n")
 
 
 def test_debug_shows_where_an_error_comes_from(workshop):

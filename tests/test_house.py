@@ -15,7 +15,7 @@ import minigpt_hf
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "minigpt_hf"
-EVERYTHING = {"data", "model", "training", "evaluation", "generation", "publish", "run"}
+EVERYTHING = {"data", "model", "training", "evaluation", "generation", "publish", "pretrained", "run", "api"}
 # The table of the design: what each room may import of the others.
 MAY_IMPORT = {
     "model": set(),
@@ -24,9 +24,11 @@ MAY_IMPORT = {
     "generation": set(),
     "training": {"data", "evaluation", "generation", "publish.folder"},
     "publish": {"model"},
-    "run": {"data", "model", "training", "evaluation", "publish", "__version__"},
+    "pretrained": {"model", "training"},
+    "run": {"data", "model", "training", "evaluation", "publish", "pretrained", "__version__"},
+    "api": EVERYTHING,
     "cli": EVERYTHING | {"__version__"},
-    "__init__": {"model"},
+    "__init__": {"model", "api"},
 }
 
 
@@ -82,7 +84,12 @@ def test_public_names():
         "MiniGPTForSequenceClassification",
         "MiniGPTForTokenClassification",
         "MiniGPTModel",
+        "ModelFolder",
         "__version__",
+        "evaluate",
+        "generate",
+        "load",
+        "train",
     ]
 
 

@@ -5,11 +5,11 @@ import argparse
 from .parser import quiet
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(verb: str = "train") -> argparse.ArgumentParser:
     """Every setting there is: ours and those of `TrainingArguments`."""
     from ..training.arguments import argument_parser
 
-    return argument_parser(prog="minigpt train", parents=[_recipe()])
+    return argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
 
 
 def run(argv: list[str]) -> None:
@@ -19,8 +19,8 @@ def run(argv: list[str]) -> None:
         return
     from ..training.arguments import parse_arguments
 
-    recipe, rest = _recipe().parse_known_args(argv)
-    arguments = parse_arguments(rest, recipe.recipe)
+    recipe, rest = split_recipe(argv)
+    arguments = parse_arguments(rest, recipe)
 
     from .. import run
 
@@ -28,12 +28,20 @@ def run(argv: list[str]) -> None:
     run.train(arguments)
 
 
-def _recipe() -> argparse.ArgumentParser:
+def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
+    """["--recipe", "demo", "--max_steps", "9"] -> ("demo", ["--max_steps", "9"])."""
+    chosen, rest = _recipe_parser().parse_known_args(argv)
+    return chosen.recipe, rest
+
+
+def _recipe_parser() -> argparse.ArgumentParser:
     from ..training.arguments import recipe_names
 
-    parser = argparse.ArgumentParser(prog="minigpt train", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe", default="demo", help=f"Settings that the other flags override: {names}, or a YAML file."
+        "--recipe",
+        help=f"Settings that the other flags override: {names}, or a YAML file; default: demo, with --init_from finetune, "
+        "with --lora_rank lora.",
     )
     return parser

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import Documents
+from .texts import Texts
 from .tokenizer import Encoder, tokenizer_fingerprint, vocabulary_size
 
 
@@ -67,11 +67,12 @@ class TokenStream:
 
 
 def build_stream(
-    documents: Documents,
+    texts: Texts,
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path,
     num_proc: int | None = None,
     progress: Callable[[int], None] = lambda characters: None,
+    max_tokens: int | None = None,
 ) -> TokenStream:
     """Encode documents into a stream, or find the one that was made from the same text with the same tokenizer.
 
@@ -80,15 +81,18 @@ def build_stream(
         num_proc: Processes that encode; default: one for each core, at most 16. Text goes to them in pieces and comes
             back in order, so the memory in use does not depend on the size of the corpus.
         progress: Told the number of characters of each piece as it is done.
+        max_tokens: End the stream after the piece in which it gets that long.
     """
-    fingerprint = f"{documents.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}"
+    fingerprint = f"{texts.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}"
+    if max_tokens is not None:
+        fingerprint += f"-{max_tokens}"
     folder = cache_dir / fingerprint
     if not (folder / "stream.json").is_file():
         # Whole or absent: written beside its place, and moved there when complete.
         unfinished = cache_dir / f".{fingerprint}.{os.getpid()}"
         unfinished.mkdir(parents=True)
         try:
-            _write_stream(unfinished, fingerprint, documents, tokenizer, num_proc, progress)
+            _write_stream(unfinished, fingerprint, texts, tokenizer, num_proc, progress, max_tokens)
             if not folder.exists():  # another process may have been faster; its stream is the same
                 unfinished.rename(folder)
         finally:
@@ -99,16 +103,17 @@ def build_stream(
 def _write_stream(
     folder: Path,
     fingerprint: str,
-    documents: Documents,
+    texts: Texts,
     tokenizer: PreTrainedTokenizerBase,
     num_proc: int | None,
     progress: Callable[[int], None],
+    max_tokens: int | None,
 ) -> None:
     dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
     end_of_text = np.array([tokenizer.eos_token_id], dtype=dtype)
     starts, written, characters, size = [], 0, 0, 0
     with (folder / "tokens.bin").open("wb") as file:
-        for opens_document, ids, text_length, byte_length in _encode(documents, tokenizer, dtype, num_proc):
+        for opens_document, ids, text_length, byte_length in _encode(texts, tokenizer, dtype, num_proc):
             if opens_document:
                 starts.append(written)
                 file.write(end_of_text)
@@ -118,6 +123,8 @@ def _write_stream(
             characters += text_length
             size += byte_length
             progress(text_length)
+            if max_tokens is not None and written >= max_tokens:
+                break
     np.save(folder / "documents.npy", np.array(starts, dtype=np.int64))
     about = {
         "dtype": dtype.str,
@@ -135,14 +142,14 @@ Encoded = tuple[bool, np.ndarray, int, int]  # opens a document?, ids, character
 
 
 def _encode(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype, num_proc: int | None
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype, num_proc: int | None
 ) -> Iterator[Encoded]:
     """Encode piece by piece, in order; in this process if there is only a little."""
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    encoder = Encoder(tokenizer_json)
-    jobs = ((i == 0, piece) for text in documents for i, piece in enumerate(encoder.pieces(text)))
+    jobs = Encoder(tokenizer_json).pieces(texts.parts())
     num_proc = num_proc or min(16, os.cpu_count() or 1)
-    if num_proc == 1 or documents.characters < 2_000_000:  # below that, starting processes takes longer than the work
+    is_little = texts.characters is not None and texts.characters < 2_000_000  # starting processes would take longer
+    if num_proc == 1 or is_little:
         _start(tokenizer_json, dtype)
         yield from map(_encode_piece, jobs)
     else:

@@ -59,8 +59,8 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer=trainer)
-    return _fast(tokenizer)
+    tokenizer.train_from_iterator((piece for _, piece in pieces((True, text) for text in texts)), trainer=trainer)
+    return with_special_tokens(tokenizer)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,7 +70,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     stand_ins = iter(range(256, 512))
     vocab = {END_OF_TEXT: 0, PAD: 1}
     vocab |= {chr(byte if byte in printable else next(stand_ins)): byte + 2 for byte in range(256)}
-    return _fast(_byte_level(models.BPE(vocab=vocab, merges=[])))
+    return with_special_tokens(_byte_level(models.BPE(vocab=vocab, merges=[])))
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -82,7 +82,7 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab))  # with no `unk` token: it fails rather than lose a character
     tokenizer.pre_tokenizer = EACH_CHARACTER
     tokenizer.decoder = decoders.Fuse()
-    return _fast(tokenizer)
+    return with_special_tokens(tokenizer)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -113,19 +113,29 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
 
 
-def pieces(text: str, anywhere: bool = False) -> Iterator[str]:
-    """Cut a long text where that changes no token: after a line end, or anywhere if each token is one unit."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        stop = start + PIECE_CHARACTERS
-        if not anywhere:
-            safe = SAFE_CUT.search(text, stop)
-            if safe is None:
-                break
-            stop = safe.end()
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+def pieces(
+    parts: Iterable[tuple[bool, str]], anywhere: bool = False, whole: bool = False
+) -> Iterator[tuple[bool, str]]:
+    """Cut (or join) parts of documents where that changes no token: after a line end, or anywhere if each token is one unit.
+
+    In and out come (does it open a document?, text); documents without text are left out. `whole` only joins.
+    """
+    opens, rest = True, ""
+    for opens_document, text in parts:
+        if opens_document and rest:
+            yield opens, rest
+        opens, rest = (True, text) if opens_document else (opens, rest + text)
+        while len(rest) > PIECE_CHARACTERS and not whole:
+            stop = PIECE_CHARACTERS
+            if not anywhere:
+                safe = SAFE_CUT.search(rest, stop)
+                if safe is None:
+                    break
+                stop = safe.end()
+            yield opens, rest[:stop]
+            opens, rest = False, rest[stop:]
+    if rest:
+        yield opens, rest
 
 
 class Encoder:
@@ -144,9 +154,11 @@ class Encoder:
         if self.tokenizer.normalizer is None and self.tokenizer.pre_tokenizer is not None:
             self.may_cut = cutters.get(_described(self.tokenizer.pre_tokenizer))
 
-    def pieces(self, text: str) -> Iterator[str]:
-        """The text in parts that can be encoded one by one; whole, if this tokenizer is not one of ours."""
-        return pieces(text, anywhere=self.may_cut == "anywhere") if self.may_cut else iter([text])
+    def pieces(self, parts: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
+        """The text in parts that can be encoded one by one; documents whole, if this tokenizer is not one of ours."""
+        if self.may_cut:
+            return pieces(parts, anywhere=self.may_cut == "anywhere")
+        return pieces(parts, whole=True)
 
     def __call__(self, piece: str) -> list[int]:
         try:
@@ -173,7 +185,8 @@ def _described(pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
     return pre_tokenizer.__getstate__().decode()
 
 
-def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers takes it, with `E` and `pad`."""
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True), AddedToken(PAD, special=True)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -5,6 +5,7 @@ names the nearest ones. Every flag of `TrainingArguments` works; only defaults d
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -25,16 +26,38 @@ class DataArguments:
     data: str = field(
         default="stdlib",
         metadata={
-            "help": "Text to learn from: a file (one document), a folder (each text file in it is a document), an "
-            "http(s) URL, or `stdlib`, the Python standard library's source on this disk."
+            "help": "What to learn from: a file, folder, glob or URL of text (each file is a document) or of tables (jsonl, "
+            "json, csv, tsv, parquet, arrow: each row is one), plain or gz, zst, xz; a folder that `save_to_disk` or "
+            "`minigpt tokenize` wrote; a Hub dataset, user/name or user/name:config; `stdlib`, the Python standard "
+            "library's source on this disk; - for standard input; or a mixture by characters, one:0.7,other:0.3."
         },
     )
-    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the text files."})
+    data_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of a dataset, e.g. train[:5%%]; default: train, and its own validation split if it has one."
+        },
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of a table that is text; default: `text`, or the only one."}
+    )
+    data_format: str | None = field(
+        default=None,
+        metadata={"help": "Read files as text, json, csv, parquet or arrow, whatever their endings say."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Take documents of a Hub dataset as they arrive, until --max_tokens; keep none."},
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Take so many tokens of the training text, no more."}
+    )
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of text, csv and json files."})
     validation_fraction: float = field(
         default=0.1,
         metadata={
-            "help": "Share held out for validation: of 20 documents or more, those with the lowest hash of their "
-            "content; of fewer, the tail of the text. 0 for none."
+            "help": "Share held out, if no validation split comes with the data: of 20 documents or more, those with the "
+            "lowest hash of their content; of fewer, the tail of the text. 0 for none."
         },
     )
     validation_characters: int = field(
@@ -52,22 +75,38 @@ class DataArguments:
         default=256, metadata={"help": "Tokens in a training block: the longest context it learns."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where token streams are kept; default: `minigpt` in the Hugging Face cache."}
+        default=None,
+        metadata={"help": "Where tokenizers and token streams are kept; default: `minigpt` in the Hugging Face cache."},
     )
     num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize; default: one for each core."}
     )
 
     def __post_init__(self):
-        for name, smallest in (("block_size", 1), ("validation_characters", 1), ("num_proc", 1)):
-            if (value := vars(self)[name]) is not None and value < smallest:
-                raise ValueError(f"{name} is {value}: it must be at least {smallest}")
+        for name in ("block_size", "validation_characters", "num_proc", "max_tokens"):
+            if (value := vars(self)[name]) is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if self.streaming and self.max_tokens is None:
+            raise ValueError("--streaming needs --max_tokens: how much of the stream to take")
 
 
 @dataclass
 class ModelArguments:
-    """The architecture; names and meanings are those of `MiniGPTConfig`."""
+    """The architecture; names and meanings are those of `MiniGPTConfig`. Or a model to go on from, which has its own."""
 
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the weights, architecture and tokenizer of this MiniGPT or Qwen3 folder or Hub id; the "
+            "default recipe is then `finetune`."
+        },
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Learn factors of this rank beside frozen matrices (LoRA), merged at the end; 0: learn it all."
+        },
+    )
     hidden_size: int = field(default=256, metadata={"help": "Width of the residual stream."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Number of blocks."})
     num_attention_heads: int = field(default=4, metadata={"help": "Number of query heads."})
@@ -111,6 +150,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
     sample_prompt: str = field(default="", metadata={"help": "What the samples shown while training start with."})
     sample_tokens: int = field(default=120, metadata={"help": "Tokens in such a sample; 0 for no samples."})
 
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End after so many evaluations without a better one; 0: never; default: 5 if the text is passed more "
+            "than once, else never."
+        },
+    )
     fresh: bool = field(
         default=False, metadata={"help": "Start over: a run that is in output_dir is renamed, not deleted."}
     )
@@ -156,9 +202,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         smallest = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        smallest |= {"learning_rate": 0, "muon_learning_rate": 0, "sample_tokens": 0}
+        smallest |= {"early_stopping_patience": 0, "learning_rate": 0, "muon_learning_rate": 0, "sample_tokens": 0}
         for name, least in smallest.items():
-            if (value := vars(self)[name]) < least:
+            if (value := vars(self)[name]) is not None and value < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
@@ -187,17 +233,33 @@ Arguments = tuple[DataArguments, ModelArguments, MiniGPTTrainingArguments]
 GROUPS = (DataArguments, ModelArguments, MiniGPTTrainingArguments)
 
 
-def parse_arguments(argv: Sequence[str], recipe: str = "demo") -> Arguments:
-    """A recipe overridden by flags -> the dataclasses.
+# What an existing model brings along; the rest of `ModelArguments` is a matter of training.
+OF_THE_MODEL = {each.name for each in fields(ModelArguments)} - {
+    *("init_from", "lora_rank", "attention_dropout", "embedding_dropout", "residual_dropout")
+}
+
+
+def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides: Any) -> Arguments:
+    """A recipe, overridden by flags or by keywords -> the dataclasses.
+
+    Args:
+        argv: Flags, as on the command line.
+        recipe: Name or YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`.
+        overrides: The same settings as flags, by name.
 
     Raises:
         ValueError: for an unknown recipe, key or flag, naming the nearest ones; or a value that cannot be.
     """
-    parser = argument_parser(prog="minigpt train")
-    settings = {"output_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe)}
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
+    given = {*flags, *overrides}
+    for name in overrides:
+        if name not in _fields():
+            raise ValueError(f"unknown setting {name!r}{_nearest(name, _fields())}")
+    recipe = recipe or ("lora" if "lora_rank" in given else "finetune" if "init_from" in given else "demo")
+    settings = {"output_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe), **overrides}
     if "num_train_epochs" in given and "max_steps" not in given:
         settings["max_steps"] = -1  # who asks for epochs is not to be stopped by the recipe's number of steps
+    parser = argument_parser(prog="minigpt train")
     parser.set_defaults(**settings)
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -206,6 +268,14 @@ def parse_arguments(argv: Sequence[str], recipe: str = "demo") -> Arguments:
         raise ValueError(
             f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), _fields())}"
         )
+    if model.init_from:
+        if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
+            raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
+        data.tokenizer = model.init_from
+    if not model.init_from and (model.lora_rank or recipe == "finetune"):
+        raise ValueError("there is no model to go on from: name a folder or a Hub id with --init_from")
+    if model.lora_rank and training.muon:
+        raise ValueError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
     if data.validation_fraction == 0:
         training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
         training.load_best_model_at_end = False
@@ -256,6 +326,19 @@ def read_recipe(name: str) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """Recipes that come with the package."""
     return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The file of a recipe that comes with the package, comments and all."""
+    read_recipe(name)
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def recipe_notes(name: str) -> dict[str, str]:
+    """What the comment at the head of a recipe says: `what`, `parameters`, `tokens`, `cost`, `result`."""
+    first, *rest = recipe_text(name).splitlines()
+    notes = dict(found.groups() for line in rest if (found := re.fullmatch(r"# (\w+) {2,}(.+)", line)))
+    return {"what": first.removeprefix("# "), **notes}
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:

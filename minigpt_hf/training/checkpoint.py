@@ -72,7 +72,8 @@ def what_is_wrong(checkpoint: Path) -> str | None:
                 return f"the content of {name} has changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    needed = {"config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", FINGERPRINT} - set(entries)
+    config = "adapter_config.json" if "adapter_config.json" in entries else "config.json"
+    needed = {config, "trainer_state.json", "optimizer.pt", "scheduler.pt", FINGERPRINT} - set(entries)
     return f"{', '.join(sorted(needed))} not in {MANIFEST}" if needed else None
 
 

@@ -9,8 +9,7 @@ import time
 import torch
 from transformers import Trainer
 
-from ..data.corpus import Corpus
-from ..data.stream import TokenStream
+from ..data.prepared import PreparedText
 from .arguments import MiniGPTTrainingArguments
 
 
@@ -20,9 +19,9 @@ def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
     return blocks * block_size
 
 
-def show_plan(trainer: Trainer, corpus: Corpus, stream: TokenStream) -> None:
+def show_plan(trainer: Trainer, text: PreparedText) -> None:
     """What is about to happen, before it does."""
-    args, model = trainer.args, trainer.model
+    args, model, stream = trainer.args, trainer.model, text.train
     steps = args.max_steps
     if steps <= 0:
         steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
@@ -31,15 +30,21 @@ def show_plan(trainer: Trainer, corpus: Corpus, stream: TokenStream) -> None:
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     print(
         f"device        {device_name(args)}, {precision}\n"
-        f"text          {corpus.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
-        f"{stream.bytes / len(stream):.2f} bytes; validation: {corpus.cut}\n"
+        f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
+        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.cut}\n"
         f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
-        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}\n"
+        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{learnt(model)}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
         f"{steps * step / len(stream):.2f} times the text\n"
         f"time          about {duration(steps * seconds_per_step(trainer))}, evaluations left out",
         flush=True,
     )
+
+
+def learnt(model) -> str:
+    """How many of the parameters are learnt, where it is not all of them."""
+    few, all_of_them = model.num_parameters(only_trainable=True), model.num_parameters()
+    return f"; {few:,} of them are learnt ({few / all_of_them:.1%})" if few < all_of_them else ""
 
 
 def seconds_per_step(trainer: Trainer) -> float:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
-from ..data.stream import TokenStream
+from ..data.prepared import PreparedText
 from ..data.tokenizer import tokenizer_fingerprint
 from .arguments import Arguments, MiniGPTTrainingArguments
 from .checkpoint import FINGERPRINT, differences, newest_valid, set_aside, what_is_wrong
@@ -84,28 +84,24 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
 MAY_CHANGE = {"config.attention_dropout", "config.embedding_dropout", "config.residual_dropout"}
 
 
-def fingerprint_of(
-    arguments: Arguments,
-    stream: TokenStream,
-    validation: TokenStream | None,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
-) -> dict[str, Any]:
+def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedConfig) -> dict[str, Any]:
     """Everything that decides which numbers a run computes, by name; a run goes on only where it is the same."""
-    data, _, training = arguments
+    data, architecture, training = arguments
     model = config.to_dict()
-    architecture = {f"config.{name}": model[name] for name in vars(arguments[1]) if name in model}
+    shape = {f"config.{name}": model[name] for name in vars(architecture) if name in model}
     names = "learning_rate muon_learning_rate muon_momentum muon optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
     names += "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps num_train_epochs seed "
-    names += "label_smoothing_factor bf16 fp16 world_size"
+    names += "early_stopping_patience label_smoothing_factor bf16 fp16 world_size"
     values = {**training.to_dict(), "world_size": training.world_size}
     return {
-        "data": stream.fingerprint,
-        "validation": validation.fingerprint if validation else None,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "data": text.train.fingerprint,
+        "validation": text.validation.fingerprint if text.validation else None,
+        "tokenizer": tokenizer_fingerprint(text.tokenizer),
         "block_size": data.block_size,
         "effective_batch": tokens_per_step(training, data.block_size) // data.block_size,
-        **architecture,
+        **shape,
+        "init_from": architecture.init_from,
+        "lora_rank": architecture.lora_rank,
         "config.rope_theta": model["rope_parameters"]["rope_theta"],
         **{name: values[name] for name in names.split()},
         "device": training.device.type,

@@ -71,3 +71,22 @@ class StopAtBoundary(TrainerCallback):
         self.number = number
         for each in (signal.SIGTERM, signal.SIGINT):  # the second time there is no waiting
             signal.signal(each, signal.SIG_DFL)
+
+
+class StopWhenNoBetter(TrainerCallback):
+    """End after so many evaluations without a better one; 0 for never.
+
+    Must exist because transformers' `EarlyStoppingCallback` counts from zero again when a run goes on; this one looks at
+    what is written down.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if self.patience and since_best >= self.patience and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                print(f"no better validation loss in {since_best} evaluations: training ends here", flush=True)

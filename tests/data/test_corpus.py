@@ -7,7 +7,8 @@ import threading
 import datasets
 import pytest
 
-from minigpt_hf.data.corpus import Documents, load_corpus
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.texts import Documents
 
 
 def write_files(folder, texts: dict[str, str]):
@@ -41,7 +42,7 @@ def test_a_folder_is_read_in_order_without_hidden_empty_or_other_files(tmp_path)
     files = {"b.txt": "B", "a/c.md": "C", ".hidden.txt": "no", ".git/x.txt": "no", "empty.txt": "", "p.png": "no"}
     corpus = load_corpus(write_files(tmp_path, files), validation_fraction=0)
     assert list(corpus.train) == ["C", "B"]
-    assert list(corpus.validation) == []
+    assert corpus.validation is None
 
 
 def test_of_many_documents_a_tenth_is_chosen_by_content_alone(tmp_path):
@@ -102,7 +103,7 @@ def test_another_encoding_can_be_named(tmp_path):
     ("make", "message"),
     [
         (lambda folder: folder / "absent.txt", "no such file or folder"),
-        (lambda folder: folder, "no text file in this folder"),
+        (lambda folder: folder, "no text file or table in this folder"),
         (lambda folder: (folder / "empty.txt").write_text("") or folder / "empty.txt", "there is no text in it"),
         (
             lambda folder: (folder / "bad.txt").write_bytes(b"abc\xff\xfe") and folder / "bad.txt",

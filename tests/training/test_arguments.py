@@ -1,24 +1,69 @@
 """Recipes and flags become settings, and what is printed while training reads well."""
 
+import json
+
 import pytest
 import torch
 
-from minigpt_hf.data.tokenizer import byte_tokenizer
-from minigpt_hf.run import make_config
-from minigpt_hf.training.arguments import parse_arguments, read_recipe, recipe_names
+from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
+from minigpt_hf.run import make_config, train
+from minigpt_hf.training.arguments import parse_arguments, read_recipe, recipe_names, recipe_notes
 from minigpt_hf.training.plan import duration
+
+# Tiny Shakespeare's: letters, eleven punctuation marks, a 3, space and line end.
+SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"finetune", "lora"}))
+def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(name):
+    data, architecture, training = parse_arguments([], recipe=name)
+    assert training.output_dir == f"runs/{name}"
+    # The vocabulary of each, with the text that it is for: 65 different characters and two specials.
+    tokenizer = character_tokenizer([SHAKESPEARE_LETTERS]) if data.tokenizer == "characters" else byte_tokenizer()
+    config = make_config(architecture, data.block_size, tokenizer)
+    if data.tokenizer == "bpe":
+        config.vocab_size = data.vocab_size
+    with torch.device("meta"):
+        model = MiniGPTForCausalLM(config)
+    notes = recipe_notes(name)
+    assert notes["parameters"].endswith(f" = {model.num_parameters():,}")
+    gpus = 8 if "8 GPUs" in notes["tokens"] else 1
+    step = training.train_batch_size * training.gradient_accumulation_steps * data.block_size * gpus
+    assert f" = {step * training.max_steps:,} " in notes["tokens"]
+    assert set(notes) == {"what", "parameters", "tokens", "cost", "result"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_parses_and_its_model_can_be_built(name):
-    from minigpt_hf import MiniGPTForCausalLM
-
-    data, architecture, training = parse_arguments([], recipe=name)
-    assert training.output_dir == f"runs/{name}"
-    with torch.device("meta"):
-        model = MiniGPTForCausalLM(make_config(architecture, data.block_size, byte_tokenizer()))
-    assert model.num_parameters() > 0
-    assert (training.max_steps > 0) or (training.num_train_epochs > 0)
+def test_every_recipe_takes_two_steps(name, run_folder, text_file, tmp_path):
+    """In small: the rest of its settings is as it stands."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
+    if name in ("finetune", "lora"):
+        small = {"init_from": str(run_folder / "model")}
+    elif parse_arguments([], recipe=name)[0].tokenizer == "characters":
+        del small["vocab_size"]
+    arguments = parse_arguments(
+        [],
+        name,
+        **small,
+        data=str(text_file),
+        streaming=False,
+        max_tokens=None,
+        validation_fraction=0.1,
+        block_size=32,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        validation_characters=1000,
+        sample_tokens=5,
+        eval_steps=1,
+        save_steps=1,
+        use_cpu=True,
+        torch_compile=False,
+        output_dir=str(tmp_path / "run"),
+    )
+    folder = train(arguments)
+    results = json.loads((folder / "minigpt.json").read_text())["results"]
+    assert 0 < results["loss"] < 7
 
 
 def test_shakespeare_char_has_the_budget_of_nanogpts_cpu_example():

@@ -1,0 +1,187 @@
+"""The package in Python: train, evaluate, generate, load. The command line is a thin skin over these.
+
+    folder = minigpt_hf.train(data="notes.txt", recipe="demo", output_dir="runs/notes", max_steps=300)
+    print(folder.results["bits_per_byte"], folder.generate("Dear ")[0])
+
+In: folders and texts by name. Out: model folders, figures, texts. What a user can put right is a `ValueError` that says in
+one line what was given, why it cannot be, and what to do.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .evaluation import Score
+
+
+@dataclass(frozen=True)
+class ModelFolder(os.PathLike):
+    """A trained model on disk: a path that every `from_pretrained` takes, and what is known of it."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The content of `minigpt.json`: recipe, data, tokenizer, training, results, sample."""
+        return json.loads((self.path / "minigpt.json").read_text(encoding="utf-8"))
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The validation score it was published with (see `Score`); empty if nothing was held out."""
+        return self.about["results"]
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """See `load`."""
+        return load(self)
+
+    def evaluate(self, data: str, **settings) -> "Score":
+        """See `evaluate`."""
+        return evaluate(self, data, **settings)
+
+    def generate(self, prompt: str = "", **options) -> list[str]:
+        """See `generate`."""
+        return generate(self, prompt, **options)
+
+
+def train(
+    data: str | None = None, recipe: str | None = None, output_dir: str | os.PathLike | None = None, **overrides: Any
+) -> ModelFolder:
+    """Train a GPT and return its model folder; a run that was interrupted goes on, exactly.
+
+    Args:
+        data: What to learn from, see `load_corpus`; default: as the recipe says.
+        recipe: Name of a recipe, or a YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`.
+        output_dir: Folder of the run; default: `runs/` and the recipe's name.
+        overrides: Any setting of a recipe by name, `max_steps=300` (steps), `block_size=128` (tokens),
+            `learning_rate=4e-3`; those of `TrainingArguments` included.
+
+    Returns:
+        The folder `model` in `output_dir`.
+
+    Raises:
+        ValueError: for settings that do not exist or cannot be, a text that cannot be read, a folder in use.
+        RunStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
+    """
+    from .training.arguments import parse_arguments
+
+    named = {"data": data, "output_dir": None if output_dir is None else os.fspath(output_dir)}
+    arguments = parse_arguments([], recipe, **{k: v for k, v in named.items() if v is not None}, **overrides)
+    from . import run
+
+    return ModelFolder(run.train(arguments))
+
+
+def evaluate(
+    model: str | os.PathLike,
+    data: str,
+    *,
+    split: Literal["all", "train", "validation"] = "all",
+    validation_fraction: float | None = None,
+    encoding: str | None = None,
+    data_split: str | None = None,
+    text_column: str | None = None,
+    data_format: str | None = None,
+    max_characters: int | None = None,
+    block_size: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 16,
+    trust_remote_code: bool = False,
+) -> "Score":
+    """Score a text with any causal LM: loss in nats per token, perplexity, bits per byte.
+
+    Args:
+        model: A model folder or Hub id.
+        data: The text, see `load_corpus`.
+        split: Which part of it, as training cuts it.
+        validation_fraction, encoding, data_split, text_column, data_format: How it is read and cut; default: as the
+            model's training did.
+        max_characters: Score no more; default: of the validation part as many as training did.
+        block_size: Inputs in a window, in tokens; default: what the model was trained on.
+        stride: Tokens scored in a window; default: `block_size`.
+        batch_size: Windows at a time.
+        trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
+
+    Raises:
+        ValueError: if there is no such model or text, or nothing is held out.
+    """
+    from .data.corpus import load_corpus
+    from .evaluation import evaluate_texts
+
+    loaded, tokenizer = load(model, trust_remote_code)
+    recipe = recipe_of(model)
+
+    def given_or_as_trained(name: str, value: Any, default: Any = None) -> Any:
+        return recipe.get(name, default) if value is None else value
+
+    corpus = load_corpus(
+        data,
+        0.0 if split == "all" else given_or_as_trained("validation_fraction", validation_fraction, 0.1),
+        given_or_as_trained("encoding", encoding, "utf-8"),
+        split=given_or_as_trained("data_split", data_split),
+        text_column=given_or_as_trained("text_column", text_column),
+        data_format=given_or_as_trained("data_format", data_format),
+    )
+    texts = corpus.validation if split == "validation" else corpus.train
+    if texts is None or texts.characters == 0:
+        raise ValueError(f"nothing of {data} is held out for validation; say how much with --validation_fraction")
+    if max_characters is None and split == "validation":
+        max_characters = recipe.get("validation_characters")
+    if max_characters is not None:
+        texts = texts.head(max_characters)
+    block_size = given_or_as_trained("block_size", block_size)
+    return evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size)
+
+
+def generate(
+    model: str | os.PathLike, prompt: str = "", *, seed: int | None = None, trust_remote_code: bool = False, **options
+) -> list[str]:
+    """Continue a prompt with any causal LM, or begin a document if there is none.
+
+    Args:
+        model: A model folder or Hub id.
+        prompt: What the text starts with.
+        seed: Makes sampling repeatable.
+        options: Any attribute of `GenerationConfig`: `max_new_tokens` (default 200), `temperature`, `top_k`, …
+
+    Returns:
+        `num_return_sequences` texts, each with its prompt.
+
+    Raises:
+        ValueError: if there is no such model, an option does not exist, or the prompt cannot be encoded.
+    """
+    from .generation import generate
+
+    if "max_length" not in options:
+        options.setdefault("max_new_tokens", 200)
+    loaded, tokenizer = load(model, trust_remote_code)
+    return generate(loaded, tokenizer, prompt, seed=seed, **options)
+
+
+def load(
+    model: str | os.PathLike, trust_remote_code: bool = False
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
+
+    Raises:
+        ValueError: if there is no model there, or it brings code that is not trusted.
+    """
+    from .generation import load
+
+    return load(os.fspath(model), trust_remote_code)
+
+
+def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
+    """What `minigpt.json` says of how a model folder was trained; nothing, if it is not one of ours."""
+    file = Path(model) / "minigpt.json"
+    return json.loads(file.read_text(encoding="utf-8"))["recipe"] if file.is_file() else {}

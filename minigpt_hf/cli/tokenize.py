@@ -1,0 +1,39 @@
+"""`minigpt tokenize`: a text and a recipe -> a folder of token streams that `minigpt train --data` takes, on any machine."""
+
+import argparse
+from pathlib import Path
+
+from .parser import quiet
+from .train import parser as parser_of_train
+from .train import split_recipe
+
+
+def parser() -> argparse.ArgumentParser:
+    """What this verb takes: what training takes; only what concerns the text is looked at."""
+    return parser_of_train("tokenize")
+
+
+def run(argv: list[str]) -> None:
+    """Prepare the text and keep it."""
+    if "--help" in argv or "-h" in argv:
+        parser().print_help()
+        return
+    from ..run import prepare_text
+    from ..training.arguments import parse_arguments
+
+    recipe, rest = split_recipe(argv)
+    data, _, training = parse_arguments(rest, recipe)
+    if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
+        raise ValueError("say where to keep it: --output_dir FOLDER")
+    quiet()
+    folder = Path(training.output_dir)
+    if folder.exists():
+        raise ValueError(f"--output_dir {folder}: is there already; name another folder, or remove it")
+    text = prepare_text(data)
+    text.keep(folder)
+    held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"
+    print(
+        f"{folder}: {text.train.characters:,} characters -> {len(text.train):,} tokens of "
+        f"{text.train.bytes / len(text.train):.2f} bytes; {held_out} ({text.cut})\n"
+        f"minigpt train --data {folder} …  learns from it"
+    )

@@ -1,0 +1,143 @@
+"""A corpus -> a text that is ready to train on: a tokenizer and two token streams.
+
+In: a `Corpus`, and which tokenizer. Out: a `PreparedText`. Tokenizers and streams are found again by what they were made
+from, so a second start takes a blink. It refuses nothing that `tokenizer` does not.
+
+A prepared text can be kept as a folder, which needs the corpus no more and may be shared by several machines:
+    prepared.json    name, cut and kind of tokenizer
+    tokenizer/       as `from_pretrained` reads it
+    train/           a stream
+    validation/      a stream, if there is validation
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .corpus import Corpus
+from .stream import TokenStream, build_stream
+from .texts import Texts
+from .tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer, load_tokenizer, with_special_tokens
+
+# Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
+BPE_CHARACTERS = 100_000_000
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """What a training needs to know of its text. `cut` says in words what is held out, `kind` which tokenizer it is."""
+
+    name: str
+    cut: str
+    kind: str
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenStream
+    validation: TokenStream | None
+
+    @classmethod
+    def open(cls, folder: Path) -> "PreparedText":
+        """One that `keep` wrote."""
+        about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+        validation = TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None
+        return cls(
+            **about,
+            tokenizer=load_tokenizer(str(folder / "tokenizer")),
+            train=TokenStream.open(folder / "train"),
+            validation=validation,
+        )
+
+    def keep(self, folder: Path) -> None:
+        """Write it as a folder, whole or not at all.
+
+        Raises:
+            ValueError: if there is something in its place.
+        """
+        if folder.exists():
+            raise ValueError(f"{folder}: is there already; name another folder, or remove it")
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        self.tokenizer.save_pretrained(unfinished / "tokenizer")
+        shutil.copytree(self.train.folder, unfinished / "train")
+        if self.validation is not None:
+            shutil.copytree(self.validation.folder, unfinished / "validation")
+        about = {"name": self.name, "cut": self.cut, "kind": self.kind}
+        (unfinished / "prepared.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        unfinished.rename(folder)
+
+
+def is_prepared(data: str) -> bool:
+    """Whether this is a folder that `minigpt tokenize` wrote."""
+    return (Path(data) / "prepared.json").is_file()
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: str,
+    vocab_size: int,
+    cache_dir: Path,
+    *,
+    validation_characters: int,
+    num_proc: int | None = None,
+    max_tokens: int | None = None,
+) -> PreparedText:
+    """Learn or load a tokenizer, and encode the corpus with it.
+
+    Args:
+        tokenizer: `bpe`, `characters`, `bytes`, or a folder or Hub id.
+        vocab_size: Tokens that `bpe` learns, at most.
+        cache_dir: Where tokenizers and streams are kept and looked for.
+        validation_characters: At most so many of the validation text are scored while training.
+        num_proc: Processes that encode; default: one for each core.
+        max_tokens: Take no more of the training text than that.
+    """
+    chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
+    streams = cache_dir / "streams"
+    with tqdm(
+        total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
+    ) as bar:
+        train = build_stream(corpus.train, chosen, streams, num_proc, bar.update, max_tokens)
+    validation = None
+    if corpus.validation is not None:
+        validation = build_stream(corpus.validation.head(validation_characters), chosen, streams, num_proc)
+        if not len(validation):
+            raise ValueError(
+                f"{corpus.name}: nothing of it is held out for validation; raise --validation_fraction, or 0"
+            )
+    return PreparedText(corpus.name, corpus.cut, tokenizer, chosen, train, validation)
+
+
+def make_tokenizer(corpus: Corpus, tokenizer: str, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
+    """Learn a tokenizer from the training text, or take an existing one."""
+    if tokenizer == "bytes":
+        return byte_tokenizer()
+    if tokenizer == "bpe":
+        learn = lambda: byte_level_bpe(corpus.train.evenly(BPE_CHARACTERS), vocab_size)  # noqa: E731
+        return _kept(cache_dir, learn, f"bpe {vocab_size}", corpus.train)
+    if tokenizer == "characters":
+        # Of the validation text, too: that a character exists gives nothing away, and one without an id would end it all.
+        texts = [part for part in (corpus.train, corpus.validation) if part is not None]
+        learn = lambda: character_tokenizer(piece for text in texts for _, piece in text.parts())  # noqa: E731
+        return _kept(cache_dir, learn, "characters", *texts)
+    return load_tokenizer(tokenizer)
+
+
+def _kept(
+    cache_dir: Path, learn: Callable[[], PreTrainedTokenizerBase], kind: str, *texts: Texts
+) -> PreTrainedTokenizerBase:
+    """What was learnt from the same text before, or else now."""
+    name = hashlib.sha256(" ".join([kind, *(text.fingerprint for text in texts)]).encode()).hexdigest()[:32]
+    file = cache_dir / "tokenizers" / f"{name}.json"
+    if not file.is_file():
+        tokenizer = learn()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.backend_tokenizer.save(str(file.with_suffix(".unfinished")))
+        file.with_suffix(".unfinished").replace(file)
+    return with_special_tokens(Tokenizer.from_file(str(file)))

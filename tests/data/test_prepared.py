@@ -1,0 +1,62 @@
+"""A text is prepared once: tokenizer and streams are found again, or kept as a folder for other machines."""
+
+import json
+import shutil
+
+import pytest
+
+from minigpt_hf.cli import main
+from minigpt_hf.data import prepared
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.prepared import PreparedText, prepare
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_a_tokenizer_is_learnt_once_and_again_for_other_text(kind, text, tmp_path, monkeypatch):
+    def prepare_file(name: str, words: str) -> PreparedText:
+        (tmp_path / name).write_text(words)
+        corpus = load_corpus(str(tmp_path / name), cache_dir=tmp_path / "cache")
+        return prepare(corpus, kind, 300, tmp_path / "cache", validation_characters=100)
+
+    first = prepare_file("a.txt", text)
+    other = prepare_file("b.txt", text[:5000])
+    assert other.tokenizer.get_vocab() != first.tokenizer.get_vocab()
+    monkeypatch.setattr(prepared, "byte_level_bpe", lambda *args: pytest.fail("learnt again"))
+    monkeypatch.setattr(prepared, "character_tokenizer", lambda *args: pytest.fail("learnt again"))
+    again = prepare_file("c.txt", text)
+    assert again.tokenizer.backend_tokenizer.to_str() == first.tokenizer.backend_tokenizer.to_str()
+    assert again.train.folder == first.train.folder
+
+
+def test_no_more_tokens_are_taken_than_asked_for(text_file, tmp_path, monkeypatch):
+    from minigpt_hf.data import tokenizer
+
+    monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 200)
+    corpus = load_corpus(str(text_file), cache_dir=tmp_path)
+    streams = [
+        prepare(corpus, "bytes", 0, tmp_path, validation_characters=100, max_tokens=most).train
+        for most in (None, 1000, 1001)
+    ]
+    assert 1000 <= len(streams[1]) < 1500
+    assert streams[1].tokens.tolist() == streams[0].tokens[: len(streams[1])].tolist()
+    assert len({stream.folder for stream in streams}) == 3
+
+
+def test_training_on_a_kept_text_equals_training_on_the_text(text_file, recipe_file, run_folder, tmp_path, capsys):
+    """`minigpt tokenize`, then the text is needed no more."""
+    copy = str(shutil.copy(text_file, tmp_path / "argparse.py"))
+    kept = tmp_path / "kept"
+    recipe = ["--recipe", str(recipe_file)]
+    assert main(["tokenize", *recipe, "--data", copy, "--output_dir", str(kept)]) == 0
+    assert f"minigpt train --data {kept}" in capsys.readouterr().out
+    (tmp_path / "argparse.py").unlink()
+    assert main(["train", *recipe, "--data", str(kept), "--output_dir", str(tmp_path / "run")]) == 0
+    ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", run_folder))
+    assert ours == theirs
+    about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
+    assert (about["tokenizer"]["kind"], about["recipe"]["tokenizer"]) == ("byte-level BPE", "bpe")
+
+    assert main(["tokenize", *recipe, "--data", str(text_file), "--output_dir", str(kept)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["tokenize", *recipe, "--data", str(text_file)]) == 2
+    assert "say where to keep it" in capsys.readouterr().err

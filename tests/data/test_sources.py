@@ -1,0 +1,216 @@
+"""`--data` takes whatever `datasets` can load, and refuses the rest by name."""
+
+import gzip
+import io
+import lzma
+import sys
+
+import datasets
+import pytest
+import zstandard
+
+from minigpt_hf.data import sources, texts
+from minigpt_hf.data.corpus import load_corpus, mixture
+from minigpt_hf.data.sources import BUILDERS
+from tests.data.test_corpus import write_files
+
+ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: zstandard.compress(data)}
+
+
+def texts_of(data, **settings) -> list[str]:
+    return list(load_corpus(str(data), 0, **settings).train)
+
+
+@pytest.fixture
+def table() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": ROWS, "number": list(range(len(ROWS)))})
+
+
+def write_table(table: datasets.Dataset, file) -> None:
+    ending = file.suffix
+    if ending in (".jsonl", ".ndjson"):
+        table.to_json(file)
+    elif ending == ".json":
+        table.to_json(file, lines=False)
+    elif ending in (".csv", ".tsv"):
+        table.to_csv(file, sep="\t" if ending == ".tsv" else ",")
+    elif ending == ".parquet":
+        table.to_parquet(file)
+    elif ending == ".arrow":
+        with datasets.arrow_writer.ArrowWriter(path=str(file), features=table.features) as writer:
+            for row in table:
+                writer.write(row)
+            writer.finalize()
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"])
+def test_each_row_of_a_table_is_a_document(table, ending, tmp_path):
+    write_table(table, tmp_path / f"rows{ending}")
+    assert texts_of(tmp_path / f"rows{ending}") == ROWS
+
+
+@pytest.mark.parametrize("packing", COMPRESS)
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv"])
+def test_packed_files_are_unpacked(table, ending, packing, tmp_path):
+    plain = tmp_path / f"rows{ending}"
+    if ending == ".txt":
+        plain.write_text("".join(ROWS), encoding="utf-8")
+    else:
+        write_table(table, plain)
+    packed = tmp_path / f"packed{ending}{packing}"
+    packed.write_bytes(COMPRESS[packing](plain.read_bytes()))
+    assert texts_of(packed) == (["".join(ROWS)] if ending == ".txt" else ROWS)
+
+
+def test_every_ending_of_the_table_names_a_builder_of_datasets():
+    for builder, _ in BUILDERS.values():
+        assert builder in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+
+
+def test_a_glob_stands_for_the_files_it_matches_in_order(tmp_path, monkeypatch):
+    write_files(tmp_path, {"b/2.txt": "two", "a/1.txt": "one", "a/3.md": "three"})
+    assert texts_of(tmp_path / "**" / "*.txt") == ["one", "two"]
+    monkeypatch.chdir(tmp_path)
+    assert texts_of("*/*") == ["one", "three", "two"]
+
+
+def test_a_folder_that_save_to_disk_wrote_brings_its_splits(table, tmp_path):
+    table.shuffle(seed=1).save_to_disk(tmp_path / "one")  # with an indices mapping
+    assert sorted(texts_of(tmp_path / "one")) == sorted(ROWS)
+    both = datasets.DatasetDict({"train": table, "dev": table.select([0, 1])})
+    both.save_to_disk(tmp_path / "two")
+    corpus = load_corpus(str(tmp_path / "two"))
+    assert (list(corpus.train), list(corpus.validation)) == (ROWS, ROWS[:2])
+    assert corpus.cut == "the validation split that comes with it"
+    assert list(load_corpus(str(tmp_path / "two"), 0, split="dev").train) == ROWS[:2]
+    assert load_corpus(str(tmp_path / "two"), 0).validation is None
+
+
+def test_a_folder_of_tables_brings_its_validation_file_and_leaves_out_test_and_readme(table, tmp_path):
+    for name, rows in (("train", [0, 1, 2]), ("validation", [3]), ("test", [4])):
+        table.select(rows).to_json(tmp_path / f"{name}.jsonl")
+    (tmp_path / "README.md").write_text("about the data")
+    corpus = load_corpus(str(tmp_path))
+    assert (list(corpus.train), list(corpus.validation)) == (ROWS[:3], ROWS[3:4])
+
+
+def test_another_column_can_be_the_text(tmp_path):
+    rows = datasets.Dataset.from_dict({"question": ["q1", "q2"], "answer": ["a1", None], "n": [1, 2]})
+    rows.to_json(tmp_path / "rows.jsonl")
+    file = tmp_path / "rows.jsonl"
+    assert texts_of(file, text_column="answer") == ["a1"]  # rows without text are no documents
+    rows.select_columns(["answer", "n"]).to_json(tmp_path / "one.jsonl")
+    assert texts_of(tmp_path / "one.jsonl") == ["a1"]  # the only column of text
+    with pytest.raises(ValueError, match=r"which column is the text.*columns of text: question, answer"):
+        texts_of(file)
+    with pytest.raises(ValueError, match="--text_column body: there is no such column"):
+        texts_of(file, text_column="body")
+    with pytest.raises(ValueError, match="--text_column n: holds no text"):
+        texts_of(file, text_column="n")
+
+
+def test_a_table_can_be_learnt_as_it_stands(table, tmp_path):
+    write_table(table, tmp_path / "rows.csv")
+    assert texts_of(tmp_path / "rows.csv", data_format="text") == [(tmp_path / "rows.csv").read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.pdf": "x"}, r"a\.pdf: nothing here reads \.pdf files; known are \.txt .* say --data_format text"),
+        ({"a.zip": "x"}, r"nothing here reads \.zip files"),
+        ({"a.bin.gz": "x"}, r"nothing here reads \.bin files"),
+    ],
+)
+def test_what_has_no_reader_is_refused_by_name(files, message, tmp_path):
+    write_files(tmp_path, files)
+    with pytest.raises(ValueError, match=message):
+        texts_of(tmp_path / next(iter(files)))
+
+
+def test_files_of_different_kinds_are_not_mixed(tmp_path):
+    write_files(tmp_path, {"a.txt": "x", "b.jsonl": '{"text": "y"}'})
+    with pytest.raises(
+        ValueError, match=r"files of different kinds \(\.jsonl, \.txt\).*name one kind: --data '.*\*\*/\*\.txt'"
+    ):
+        texts_of(tmp_path)
+    assert texts_of(tmp_path / "*.jsonl") == ["y"]
+
+
+def test_standard_input_is_a_document(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("über\nalles".encode())))
+    assert texts_of("-", cache_dir=tmp_path) == ["über\nalles"]
+
+
+# -- large files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_file_is_read_by_lines_and_is_the_same_corpus(text, tmp_path, monkeypatch):
+    """Line ends of every kind, blank lines, a mark at the beginning, no line end at the end."""
+    spiteful = "\ufeff" + text.replace("\n\n", "\r\n\x0b\u2028\n", 5) + "end"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_bytes((spiteful + name).encode())
+    whole = load_corpus(str(tmp_path), 0.3, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(sources, "LINES_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(texts, "PART_CHARACTERS", 700)
+    by_lines = load_corpus(str(tmp_path), 0.3, cache_dir=tmp_path / "cache")
+    assert by_lines.train.index["rows"].max() > 1000
+    assert len(list(by_lines.train.parts())) > 100
+    for one, other in ((whole.train, by_lines.train), (whole.validation, by_lines.validation)):
+        assert list(one) == list(other)
+        assert one.fingerprint == other.fingerprint
+        for characters in (1, 699, 701, 5000):
+            assert "".join(other.head(characters)) == "".join(one)[:characters]
+
+
+def test_text_from_all_over_is_some_of_it_in_order(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PART_CHARACTERS", 500)
+    folder = write_files(tmp_path, {f"{i:02}.txt": text[i * 300 : (i + 1) * 300] for i in range(100)})
+    train = load_corpus(folder, 0).train
+    some = list(train.evenly(6_000))
+    assert 5_000 < sum(map(len, some)) < 8_000
+    places = [text.index(part) for part in some]
+    assert places == sorted(places)
+    assert places[-1] > 25_000
+    assert "".join(train.evenly(10**9)) == "".join(train)
+
+
+def test_what_is_known_of_a_text_is_not_computed_again(text_file, tmp_path, monkeypatch):
+    first = load_corpus(str(text_file), cache_dir=tmp_path)
+    monkeypatch.setattr(texts.hashlib, "sha256", _refuse_large(texts.hashlib.sha256))
+    again = load_corpus(str(text_file), cache_dir=tmp_path)
+    assert again.train.fingerprint == first.train.fingerprint
+
+
+def _refuse_large(sha256):
+    def hashed(data=b""):
+        assert len(data) < 1000, "the text is hashed again"
+        return sha256(data)
+
+    return hashed
+
+
+# -- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_takes_characters_in_its_shares_and_repeats_none(tmp_path):
+    folder = write_files(tmp_path, {"a.txt": "a" * 1000, "b.txt": "b" * 1000})
+    corpus = load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0.1)
+    train, validation = "".join(corpus.train), "".join(corpus.validation)
+    assert (train.count("a"), train.count("b")) == (900, 300)
+    assert (validation.count("a"), validation.count("b")) == (100, 33)
+    assert "".join(corpus.train.head(100)).count("a") == 75
+    other = load_corpus(f"{folder}/a.txt:2,{folder}/b.txt:1", 0.1)
+    assert other.train.fingerprint != corpus.train.fingerprint
+
+
+def test_a_mixture_is_told_from_a_name_with_a_comma(tmp_path, monkeypatch):
+    assert mixture("plain.txt") is None
+    assert mixture("user/a:config:0.7, user/b:0.3") == {"user/a:config": 0.7, "user/b": 0.3}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one,two.txt").write_text("text")
+    assert texts_of("one,two.txt") == ["text"]
+    for wrong in ("a:0.5,b", "a:x,b:1", "a:0,b:1", "a:-1,b:2", ",", "a:nan,b:1"):
+        with pytest.raises(ValueError, match="mixture"):
+            mixture(wrong)

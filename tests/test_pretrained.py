@@ -1,0 +1,160 @@
+"""Training goes on from an existing model: whole, or beside frozen matrices."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+
+from minigpt_hf.cli import main
+from minigpt_hf.training.resume import read_log
+from tests.conftest import random_ids, tiny_model
+from tests.training.conftest import rows
+
+SHORT = (
+    "--block_size 32 --per_device_train_batch_size 4 --max_steps 6 --logging_steps 1 --eval_steps 3 --sample_tokens 3"
+)
+SHORT = [*SHORT.split(), "--warmup_steps", "0", "--validation_characters", "2000", "--use_cpu"]
+
+
+@pytest.fixture
+def finetune(run_folder, text_file, tmp_path):
+    def run(name: str, *flags: str, folder=run_folder / "model") -> int:
+        argv = ["train", "--init_from", str(folder), "--data", str(text_file), *SHORT, *flags]
+        return main([*argv, "--output_dir", str(tmp_path / name)])
+
+    return run
+
+
+def test_training_starts_where_the_model_stands(finetune, run_folder, tmp_path):
+    """Its validation loss before the first step is the one it was published with."""
+    assert finetune("run", "--learning_rate", "0", "--muon_learning_rate", "0") == 0
+    about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
+    published = json.loads((run_folder / "model" / "minigpt.json").read_text())
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors").keys() == (
+        load_file(run_folder / "model" / "model.safetensors").keys()
+    )
+    for name, tensor in load_file(run_folder / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(tmp_path / "run" / "model" / "model.safetensors")[name])
+    assert about["tokenizer"]["fingerprint"] == published["tokenizer"]["fingerprint"]
+    assert about["recipe"]["hidden_size"] == published["recipe"]["hidden_size"] == 32
+    assert about["recipe"]["init_from"] == str(run_folder / "model")
+
+
+def test_it_goes_on_learning(finetune, run_folder, tmp_path):
+    assert finetune("run", "--max_steps", "40", "--eval_steps", "20", "--learning_rate", "4e-3") == 0
+    before, after = (
+        json.loads((folder / "model" / "minigpt.json").read_text())["results"]["loss"]
+        for folder in (run_folder, tmp_path / "run")
+    )
+    assert after < before - 0.1
+
+
+def test_a_qwen3_folder_becomes_a_minigpt_with_the_same_logits(finetune, run_folder, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
+    config = Qwen3Config(
+        vocab_size=320,  # more rows than tokens, as Qwen has
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "qwen")
+    qwen = Qwen3ForCausalLM.from_pretrained(tmp_path / "qwen", dtype=torch.float32)
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    assert finetune("run", "--learning_rate", "0", "--muon_learning_rate", "0", folder=tmp_path / "qwen") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert (model.config.model_type, model.dtype) == ("minigpt", torch.float32)
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, qwen(ids).logits, rtol=0, atol=0)
+
+
+def test_lora_learns_beside_frozen_matrices_and_is_merged_at_the_end(finetune, run_folder, tmp_path, capsys):
+    assert finetune("run", "--lora_rank", "2") == 0
+    assert "of them are learnt" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-6")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert type(merged).__name__ == "MiniGPTForCausalLM"
+    assert not any("lora" in name for name in merged.state_dict())
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(run_folder / "model")(ids).logits
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+        assert (merged(ids).logits - before).abs().max() > 1e-3
+    # Embeddings and norms stay as they are.
+    old, new = (load_file(folder / "model" / "model.safetensors") for folder in (run_folder, tmp_path / "run"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert all("_proj.weight" in name for name in changed)
+    # A checkpoint, too, loads with `from_pretrained`.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
+
+
+def test_lora_goes_on_exactly_where_it_was_stopped(finetune, tmp_path):
+    assert finetune("whole", "--lora_rank", "2", "--save_total_limit", "9") == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    assert finetune("cut", "--lora_rank", "2", "--save_total_limit", "9") == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", "64"], "--hidden_size comes with the model"),
+        (["--tokenizer", "bytes"], "--tokenizer comes with the model"),
+        (["--block_size", "5000"], "is less than --block_size 5000"),
+        (["--lora_rank", "2", "--muon"], "learnt by AdamW"),
+    ],
+)
+def test_what_cannot_go_with_an_existing_model_is_refused(flags, message, finetune, capsys):
+    assert finetune("run", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_architectures_and_missing_models_are_refused(finetune, tmp_path, capsys):
+    assert finetune("run", folder=tmp_path / "absent") == 2
+    assert "no model there" in capsys.readouterr().err
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    tiny_model().save_pretrained(tmp_path / "no tokenizer")
+    assert finetune("run", folder=tmp_path / "no tokenizer") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert main(["train", "--recipe", "finetune", "--data", "x"]) == 2
+    assert "name a folder or a Hub id with --init_from" in capsys.readouterr().err
+
+
+def test_training_ends_when_it_gets_no_better(text, tmp_path, capsys):
+    """A text of two lines, read again and again, is learnt by heart; five evaluations later it is enough."""
+    (tmp_path / "short.txt").write_text(text[3000:3600])
+    argv = ["train", "--recipe", "demo", "--data", str(tmp_path / "short.txt"), "--tokenizer", "bytes", *SHORT]
+    argv += ["--lr_scheduler_type", "constant"]
+    argv += "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --max_steps 120 --eval_steps 4".split()
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "no better validation loss in 5 evaluations" in capsys.readouterr().out
+    losses = validation_losses(tmp_path / "run")
+    assert len(losses) < 30
+    assert losses.index(min(losses)) == len(losses) - 6
+    results = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"]
+    assert results["loss"] == pytest.approx(min(losses))
+    assert main([*argv, "--early_stopping_patience", "0", "--output_dir", str(tmp_path / "all")]) == 0
+    assert len(validation_losses(tmp_path / "all")) == 30
+
+
+def validation_losses(run) -> list[float]:
+    return [row["eval_loss"] for row in read_log(run / "log.jsonl") if "eval_loss" in row]
