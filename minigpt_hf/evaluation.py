@@ -69,7 +69,13 @@ def evaluate_texts(
         nonlocal size
         for text in texts:
             size += len(text.encode())
-            yield np.array(_encode(tokenizer, text), dtype=np.int64)
+            ids = np.array(_encode(tokenizer, text), dtype=np.int64)
+            if len(ids) and ids.max() >= model.config.vocab_size:
+                raise ValueError(
+                    f"token {ids.max()} of the text is beyond the vocabulary of this model ({model.config.vocab_size:,}): "
+                    "the tokenizer is not the one it was trained with"
+                )
+            yield ids
 
     nats, tokens, documents = score_documents(model, encoded(), opening, block_size, stride, batch_size)
     return summarize(nats, tokens, size, documents, block_size, stride)

@@ -80,6 +80,7 @@ def generate(
     if seed is not None:
         set_seed(seed)
     inputs = encode_prompt(tokenizer, prompt).to(model.device)
+    check_ids(model, tokenizer, inputs.input_ids)
     # The Trainer turns the cache off while it trains; here it is what makes writing fast.
     sequences = model.generate(**inputs, streamer=streamer, **{"use_cache": True, **options})
     return tokenizer.batch_decode(sequences, skip_special_tokens=True)
@@ -99,3 +100,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str):
                     f"(U+{ord(character):04X}); leave it out"
                 ) from error
         raise
+
+
+def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
+    """Whether a model can take a prompt [1, T].
+
+    Raises:
+        ValueError: if it is as long as the context, or holds ids that the model does not have.
+    """
+    longest = model.config.max_position_embeddings
+    if ids.shape[1] >= longest:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]:,} tokens, and this model's context is {longest:,}: leave room for what it is to "
+            "write"
+        )
+    if int(ids.max()) >= model.config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise ValueError(
+            f"token {int(ids.max())} ({token!r}) of the prompt is beyond the vocabulary of this model "
+            f"({model.config.vocab_size:,}): the tokenizer is not the one it was trained with"
+        )

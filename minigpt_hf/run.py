@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import is_in_notebook
 
 from . import __version__
 from .data.blocks import Blocks
@@ -58,9 +59,14 @@ def train(arguments: Arguments) -> Path:
         checkpoint = checkpoint_to_resume(run, fingerprint, training)
     model = make_model(config, architecture)
 
-    lines = Lines(run / "log.jsonl", tokens_per_step(training, data.block_size), len(text.train) / text.train.bytes)
-    samples = Samples(text.tokenizer, training.sample_prompt, training.sample_tokens)
+    lines = Lines(
+        run / "log.jsonl",
+        tokens_per_step(training, data.block_size),
+        len(text.train) / text.train.bytes,
+        is_in_notebook(),
+    )
     stop = StopAtBoundary()
+    samples = Samples(run / "log.jsonl", text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
     callbacks = [lines, samples, stop, StopWhenNoBetter(patience(training, blocks))]
     trainer = MiniGPTTrainer(model, training, blocks, text.validation, text.tokenizer, callbacks, fingerprint)
     if trainer.is_world_process_zero():

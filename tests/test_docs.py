@@ -1,6 +1,7 @@
 """What the documents say is so: their commands run, their links lead somewhere, their figures can be found."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -17,23 +18,19 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Done for real elsewhere: `make test` is this very run, `make demo` and the installation are `make docs-check`.
 ELSEWHERE = ("make ", "python -m venv", ".venv/bin/python -m pip", ".venv/bin/python -m pytest")
 SHORT = "--max_steps 2 --logging_steps 1 --validation_characters 500 --sample_tokens 5 --use_cpu".split()
+SMALL = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 2".split()
 
 
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def commands(document: str) -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", document, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, capsys):
-    """With few steps; folders and files are made as the README supposes them."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("tinyshakespeare.txt", "notes.txt", "my_folder/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("ROMEO: " + text[:20_000], encoding="utf-8")
-    assert main(["train", "--output_dir", "runs/demo", *SHORT]) == 0  # what `make demo` leaves
+def run_in_order(lines: list[list[str]], capsys) -> int:
+    """Run what is not run elsewhere, with few steps, and count."""
     ran = 0
-    for words in commands():
+    for words in lines:
         line = " ".join(words)
         if line.startswith(ELSEWHERE):
             continue
@@ -47,7 +44,55 @@ def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, 
             is_training = words[1] == "train" and "--help" not in words
             assert main(words[1:] + SHORT * is_training) == 0, capsys.readouterr().err
         ran += 1
-    assert ran >= 9
+    return ran
+
+
+def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, capsys):
+    """Folders and files are made as the README supposes them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tinyshakespeare.txt", "notes.txt", "my_folder/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("ROMEO: " + text[:20_000], encoding="utf-8")
+    assert main(["train", "--output_dir", "runs/demo", *SHORT]) == 0  # what `make demo` leaves
+    assert run_in_order(commands(README), capsys) >= 9
+
+
+def test_every_command_about_ones_own_text_runs_in_order(text, tmp_path, monkeypatch, capsys):
+    """On small texts of the kinds that are spoken of, and with small models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "SHORT", [*SHORT, *SMALL])
+    files = {
+        "tinyshakespeare.txt": "ROMEO:\nBut soft, what light through yonder window breaks?\n" * 300,
+        "games.csv": "id,moves\n" + "".join(f'{i},"1. e4 e{i % 5} 2. Nf3 Nc6 3. Bb5 a6 "\n' for i in range(300)),
+        "system.log": "".join(
+            f"2026-11-23 12:{i % 60:02} sshd[{i}]: Accepted publickey for user\n" for i in range(400)
+        ),
+        "genome.fa": ">chr1\n" + "ACGTTGCAGGATCCGATTACAGGCATGAGCCACCGCGCCCGGCCTTTTTAAGGTAC\n" * 300,
+        "letters.txt": text[:20_000],
+        "my_code/a/one.py": text[:30_000],
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "briefe.txt").write_text("Schöne Grüße aus Köln, dein Jürgen.\n" * 500, encoding="latin-1")
+    document = (ROOT / "docs" / "your-own-text.md").read_text(encoding="utf-8")
+    assert run_in_order(commands(document), capsys) >= 14
+
+
+def test_documents_that_are_made_are_as_they_would_be_made_now(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
+    docs = runpy.run_path(str(ROOT / "scripts" / "docs.py"))
+    assert docs["walkthrough"]() == (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    assert docs["cli"]() == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_lines_of_the_package_in_the_walkthrough_stand_there():
+    quoted = re.findall(
+        r"```python (\S+)\n(.*?)```", (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(quoted) >= 5
+    for file, lines in quoted:
+        assert lines in (ROOT / file).read_text(encoding="utf-8"), (file, lines)
 
 
 def test_the_python_of_the_readme_runs(run_folder, tmp_path, monkeypatch):

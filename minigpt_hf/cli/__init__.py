@@ -14,6 +14,7 @@ VERBS = {
     "train": "train a GPT from scratch on a text, and write a model folder",
     "tokenize": "prepare a text ahead of time, for one machine or several",
     "recipes": "list the recipes with their size, cost and result, or show one",
+    "plot": "draw how runs learnt, in one picture",
     "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
     "generate": "write text with any causal LM",
 }

@@ -1,43 +1,88 @@
-"""The log of a training -> pictures.
+"""The logs of trainings -> pictures.
 
-In: the rows of `log.jsonl`. Out: PNG files. It refuses nothing: an empty log gives an empty picture.
+In: the rows of `log.jsonl`. Out: PNG files. They refuse nothing: an empty log gives an empty picture.
 """
 
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Log = list[dict[str, Any]]
 
-def draw_loss(log: list[dict[str, Any]], results: dict[str, Any], file: Path) -> None:
-    """Training and validation loss against tokens seen, in nats per token."""
-    trained = [(row["tokens"], row["loss"]) for row in log if "loss" in row]
-    validated = [(row["tokens"], row["eval_loss"]) for row in log if "eval_loss" in row]
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*_columns(trained), color="#8da9c4", linewidth=1.2, label="training (mean between two lines of the log)")
-    if validated:
-        axes.plot(*_columns(validated), color="#b5341f", linewidth=1.5, marker="o", markersize=4, label="validation")
-        tokens, loss = min(validated, key=lambda row: row[1])
-        axes.annotate(
-            f"{loss:.3f}", (tokens, loss), xytext=(0, -14), textcoords="offset points", ha="center", color="#b5341f"
-        )
-        axes.margins(y=0.12)
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if trained:
-        axes.legend(frameon=False)
+TRAINING, VALIDATION = "#8da9c4", "#b5341f"
+# Told apart by people who see few colours, too (Okabe and Ito 2008).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+def draw_learning(log: Log, file: Path) -> None:
+    """Loss in nats per token, and bits per byte, of training and validation, against tokens seen."""
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    for axes, name, unit in zip(
+        figure.subplots(1, 2), ("loss", "bits_per_byte"), ("loss (nats per token)", "bits per byte"), strict=True
+    ):
+        axes.plot(*columns(log, name), color=TRAINING, linewidth=1.2, label="training")
+        tokens, values = columns(log, f"eval_{name}")
+        if tokens:
+            axes.plot(tokens, values, color=VALIDATION, linewidth=1.5, marker="o", markersize=4, label="validation")
+            best = min(range(len(values)), key=values.__getitem__)
+            axes.annotate(
+                f"{values[best]:.3f}",
+                (tokens[best], values[best]),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                color=VALIDATION,
+            )
+            axes.margins(y=0.14)
+        _finish(axes, unit)
     figure.savefig(file)
 
 
-def _columns(rows: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in rows], [y for _, y in rows]
+def draw_training(log: Log, file: Path) -> None:
+    """Learning rate, gradient norm and throughput against tokens seen."""
+    figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
+    units = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+    for axes, (name, unit) in zip(figure.subplots(1, 3), units.items(), strict=True):
+        axes.plot(*columns(log, name), color=COLOURS[0], linewidth=1.2)
+        axes.set_ylim(bottom=0)
+        _finish(axes, unit)
+        if name == "tokens_per_second":
+            axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    figure.savefig(file)
 
 
-def _short(value: float) -> str:
+def draw_comparison(logs: dict[str, Log], file: Path) -> None:
+    """Validation and training of several runs against tokens seen, in bits per byte, which tokenizers do not change."""
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (name, log), colour in zip(logs.items(), (COLOURS * len(logs))[: len(logs)], strict=True):
+        axes.plot(*columns(log, "bits_per_byte"), color=colour, linewidth=0.8, alpha=0.4)
+        tokens, values = columns(log, "eval_bits_per_byte")
+        label = f"{name} ({min(values):.3f})" if values else f"{name} (not validated)"
+        axes.plot(tokens, values, color=colour, linewidth=1.6, marker="o", markersize=4, label=label)
+    _finish(axes, "bits per byte (thin: training)")
+    figure.savefig(file)
+
+
+def columns(log: Log, name: str) -> tuple[list[float], list[float]]:
+    """Tokens seen, and what `name` was then."""
+    rows = [row for row in log if name in row]
+    return [row["tokens"] for row in rows], [row[name] for row in rows]
+
+
+def _finish(axes: Axes, unit: str) -> None:
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
+
+
+def short(value: float) -> str:
     """1_500_000 -> "1.5 M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import render_card
-from .figures import draw_loss
+from .figures import draw_learning, draw_training
 
 REQUIRED = (
     "config.json",
@@ -76,6 +76,7 @@ def write_model_folder(
     save_suitcase(model, tokenizer, unfinished)
     (unfinished / "minigpt.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (unfinished / "figures").mkdir()
-    draw_loss(log, about["results"], unfinished / "figures" / "loss.png")
+    draw_learning(log, unfinished / "figures" / "loss.png")
+    draw_training(log, unfinished / "figures" / "training.png")
     (unfinished / "README.md").write_text(render_card(about, model.config), encoding="utf-8")
     unfinished.rename(folder)

@@ -5,6 +5,7 @@ names the nearest ones. Every flag of `TrainingArguments` works; only defaults d
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -204,8 +205,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
         smallest = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         smallest |= {"early_stopping_patience": 0, "learning_rate": 0, "muon_learning_rate": 0, "sample_tokens": 0}
         for name, least in smallest.items():
-            if (value := vars(self)[name]) is not None and value < least:
-                raise ValueError(f"{name} is {value}: it must be at least {least}")
+            value = vars(self)[name]
+            if value is not None and not least <= value < math.inf:  # nor is it nan
+                raise ValueError(f"{name} is {value}: it must be at least {least}, and a number")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps is {self.max_steps}: give a number of steps, or -1 to train for num_train_epochs"
@@ -272,6 +274,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
             raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
         data.tokenizer = model.init_from
+    if model.lora_rank < 0:
+        raise ValueError(f"lora_rank is {model.lora_rank}: it must be at least 0")
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
         raise ValueError("there is no model to go on from: name a folder or a Hub id with --init_from")
     if model.lora_rank and training.muon:
@@ -310,7 +314,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             )
     try:
         settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
@@ -318,6 +322,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(key, known)}")
+        if isinstance(value, list | dict) and known[key] in (int, float, str, bool):
+            raise ValueError(f"recipe {name}: {key} is {value}: expected one {known[key].__name__}")
         if known[key] is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
             settings[key] = float(value)
     return settings

@@ -4,6 +4,7 @@ In: what the Trainer reports. Out: lines on standard output, samples of what the
 everything. It refuses to touch the training: samples leave all random states as they were.
 """
 
+import html
 import json
 import math
 import random
@@ -15,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..generation import encode_prompt, generate
 from .plan import duration
+from .resume import read_log
+from .stops import StopAtBoundary
 
 
 class Lines(TrainerCallback):
@@ -29,10 +33,12 @@ class Lines(TrainerCallback):
     Args:
         tokens_per_step: Tokens in an optimizer step, over all processes.
         tokens_per_byte: Of the training text, to tell loss as bits per byte.
+        with_bar: Show a bar instead of the lines about training, as notebooks like it.
     """
 
-    def __init__(self, file: Path, tokens_per_step: int, tokens_per_byte: float):
+    def __init__(self, file: Path, tokens_per_step: int, tokens_per_byte: float, with_bar: bool = False):
         self.file = file
+        self.with_bar = with_bar
         self.tokens_per_step = tokens_per_step
         self.tokens_per_byte = tokens_per_byte
 
@@ -41,6 +47,8 @@ class Lines(TrainerCallback):
         self.first_step = self.last_step = state.global_step
         self.busy = 0.0  # seconds of training since the last line; validating, saving and sampling are left out
         self.mark = None
+        show = self.with_bar and state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step") if show else None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.mark is None:
@@ -49,6 +57,8 @@ class Lines(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
         self.busy, self.mark = self.busy + now - self.mark, now
+        if self.bar is not None:
+            self.bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = None
@@ -73,26 +83,30 @@ class Lines(TrainerCallback):
             row["tokens_per_second"] = round((step - self.last_step) * self.tokens_per_step / self.busy, 1)
             self.last_step, self.busy = step, 0.0
             left = elapsed / (step - self.first_step) * (state.max_steps - step)
-            print(
-                f"{place}   loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte"
-                f"   lr {logs['learning_rate']:.1e}   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left",
-                flush=True,
-            )
+            said = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
+            said += f"   {row['tokens_per_second']:,.0f} tokens/s"
+            if self.bar is not None:
+                self.bar.set_postfix_str(said)
+            else:
+                print(f"{place}   {said}   {duration(left)} left", flush=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds = time.perf_counter() - self.began
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Samples(TrainerCallback):
     """What the model writes before, during and after training.
 
-    Must exist because a loss does not show whether the text reads like the text it learnt from.
+    Must exist because a loss does not show whether the text reads like the text it learnt from. All of them stand side by
+    side in `samples.md`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int):
-        self.tokenizer, self.prompt, self.tokens = tokenizer, prompt, tokens
+    def __init__(self, log: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, stop: StopAtBoundary):
+        self.log, self.tokenizer, self.prompt, self.tokens, self.stop = log, tokenizer, prompt, tokens, stop
         self.latest = ""
         try:
             encode_prompt(tokenizer, prompt)
@@ -112,7 +126,7 @@ class Samples(TrainerCallback):
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        if state.global_step >= state.max_steps:  # who stopped it is waiting
+        if self.stop.number is None:  # else who stopped it is waiting
             self._show("after training", state, model)
 
     def _show(self, when: str, state, model: PreTrainedModel) -> None:
@@ -125,6 +139,20 @@ class Samples(TrainerCallback):
                 sep="\n",
                 flush=True,
             )
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "sample": self.latest}) + "\n")
+            self.log.with_name("samples.md").write_text(side_by_side(read_log(self.log)), encoding="utf-8")
+
+
+def side_by_side(log: list[dict[str, Any]]) -> str:
+    """The samples of a log as a table in Markdown, with the validation loss at which each was written."""
+    losses = {row["step"]: f"{row['eval_loss']:.4f}" for row in log if "eval_loss" in row}
+    samples = {row["step"]: html.escape(row["sample"], quote=False) for row in log if "sample" in row}
+    lines = [
+        f"| {step} | {losses.get(step, '')} | {text.replace('|', '&#124;').replace(chr(10), '<br>')} |\n"
+        for step, text in samples.items()
+    ]
+    return "| step | validation loss | it writes |\n|---|---|---|\n" + "".join(lines)
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:

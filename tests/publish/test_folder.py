@@ -25,7 +25,7 @@ def files_of(folder) -> set[str]:
 
 
 def test_the_folder_holds_exactly_its_files(run_folder):
-    assert files_of(run_folder / "model") == {*REQUIRED, "figures/loss.png"}
+    assert files_of(run_folder / "model") == {*REQUIRED, "figures/loss.png", "figures/training.png"}
     assert {path.name for path in run_folder.iterdir()} == {
         *("checkpoint-20", "checkpoint-40", "model", "recipe.yaml", "fingerprint.json", "log.jsonl")
     }

@@ -1,0 +1,300 @@
+"""Bad input gets one line that names what was given, the reason and the remedy, exit code 2, and nothing is lost.
+
+`BAD` is the table; docs/reliability.md shows it. Words in capitals stand for folders and files that the workshop makes.
+"""
+
+import gzip
+import io
+import re
+import shutil
+import sys
+import time
+
+import datasets
+import pytest
+from transformers import LlamaConfig
+
+from minigpt_hf.cli import main
+from tests.conftest import ROOT
+
+TRAIN = ["train", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "new"]
+
+
+def train(*flags: str) -> list[str]:
+    """The flags after a command that is good: of two, the last one counts."""
+    return [*TRAIN, *flags]
+
+
+def data(name: str, *flags: str) -> list[str]:
+    return train("--data", name, *flags)
+
+
+# What is said comes in this order; … stands for anything.
+BAD: dict[str, dict[str, tuple[list[str], str]]] = {
+    "texts": {
+        "no such file": (data("absent.txt"), "absent.txt: no such file or folder; give a text file"),
+        "nothing readable in a folder": (data("pictures"), "pictures: no text file or table in this folder"),
+        "an empty file": (data("empty.txt"), "empty.txt: there is no text in it"),
+        "shorter than a block": (data("short.txt", "--tokenizer", "bytes"), "less than one block of 32"),
+        "not UTF-8": (data("latin.txt"), "latin.txt: not utf-8 text: byte 0xe9 at position 3 … --encoding latin-1"),
+        "UTF-16 read as UTF-8": (data("utf16.txt"), "utf16.txt: not utf-8 text: byte 0xff at position 0"),
+        "an unknown encoding": (train("--encoding", "utf-9"), "encoding 'utf-9' is unknown; try utf-8"),
+        "an ending without a reader": (data("thesis.pdf"), "thesis.pdf: nothing here reads .pdf files; known are"),
+        "an archive": (data("texts.zip"), "texts.zip: nothing here reads .zip files"),
+        "text and tables in one folder": (
+            data("mixed"),
+            "mixed: holds files of different kinds (.jsonl, .txt) … name one",
+        ),
+        "a pattern that matches nothing": (data("*.docx"), "*.docx: no such file or folder"),
+        "no gzip inside .gz": (data("broken.txt.gz"), "broken.txt.gz: cannot be read: … "),
+        "half a .gz": (data("half.txt.gz"), "half.txt.gz: cannot be read: … "),
+        "half a .xz": (data("half.txt.xz"), "half.txt.xz: cannot be read: … "),
+        "half a parquet file": (data("half.parquet"), "half.parquet: cannot be read: … "),
+        "a broken row of JSON": (data("broken.jsonl"), "broken.jsonl: cannot be read: … "),
+        "a table without text": (data("numbers.csv"), "numbers.csv: no column holds text … --data_format text"),
+        "two columns of text": (data("two.csv"), "two.csv: which column is the text? say --text_column … a, b"),
+        "no such column": (data("two.csv", "--text_column", "c"), "--text_column c: there is no such column … a, b"),
+        "a column of numbers": (data("numbers.csv", "--text_column", "n"), "--text_column n: holds no text"),
+        "an unknown format": (train("--data_format", "yaml"), "data_format 'yaml': there are text, json, csv"),
+        "a mixture without a share": (data("text.txt:0.5,two.csv"), "'two.csv' is no part of a mixture"),
+        "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be more than 0"),
+        "a mixture with a missing part": (data("text.txt:1,absent.txt:1"), "absent.txt: no such file or folder"),
+        "a file, streamed": (data("text.txt", "--streaming", "--max_tokens", "9"), "reads datasets of the Hub"),
+        "streaming without an end": (data("u/n", "--streaming"), "--streaming needs --max_tokens"),
+        "a Hub dataset while offline": (data("user/name"), "user/name: is no file or folder here, and cannot be had"),
+        "a URL that does not answer": (
+            data("http://127.0.0.1:9/a.txt"),
+            "http://127.0.0.1:9/a.txt: cannot be read: … ",
+        ),
+        "another kind of URL": (data("ftp://host/a.txt"), "ftp://host/a.txt: no such file or folder"),
+        "no such split": (data("saved", "--data_split", "test"), "saved: has no split 'test' … train"),
+        "half a saved dataset": (data("half-saved"), "half-saved: cannot be read: … "),
+        "half a prepared text": (data("half-prepared"), "half-prepared: … cannot be read"),
+        "nothing on standard input": (data("-"), "-: there is no text in it"),
+        "a name longer than names may be": (data("x" * 300), "File name too long"),
+        "a name with a zero in it": (data("a\0b"), "no such file or folder"),
+        "a validation share of 2": (
+            train("--validation_fraction", "2"),
+            "validation_fraction is 2.0: a share in [0, 1)",
+        ),
+        "no validation characters": (train("--validation_characters", "0"), "validation_characters is 0"),
+        "no tokens": (train("--max_tokens", "0"), "max_tokens is 0: it must be at least 1"),
+        "no processes": (train("--num_proc", "0"), "num_proc is 0: it must be at least 1"),
+    },
+    "recipes": {
+        "unknown recipe": (train("--recipe", "shakespear-char"), "unknown recipe 'shakespear-char'; did you mean"),
+        "no such recipe file": (train("--recipe", "absent.yaml"), "recipe absent.yaml: no such file"),
+        "unknown recipe key": (train("--recipe", "typo.yaml"), "unknown key 'hiden_size'; did you mean hidden_size"),
+        "no YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: not YAML"),
+        "a list": (train("--recipe", "list.yaml"), "recipe list.yaml: expected lines of `key: value`, found a list"),
+        "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
+        "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
+        "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
+        "which recipe?": (["recipes", "show"], "recipes show: which one?"),
+        "no such recipe to show": (["recipes", "show", "dmeo"], "unknown recipe 'dmeo'; did you mean demo"),
+    },
+    "settings": {
+        "unknown flag": (train("--hiden_size", "8"), "unknown argument --hiden_size; did you mean hidden_size"),
+        "a value of the wrong type": (train("--max_steps", "many"), "argument --max_steps … invalid int value: 'many'"),
+        "a flag without its value": (train("--max_steps"), "argument --max_steps … expected one argument"),
+        "heads not dividing": (train("--hidden_size", "30"), "`hidden_size` 30 does not divide into 4 heads"),
+        "zero heads": (train("--num_attention_heads", "0"), "`num_attention_heads` is 0"),
+        "negative layers": (train("--num_hidden_layers", "-1"), "`num_hidden_layers` is -1"),
+        "a model larger than memory": (train("--hidden_size", "1000000"), "parameters, which need about"),
+        "a million layers": (train("--num_hidden_layers", "1000000"), "parameters, which need about"),
+        "a dropout of 7": (train("--attention_dropout", "7"), "`attention_dropout` is 7.0: a share"),
+        "no steps": (train("--max_steps", "0"), "max_steps is 0: give a number of steps"),
+        "no batch": (train("--per_device_train_batch_size", "0"), "per_device_train_batch_size is 0"),
+        "no accumulation": (
+            train("--gradient_accumulation_steps", "0"),
+            "gradient_accumulation_steps is 0: it must be",
+        ),
+        "a negative learning rate": (train("--learning_rate", "-1"), "learning_rate is -1.0: it must be at least 0"),
+        "a learning rate that is none": (
+            train("--learning_rate", "nan"),
+            "learning_rate is nan: it must be at least 0",
+        ),
+        "an infinite learning rate": (train("--muon_learning_rate", "inf"), "muon_learning_rate is inf: it must be"),
+        "an unknown schedule": (train("--lr_scheduler_type", "triangle"), "triangle"),
+        "an unknown optimizer": (train("--no_muon", "--optim", "sgdd"), "sgdd"),
+        "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
+        "fp16 without an accelerator": (train("--fp16", "true"), "fp16 needs an accelerator"),
+        "a report to what is not installed": (train("--report_to", "comet_ml"), "comet_ml"),
+        "a negative block": (train("--block_size", "-3"), "block_size is -3"),
+        "too small a vocabulary": (train("--vocab_size", "5"), "vocab_size is 5: byte-level BPE needs at least 258"),
+        "no such tokenizer": (train("--tokenizer", "absent"), "tokenizer absent: cannot be loaded"),
+        "a model shorter than its blocks": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
+        "a checkpoint that is not there": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
+    },
+    "folders": {
+        "another run": (
+            train("--output_dir", "taken"),
+            "taken: holds another run … name another folder, or say --fresh",
+        ),
+        "a folder in use": (train("--output_dir", "used"), "used: is not empty and holds no run"),
+        "a file for a folder": (train("--output_dir", "text.txt"), "text.txt: this is a file; name a folder"),
+        "a place where nothing can be written": (train("--output_dir", "/proc/new"), "/proc/new"),
+        "a cache that is a file": (train("--cache_dir", "text.txt"), "text.txt"),
+        "no folder for a prepared text": (
+            ["tokenize", "--recipe", "RECIPE", "--data", "text.txt"],
+            "--output_dir FOLDER",
+        ),
+        "a prepared text over another": (
+            ["tokenize", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "used"],
+            "used: is there already",
+        ),
+        "a picture of no run": (["plot", "absent"], "absent: no run there"),
+        "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: pictures are written as"),
+        "a picture nowhere": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
+    },
+    "models": {
+        "no such model": (["generate", "absent"], "absent: no model can be loaded"),
+        "a run, not its model": (["generate", "RUN"], "this is a run; its model is in"),
+        "half a download": (["generate", "half-model"], "half-model: no model can be loaded"),
+        "weights cut short": (["generate", "cut-model"], "cut-model: no model can be loaded"),
+        "an architecture that is not ours": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),
+        "no model to go on from": (train("--recipe", "finetune"), "name a folder or a Hub id with --init_from"),
+        "no such model to go on from": (train("--init_from", "absent", "--recipe", "finetune"), "no model there"),
+        "weights cut short, to go on from": (
+            train("--init_from", "cut-model", "--recipe", "finetune", "--block_size", "32"),
+            "cut-model",
+        ),
+        "another width than the model's": (
+            train("--init_from", "MODEL", "--recipe", "finetune", "--hidden_size", "8"),
+            "--hidden_size comes with the model",
+        ),
+        "a rank below 0": (train("--init_from", "MODEL", "--recipe", "lora", "--lora_rank", "-2"), "lora_rank is -2"),
+    },
+    "prompts and evaluations": {
+        "an unknown verb": (["trian"], "unknown verb 'trian'; there are train"),
+        "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
+        "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
+        "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
+        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "generation options cannot be used"),
+        "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); leave it out"),
+        "a prompt longer than the context": (
+            ["generate", "MODEL", "--prompt", "x y " * 2000],
+            "tokens, and this model",
+        ),
+        "a tokenizer with more tokens than the model": (
+            ["generate", "other-tokenizer", "--prompt", "deflated"],
+            "is beyond the vocabulary of this model",
+        ),
+        "a text of such tokens": (
+            ["evaluate", "other-tokenizer", "--data", "text.txt"],
+            "is beyond the vocabulary of this model",
+        ),
+        "nothing to evaluate": (["evaluate", "MODEL"], "the following arguments are required: --data"),
+        "no such text": (["evaluate", "MODEL", "--data", "absent.txt"], "absent.txt: no such file or folder"),
+        "a window longer than the model's": (
+            ["evaluate", "MODEL", "--data", "text.txt", "--block_size", "9999"],
+            "block_size is 9999: this model takes windows of 1 to",
+        ),
+        "no stride": (["evaluate", "MODEL", "--data", "text.txt", "--stride", "0"], "stride is 0"),
+        "no windows": (["evaluate", "MODEL", "--data", "text.txt", "--batch_size", "0"], "batch_size is 0"),
+        "nothing held out": (
+            ["evaluate", "MODEL", "--data", "text.txt", "--split", "validation", "--validation_fraction", "0"],
+            "nothing of text.txt is held out for validation",
+        ),
+    },
+}
+CASES = [(group, case) for group, cases in BAD.items() for case in cases]
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory, text, run_folder, recipe_file):
+    """A folder with everything that the table speaks of, made once."""
+    here = tmp_path_factory.mktemp("things")
+
+    def write(name: str, content: bytes | str) -> None:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    write("pictures/picture.png", b"\x89PNG")
+    write("empty.txt", "")
+    write("short.txt", "short")
+    write("latin.txt", "caf\xe9".encode("latin-1"))
+    write("utf16.txt", b"\xff\xfe" + "text".encode("utf-16-le"))
+    write("text.txt", text[:20_000])
+    write("thesis.pdf", b"%PDF-1.7")
+    write("texts.zip", b"PK\x03\x04")
+    write("mixed/a.txt", "text")
+    write("mixed/b.jsonl", '{"text": "text"}')
+    write("broken.txt.gz", "this is no gzip")
+    write("half.txt.gz", gzip.compress(text.encode())[:5000])
+    write("half.txt.xz", __import__("lzma").compress(text.encode())[:5000])
+    write("broken.jsonl", '{"text": "one"}\n{"text": \n')
+    write("numbers.csv", "n,m\n1,2\n3,4\n")
+    write("two.csv", "a,b\nx,y\nz,w\n")
+    rows = datasets.Dataset.from_dict({"text": [text[:500], text[500:1000]]})
+    rows.to_parquet(here / "half.parquet")
+    write("half.parquet", (here / "half.parquet").read_bytes()[:-100])
+    rows.save_to_disk(here / "saved")
+    shutil.copytree(here / "saved", here / "half-saved")
+    (here / "half-saved" / "data-00000-of-00001.arrow").write_bytes(b"\0" * 100)
+    write("half-prepared/prepared.json", '{"name": "x", "cut": "y", "kind": "bpe"}')
+    write("typo.yaml", "hiden_size: 8\n")
+    write("broken.yaml", "hidden_size: [8\n")
+    write("list.yaml", "- a\n- b\n")
+    write("binary.yaml", b"\x00\xff\xfe\x01")
+    write("word.yaml", "hidden_size: many\n")
+    write("list-value.yaml", "hidden_size: [1, 2]\n")
+    write("taken/fingerprint.json", '{"seed": 7}')
+    write("used/thesis.docx", "precious")
+    model = run_folder / "model"
+    shutil.copytree(model, here / "half-model")
+    (here / "half-model" / "model.safetensors").unlink()
+    shutil.copytree(model, here / "cut-model")
+    (here / "cut-model" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
+    LlamaConfig().save_pretrained(here / "llama")
+    short = (
+        "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --sample_tokens 0".split()
+    )
+    for name, flags in (("letters", ["--tokenizer", "characters"]), ("large", ["--vocab_size", "900"])):
+        argv = ["train", "--recipe", str(recipe_file), "--data", str(here / "text.txt"), *flags, *short]
+        assert main([*argv, "--output_dir", str(here / name)]) == 0
+    shutil.copytree(model, here / "other-tokenizer")
+    shutil.copy(here / "large" / "model" / "tokenizer.json", here / "other-tokenizer")
+    return here
+
+
+@pytest.fixture
+def workshop(things, tmp_path, monkeypatch):
+    shutil.copytree(things, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    return tmp_path / "here"
+
+
+def content(folder) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("group", "case"), CASES, ids=[case for _, case in CASES])
+def test_bad_input_gets_one_line_and_loses_nothing(group, case, workshop, run_folder, recipe_file, capfd):
+    argv, message = BAD[group][case]
+    places = {"MODEL": run_folder / "model", "RUN": run_folder, "RECIPE": recipe_file, "LETTERS": "letters/model"}
+    before, began = content(workshop), time.perf_counter()
+    code = main([str(places.get(word, word)) for word in argv])
+    seconds = time.perf_counter() - began
+    _, err = capfd.readouterr()
+    said = [line for line in err.splitlines() if line.startswith("minigpt")]
+    assert code == 2, err
+    assert len(said) == 1, err
+    assert "Traceback" not in err
+    assert re.search(".*".join(map(re.escape, message.split(" … "))), said[0]), said[0]
+    assert seconds < 10
+    assert content(workshop) == before
+
+
+def test_the_table_is_long_enough_and_the_documents_show_it():
+    assert len(CASES) >= 80
+    document = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for group, cases in BAD.items():
+        rows = "".join(f"| {case} | {message.strip()} |\n" for case, (_, message) in cases.items())
+        assert f"\n| {group} | what is said |\n|---|---|\n{rows}" in document, rows
+
+
+def test_debug_shows_where_an_error_comes_from(workshop):
+    with pytest.raises(ValueError, match="no such file"):
+        main(["train", "--data", "absent.txt", "--output_dir", "new", "--debug"])
