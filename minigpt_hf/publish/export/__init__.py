@@ -18,7 +18,9 @@ from ...model.modeling_minigpt import MiniGPTForCausalLM
 
 
 def load_model(folder: Path) -> MiniGPTForCausalLM:
-    """The model of a MiniGPT folder, in the dtype of its weights, in `eval()`.
+    """The model of a MiniGPT folder, in the dtype of its weights, in `eval()`, with attention written out.
+
+    No kernel: which one is taken depends on whether there is a mask, and each rounds in its own way.
 
     Raises:
         ValueError: if there is none, or if its weights are not all there, or not finite.
@@ -30,7 +32,7 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != MiniGPTConfig.model_type:
         raise ValueError(f"{folder}: a model of type {model_type!r}; only MiniGPT folders are exported")
-    model, report = MiniGPTForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = MiniGPTForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[fault]:
             raise ValueError(f"{folder}: {fault.replace('_', ' ')} in its weights: {sorted(map(str, report[fault]))}")
