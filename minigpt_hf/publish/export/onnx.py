@@ -23,10 +23,12 @@ from torch import nn
 from transformers import DynamicCache
 
 from ...model.modeling_minigpt import MiniGPTForCausalLM
-from . import check, check_context, load_model, onnx_runner, whole_or_absent
+from . import check, check_context, load_model, whole_or_absent
 from .native import probe, qwen3_settings
+from .onnx_runner import Runner, names
 
 ALONG = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
+RUNNER = Path(__file__).with_name("onnx_runner.py")
 TOLERANCE = 1e-4  # of a logit; float32 sums taken in another order were seen to differ by 1e-5
 PROMPTS, NEW_TOKENS = 20, 32
 
@@ -82,7 +84,7 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
         for file in (folder / name for name in ALONG):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
-        shutil.copyfile(onnx_runner.__file__, unfinished / "run_onnx.py")
+        shutil.copyfile(RUNNER, unfinished / "run_onnx.py")
         _verify(unfinished, model)
     return out
 
@@ -106,14 +108,14 @@ def _write(file: Path, model: MiniGPTForCausalLM) -> None:
             dynamo=True,
             verbose=False,
             dynamic_shapes=(tokens, {0: "batch", 1: "past_and_sequence"}, tokens, [(past, past)] * layers),
-            input_names=["input_ids", "attention_mask", "position_ids", *onnx_runner.names("past_key_values", layers)],
-            output_names=["logits", *onnx_runner.names("present", layers)],
+            input_names=["input_ids", "attention_mask", "position_ids", *names("past_key_values", layers)],
+            output_names=["logits", *names("present", layers)],
         )
     program.save(file)
 
 
 def _verify(folder: Path, model: MiniGPTForCausalLM) -> None:
-    runner = onnx_runner.Runner(folder)
+    runner = Runner(folder)
     ids = probe(model.config)
     with torch.no_grad():
         expected = model(ids).logits.numpy()
