@@ -17,6 +17,7 @@ VERBS = {
     "plot": "draw how runs learnt, in one picture",
     "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
     "generate": "write text with any causal LM",
+    "export": "the same model for other programs: native Qwen3, GGUF, ONNX",
 }
 
 
