@@ -24,21 +24,23 @@ TOKENIZER = (
     "end of text",
     "fingerprint",
 )
+MEMORY = 4 << 30  # bytes: ample for a tokenizer
 LOADS = ("loads natively", "loads with the package", "tokenizer loads")
 OWN_CODE = "loads without the package"
 BEHAVIOUR = ("meta load = plain load", "cached = uncached", "left-padded = single", "beams", "stops at the end")
-# What has to hold before a loader may touch the folder; with these, nothing leads it out of the folder or into a bomb.
+# What has to hold before a loader may touch the folder: with these, nothing leads it out of the folder or into a bomb.
 BEFORE_LOADING = (
     "no link",
     "files readable",
     "config",
     "settings stay inside",
     "generation config",
+    "auto_map",
     "weights header",
     "weights index",
+    "tensors",
     "tokenizer",
 )
-BEFORE_RUNNING = ("auto_map", "code")
 
 
 def examine(folder: str | Path, trust_remote_code: bool = False) -> list[Row]:
@@ -61,7 +63,7 @@ def examine_files(folder: str | Path) -> list[Row]:
 
     patient = Folder(folder)
     rows = [check(patient) for room in (files, config, code, weights) for check in room.CHECKS]
-    rows += child.rows_of("tokenizer", patient.path, TOKENIZER, 60)
+    rows += child.rows_of("tokenizer", patient.path, TOKENIZER, 60, MEMORY)
     return rows + [check(patient) for check in card.CHECKS]
 
 
@@ -81,13 +83,15 @@ def _loading(folder: Folder, failed: set[str], trust_remote_code: bool) -> list[
         own = Row(OWN_CODE, "not applicable", "the folder brings no code of its own")
     elif not trust_remote_code:
         own = Row(OWN_CODE, "not applicable", "its code is run only with --trust-remote-code")
-    elif broken := [name for name in BEFORE_RUNNING if name in failed]:
-        own = Row(OWN_CODE, "not applicable", f"not run, because of the row `{broken[0]}`")
+    elif "code" in failed:
+        own = Row(OWN_CODE, "not applicable", "not run, because of the row `code`")
     else:
         own = None
-    seconds = 180 + 60 * sum(folder.files.values()) / (1 << 30)  # starting takes some ten; a GiB more on a slow disk
+    held = sum(folder.files.values())
+    seconds = 180 + 60 * held / (1 << 30)  # starting takes some ten; a GiB more on a slow disk
+    memory = 2 * MEMORY + 16 * held  # two models in float32, of weights that may have half a byte each
     if own is None:  # then behaviour is that of the folder's own code
-        rows = child.rows_of("loading", folder.path, LOADS, seconds, "loads")
-        return rows + child.rows_of("loading", folder.path, (OWN_CODE, *BEHAVIOUR), seconds, "own")
-    rows = child.rows_of("loading", folder.path, (*LOADS, *BEHAVIOUR), seconds, "package")
+        rows = child.rows_of("loading", folder.path, LOADS, seconds, memory, "loads")
+        return rows + child.rows_of("loading", folder.path, (OWN_CODE, *BEHAVIOUR), seconds, memory, "own")
+    rows = child.rows_of("loading", folder.path, (*LOADS, *BEHAVIOUR), seconds, memory, "package")
     return [*rows[: len(LOADS)], own, *rows[len(LOADS) :]]

@@ -132,7 +132,9 @@ def stops(subject: Subject) -> Row:
         return failed("the generation config has no eos_token_id: only a limit ends a text", "name it")
     end, ids = (ends[0] if isinstance(ends, list) else ends), prompt(model, 12)
     wants = LogitsProcessorList([WantsToEnd(end, ids.shape[1] + 1)])
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=wants, max_new_tokens=8)
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=wants, max_new_tokens=8, num_beams=1
+    )
     if found.shape[1] != ids.shape[1] + 2:
         return failed(
             f"`generate` writes on after token {end}, with the folder's own settings",

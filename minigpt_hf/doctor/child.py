@@ -29,14 +29,18 @@ KEPT = "PATH PYTHONPATH LD_LIBRARY_PATH LANG LC_ALL OMP_NUM_THREADS MKL_NUM_THRE
 LONGEST_ANSWER = 1 << 20  # bytes
 
 
-def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, *words: str) -> list[Row]:
+def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, memory: int, *words: str) -> list[Row]:
     """Run `doctor.<module>.rows(folder, *words)` in a clean process, and give a row for each of `names`.
 
     A process that ends early fails the row it was at; the rows after it are not applicable.
+
+    Args:
+        seconds: It is ended after that time, with all that it started.
+        memory: Bytes that it may allocate, where the system can limit that.
     """
     with tempfile.TemporaryDirectory(prefix="minigpt-doctor-", ignore_cleanup_errors=True) as place:
         answer = Path(place) / "rows"
-        command = [sys.executable, "-P", "-c", START, str(Path(__file__).parents[1]), module, str(answer)]
+        command = [sys.executable, "-P", "-c", START, str(Path(__file__).parents[1]), module, str(answer), str(memory)]
         process = subprocess.Popen(
             [*command, str(folder.resolve()), *words],
             cwd=place,
@@ -61,8 +65,12 @@ def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, *wo
     return [given.get(name) or found[name] for name in names]
 
 
-def work(module: str, answer: str, folder: str, *words: str) -> None:
+def work(module: str, answer: str, memory: str, folder: str, *words: str) -> None:
     """The process's side: write each row as soon as it is known."""
+    if sys.platform == "linux":  # macOS refuses the limit, Windows has none
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     with Path(answer).open("w", encoding="utf-8") as file:
         for row in import_module(f"doctor.{module}").rows(Path(folder), *words):
             file.write(json.dumps(asdict(row)) + "\n")

@@ -169,6 +169,8 @@ def generation(folder: Folder) -> Row:
     from transformers import GenerationConfig  # seconds; wanted by this row alone
 
     settings, vocabulary = folder.json("generation_config.json"), size(folder.json("config.json"), "vocab_size")
+    if type(vocabulary) is not int:
+        raise NotApplicable("config.json is not sound")
     unknown = sorted(set(settings) - set(vars(GenerationConfig())) - {"transformers_version", "_from_model_config"})
     if unknown and is_minigpt(folder):
         return failed(f"unknown: {some(unknown)}", "delete them: `generate` refuses or ignores what it does not know")
