@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from .folder import MEBI, Folder
+from .folder import Folder
 from .row import NotApplicable, Row, check, failed, is_invisible, passed, some
 
 CARD = "README.md"
@@ -40,12 +40,15 @@ def prose(card: str) -> str:
 def _card(folder: Folder) -> str:
     if CARD not in folder.files:
         raise NotApplicable(f"there is no {CARD}")
-    return folder.text(CARD, MEBI)
+    return folder.text(CARD)
 
 
 def _metadata(folder: Folder) -> dict[str, Any]:
     block = REGEX_YAML_BLOCK.search(_card(folder))
-    content = yaml.safe_load(block[2]) if block else None
+    try:
+        content = yaml.safe_load(block[2]) if block else None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise NotApplicable(f"the metadata of {CARD} do not parse") from error
     return content if isinstance(content, dict) else {}
 
 

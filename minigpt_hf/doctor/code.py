@@ -114,7 +114,7 @@ def importable(folder: Folder) -> Row:
 
 
 def _tree(folder: Folder, name: str) -> ast.Module:
-    text = folder.text(name, 1 << 20)
+    text = folder.text(name)
     if match := TURNING.search(text):
         raise SyntaxError(f"a character that turns the direction of text ({plain(match[0])})", (name, None, None, None))
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ name and its first bytes, and named.
 import re
 from collections.abc import Iterator
 
-from .folder import MEBI, Folder, Unreadable, is_minigpt
+from .folder import Folder, Unreadable, is_minigpt
 from .row import NotApplicable, Row, check, failed, is_invisible, passed, some
 
 REQUIRED = (
@@ -44,9 +44,8 @@ SECRETS = {
 
 @check("files complete")
 def complete(folder: Folder) -> Row:
-    ours = is_minigpt(folder)
-    required = ["config.json", *(REQUIRED if ours else ())]
-    if ours and folder.json("config.json").get("model_type") == "minigpt":
+    required = ["config.json", *(REQUIRED if is_minigpt(folder) else ())]
+    if folder.json_if_there("config.json").get("model_type") == "minigpt":
         required += SUITCASE
     missing = sorted({name for name in required if name not in folder.files})
     if not any(name in folder.files for name in (WEIGHTS, INDEX)):
@@ -62,7 +61,7 @@ def complete(folder: Folder) -> Row:
 def known(folder: Folder) -> Row:
     if not is_minigpt(folder):
         raise NotApplicable("what belongs to a folder is known of MiniGPT folders")
-    code = SUITCASE if folder.json("config.json").get("model_type") == "minigpt" else ()
+    code = SUITCASE if folder.json_if_there("config.json").get("model_type", "minigpt") == "minigpt" else ()
     foreign = [name for name in folder.files if not KNOWN.fullmatch(name) and name not in code]
     if foreign:
         return failed(f"foreign: {some(foreign, 9)}", "delete them, or keep them elsewhere")
@@ -116,7 +115,7 @@ def no_secret(folder: Folder) -> Row:
     for name in folder.files:
         if not name.endswith(TEXTS):
             continue
-        text = folder.bytes(name, 64 * MEBI).decode("utf-8", errors="replace")
+        text = folder.bytes(name).decode("utf-8", errors="replace")
         for kind, pattern in SECRETS.items():
             if match := re.search(pattern, text):
                 line = text.count("\n", 0, match.start()) + 1
@@ -133,9 +132,9 @@ def _unreadable(folder: Folder) -> Iterator[str]:
             if name.startswith(".cache/"):
                 continue
             if name.endswith(".json"):
-                folder.json(name, 64 * MEBI)
+                folder.json(name)
             elif name.endswith(TEXTS):
-                folder.text(name, 64 * MEBI)
+                folder.text(name)
         except Unreadable as reason:
             yield str(reason)
 

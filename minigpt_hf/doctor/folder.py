@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from .row import NotApplicable
 
 MEBI = 1 << 20
+LONGEST_TEXT = 64 * MEBI  # the largest tokenizers have half of that
 MOST_ENTRIES = 10_000
 # A link that appears between listing and opening is refused, and opening a pipe does not wait for its other end.
 NO_FOLLOW = 0 if os.name == "nt" else os.O_NOFOLLOW | os.O_NONBLOCK
@@ -40,6 +41,7 @@ class Folder:
             )
         self.files: dict[str, int] = {}  # path in the folder -> bytes
         self.others: dict[str, str] = {}  # what is neither file nor folder -> what it is
+        self._parsed: dict[str, dict[str, Any]] = {}
         self._list(self.path, "")
 
     def _list(self, path: Path, prefix: str) -> None:
@@ -71,24 +73,26 @@ class Folder:
             raise Unreadable(f"{name} is no regular file")
         return file
 
-    def bytes(self, name: str, most: int) -> bytes:
-        """The whole of a file that has no more than `most` bytes."""
+    def bytes(self, name: str) -> bytes:
+        """The whole of a file, if it is no longer than a text may be."""
         with self.open(name) as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise Unreadable(f"{name} has more than {most // MEBI} MiB")
+            content = file.read(LONGEST_TEXT + 1)
+        if len(content) > LONGEST_TEXT:
+            raise Unreadable(f"{name} has more than {LONGEST_TEXT // MEBI} MiB")
         return content
 
-    def text(self, name: str, most: int = 4 * MEBI) -> str:
+    def text(self, name: str) -> str:
         """A UTF-8 file."""
         try:
-            return self.bytes(name, most).decode("utf-8")
+            return self.bytes(name).decode("utf-8")
         except UnicodeDecodeError as error:
             raise Unreadable(f"{name} is not UTF-8 (byte {error.start})") from error
 
-    def json(self, name: str, most: int = 4 * MEBI) -> dict[str, Any]:
-        """A file that holds one JSON object."""
-        return parse_object(self.text(name, most), name)
+    def json(self, name: str) -> dict[str, Any]:
+        """A file that holds one JSON object; it is parsed once, and not to be changed."""
+        if name not in self._parsed:
+            self._parsed[name] = parse_object(self.text(name), name)
+        return self._parsed[name]
 
     def json_if_there(self, name: str) -> dict[str, Any]:
         """The same, or nothing if there is no such file."""

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .config import size
-from .folder import MEBI, Folder, is_minigpt
+from .folder import Folder, Unreadable, is_minigpt
 from .row import NotApplicable, Row, check, failed, passed, some
 
 TEXTS = (
@@ -26,9 +26,12 @@ SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 def load(folder: Folder) -> Tokenizer:
     """The tokenizer of `tokenizer.json`, which neither pads nor cuts."""
-    if "tokenizer.json" not in folder.files:
-        raise NotApplicable("there is no tokenizer.json")
-    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json", 64 * MEBI))
+    try:
+        tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))
+    except Unreadable:
+        raise
+    except Exception as error:  # the bare `Exception` of `tokenizers`
+        raise NotApplicable(f"tokenizer.json does not load: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -54,7 +57,11 @@ def texts_of(tokenizer: Tokenizer) -> list[str]:
 
 @check("tokenizer")
 def loads(folder: Folder) -> Row:
-    tokenizer = load(folder)
+    text = folder.text("tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the bare `Exception` of `tokenizers`
+        return failed(f"tokenizer.json does not load: {error}", "restore it from where the model was trained")
     return passed(f"{type(tokenizer.model).__name__}, {tokenizer.get_vocab_size()} tokens")
 
 
@@ -131,7 +138,8 @@ def fingerprint(folder: Folder) -> Row:
         raise NotApplicable("no minigpt.json")
     about: Any = folder.json("minigpt.json").get("tokenizer")
     written = about.get("fingerprint") if isinstance(about, dict) else None
-    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json", 64 * MEBI))
+    load(folder)
+    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))  # as it stands, with what it says of padding
     end = tokenizer.token_to_id(specials(folder).get("eos_token", ""))
     found = hashlib.sha256(f"{tokenizer.to_str()} {end}".encode()).hexdigest()
     if written != found:

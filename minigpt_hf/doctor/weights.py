@@ -134,7 +134,7 @@ def index(folder: Folder) -> Row:
         if files != [WEIGHTS]:
             return failed(f"no {INDEX}, and the weights are {some(files)}", RENEW)
         raise NotApplicable("one file, no index")
-    places = folder.json(INDEX, 64 * MEBI).get("weight_map")
+    places = folder.json(INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         return failed(f"{INDEX} has no `weight_map`", RENEW)
     shards = set(places.values())

@@ -23,7 +23,9 @@ class Broken:
     def json(self, name: str, **changes) -> None:
         """Set keys of a JSON file; None deletes one."""
         content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        content = {key: value for key, value in {**content, **changes}.items() if value is not None or key not in changes}
+        content = {
+            key: value for key, value in {**content, **changes}.items() if value is not None or key not in changes
+        }
         (self.path / name).write_text(json.dumps(content), encoding="utf-8")
 
     def get(self, name: str) -> dict:

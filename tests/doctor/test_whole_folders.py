@@ -1,6 +1,7 @@
 """No false alarm: folders in order pass every row that applies to them."""
 
 import json
+import re
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
@@ -8,10 +9,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_level_bpe, tokenizer_fingerprint
-from minigpt_hf.doctor import behaviour, code, loading, tokenizer
+from minigpt_hf.doctor import behaviour, card, code, config, loading, tokenizer, weights
+from minigpt_hf.doctor import files as files_room
 from minigpt_hf.generation import AutoTokenizer
 from minigpt_hf.model.configuration_minigpt import AUTO_MAP
 from minigpt_hf.publish.folder import REQUIRED
+from tests.conftest import ROOT
 from tests.doctor.conftest import make_twin
 
 OURS = 38
@@ -65,6 +68,13 @@ def save(model, tokenizer, folder):
     return folder
 
 
+def examine_here(folder) -> list[doctor.Row]:
+    """As `examine`, but the loading rows come from this process: others' classes need no process without the package."""
+    found = doctor.examine_files(folder)
+    not_run = doctor.Row(doctor.OWN_CODE, "not applicable", "the folder brings no code of its own")
+    return [*found, *loading.rows(folder, "package"), not_run]
+
+
 OF_OTHERS = {"files known", "recipe", "auto_map", "code", "chat template", "tensors", "fingerprint", "prompts inert"}
 OF_OTHERS |= {"card", "card filled in", "card inert", "loads with the package", "loads without the package"}
 
@@ -77,7 +87,7 @@ def test_a_gpt2_of_transformers_passes(text, tmp_path):
         vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end
     )
     folder = save(GPT2LMHeadModel(config), tokenizer, tmp_path / "gpt2")
-    assert idle(doctor.examine(folder, trust_remote_code=True)) == OF_OTHERS | {"weights index"}
+    assert idle(examine_here(folder)) == OF_OTHERS | {"weights index"}
 
 
 def test_a_llama_of_transformers_in_shards_passes(text, tmp_path):
@@ -96,7 +106,7 @@ def test_a_llama_of_transformers_in_shards_passes(text, tmp_path):
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 1
-    assert idle(doctor.examine(folder)) == OF_OTHERS
+    assert idle(examine_here(folder)) == OF_OTHERS
 
 
 # -- what the room knows by heart, because it imports nothing of ours -------------------------------------------------
@@ -111,10 +121,7 @@ def test_the_fingerprint_is_that_of_training(run_folder):
 
 def test_names_of_files_and_classes_are_those_of_the_model_and_publish():
     assert set(code.AUTO_CLASSES) == set(AUTO_MAP)
-    from minigpt_hf.doctor.files import REQUIRED as required
-    from minigpt_hf.doctor.files import SUITCASE, WEIGHTS
-
-    assert {*required, *SUITCASE, WEIGHTS} == set(REQUIRED)
+    assert {*files_room.REQUIRED, *files_room.SUITCASE, files_room.WEIGHTS} == set(REQUIRED)
 
 
 def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
@@ -124,6 +131,16 @@ def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
     assert loading.without_the_package.row_name == doctor.OWN_CODE
     looks = (loading.meta_equals_plain, *behaviour.CHECKS)
     assert tuple(check.row_name for check in looks) == doctor.BEHAVIOUR
+
+
+def test_the_document_tells_of_every_row_and_of_no_other():
+    table = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([^`]+)`( \*)? \|", table, re.MULTILINE)
+    files = [check.row_name for room in (files_room, config, code, weights) for check in room.CHECKS]
+    cards = [check.row_name for check in card.CHECKS]
+    loads = [*doctor.LOADS, doctor.OWN_CODE, *doctor.BEHAVIOUR]
+    assert [name for name, _ in told] == [*files, *doctor.TOKENIZER, *cards, *loads]
+    assert {name for name, star in told if star} == set(doctor.BEFORE_LOADING)
 
 
 @pytest.mark.parametrize("given", ["absent", "README.md"])
