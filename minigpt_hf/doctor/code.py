@@ -5,11 +5,11 @@ it there; so code has to be flat files of this folder, and `auto_map` has to nam
 """
 
 import ast
-import importlib.util
 import re
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import jinja2
@@ -28,7 +28,9 @@ AUTO_CLASSES = (
 )
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 # How transformers finds what a module imports: line by line, docstrings included.
-SCANNED = (re.compile(r"^\s*import\s+\.(\S+)\s*$", re.M), re.compile(r"^\s*from\s+\.(\S+)\s+import", re.M))
+SCANNED = re.compile(
+    r"^[^\S\n]*import\s{1,99}\.(\S{1,99})[^\S\n]*$|^[^\S\n]*from\s{1,99}\.(\S{1,99})\s{1,99}import", re.M
+)
 # Characters that turn the direction of text: code that reads one way and runs another (CVE-2021-42574).
 TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, which plain jinja does not know
@@ -128,7 +130,6 @@ def _tree(folder: Folder, name: str) -> ast.Module:
 def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
     """(file beside it, what is wrong with the import) for all that a module imports relatively or cannot find."""
     tree = _tree(folder, name)
-    guarded = {id(node) for guard in ast.walk(tree) if isinstance(guard, ast.Try) for node in ast.walk(guard)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             spelled = f"from {'.' * node.level}{node.module or ''} import …"
@@ -138,15 +139,15 @@ def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
                 yield "", f"line {node.lineno}: `{spelled}`, and there is no {node.module}.py"
             else:
                 yield f"{node.module}.py", ""
-        elif isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in guarded:
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             asked = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             for package in {module.split(".")[0] for module in asked}:
                 if package == "minigpt_hf" and name in SUITCASE:
                     yield "", f"line {node.lineno}: imports minigpt_hf, which a stranger does not have"
-                elif package not in sys.stdlib_module_names and importlib.util.find_spec(package) is None:
+                # What stands inside an `if`, a `try` or a function is asked for only where it is there.
+                elif node in tree.body and package not in sys.stdlib_module_names and not find_spec(package):
                     yield "", f"line {node.lineno}: imports {package}, which is not installed"
-    text = folder.text(name)
-    for module in {module for pattern in SCANNED for module in pattern.findall(text)}:
+    for module in {plainly or from_it for plainly, from_it in SCANNED.findall(folder.text(name))}:
         if f"{module}.py" not in folder.files:
             yield "", f"transformers takes a line of it for an import of `.{module}`, which is not there"
 

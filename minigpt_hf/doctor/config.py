@@ -17,8 +17,8 @@ SIZES = {
     "vocab_size": (("vocab_size",), 10_000_000),
     "hidden_size": (("hidden_size", "n_embd", "d_model"), 1_000_000),
     "intermediate_size": (("intermediate_size", "n_inner", "ffn_dim"), 10_000_000),
-    "num_hidden_layers": (("num_hidden_layers", "n_layer", "num_layers"), 10_000),
-    "num_attention_heads": (("num_attention_heads", "n_head", "num_heads"), 10_000),
+    "num_hidden_layers": (("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    "num_attention_heads": (("num_attention_heads", "n_head", "n_heads", "num_heads"), 10_000),
     "num_key_value_heads": (("num_key_value_heads",), 10_000),
     "head_dim": (("head_dim",), 100_000),
     "max_position_embeddings": (("max_position_embeddings", "n_positions"), 100_000_000),
@@ -29,8 +29,9 @@ OURS = (*SIZES, "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_s
 
 
 def size(config: dict[str, Any], name: str) -> int | None:
-    """A size under any of its names."""
-    return next((config[alias] for alias in SIZES[name][0] if config.get(alias) is not None), None)
+    """A size under any of its names; None, too, where it is a list with one for each layer."""
+    found = next((config[alias] for alias in SIZES[name][0] if config.get(alias) is not None), None)
+    return None if isinstance(found, list) else found
 
 
 def faults(config: dict[str, Any]) -> Iterator[str]:
@@ -99,6 +100,8 @@ def _is_number(value: Any) -> bool:
 @check("config")
 def sane(folder: Folder) -> Row:
     config = folder.json("config.json")
+    if "text_config" in config and not is_minigpt(folder):
+        raise NotApplicable("a configuration of several models")
     found = list(faults(config))
     if not isinstance(config.get("model_type"), str):
         found.append("no `model_type`")
@@ -109,6 +112,7 @@ def sane(folder: Folder) -> Row:
         found.append(f"`architectures` is {architectures[0]!r}, no causal language model")
     if is_minigpt(folder):
         found += [f"no `{name}`: its default may differ elsewhere" for name in OURS if name not in config]
+        found += [f"`{name}` is a list" for name in SIZES if isinstance(config.get(name), list)]
         slides = "sliding_attention" in (config.get("layer_types") or [])
         if slides != bool(config.get("use_sliding_window")):
             found.append("`layer_types` and `use_sliding_window` do not agree")

@@ -7,13 +7,15 @@ believed: each read has a limit of its own. What cannot be read raises `Unreadab
 import json
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from .row import NotApplicable
 
 MEBI = 1 << 20
-LONGEST_TEXT = 64 * MEBI  # the largest tokenizers have half of that
+# Vocabularies may be long (the largest have some 33 MiB); what is parsed as a language has to be shorter.
+LONGEST = {"tokenizer.json": 64, "vocab.json": 64, "merges.txt": 64, "model.safetensors.index.json": 64}
+LONGEST |= {".py": 1, ".jinja": 1, ".md": 0.25, ".yaml": 0.25, ".yml": 0.25}  # MiB, by name or suffix; 16 for others
 MOST_ENTRIES = 10_000
 # A link that appears between listing and opening is refused, and opening a pipe does not wait for its other end.
 NO_FOLLOW = 0 if os.name == "nt" else os.O_NOFOLLOW | os.O_NONBLOCK
@@ -43,6 +45,8 @@ class Folder:
         self.others: dict[str, str] = {}  # what is neither file nor folder -> what it is
         self._parsed: dict[str, dict[str, Any]] = {}
         self._list(self.path, "")
+        if "config.json" not in self.files and "model/config.json" in self.files:
+            raise ValueError(f"{path}: this is a run; its model is in {self.path / 'model'}")
 
     def _list(self, path: Path, prefix: str) -> None:
         with os.scandir(path) as entries:
@@ -75,10 +79,11 @@ class Folder:
 
     def bytes(self, name: str) -> bytes:
         """The whole of a file, if it is no longer than a text may be."""
+        most = int(LONGEST.get(name, LONGEST.get(PurePosixPath(name).suffix, 16)) * MEBI)
         with self.open(name) as file:
-            content = file.read(LONGEST_TEXT + 1)
-        if len(content) > LONGEST_TEXT:
-            raise Unreadable(f"{name} has more than {LONGEST_TEXT // MEBI} MiB")
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise Unreadable(f"{name} has more than {most:,} bytes")
         return content
 
     def text(self, name: str) -> str:

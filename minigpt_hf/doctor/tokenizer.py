@@ -84,6 +84,8 @@ def round_trip(folder: Folder) -> Row:
 @check("vocabulary")
 def vocabulary(folder: Folder) -> Row:
     tokens, rows = load(folder).get_vocab(), size(folder.json("config.json"), "vocab_size")
+    if type(rows) is not int:
+        raise NotApplicable("config.json names no size")
     if beyond := sorted(token for token, number in tokens.items() if number >= rows):
         return failed(
             f"{some(beyond)}: ids beyond the {rows} of the embedding", "use the tokenizer it was trained with"

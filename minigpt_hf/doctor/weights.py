@@ -66,7 +66,9 @@ def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
             header = parse_object(file.read(length), "the header")
         except Unreadable as error:
             raise Unsound(f"{name}: {error}") from error
-    header.pop("__metadata__", None)
+    remarks = header.pop("__metadata__", {})
+    if not isinstance(remarks, dict) or not all(isinstance(remark, str) for remark in remarks.values()):
+        raise Unsound(f"{name}: the metadata are not texts")
     first = 8 + length
     tensors = {tensor: _tensor(name, tensor, claim, first) for tensor, claim in header.items()}
     place = first
@@ -145,6 +147,8 @@ def index(folder: Folder) -> Row:
     if extra := sorted(set(files) - shards):
         return failed(f"{some(extra)} is in no index", "delete it, or save the weights anew")
     kept = {name: where.file for name, where in tensors_of(folder).items()}
+    if len(kept) < sum(len(read_header(folder, name)) for name in files):
+        return failed("a tensor is in two shards", RENEW)
     if wrong := sorted(name for name in kept.keys() | places.keys() if kept.get(name) != places.get(name)):
         return failed(f"{INDEX} and the shards disagree about {some(wrong)}", RENEW)
     return passed(f"{len(shards)} shards")
@@ -185,8 +189,10 @@ def tensors(folder: Folder) -> Row:
     config = folder.json("config.json")
     if config.get("model_type") not in ("minigpt", "qwen3") or config.get("attention_bias"):
         raise NotApplicable("which tensors it needs is known of MiniGPT and Qwen3 only; the row `loads …` tells")
-    written = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    if next(faults(config), None) or any(config.get(name) is None for name in written):
+    written = (
+        "hidden_size vocab_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    )
+    if next(faults(config), None) or any(type(config.get(name)) is not int for name in written.split()):
         raise NotApplicable("config.json is not sound")
     wanted, kept = expected(config), tensors_of(folder)
     if missing := sorted(wanted.keys() - kept.keys()):

@@ -267,7 +267,29 @@ def a_card_whose_metadata_are_a_program(folder: Broken):
     folder.replace("README.md", "library_name:", f"danger: {program}\nlibrary_name:")
 
 
-@attack("prompts inert", says=r"README\.md: a prompt has 'onerror=")
+@attack("card", says=r"`license` holds \[\[\[.*\[\.\.\.\]")
+def a_card_that_laughs_a_billion_times(folder: Broken):
+    laughs = "a0: &a0 [ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    folder.replace("README.md", "library_name:", f"{laughs}license: *a29\nwidget:\n- text: *a29\nlibrary_name:")
+
+
+@attack("card filled in", says="TODO")
+def a_card_that_makes_patterns_go_back_and_forth(folder: Broken):
+    marks = ("`` ", "{{", "<your ", "<a on", "| ", "-")
+    folder.append("README.md", "\n" + "".join(mark * 9_000 for mark in marks) + " TODO\n")
+
+
+@attack("files readable", says=r"README\.md has more than 262,144 bytes")
+def a_card_that_is_too_long(folder: Broken):
+    folder.append("README.md", " " * 300_000)
+
+
+@attack("code", says=r"configuration_minigpt\.py: transformers takes a line of it for an import of `\.x`")
+def code_with_a_page_of_nothing(folder: Broken):
+    folder.append("configuration_minigpt.py", "\n" * 500_000 + '"""\nfrom .x import y\n"""\n')
+
+
+@attack("prompts inert", says=r"README\.md: a prompt has '<img src=x onerror=")
 def markup_in_the_prompt_of_the_widget(folder: Broken):
     widget = "widget:\n- text: '<img src=x onerror=\"alert(1)\">'\n"
     folder.replace("README.md", "library_name:", f"{widget}library_name:")

@@ -274,6 +274,15 @@ def a_shard_that_was_left_behind(folder: Broken):
     folder.write("model-00001-of-00002.safetensors", (folder.path / "model.safetensors").read_bytes())
 
 
+@plant("weights index", says="a tensor is in two shards")
+def a_tensor_in_two_shards(folder: Broken):
+    kept = (folder.path / "model.safetensors").read_bytes()
+    folder.write("model-00002-of-00002.safetensors", kept)
+    places = dict.fromkeys(weight_names(folder), "model.safetensors")
+    places["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    folder.write("model.safetensors.index.json", json.dumps({"weight_map": places}))
+
+
 @plant("weights index", says=r"disagree about model\.norm\.weight")
 def an_index_that_forgets_a_tensor(folder: Broken):
     places = dict.fromkeys(weight_names(folder), "model.safetensors")

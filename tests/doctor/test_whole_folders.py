@@ -143,6 +143,11 @@ def test_the_document_tells_of_every_row_and_of_no_other():
     assert {name for name, star in told if star} == set(doctor.BEFORE_LOADING)
 
 
+def test_of_a_run_it_names_the_model_folder(run_folder, capsys):
+    assert main(["doctor", str(run_folder)]) == 2
+    assert "this is a run; its model is in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", ["absent", "README.md"])
 def test_what_is_no_folder_is_told_in_one_line(given, run_folder, monkeypatch, capsys):
     monkeypatch.chdir(run_folder / "model")
