@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
     "generate": "write text with any causal LM",
     "export": "the same model for other programs: native Qwen3, GGUF, ONNX",
+    "doctor": "look a model folder over: is it whole, safe, and does it load",
 }
 
 

@@ -1,0 +1,146 @@
+"""What a model does: the same with a cache as without, in a batch as alone, and it stops.
+
+In: a loaded model of any architecture, in float32. Out: rows. Ids are drawn by a fixed seed; a tolerance is relative to the
+greatest logit, since each way through a model adds its numbers in another order.
+"""
+
+from typing import Protocol
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from .row import NotApplicable, Row, check, failed, passed
+
+TOLERANCE = (
+    1e-4  # of the greatest logit; float32 has 6e-8, and a few hundred additions in another order lose a thousandfold
+)
+NEW = 4  # tokens to generate
+REMEDY = "correct the model's code: "
+
+
+class Subject(Protocol):
+    """Whatever has a model; asking for it raises `NotApplicable` if none could be loaded."""
+
+    model: PreTrainedModel
+
+
+def prompt(model: PreTrainedModel, length: int | None = None) -> torch.Tensor:
+    """Ids [1, T], if no length is given beyond a small sliding window, and in any case within what the model can take."""
+    settings = model.config.to_dict()
+    window = settings.get("sliding_window") or 0
+    longest = settings.get("max_position_embeddings") or settings.get("n_positions") or 64
+    wanted = length or max(24, window + 8 if window <= 512 else 0)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, max(2, min(wanted, longest - NEW))), generator=generator)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The greatest distance of two logits, as a share of the greatest logit."""
+    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
+
+
+def _pad(model: PreTrainedModel) -> int:
+    ids = (model.generation_config.pad_token_id, model.config.pad_token_id)
+    return next((number for number in ids if number is not None), 0)
+
+
+def _greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options):
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        pad_token_id=_pad(model),
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    config.update(**options)
+    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+
+@check("cached = uncached")
+def cached_equals_uncached(subject: Subject) -> Row:
+    model = subject.model
+    ids, cache, parts = prompt(model), None, []
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        for part in ids.split([ids.shape[1] - 3, 1, 1, 1], dim=1):
+            output = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    if cache is None:
+        raise NotApplicable("the model has no cache")
+    distance = _apart(torch.cat(parts, dim=1), whole)
+    if not distance <= TOLERANCE:
+        return failed(
+            f"logits are {distance:.2g} apart", REMEDY + "positions and masks have to count what the cache holds"
+        )
+    return passed(f"logits within {distance:.1g}")
+
+
+@check("left-padded = single")
+def left_padded_equals_single(subject: Subject) -> Row:
+    model = subject.model
+    long = prompt(model, 24)
+    single = long[:, : long.shape[1] // 2]
+    padding = torch.full((1, long.shape[1] - single.shape[1]), _pad(model))
+    batch = torch.cat([torch.cat([padding, single], dim=1), long])
+    mask = torch.ones_like(batch)
+    mask[0, : padding.shape[1]] = 0
+    alone, padded = _greedy(model, single, torch.ones_like(single)), _greedy(model, batch, mask)
+    for step in range(NEW):
+        distance = _apart(padded.logits[step][0], alone.logits[step][0])
+        if not distance <= TOLERANCE:
+            return failed(
+                f"logits of new token {step + 1} are {distance:.2g} apart",
+                REMEDY + "use `attention_mask` and `position_ids` as they are given",
+            )
+        if padded.sequences[0, long.shape[1] + step] != alone.sequences[0, single.shape[1] + step]:
+            break  # two tokens of equal score: from here on the texts may differ
+    return passed("a shorter text in a batch continues as it does alone")
+
+
+@check("beams")
+def beams(subject: Subject) -> Row:
+    model = subject.model
+    ids = prompt(model, 12)
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    found = _greedy(model, ids, torch.ones_like(ids), **options).sequences
+    if found.shape != (2, ids.shape[1] + NEW) or torch.equal(found[0], found[1]):
+        return failed(f"two of three beams give sequences of shape {tuple(found.shape)}", REMEDY + "reorder the cache")
+    return passed("two of three, of their full length")
+
+
+class WantsToEnd(LogitsProcessor):
+    """Makes the end certain from a length on, unless it is forbidden."""
+
+    def __init__(self, end: int, length: int):
+        self.end, self.length = end, length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] >= self.length:
+            scores[:, self.end] += 1e9
+        return scores
+
+
+@check("stops at the end")
+def stops(subject: Subject) -> Row:
+    model = subject.model
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return failed("the generation config has no eos_token_id: only a limit ends a text", "name it")
+    end, ids = (ends[0] if isinstance(ends, list) else ends), prompt(model, 12)
+    wants = LogitsProcessorList([WantsToEnd(end, ids.shape[1] + 1)])
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=wants, max_new_tokens=8, num_beams=1
+    )
+    if found.shape[1] != ids.shape[1] + 2:
+        return failed(
+            f"`generate` writes on after token {end}, with the folder's own settings",
+            "correct generation_config.json: eos_token_id, min_length, suppress_tokens",
+        )
+    return passed(f"`generate` ends at token {end}")
+
+
+CHECKS = (cached_equals_uncached, left_padded_equals_single, beams, stops)

@@ -1,0 +1,110 @@
+"""A clean process with a time limit, for what may hang, crash or run code.
+
+In: the name of a module of this room, which has `rows(folder, …)`. Out: the rows that it yielded before it ended. The
+process has no standard input, a small environment (no token, no network for the Hub's client), an empty folder to work
+in, and does not find this package: only the room `doctor` is shown to it, for as long as it is being imported.
+"""
+
+import json
+import os
+import signal
+import site
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import get_args
+
+from .row import Row, State, plain
+
+# `-P` keeps the folder that it starts in off the path. The room is imported by its own name, `doctor`.
+START = (
+    "import sys; sys.path.append(sys.argv[1]); from doctor.child import work; from importlib import import_module; "
+    "import_module('doctor.' + sys.argv[2]); sys.path.remove(sys.argv[1]); work(*sys.argv[2:])"
+)
+KEPT = "PATH PYTHONPATH LD_LIBRARY_PATH LANG LC_ALL OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES SYSTEMROOT".split()
+LONGEST_ANSWER = 1 << 20  # bytes
+
+
+def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, memory: int, *words: str) -> list[Row]:
+    """Run `doctor.<module>.rows(folder, *words)` in a clean process, and give a row for each of `names`.
+
+    A process that ends early fails the row it was at; the rows after it are not applicable.
+
+    Args:
+        seconds: It is ended after that time, with all that it started.
+        memory: Bytes that it may allocate, where the system can limit that.
+    """
+    with tempfile.TemporaryDirectory(prefix="minigpt-doctor-", ignore_cleanup_errors=True) as place:
+        answer = Path(place) / "rows"
+        command = [sys.executable, "-P", "-c", START, str(Path(__file__).parents[1]), module, str(answer), str(memory)]
+        process = subprocess.Popen(
+            [*command, str(folder.resolve()), *words],
+            cwd=place,
+            env=_environment(place),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that what it may have started ends with it
+        )
+        try:
+            process.wait(seconds)
+            end = f"the process ended with exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            end = f"the process took more than {seconds:.0f} s"
+        finally:
+            _end(process)
+        given = _read(answer)
+    missing = [name for name in names if name not in given]
+    found = {name: Row(name, "not applicable", f"not reached: {end}") for name in missing[1:]}
+    if missing:
+        found[missing[0]] = Row(missing[0], "fail", end, "load it by hand, to see where it stops")
+    return [given.get(name) or found[name] for name in names]
+
+
+def work(module: str, answer: str, memory: str, folder: str, *words: str) -> None:
+    """The process's side: write each row as soon as it is known."""
+    if sys.platform == "linux":  # macOS refuses the limit, Windows has none
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
+    with Path(answer).open("w", encoding="utf-8") as file:
+        for row in import_module(f"doctor.{module}").rows(Path(folder), *words):
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+
+
+def _environment(place: str) -> dict[str, str]:
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    here = dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP", "HF_HOME", "XDG_CACHE_HOME"), place)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "PYTHONUSERBASE": site.getuserbase()}
+    return {**environment, **here, **offline}
+
+
+def _end(process: subprocess.Popen) -> None:
+    if os.name != "nt":
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: its number is the process's
+        except ProcessLookupError:
+            return
+    process.kill()
+    process.wait()
+
+
+def _read(answer: Path) -> dict[str, Row]:
+    """The rows that were written; code of the folder may have written, too, so nothing is taken on trust."""
+    if answer.is_symlink() or not answer.is_file():
+        return {}
+    with answer.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(LONGEST_ANSWER).split("\n")[:-1]
+    rows = {}
+    for line in lines:
+        try:
+            row = Row(**json.loads(line))
+            rows[row.name] = Row(row.name, row.state, plain(row.reason), plain(row.remedy))
+        except (ValueError, TypeError):
+            continue  # not one of ours: its name is found missing
+    return {name: row for name, row in rows.items() if row.state in get_args(State)}

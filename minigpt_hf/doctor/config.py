@@ -1,0 +1,191 @@
+"""`config.json` and its neighbours: can such a model be built, and does it stay inside its folder?
+
+In: a `Folder`. Out: rows. Only JSON is read; no class of the model is needed.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from .folder import Folder, is_minigpt
+from .row import NotApplicable, Row, check, failed, passed, some
+
+# A size by the names that it has in different architectures, and more than any model has: a configuration that asks
+# for more would only fill the memory.
+SIZES = {
+    "vocab_size": (("vocab_size",), 10_000_000),
+    "hidden_size": (("hidden_size", "n_embd", "d_model"), 1_000_000),
+    "intermediate_size": (("intermediate_size", "n_inner", "ffn_dim"), 10_000_000),
+    "num_hidden_layers": (("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    "num_attention_heads": (("num_attention_heads", "n_head", "n_heads", "num_heads"), 10_000),
+    "num_key_value_heads": (("num_key_value_heads",), 10_000),
+    "head_dim": (("head_dim",), 100_000),
+    "max_position_embeddings": (("max_position_embeddings", "n_positions"), 100_000_000),
+}
+ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers")
+LEFTOVERS = ("special_tokens_map_file",)  # of older versions; nothing reads it
+OURS = (*SIZES, "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_sliding_window")
+
+
+def size(config: dict[str, Any], name: str) -> int | None:
+    """A size under any of its names; None, too, where it is a list with one for each layer."""
+    found = next((config[alias] for alias in SIZES[name][0] if config.get(alias) is not None), None)
+    return None if isinstance(found, list) else found
+
+
+def faults(config: dict[str, Any]) -> Iterator[str]:
+    """What keeps a configuration from being built, or makes another model of it than was trained."""
+    for name, (_, most) in SIZES.items():
+        number = size(config, name)
+        if number is None and name in ALWAYS:
+            yield f"no `{name}`"
+        elif number is not None and (type(number) is not int or not 1 <= number <= most):
+            yield f"`{name}` is {number!r}: a whole number from 1 to {most:,} is wanted"
+            return  # the arithmetic below needs numbers
+    heads, groups, width = (
+        size(config, "num_attention_heads"),
+        size(config, "num_key_value_heads"),
+        config.get("head_dim"),
+    )
+    if heads and groups and heads % groups:
+        yield f"{heads} heads are not a multiple of {groups} key and value heads"
+    if heads and width is None and size(config, "hidden_size") % heads:
+        yield f"`hidden_size` {size(config, 'hidden_size')} does not divide into {heads} heads"
+    if width is not None and width % 2 and "rope_parameters" in config:
+        yield f"`head_dim` {width} is odd, and rotary positions turn pairs"
+    for name, value in config.items():
+        if name.endswith(("dropout", "pdrop")) and value is not None and not (_is_number(value) and 0 <= value < 1):
+            yield f"`{name}` is {value!r}: a share lies in [0, 1)"
+        if name.endswith(("norm_eps", "norm_epsilon")) and not (_is_number(value) and 0 < value < 0.1):
+            yield f"`{name}` is {value!r}: a small positive number is wanted"
+    yield from _positions(config)
+    yield from _token_ids(config)
+    layers = config.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or len(layers) != size(config, "num_hidden_layers")):
+        yield f"`layer_types` does not have one entry for each of {size(config, 'num_hidden_layers')} layers"
+    window = config.get("sliding_window")
+    if config.get("use_sliding_window") and not (type(window) is int and window >= 1):
+        yield f"`sliding_window` is {window!r}, and it is used"
+
+
+def _positions(config: dict[str, Any]) -> Iterator[str]:
+    rope = config.get("rope_parameters")
+    if rope is None:
+        if config.get("model_type") == "qwen3" and "rope_theta" not in config:
+            yield "no `rope_parameters`: Qwen3 would take a theta of 1,000,000"
+        return
+    # One for all layers, or one for each type of layer.
+    of_layers = (
+        rope.values() if isinstance(rope, dict) and "rope_type" not in rope and "rope_theta" not in rope else [rope]
+    )
+    for parameters in of_layers:
+        theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
+        if not (_is_number(theta) and theta > 1):
+            yield f"`rope_theta` is {theta!r}: a number above 1 is wanted"
+
+
+def _token_ids(config: dict[str, Any]) -> Iterator[str]:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(name)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and (type(token) is not int or not 0 <= token < size(config, "vocab_size")):
+                yield f"`{name}` {token!r} is not in the vocabulary of {size(config, 'vocab_size')}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+@check("config")
+def sane(folder: Folder) -> Row:
+    config = folder.json("config.json")
+    if "text_config" in config and not is_minigpt(folder):
+        raise NotApplicable("a configuration of several models")
+    found = list(faults(config))
+    if not isinstance(config.get("model_type"), str):
+        found.append("no `model_type`")
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and all(isinstance(name, str) for name in architectures)):
+        found.append("no `architectures`")
+    elif not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        found.append(f"`architectures` is {architectures[0]!r}, no causal language model")
+    if is_minigpt(folder):
+        found += [f"no `{name}`: its default may differ elsewhere" for name in OURS if name not in config]
+        found += [f"`{name}` is a list" for name in SIZES if isinstance(config.get(name), list)]
+        slides = "sliding_attention" in (config.get("layer_types") or [])
+        if slides != bool(config.get("use_sliding_window")):
+            found.append("`layer_types` and `use_sliding_window` do not agree")
+    if found:
+        return failed(some(found), "correct config.json, or copy it from where the model was trained")
+    return passed(
+        f"{config['model_type']}, {size(config, 'num_hidden_layers')} layers of width {size(config, 'hidden_size')}"
+    )
+
+
+@check("recipe")
+def recipe(folder: Folder) -> Row:
+    """Weights fit several values of theta, epsilon or window; `minigpt.json` knows with which they were trained."""
+    if "minigpt.json" not in folder.files:
+        raise NotApplicable("no minigpt.json")
+    config, trained = folder.json("config.json"), folder.json("minigpt.json").get("recipe")
+    if not isinstance(trained, dict):
+        return failed("minigpt.json has no recipe", "copy minigpt.json from where the model was trained")
+    rope = config.get("rope_parameters")
+    now = {**config, "rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else config.get("rope_theta")}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
+    names += ("rms_norm_eps", "use_sliding_window", "sliding_window", "tie_word_embeddings", "intermediate_size")
+    changed = [
+        f"`{name}` is {now.get(name)!r}, trained with {trained[name]!r}"
+        for name in names
+        if trained.get(name) is not None and now.get(name) != trained[name]
+    ]
+    if changed:
+        return failed(some(changed), "copy config.json from where the model was trained")
+    return passed("config.json is as the recipe of minigpt.json says")
+
+
+@check("settings stay inside")
+def inside(folder: Folder) -> Row:
+    """Every setting that makes a loader open another file: it has to be one of this folder, by its bare name."""
+    outside = []
+    if "adapter_config.json" in folder.files:
+        base = folder.json("adapter_config.json").get("base_model_name_or_path")
+        outside.append(f"adapter_config.json takes its model from {base!r}")
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        for name, value in folder.json_if_there(file).items():
+            if name == "transformers_weights" or (name.endswith(("_file", "_files")) and name not in LEFTOVERS):
+                opened = value if isinstance(value, list) else [value]
+                outside += [f"{file}: `{name}` is {entry!r}" for entry in opened if not _is_here(folder, entry)]
+            elif name in ("attn_implementation", "_attn_implementation") and "/" in str(value):
+                outside.append(f"{file}: `{name}` is {value!r}, a kernel from elsewhere")
+    if outside:
+        return failed(some(outside), "take these settings out: a model folder names its own files only")
+    return passed("no setting leads out of the folder")
+
+
+def _is_here(folder: Folder, entry: Any) -> bool:
+    return entry is None or (isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry) and entry in folder.files)
+
+
+@check("generation config")
+def generation(folder: Folder) -> Row:
+    from transformers import GenerationConfig  # seconds; wanted by this row alone
+
+    settings, vocabulary = folder.json("generation_config.json"), size(folder.json("config.json"), "vocab_size")
+    if type(vocabulary) is not int:
+        raise NotApplicable("config.json is not sound")
+    unknown = sorted(set(settings) - set(vars(GenerationConfig())) - {"transformers_version", "_from_model_config"})
+    if unknown and is_minigpt(folder):
+        return failed(f"unknown: {some(unknown)}", "delete them: `generate` refuses or ignores what it does not know")
+    ids = list(_token_ids({**settings, "vocab_size": vocabulary}))
+    if ids:
+        return failed(some(ids), "correct generation_config.json")
+    try:
+        GenerationConfig.from_dict(settings).validate(strict=True)
+    except (ValueError, TypeError) as error:
+        return failed(" ".join(str(error).split()), "correct generation_config.json")
+    return passed("sampling" if settings.get("do_sample") else "greedy")
+
+
+CHECKS = (sane, recipe, inside, generation)

@@ -1,0 +1,245 @@
+"""The weights: headers that are told the truth by, every tensor that the configuration asks for, every number finite.
+
+In: a `Folder`. Out: rows. The bytes are read here, with no loader in between: a header is not believed before its sizes
+have been held against the size of the file, and no tensor is allocated by what a header claims.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .config import faults
+from .files import INDEX, WEIGHTS
+from .folder import MEBI, Folder, Unreadable, parse_object
+from .row import NotApplicable, Row, check, failed, passed, some
+
+LONGEST_HEADER = 32 * MEBI  # a name and its place take about 130 bytes: a quarter of a million tensors
+RENEW = "save the weights anew with `save_pretrained`"
+# dtype -> bytes of a value, how its words are viewed, and the bits that are all set in an infinity or NaN and in nothing
+# else (0: a type that has neither).
+TYPES = {
+    "F64": (8, "<u8", 0x7FF0_0000_0000_0000),
+    "F32": (4, "<u4", 0x7F80_0000),
+    "C64": (8, "<u4", 0x7F80_0000),
+    "F16": (2, "<u2", 0x7C00),
+    "BF16": (2, "<u2", 0x7F80),
+    "F8_E5M2": (1, "u1", 0x7C),
+    "F8_E4M3": (1, "u1", 0x7F),
+    "F8_E8M0": (1, "u1", 0xFF),
+    **dict.fromkeys(("I64", "U64"), (8, "u1", 0)),
+    **dict.fromkeys(("I32", "U32"), (4, "u1", 0)),
+    **dict.fromkeys(("I16", "U16"), (2, "u1", 0)),
+    **dict.fromkeys(("I8", "U8", "BOOL"), (1, "u1", 0)),
+}
+
+
+class Unsound(Exception):
+    """A header that does not tell the truth."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: bytes `start` to `stop` of `file`."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
+    """The tensors of one file: 8 bytes of length, a JSON header, and the values end to end.
+
+    Raises:
+        Unsound: if a claim does not fit the file: lengths, types, shapes, places that overlap, leave holes or lie outside.
+    """
+    total = folder.files.get(name, 0)
+    with folder.open(name) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or length > min(total - 8, LONGEST_HEADER):
+            raise Unsound(f"{name} claims a header of {length:,} bytes, in a file of {total:,}")
+        try:
+            header = parse_object(file.read(length), "the header")
+        except Unreadable as error:
+            raise Unsound(f"{name}: {error}") from error
+    remarks = header.pop("__metadata__", {})
+    if not isinstance(remarks, dict) or not all(isinstance(remark, str) for remark in remarks.values()):
+        raise Unsound(f"{name}: the metadata are not texts")
+    first = 8 + length
+    tensors = {tensor: _tensor(name, tensor, claim, first) for tensor, claim in header.items()}
+    place = first
+    for tensor, where in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if where.start != place:
+            raise Unsound(f"{name}: {tensor} does not begin where the one before it ends")
+        place = where.stop
+    if place != total:
+        raise Unsound(f"{name}: the tensors end at byte {place:,}, the file at {total:,}")
+    return tensors
+
+
+def _tensor(file: str, name: str, claim: Any, first: int) -> Tensor:
+    if not isinstance(claim, dict) or claim.get("dtype") not in TYPES:
+        raise Unsound(f"{file}: {name} is of no known type")
+    shape, place = claim.get("shape"), claim.get("data_offsets")
+    for numbers in (shape, place):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+            raise Unsound(f"{file}: {name} has no sound shape and place")
+    if len(place) != 2 or len(shape) > 8:
+        raise Unsound(f"{file}: {name} has no sound shape and place")
+    width = TYPES[claim["dtype"]][0]
+    for n in shape:
+        width *= n
+    if place[1] - place[0] != width:
+        raise Unsound(f"{file}: {name} claims {shape} values of {claim['dtype']} in {place[1] - place[0]:,} bytes")
+    return Tensor(file, claim["dtype"], tuple(shape), first + place[0], first + place[1])
+
+
+def files_of(folder: Folder) -> list[str]:
+    """The weights files at the top of a folder; exports in folders of their own are not looked at."""
+    found = [name for name in folder.files if name.endswith(".safetensors") and "/" not in name]
+    if not found:
+        raise NotApplicable("there are no safetensors")
+    return found
+
+
+def tensors_of(folder: Folder) -> dict[str, Tensor]:
+    """All tensors of all files, once the rows about headers and index have nothing to say against them."""
+    found: dict[str, Tensor] = {}
+    for name in files_of(folder):
+        try:
+            found |= read_header(folder, name)
+        except Unsound as error:
+            raise NotApplicable(f"{name} is not sound") from error
+    return found
+
+
+@check("weights header")
+def header(folder: Folder) -> Row:
+    number = 0
+    for name in files_of(folder):
+        try:
+            number += len(read_header(folder, name))
+        except Unsound as error:
+            return failed(str(error), RENEW)
+    return passed(f"{number} tensors, end to end, as long as their files")
+
+
+@check("weights index")
+def index(folder: Folder) -> Row:
+    """Shards are what the index says, and lie in the folder; without an index there is one file."""
+    files = files_of(folder)
+    if INDEX not in folder.files:
+        if files != [WEIGHTS]:
+            return failed(f"no {INDEX}, and the weights are {some(files)}", RENEW)
+        raise NotApplicable("one file, no index")
+    places = folder.json(INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        return failed(f"{INDEX} has no `weight_map`", RENEW)
+    shards = set(places.values())
+    if outside := sorted(shard for shard in shards if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII)):
+        return failed(f"{INDEX} leads out of the folder: {some(outside)}", RENEW)
+    if missing := sorted(shards - set(files)):
+        return failed(f"{INDEX} names {some(missing)}, which is not there", RENEW)
+    if extra := sorted(set(files) - shards):
+        return failed(f"{some(extra)} is in no index", "delete it, or save the weights anew")
+    kept = {name: where.file for name, where in tensors_of(folder).items()}
+    if len(kept) < sum(len(read_header(folder, name)) for name in files):
+        return failed("a tensor is in two shards", RENEW)
+    if wrong := sorted(name for name in kept.keys() | places.keys() if kept.get(name) != places.get(name)):
+        return failed(f"{INDEX} and the shards disagree about {some(wrong)}", RENEW)
+    return passed(f"{len(shards)} shards")
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether head and embedding are one matrix; Qwen3's default is that they are not, everybody else's that they are."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") != "qwen3"))
+
+
+def expected(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a MiniGPT's tensors, which are those of Qwen3; `lm_head` only if it is no tie."""
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    layer = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    if not is_tied(config):
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+@check("tensors")
+def tensors(folder: Folder) -> Row:
+    config = folder.json("config.json")
+    if config.get("model_type") not in ("minigpt", "qwen3") or config.get("attention_bias"):
+        raise NotApplicable("which tensors it needs is known of MiniGPT and Qwen3 only; the row `loads …` tells")
+    written = (
+        "hidden_size vocab_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    )
+    if next(faults(config), None) or any(type(config.get(name)) is not int for name in written.split()):
+        raise NotApplicable("config.json is not sound")
+    wanted, kept = expected(config), tensors_of(folder)
+    if missing := sorted(wanted.keys() - kept.keys()):
+        return failed(f"missing: {some(missing)}", RENEW)
+    if extra := sorted(kept.keys() - wanted.keys() - ({"lm_head.weight"} if is_tied(config) else set())):
+        return failed(f"not asked for: {some(extra)}", RENEW)
+    wrong = [f"{n} is {kept[n].shape}, not {shape}" for n, shape in wanted.items() if kept[n].shape != shape]
+    if wrong:
+        return failed(some(wrong), "restore the config.json that these weights were trained with")
+    return passed(f"{len(kept)}, none missing, none extra")
+
+
+@check("tensors finite")
+def finite(folder: Folder) -> Row:
+    if bad := [name for name, where in tensors_of(folder).items() if not _is_finite(folder, where)]:
+        return failed(f"NaN or infinity in {some(bad)}", "publish an earlier checkpoint")
+    return passed("every number")
+
+
+@check("tied weights")
+def ties(folder: Folder) -> Row:
+    """What is one matrix to the model must not be two in the file."""
+    kept, is_one = tensors_of(folder), is_tied(folder.json("config.json"))
+    head = next((name for name in kept if name.endswith("lm_head.weight")), None)
+    table = next((name for name in kept if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    if not is_one and table and head is None:
+        return failed("`tie_word_embeddings` is false, and there is no lm_head.weight", RENEW)
+    if not is_one or head is None or table is None:
+        return passed("one matrix" if is_one else "two matrices")
+    pairs = zip(_chunks(folder, kept[head]), _chunks(folder, kept[table]), strict=True)
+    if kept[head].shape != kept[table].shape or any(a != b for a, b in pairs):
+        return failed(f"`tie_word_embeddings` is true, but {head} and {table} differ", "set it to false, or delete one")
+    return passed("stored twice, and equal")
+
+
+def _chunks(folder: Folder, where: Tensor) -> Iterator[bytes]:
+    """The values of a tensor, 16 MiB at a time."""
+    with folder.open(where.file) as file:
+        file.seek(where.start)
+        for place in range(where.start, where.stop, 16 * MEBI):
+            yield file.read(min(16 * MEBI, where.stop - place))
+
+
+def _is_finite(folder: Folder, where: Tensor) -> bool:
+    _, words, exponent = TYPES[where.dtype]
+    chunks = _chunks(folder, where) if exponent else ()
+    return not any(((np.frombuffer(chunk, words) & exponent) == exponent).any() for chunk in chunks)
+
+
+CHECKS = (header, index, tensors, finite, ties)

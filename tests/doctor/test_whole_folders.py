@@ -1,0 +1,157 @@
+"""No false alarm: folders in order pass every row that applies to them."""
+
+import json
+import re
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from minigpt_hf import doctor
+from minigpt_hf.cli import main
+from minigpt_hf.data.tokenizer import byte_level_bpe, tokenizer_fingerprint
+from minigpt_hf.doctor import behaviour, card, code, config, loading, tokenizer, weights
+from minigpt_hf.doctor import files as files_room
+from minigpt_hf.generation import AutoTokenizer
+from minigpt_hf.model.configuration_minigpt import AUTO_MAP
+from minigpt_hf.publish.folder import REQUIRED
+from tests.conftest import ROOT
+from tests.doctor.conftest import make_twin
+
+OURS = 38
+
+
+def states(rows) -> dict[str, str]:
+    assert [f"{row.name}: {row.reason}" for row in doctor.failures(rows)] == []
+    assert len({row.name for row in rows}) == len(rows) == OURS
+    return {row.name: row.state for row in rows}
+
+
+def idle(rows) -> set[str]:
+    return {name for name, state in states(rows).items() if state == "not applicable"}
+
+
+def test_a_minigpt_in_bpe_passes_every_row_its_own_code_included(run_folder):
+    rows = doctor.examine(run_folder / "model", trust_remote_code=True)
+    assert idle(rows) == {"chat template", "weights index"}
+
+
+def test_a_minigpt_in_characters_passes(recipe_file, text_file, tmp_path, capsys):
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"]
+    argv += ["--tokenizer", "characters", "--max_steps", 2, "--logging_steps", 1, "--validation_characters", 500]
+    assert main([str(word) for word in argv]) == 0
+    capsys.readouterr()
+    # As a person would ask; in JSON, so that rows can be counted.
+    code = main(["doctor", str(tmp_path / "run" / "model"), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (code, told["failed"]) == (0, 0), told
+    assert idle([doctor.Row(**row) for row in told["rows"]]) == {
+        "chat template",
+        "weights index",
+        "loads without the package",
+    }
+
+
+def test_the_native_twin_passes_and_needs_no_code(run_folder, tmp_path):
+    rows = doctor.examine(make_twin(run_folder / "model", tmp_path / "twin"))
+    without_code = {"auto_map", "code", "loads with the package", "loads without the package"}
+    assert idle(rows) == {"chat template", "weights index"} | without_code
+
+
+def vocabulary_and_merges(text) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    model = json.loads(byte_level_bpe([text], 300).backend_tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def examine_here(folder) -> list[doctor.Row]:
+    """As `examine`, but the loading rows come from this process: others' classes need no process without the package."""
+    found = doctor.examine_files(folder)
+    not_run = doctor.Row(doctor.OWN_CODE, "not applicable", "the folder brings no code of its own")
+    return [*found, *loading.rows(folder, "package"), not_run]
+
+
+OF_OTHERS = {"files known", "recipe", "auto_map", "code", "chat template", "tensors", "fingerprint", "prompts inert"}
+OF_OTHERS |= {"card", "card filled in", "card inert", "loads with the package", "loads without the package"}
+
+
+def test_a_gpt2_of_transformers_passes(text, tmp_path):
+    vocabulary, merges = vocabulary_and_merges(text)
+    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=merges)
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end
+    )
+    folder = save(GPT2LMHeadModel(config), tokenizer, tmp_path / "gpt2")
+    assert idle(examine_here(folder)) == OF_OTHERS | {"weights index"}
+
+
+def test_a_llama_of_transformers_in_shards_passes(text, tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"etaoinshrdluE,.!'"]
+    tokenizer = LlamaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert idle(examine_here(folder)) == OF_OTHERS
+
+
+# -- what the room knows by heart, because it imports nothing of ours -------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_training(run_folder):
+    folder = doctor.Folder(run_folder / "model")
+    row = tokenizer.fingerprint(folder)
+    assert row.state == "pass"
+    assert row.reason.startswith(tokenizer_fingerprint(AutoTokenizer.from_pretrained(run_folder / "model"))[:12])
+
+
+def test_names_of_files_and_classes_are_those_of_the_model_and_publish():
+    assert set(code.AUTO_CLASSES) == set(AUTO_MAP)
+    assert {*files_room.REQUIRED, *files_room.SUITCASE, files_room.WEIGHTS} == set(REQUIRED)
+
+
+def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
+    assert tuple(check.row_name for check in tokenizer.CHECKS) == doctor.TOKENIZER
+    loads = (loading.natively, loading.with_the_package, loading.tokenizer_loads)
+    assert tuple(check.row_name for check in loads) == doctor.LOADS
+    assert loading.without_the_package.row_name == doctor.OWN_CODE
+    looks = (loading.meta_equals_plain, *behaviour.CHECKS)
+    assert tuple(check.row_name for check in looks) == doctor.BEHAVIOUR
+
+
+def test_the_document_tells_of_every_row_and_of_no_other():
+    table = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([^`]+)`( \*)? \|", table, re.MULTILINE)
+    files = [check.row_name for room in (files_room, config, code, weights) for check in room.CHECKS]
+    cards = [check.row_name for check in card.CHECKS]
+    loads = [*doctor.LOADS, doctor.OWN_CODE, *doctor.BEHAVIOUR]
+    assert [name for name, _ in told] == [*files, *doctor.TOKENIZER, *cards, *loads]
+    assert {name for name, star in told if star} == set(doctor.BEFORE_LOADING)
+
+
+def test_of_a_run_it_names_the_model_folder(run_folder, capsys):
+    assert main(["doctor", str(run_folder)]) == 2
+    assert "this is a run; its model is in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["absent", "README.md"])
+def test_what_is_no_folder_is_told_in_one_line(given, run_folder, monkeypatch, capsys):
+    monkeypatch.chdir(run_folder / "model")
+    code = main(["doctor", given])
+    err = capsys.readouterr().err
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{given}: no such folder; give a model folder" in err
