@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "publish": {"model"},
     "run": {"data", "model", "training", "evaluation", "publish", "__version__"},
     "cli": EVERYTHING | {"__version__"},
+    "vllm_plugin": set(),
     "__init__": {"model"},
 }
 
