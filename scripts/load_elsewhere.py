@@ -39,5 +39,5 @@ for name in ("AutoModel", *(f"AutoModelFor{head}" for head in HEADS.split())):
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
 fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 assert fresh(input_ids=ids).logits.shape == expected["logits"].shape
-assert transformers.AutoTokenizer.from_pretrained(folder)("ab").input_ids == expected["tokens"]
+assert transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("ab").input_ids == expected["tokens"]
 print(f"transformers {transformers.__version__}, torch {torch.__version__}: all loaded, all equal")
