@@ -13,6 +13,7 @@ from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import ROOT, random_ids, tiny_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import conformance
 import numpy_gpt
 
 
@@ -71,3 +72,18 @@ def test_numpy_refuses_scaled_rotary_positions(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"]["rope_type"] == "linear"
     with pytest.raises(SystemExit, match="plain rotary positions"):
         numpy_gpt.load(tmp_path)
+
+
+def test_conformance_wants_a_checkout_of_transformers(tmp_path, capsys):
+    assert conformance.main([str(tmp_path)]) == 2
+    assert "is no checkout of transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["minigpt", "minigpt-window"])
+def test_conformance_points_the_tests_at_the_classes_of_this_package(model):
+    package, name, heads, settings = conformance.MODELS[model]
+    module = conformance.MODULE.format(
+        package=package, name=name, tables=conformance.TABLES, heads=heads, settings=settings
+    )
+    home = __import__(package)
+    assert {f"home.{word}" in module for word in home.__all__ if word.startswith(name)} == {True}

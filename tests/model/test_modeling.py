@@ -223,22 +223,3 @@ def test_every_parameter_moves():
     optimizer.step()
     still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
     assert still == []
-
-
-def test_gradient_checkpointing_gives_equal_gradients():
-    ids = random_ids(2, 20)
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model().train()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_the_forward_pass_compiles_without_a_break():
-    model, ids = tiny_model().train(), random_ids(2, 20)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected = model(ids, labels=ids, use_cache=False).loss
-    torch.testing.assert_close(compiled(ids, labels=ids, use_cache=False).loss, expected)

@@ -1,0 +1,116 @@
+"""The tests that transformers gives to its own models, pointed at ours, and at Llama and Qwen3 for comparison.
+
+    python scripts/conformance.py PATH [--models minigpt llama qwen3] [--slow] [pytest options]
+
+In: a checkout of transformers at the release that is installed here; nothing of it is kept. Out: a table of passed,
+failed and skipped, and exit code 1 if one of ours fails or ours pass fewer than Llama. The classes under test are the
+installed ones; what is made here is a test module for each model, in a temporary folder, that subclasses theirs. MiniGPT
+is tested twice: as Llama is, and with grouped heads and a window.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from importlib.metadata import version
+from pathlib import Path
+
+# Library models stand in these tables by name, and the tests choose their labels by them.
+TABLES = {
+    "MODEL_MAPPING_NAMES": "Model",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ForCausalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "ForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "ForQuestionAnswering",
+}
+MODULE = """
+import unittest
+
+import {package} as home
+from transformers.models.auto import modeling_auto
+from tests import test_fsdp_mixin, test_tensor_parallel_mixin
+from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # else only for models on a list
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+for table, ending in {tables}.items():
+    getattr(modeling_auto, table)[home.{name}Config.model_type] = "{name}" + ending
+
+
+class Tester(CausalLMModelTester):
+    config_class = home.{name}Config
+    base_model_class = home.{name}Model
+    causal_lm_class = home.{name}ForCausalLM
+    question_answering_class = home.{name}ForQuestionAnswering
+    sequence_classification_class = home.{name}ForSequenceClassification
+    token_classification_class = home.{name}ForTokenClassification
+
+    def __init__(self, parent):
+        super().__init__(parent, **{heads})
+        for setting, value in {settings}.items():
+            setattr(self, setting, value)
+
+
+class Test{name}(CausalLMModelTest, unittest.TestCase):
+    model_tester_class = Tester
+    model_split_percents = [0.5, 0.7, 0.8]
+"""
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WINDOW = {"head_dim": 16, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+MODELS = {
+    "minigpt": ("minigpt_hf", "MiniGPT", {}, {}),
+    "minigpt-window": ("minigpt_hf", "MiniGPT", GROUPED, WINDOW),
+    "llama": ("transformers", "Llama", {}, {}),
+    "qwen3": ("transformers", "Qwen3", {}, {}),
+    "qwen3-window": ("transformers", "Qwen3", GROUPED, WINDOW),
+}
+
+
+def outcomes(model: str, checkout: Path, slow: bool, options: list[str]) -> dict[str, list[str]]:
+    """Run one model's tests; names of tests by outcome."""
+    package, name, heads, settings = MODELS[model]
+    with tempfile.TemporaryDirectory() as folder:
+        module, report = Path(folder) / f"test_conformance_{name.lower()}.py", Path(folder) / "report.xml"
+        module.write_text(MODULE.format(package=package, name=name, tables=TABLES, heads=heads, settings=settings))
+        (Path(folder) / "pytest.ini").write_text("[pytest]\n")  # neither our settings nor theirs
+        # From inside the checkout, so that `tests` is theirs and not ours.
+        argv = [sys.executable, "-m", "pytest", module, "--quiet", "--rootdir", folder, "-c", f"{folder}/pytest.ini"]
+        argv += ["-p", "no:cacheprovider", "--tb", "short", "--junit-xml", report, *options]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "RUN_SLOW": "1" if slow else "0", "PYTHONDONTWRITEBYTECODE": "1"}
+        subprocess.run([str(word) for word in argv], cwd=checkout, env=env)
+        results = {"passed": [], "failed": [], "skipped": []}
+        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+            kinds = {child.tag for child in case}
+            kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            results[kind].append(case.get("name"))
+    return results
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("transformers", type=Path, help="a checkout of transformers")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["minigpt", "minigpt-window", "llama"])
+    parser.add_argument("--slow", action="store_true", help="with the tests that transformers marks as slow")
+    arguments, options = parser.parse_known_args(argv)
+    if not (arguments.transformers / "tests" / "causal_lm_tester.py").exists():
+        print(
+            f"{arguments.transformers} is no checkout of transformers: it has no tests/causal_lm_tester.py; "
+            f"git clone --branch v{version('transformers')} https://github.com/huggingface/transformers",
+            file=sys.stderr,
+        )
+        return 2
+    table = {}
+    for model in arguments.models:
+        table[model] = outcomes(model, arguments.transformers.resolve(), arguments.slow, options)
+    for model, results in table.items():
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in results.items())
+        print(f"{model:16}{counts}{''.join(f'{chr(10)}    {name}' for name in results['failed'])}")
+    ours = [results for model, results in table.items() if model.startswith("minigpt")]
+    least = len(table["llama"]["passed"]) if "llama" in table else 0
+    return 1 if any(results["failed"] or len(results["passed"]) < least for results in ours) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
