@@ -296,7 +296,7 @@ def test_the_other_verbs_refuse_in_one_line_too(argv, message, workshop, run_fol
 
 def test_an_unknown_verb_is_named(capsys):
     code, _, err = run(capsys, "trian")
-    assert (code, err) == (2, "minigpt: unknown verb 'trian'; there are train, evaluate, generate\n")
+    assert (code, err) == (2, "minigpt: unknown verb 'trian'; there are train, evaluate, generate, import\n")
 
 
 def test_debug_shows_where_an_error_comes_from(workshop):
