@@ -15,10 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import get_scheduler, set_seed
 
+from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks, BlockSampler
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.run import make_config, make_model, make_streams, make_tokenizer
-from minigpt_hf.training.arguments import Arguments, parse_arguments
+from minigpt_hf.training.arguments import Arguments, MiniGPTTrainingArguments, parse_arguments
 from minigpt_hf.training.trainer import optimizer_factory
 
 
@@ -29,11 +30,17 @@ def train(arguments: Arguments) -> list[float]:
     corpus = load_corpus(data.data, data.validation_fraction, data.encoding)
     tokenizer = make_tokenizer(corpus, data)
     stream, _ = make_streams(corpus, tokenizer, data)
-    blocks = Blocks(stream, data.block_size, training.seed)
-    model = make_model(make_config(architecture, data.block_size, tokenizer)).to(training.device).train()
+    model = make_model(make_config(architecture, data.block_size, tokenizer)).to(training.device)
+    losses = learn(model, Blocks(stream, data.block_size, training.seed), training)
+    model.save_pretrained(training.output_dir)
+    tokenizer.save_pretrained(training.output_dir)
+    return losses
 
-    muon_adamw, rates = optimizer_factory(training)
-    optimizer = muon_adamw()(model, **rates)
+
+def learn(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrainingArguments) -> list[float]:
+    """The loop itself."""
+    model.train()
+    optimizer = make_optimizer(model, training)
     steps = training.max_steps
     schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps)
 
@@ -58,10 +65,20 @@ def train(arguments: Arguments) -> list[float]:
             if len(losses) == steps:
                 break
         epoch += 1
-
-    model.save_pretrained(training.output_dir)
-    tokenizer.save_pretrained(training.output_dir)
     return losses
+
+
+def make_optimizer(model: MiniGPTForCausalLM, training: MiniGPTTrainingArguments) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers and AdamW for the rest; or AdamW for all, which decays no norm weight."""
+    if training.muon:
+        muon_adamw, rates = optimizer_factory(training)
+        return muon_adamw()(model, **rates)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, training.learning_rate, betas, training.adam_epsilon, fused=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ from typing import Any
 
 BENCHMARKS = {
     "resume": "how long a training takes to start at step 10 and at step 1,000,000",
+    "learn": "loss and seconds beside nanoGPT, or beside GPT-2 and Llama with the stock Trainer",
+    "throughput": "tokens per second of training steps: bare loop, Trainer, nanoGPT",
+    "data": "megabytes of text per second into tokens on disk, our way and that of run_clm.py",
+    "ablation": "what each part of a recipe gives",
+    "scaling": "whether the learning rates are right at other widths",
 }
 
 
