@@ -12,28 +12,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.trial import prepare
+from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.training.arguments import read_recipe
+
 
 @dataclass(frozen=True)
 class Change:
-    """Flags of `minigpt train` that differ from the recipe, or what no flag can say."""
+    """Flags of `minigpt train` that differ from the recipe, or what no flag can say.
+
+    `batch` multiplies the batch and divides the steps, so that the tokens are as many.
+    """
 
     flags: tuple[str, ...] = ()
-    start: Callable[[Any], None] = lambda model: None
-    fixed_cuts: bool = False
+    batch: float = 1.0
+    start: Callable[[MiniGPTForCausalLM], None] = lambda model: None
+    cut: type[Blocks] = Blocks
 
 
-def _small_embeddings_large(model) -> None:
-    """The prototype's start: embeddings with a standard deviation of 0.08."""
+class FixedCuts(Blocks):
+    """Every epoch shows the same blocks, in another order, as most trainings do."""
+
+    def shift(self, epoch: int) -> int:
+        return 0
+
+
+def _embeddings_at_008(model: MiniGPTForCausalLM) -> None:
+    """The prototype's start: a standard deviation of 0.08 where the recipe has 0.02."""
     model.model.embed_tokens.weight.data.mul_(4)
 
 
-def _branches_at_zero(model) -> None:
+def _branches_at_zero(model: MiniGPTForCausalLM) -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
 
 
-def _branches_as_all(model) -> None:
+def _branches_as_all(model: MiniGPTForCausalLM) -> None:
     """Without GPT-2's factor of 1/√2L on what leaves a branch."""
     factor = (2 * len(model.model.layers)) ** 0.5
     for layer in model.model.layers:
@@ -63,13 +79,13 @@ CHANGES = {
     "constant rate after warm-up": _flags("--lr_scheduler_type constant_with_warmup"),
     "no gradient clipping": _flags("--max_grad_norm 1000000"),
     "embeddings not tied": _flags("--tie_word_embeddings false"),
-    "embeddings start with 0.08": Change(start=_small_embeddings_large),
+    "embeddings start with 0.08": Change(start=_embeddings_at_008),
     "branches start at zero": Change(start=_branches_at_zero),
     "branches start as other matrices": Change(start=_branches_as_all),
     "all start with 0.04": _flags("--initializer_range 0.04"),
-    "the same cuts in each epoch": Change(fixed_cuts=True),
-    "half the batch, twice the steps": _flags("--BATCH 0.5"),
-    "twice the batch, half the steps": _flags("--BATCH 2"),
+    "the same cuts in each epoch": Change(cut=FixedCuts),
+    "half the batch, twice the steps": Change(batch=0.5),
+    "twice the batch, half the steps": Change(batch=2),
     "2 heads": _flags("--num_attention_heads 2"),
     "8 heads": _flags("--num_attention_heads 8"),
     "rotary base 1,000": _flags("--rope_theta 1000"),
@@ -114,20 +130,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _loss(args: argparse.Namespace, change: Change, seed: int) -> float:
-    from benchmarks.trial import prepare
-    from minigpt_hf.data.blocks import Blocks
-    from minigpt_hf.training.arguments import read_recipe
-
-    class FixedCuts(Blocks):
-        def shift(self, epoch: int) -> int:
-            return 0
-
     recipe = read_recipe(args.recipe)
-    steps, batch = args.max_steps or recipe["max_steps"], recipe["per_device_train_batch_size"]
-    flags = list(change.flags)
-    if flags[:1] == ["--BATCH"]:
-        factor = float(flags[1])
-        flags, steps, batch = [], round(steps / factor), round(batch * factor)
-    flags += ["--max_steps", str(steps), "--per_device_train_batch_size", str(batch)]
-    flags += ["--data", args.data, "--seed", str(seed), "--use_cpu"]
-    return prepare(args.recipe, flags, start=change.start, cut=FixedCuts if change.fixed_cuts else Blocks).run()
+    steps = round((args.max_steps or recipe["max_steps"]) / change.batch)
+    batch = round(recipe["per_device_train_batch_size"] * change.batch)
+    flags = ["--data", args.data, "--seed", str(seed), "--use_cpu"]
+    flags += ["--max_steps", str(steps), "--per_device_train_batch_size", str(batch), *change.flags]
+    return prepare(args.recipe, flags, start=change.start, cut=change.cut).run()

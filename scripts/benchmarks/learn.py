@@ -8,21 +8,17 @@ each character once, in windows of 64. Training seconds are those of steps, with
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks import nanogpt
 from benchmarks.process import Done, timed
 
 SCRIPTS = Path(__file__).parents[1]
 STEPS, TOKENS_PER_STEP = 2000, 12 * 64
-NANOGPT_CPU_EXAMPLE = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --block_size=64 --batch_size=12 "
-    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-).split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train peers and ours in turn, once for each seed, and compare."""
-    if args.peer == "nanogpt" and (args.nanogpt is None or not (args.nanogpt / "train.py").is_file()):
-        raise SystemExit("--nanogpt: name a clone of https://github.com/karpathy/nanoGPT")
+    if args.peer == "nanogpt" and args.nanogpt is None:
+        raise SystemExit("--peer nanogpt needs --nanogpt, a clone of https://github.com/karpathy/nanoGPT")
     from minigpt_hf.cli.parser import quiet
+    from minigpt_hf.training.arguments import read_recipe
 
     quiet()
     share = args.max_steps / STEPS
@@ -54,9 +51,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 trainings[f"{name}, {settings}"] = lambda folder, seed, peer=(name, settings): train_hf(
                     args, folder, seed, *peer
                 )
-    ours = {"ours, equal tokens": ("shakespeare-char", STEPS), "ours, fast": FAST[args.peer]}
-    if args.fast_steps:
-        ours["ours, fast"] = (FAST[args.peer][0], args.fast_steps)
+    fast_recipe, fast_steps = FAST[args.peer]
+    fast_steps = args.fast_steps or fast_steps or read_recipe(fast_recipe)["max_steps"]
+    ours = {"ours, equal tokens": ("shakespeare-char", STEPS), "ours, fast": (fast_recipe, fast_steps)}
     for name, (recipe, steps) in ours.items():
         trainings[name] = lambda folder, seed, recipe=recipe, steps=steps: train_ours(
             args, folder, seed, recipe, max(1, round(steps * share))
@@ -75,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 # The shorter trainings that reach a peer's final loss: of nanoGPT's by a recipe of its own, of the tuned GPT-2's by
 # `shakespeare-char` cut short.
-FAST = {"nanogpt": ("shakespeare-char-fast", 280), "hf": ("shakespeare-char", 600)}
+FAST = {"nanogpt": ("shakespeare-char-fast", None), "hf": ("shakespeare-char", 600)}
 
 
 def train_ours(args: argparse.Namespace, folder: Path, seed: int, recipe: str, steps: int) -> dict[str, Any]:
@@ -85,37 +82,52 @@ def train_ours(args: argparse.Namespace, folder: Path, seed: int, recipe: str, s
     argv += ["--logging_steps", steps] if steps < 50 else []  # lines tell the time of steps: there must be one
     done = timed([*argv, "--use_cpu"], cwd=folder)
     (folder / "run" / "model").rename(folder / "model")
-    seconds, before = 0.0, 0
-    for row in map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines()):
-        if "tokens_per_second" in row:  # of the steps since the line before, evaluations and saving left out
-            seconds, before = seconds + (row["tokens"] - before) / row["tokens_per_second"], row["tokens"]
+    seconds = seconds_of_log((folder / "run" / "log.jsonl").read_text(), steps)
     about = json.loads((folder / "model" / "minigpt.json").read_text())["training"]
-    return measures(about["parameters"], about["tokens"], seconds * about["tokens"] / before, [done])
+    return measures(about["parameters"], about["tokens"], seconds, [done])
+
+
+def seconds_of_log(log: str, steps: int) -> float:
+    """Seconds of all steps by our `log.jsonl`; steps after its last line are counted as the others."""
+    seconds, tokens, step = 0.0, 0, 0
+    for row in map(json.loads, log.splitlines()):
+        if "tokens_per_second" in row:  # of the steps since the line before, evaluations and saving left out
+            seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
+            tokens, step = row["tokens"], row["step"]
+    return seconds * steps / step
 
 
 def train_nanogpt(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """nanoGPT's `prepare.py` and `train.py`, and its checkpoint as a folder."""
-    clone, data = folder / "nanoGPT", folder / "nanoGPT" / "data" / "shakespeare_char"
-    shutil.copytree(args.nanogpt, clone, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl", "out*", "assets"))
-    shutil.copy(args.data, data / "input.txt")
-    (data / "requests.py").touch()  # prepare.py imports it for a download, which it leaves out if the text is there
+    clone = folder / "nanoGPT"
+    nanogpt.copy(args.nanogpt, args.data, clone)
     steps = [f"--max_iters={args.max_steps}", f"--lr_decay_iters={args.max_steps}"] if args.max_steps != STEPS else []
     steps += [f"--eval_interval={args.max_steps}"] if args.max_steps < 250 else []  # else it saves nothing
-    prepared = timed([sys.executable, "prepare.py"], cwd=data)
-    argv = [sys.executable, "train.py", *NANOGPT_CPU_EXAMPLE, *steps, "--log_interval=1"]
+    prepared = timed([sys.executable, "prepare.py"], cwd=clone / nanogpt.DATA)
+    argv = [sys.executable, "train.py", *nanogpt.CPU_EXAMPLE, *steps, "--log_interval=1"]
     trained = timed([*argv, f"--out_dir={folder / 'out'}"], cwd=clone)
-    # The time of a step with an evaluation in it is left out; that step is counted as one of the others.
-    lines = [line.split() for line in trained.output.splitlines() if line.startswith("iter ")]
-    evaluated = {int(line.split()[1].rstrip(":")) for line in trained.output.splitlines() if line.startswith("step ")}
-    milliseconds = [float(words[5].rstrip("ms,")) for words in lines if int(words[1].rstrip(":")) not in evaluated]
 
     from minigpt_hf.nanogpt import character_vocabulary, import_checkpoint, read_checkpoint
 
-    import_checkpoint(folder / "out" / "ckpt.pt", folder / "model", character_vocabulary(data / "meta.pkl"))
+    import_checkpoint(
+        folder / "out" / "ckpt.pt", folder / "model", character_vocabulary(clone / nanogpt.DATA / "meta.pkl")
+    )
     weights, _ = read_checkpoint(folder / "out" / "ckpt.pt")
     parameters = sum(weight.numel() for name, weight in weights.items() if name != "lm_head.weight")
-    seconds = statistics.mean(milliseconds) / 1000 * args.max_steps
+    seconds = seconds_of_nanogpt(trained.output, args.max_steps)
     return measures(parameters, args.max_steps * TOKENS_PER_STEP, seconds, [prepared, trained])
+
+
+def seconds_of_nanogpt(output: str, steps: int) -> float:
+    """Seconds of all steps by what `train.py` prints; one with an evaluation in it is counted as the others.
+
+    "step 250: train loss 2.4, val loss 2.5"      an evaluation, before the step of that number
+    "iter 250: loss 2.4, time 812.50ms, mfu 1%"   and that step, with the time of both
+    """
+    words = [line.replace(":", "").replace(",", "").split() for line in output.splitlines()]
+    evaluated = {line[1] for line in words if line[:1] == ["step"]}
+    times = [float(line[5].removesuffix("ms")) for line in words if line[:1] == ["iter"] and line[1] not in evaluated]
+    return statistics.mean(times) / 1000 * steps
 
 
 def train_hf(args: argparse.Namespace, folder: Path, seed: int, architecture: str, settings: str) -> dict[str, Any]:

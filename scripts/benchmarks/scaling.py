@@ -7,6 +7,11 @@ import argparse
 import sys
 from typing import Any
 
+from benchmarks.trial import prepare
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments, read_recipe
+
+RATES = {"muon_learning_rate": "Muon", "learning_rate": "AdamW"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What it takes."""
@@ -20,9 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train at each width with the recipe's rates, and with each of them changed."""
-    from benchmarks.trial import prepare
-    from minigpt_hf.training.arguments import MiniGPTTrainingArguments, read_recipe
-
     recipe = read_recipe(args.recipe)
     rates = {name: recipe.get(name, MiniGPTTrainingArguments.__dataclass_fields__[name].default) for name in RATES}
     changes = [{}, *({name: rates[name] * factor} for name in RATES for factor in args.factors)]
@@ -44,6 +46,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print("   ".join(f"{name} {value}" for name, value in table[-1].items()), file=sys.stderr, flush=True)
         gaps[f"width_{width}_recipe_above_best"] = round(losses[0] - min(losses), 4)
     return {"recipe": args.recipe, "scaling": table, **gaps}
-
-
-RATES = {"muon_learning_rate": "Muon", "learning_rate": "AdamW"}

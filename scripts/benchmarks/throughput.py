@@ -18,11 +18,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from benchmarks import nanogpt
+
 WARM_UP = 10  # steps
-NANOGPT = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=1 --eval_interval=1000000 --block_size=64 "
-    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
-).split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,13 +145,11 @@ def contestants(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[i
     bursts = {f"{name}, {rule}": ours(loop, rule) for rule in ("Muon", "AdamW") for name, loop in loops.items()}
     if args.nanogpt:
         clone = folder / "nanoGPT"
-        shutil.copytree(args.nanogpt, clone, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl", "out*", "assets"))
-        data = clone / "data" / "shakespeare_char"
-        shutil.copy(args.data, data / "input.txt")
-        (data / "requests.py").touch()  # prepare.py imports it for a download, which it leaves out if the text is there
-        as_a_script(data / "prepare.py")
+        nanogpt.copy(args.nanogpt, args.data, clone)
+        as_a_script(clone / nanogpt.DATA / "prepare.py")
+        quick = ["--eval_iters=1", "--eval_interval=1000000", f"--out_dir={folder / 'out'}"]
         bursts["nanoGPT"] = lambda steps: as_a_script(
-            clone / "train.py", *NANOGPT, f"--max_iters={steps - 1}", f"--out_dir={folder / 'out'}"
+            clone / "train.py", *nanogpt.CPU_EXAMPLE, *quick, f"--max_iters={steps - 1}"
         )
     return bursts
 
