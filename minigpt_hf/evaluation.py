@@ -62,7 +62,9 @@ def evaluate_texts(
         raise ValueError(f"block_size is {block_size}: this model takes windows of 1 to {longest} tokens")
     opening = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if opening is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token to open a document with")
+        opening = model.config.bos_token_id  # a model from nanoGPT knows no special tokens; a line end opens its texts
+    if opening is None:
+        raise ValueError("neither the tokenizer nor the model names a token to open a document with")
     size = 0
 
     def encoded() -> Iterator[np.ndarray]:

@@ -89,6 +89,8 @@ def generate(
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str):
     """Prompt -> `input_ids` and `attention_mask` [1, T]; the end-of-text token, which opens a document, if it is empty."""
     opening = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
+    if not prompt and opening is None:
+        raise ValueError("this model's tokenizer has no token that opens a document: give a prompt")
     try:
         return tokenizer(prompt or opening, return_tensors="pt", return_token_type_ids=False)
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id

@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import get_scheduler, set_seed
 
+from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks, BlockSampler
 from minigpt_hf.run import make_config, make_model, prepare_text
-from minigpt_hf.training.arguments import Arguments, parse_arguments
+from minigpt_hf.training.arguments import Arguments, MiniGPTTrainingArguments, parse_arguments
 from minigpt_hf.training.trainer import optimizer_factory
 
 
@@ -26,12 +27,18 @@ def train(arguments: Arguments) -> list[float]:
     data, architecture, training = arguments
     set_seed(training.seed)
     text = prepare_text(data)
-    blocks = Blocks(text.train, data.block_size, training.seed)
     config = make_config(architecture, data.block_size, text.tokenizer)
-    model = make_model(config, architecture).to(training.device).train()
+    model = make_model(config, architecture).to(training.device)
+    losses = learn(model, Blocks(text.train, data.block_size, training.seed), training)
+    model.save_pretrained(training.output_dir)
+    text.tokenizer.save_pretrained(training.output_dir)
+    return losses
 
-    muon_adamw, rates = optimizer_factory(training)
-    optimizer = muon_adamw()(model, **rates)
+
+def learn(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrainingArguments) -> list[float]:
+    """The loop itself."""
+    model.train()
+    optimizer = make_optimizer(model, training)
     steps = training.max_steps
     schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps)
 
@@ -56,10 +63,20 @@ def train(arguments: Arguments) -> list[float]:
             if len(losses) == steps:
                 break
         epoch += 1
-
-    model.save_pretrained(training.output_dir)
-    text.tokenizer.save_pretrained(training.output_dir)
     return losses
+
+
+def make_optimizer(model: MiniGPTForCausalLM, training: MiniGPTTrainingArguments) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers and AdamW for the rest; or AdamW for all, which decays no norm weight."""
+    if training.muon:
+        muon_adamw, rates = optimizer_factory(training)
+        return muon_adamw()(model, **rates)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, training.learning_rate, betas, training.adam_epsilon, fused=True)
 
 
 if __name__ == "__main__":

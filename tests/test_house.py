@@ -15,7 +15,19 @@ import minigpt_hf
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "minigpt_hf"
-EVERYTHING = {"data", "model", "training", "evaluation", "generation", "publish", "doctor", "pretrained", "nanogpt", "run", "api"}
+EVERYTHING = {
+    "data",
+    "model",
+    "training",
+    "evaluation",
+    "generation",
+    "publish",
+    "doctor",
+    "pretrained",
+    "nanogpt",
+    "run",
+    "api",
+}
 # The table of the design: what each room may import of the others.
 MAY_IMPORT = {
     "model": set(),

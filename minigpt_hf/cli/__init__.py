@@ -19,6 +19,7 @@ VERBS = {
     "generate": "write text with any causal LM",
     "export": "the same model for other programs: native Qwen3, GGUF, ONNX",
     "doctor": "look a model folder over: is it whole, safe, and does it load",
+    "import": "turn nanoGPT's ckpt.pt into a GPT-2 folder",
 }
 
 
