@@ -23,6 +23,8 @@ from typing import Any
 
 BENCHMARKS = {
     "resume": "how long a training takes to start at step 10 and at step 1,000,000",
+    "generate": "tokens a second when writing, beside Qwen3, nanoGPT's sampler and the limit of the memory",
+    "muon": "what share of a step Muon takes, in two recipes' shapes",
 }
 
 
