@@ -6,6 +6,7 @@ the folder that is published. It refuses to write into a folder that holds anyth
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,18 @@ from .publish.folder import write_model_folder
 from .training.arguments import Arguments, DataArguments, ModelArguments, resolved
 from .training.callbacks import Lines, Samples
 from .training.checkpoint import FINGERPRINT
+from .training.dial import Dial
 from .training.plan import device_name, duration, show_plan, tokens_per_step
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
 from .training.stops import Interrupted, StopAtBoundary
 from .training.trainer import MiniGPTTrainer
 
 
-def train(arguments: Arguments) -> Path:
+def train(arguments: Arguments, began: float | None = None) -> Path:
     """Train a GPT from scratch and return its model folder; a run that was interrupted goes on, exactly.
+
+    Args:
+        began: `time.perf_counter()` when the command started, for `--minutes`; default: now.
 
     Raises:
         ValueError: if the text, the configuration or the output folder cannot be used, or settings have changed.
@@ -52,10 +57,18 @@ def train(arguments: Arguments) -> Path:
     set_seed(training.seed)
 
     corpus = load_corpus(data.data, data.validation_fraction, data.encoding)
+    dial = Dial(arguments, run, began or time.perf_counter())  # does nothing without --minutes or --size
+    dial.choose_tokenizer(corpus)
     tokenizer = make_tokenizer(corpus, data)
-    config = make_config(architecture, data.block_size, tokenizer)
     with training.main_process_first(desc="token streams"):  # the other processes find what the first one made
         stream, validation = make_streams(corpus, tokenizer, data)
+    dial.choose_the_rest(
+        stream,
+        validation,
+        vocabulary_size(tokenizer),
+        lambda shape: make_model(make_config(shape, data.block_size, tokenizer)),
+    )
+    config = make_config(architecture, data.block_size, tokenizer)
     blocks = Blocks(stream, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, stream, validation, tokenizer, config), "minigpt_hf": __version__}
     if (run / "model").exists():

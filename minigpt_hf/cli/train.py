@@ -1,6 +1,7 @@
 """`minigpt train`: a text and a recipe -> a run, and in it a model folder."""
 
 import argparse
+import time
 
 from .parser import quiet
 
@@ -17,6 +18,8 @@ def run(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser().print_help()
         return
+    began = time.perf_counter()  # imports count as minutes, too
+
     from ..training.arguments import parse_arguments
 
     recipe, rest = _recipe().parse_known_args(argv)
@@ -25,7 +28,7 @@ def run(argv: list[str]) -> None:
     from .. import run
 
     quiet()
-    run.train(arguments)
+    run.train(arguments, began)
 
 
 def _recipe() -> argparse.ArgumentParser:
@@ -34,6 +37,8 @@ def _recipe() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minigpt train", add_help=False, allow_abbrev=False)
     names = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe", default="demo", help=f"Settings that the other flags override: {names}, or a YAML file."
+        "--recipe",
+        help=f"Settings that the other flags override: {names}, or a YAML file. Default: demo, or what --minutes or --size "
+        "choose.",
     )
     return parser

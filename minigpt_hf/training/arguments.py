@@ -100,6 +100,17 @@ class ModelArguments:
 class MiniGPTTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with the defaults of a small GPT, Muon, and samples while it trains."""
 
+    minutes: float | None = field(
+        default=None,
+        metadata={"help": "How long all of it may take: every setting that is not given is chosen for that."},
+    )
+    size: str | None = field(
+        default=None,
+        metadata={"help": "About how many parameters, e.g. 10m: what is not given is chosen for that."},
+    )
+    # Names that a recipe or a flag gave: the others may be chosen by `minutes` and `size`.
+    given: frozenset[str] = field(default=frozenset(), init=False)
+
     muon: bool = field(
         default=True,
         metadata={"help": "Muon for the matrices of the layers, AdamW for the rest. --no_muon: `optim` for all."},
@@ -160,6 +171,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
         for name, least in smallest.items():
             if (value := vars(self)[name]) < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}: it must be more than 0")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps is {self.max_steps}: give a number of steps, or -1 to train for num_train_epochs"
@@ -187,15 +200,17 @@ Arguments = tuple[DataArguments, ModelArguments, MiniGPTTrainingArguments]
 GROUPS = (DataArguments, ModelArguments, MiniGPTTrainingArguments)
 
 
-def parse_arguments(argv: Sequence[str], recipe: str = "demo") -> Arguments:
-    """A recipe overridden by flags -> the dataclasses.
+def parse_arguments(argv: Sequence[str], recipe: str | None = None) -> Arguments:
+    """A recipe overridden by flags -> the dataclasses; `demo` if there is none, unless --minutes or --size choose.
 
     Raises:
         ValueError: for an unknown recipe, key or flag, naming the nearest ones; or a value that cannot be.
     """
     parser = argument_parser(prog="minigpt train")
-    settings = {"output_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe)}
     given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    if recipe is None and not given & {"minutes", "size"}:
+        recipe = "demo"
+    settings = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **(read_recipe(recipe) if recipe else {})}
     if "num_train_epochs" in given and "max_steps" not in given:
         settings["max_steps"] = -1  # who asks for epochs is not to be stopped by the recipe's number of steps
     parser.set_defaults(**settings)
@@ -206,6 +221,10 @@ def parse_arguments(argv: Sequence[str], recipe: str = "demo") -> Arguments:
         raise ValueError(
             f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), _fields())}"
         )
+    training.given = frozenset(given | settings.keys())
+    if training.minutes and "max_steps" in training.given:
+        where = "leave it out" if "max_steps" in given else f"recipe {recipe} has it: name none"
+        raise ValueError(f"--minutes chooses max_steps, which is given: {where}")
     if data.validation_fraction == 0:
         training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
         training.load_best_model_at_end = False
@@ -278,7 +297,7 @@ NOT_IN_A_RECIPE = {
     *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
     *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
     *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
-    "do_eval",
+    *("do_eval", "minutes", "size"),  # what they chose is
 }
 
 

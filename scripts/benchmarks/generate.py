@@ -133,7 +133,7 @@ def writer(model, ids, tokens: int, **options) -> Callable[[], float]:
 
 
 def fast_writer(minigpt, batch: int, tokens: int) -> tuple[Callable[[], float], dict[str, Any]]:
-    """The same after `quicken`, on a copy, by the same function as `minigpt generate --fast`; what that cost, and how exact."""
+    """The same after `quicken`, on a copy, by the functions of `minigpt generate --fast`; what that cost, and how exact."""
     import copy
 
     import torch
