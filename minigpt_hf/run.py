@@ -6,6 +6,8 @@ the folder that is published. It refuses to write into a folder that holds anyth
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers.utils import is_in_notebook
 
 from . import __version__
 from .data.blocks import Blocks
-from .data.corpus import CACHE, load_corpus
+from .data.corpus import CACHE, Corpus, load_corpus
 from .data.prepared import PreparedText, is_prepared, prepare
 from .data.stream import TokenStream
 from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
@@ -28,14 +30,18 @@ from .publish.folder import write_model_folder
 from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments, resolved
 from .training.callbacks import Lines, Samples
 from .training.checkpoint import FINGERPRINT
+from .training.dial import Dial
 from .training.plan import device_name, duration, show_plan, tokens_per_step
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
 from .training.stops import Interrupted, StopAtBoundary, StopWhenNoBetter
 from .training.trainer import MiniGPTTrainer
 
 
-def train(arguments: Arguments) -> Path:
+def train(arguments: Arguments, began: float | None = None) -> Path:
     """Train a GPT from scratch and return its model folder; a run that was interrupted goes on, exactly.
+
+    Args:
+        began: `time.perf_counter()` when the command started, for `--minutes`; default: now.
 
     Raises:
         ValueError: if the text, the configuration or the output folder cannot be used, or settings have changed.
@@ -47,8 +53,15 @@ def train(arguments: Arguments) -> Path:
 
     if architecture.init_from:
         existing_config(architecture)  # what cannot be gone on from is said before the text is read
+    dial = Dial(arguments, run, began or time.perf_counter())  # does nothing without --minutes or --size
     with training.main_process_first(desc="text"):  # the other processes find what the first one made
-        text = prepare_text(data)
+        text = prepare_text(data, dial.choose_tokenizer)
+    dial.choose_the_rest(
+        text.train,
+        text.validation,
+        vocabulary_size(text.tokenizer),
+        lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),
+    )
     config = make_config(architecture, data.block_size, text.tokenizer)
     blocks = Blocks(text.train, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
@@ -88,7 +101,7 @@ def train(arguments: Arguments) -> Path:
     return run / "model"
 
 
-def prepare_text(data: DataArguments) -> PreparedText:
+def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None] = lambda corpus: None) -> PreparedText:
     """Text, tokenizer and token streams; what was prepared before is found again."""
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
     if is_prepared(data.data):
@@ -105,6 +118,7 @@ def prepare_text(data: DataArguments) -> PreparedText:
         streaming=data.streaming,
         cache_dir=cache_dir,
     )
+    choose_tokenizer(corpus)
     return prepare(
         corpus,
         data.tokenizer,

@@ -28,6 +28,8 @@ BENCHMARKS = {
     "data": "megabytes of text per second into tokens on disk, our way and that of run_clm.py",
     "ablation": "what each part of a recipe gives",
     "scaling": "whether the learning rates are right at other widths",
+    "generate": "tokens a second when writing, beside Qwen3, nanoGPT's sampler and the limit of the memory",
+    "muon": "what share of a step Muon takes, in two recipes' shapes",
 }
 
 

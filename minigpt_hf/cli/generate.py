@@ -16,6 +16,11 @@ def parser() -> Parser:
     parser.add_argument("--prompt", default="", help="what the text starts with (default: nothing: a new document)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="bfloat16 and a compiled step: twice the speed or more, after minutes of preparation the first time",
+    )
     parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
     return parser
 
@@ -29,11 +34,21 @@ def run(argv: list[str]) -> None:
 
     from transformers import TextStreamer
 
-    from ..generation import encode_prompt, load
+    from ..generation import NOT_WITH_FAST, encode_prompt, load, quicken
     from ..generation import generate as write
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
+
+    fast = None
+    if args.fast:
+        if refused := [name for name in NOT_WITH_FAST if name in options]:
+            raise ValueError(f"--{refused[0]} cannot be combined with --fast, which writes one token at a time")
+        print("preparing to write fast …", file=sys.stderr, flush=True)
+        sizes = {name: options[name] for name in ("max_new_tokens", "num_return_sequences") if name in options}
+        longest = max(options.pop("max_cache_len", 0), options.get("max_length", 0))
+        fast = quicken(model, tokenizer, args.prompt, max_cache_len=longest, **sizes)
+        print(f"fast: {fast}", file=sys.stderr, flush=True)
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
@@ -41,9 +56,9 @@ def run(argv: list[str]) -> None:
             # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
             print(prompt, end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, **options)
+            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, fast=fast, **options)
         else:
-            for text in write(model, tokenizer, prompt, seed=args.seed, **options):
+            for text in write(model, tokenizer, prompt, seed=args.seed, fast=fast, **options):
                 print(text, end="\n---\n", flush=True)
 
     if not args.interactive:

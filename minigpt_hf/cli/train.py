@@ -1,6 +1,7 @@
 """`minigpt train`: a text and a recipe -> a run, and in it a model folder."""
 
 import argparse
+import time
 
 from .parser import quiet
 
@@ -17,6 +18,8 @@ def run(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser().print_help()
         return
+    began = time.perf_counter()  # imports count as minutes, too
+
     from ..training.arguments import parse_arguments
 
     recipe, rest = split_recipe(argv)
@@ -25,7 +28,7 @@ def run(argv: list[str]) -> None:
     from .. import run
 
     quiet()
-    run.train(arguments)
+    run.train(arguments, began)
 
 
 def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -41,7 +44,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
     names = ", ".join(recipe_names())
     parser.add_argument(
         "--recipe",
-        help=f"Settings that the other flags override: {names}, or a YAML file; default: demo, with --init_from finetune, "
-        "with --lora_rank lora.",
+        help=f"Settings that the other flags override: {names}, or a YAML file. Default: demo, with --init_from finetune, "
+        "with --lora_rank lora; or what --minutes or --size choose.",
     )
     return parser

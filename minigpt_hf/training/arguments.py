@@ -140,6 +140,17 @@ class ModelArguments:
 class MiniGPTTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with the defaults of a small GPT, Muon, and samples while it trains."""
 
+    minutes: float | None = field(
+        default=None,
+        metadata={"help": "How long all of it may take: every setting that is not given is chosen for that."},
+    )
+    size: str | None = field(
+        default=None,
+        metadata={"help": "About how many parameters, e.g. 10m: what is not given is chosen for that."},
+    )
+    # Names that a recipe or a flag gave: the others may be chosen by `minutes` and `size`.
+    given: frozenset[str] = field(default=frozenset(), init=False)
+
     muon: bool = field(
         default=True,
         metadata={"help": "Muon for the matrices of the layers, AdamW for the rest. --no_muon: `optim` for all."},
@@ -208,6 +219,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             value = vars(self)[name]
             if value is not None and not least <= value < math.inf:  # nor is it nan
                 raise ValueError(f"{name} is {value}: it must be at least {least}, and a number")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes is {self.minutes}: it must be more than 0")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps is {self.max_steps}: give a number of steps, or -1 to train for num_train_epochs"
@@ -246,7 +259,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
 
     Args:
         argv: Flags, as on the command line.
-        recipe: Name or YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`.
+        recipe: Name or YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`, or what `minutes`
+            or `size` choose.
         overrides: The same settings as flags, by name.
 
     Raises:
@@ -257,8 +271,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     for name in overrides:
         if name not in _fields():
             raise ValueError(f"unknown setting {name!r}{_nearest(name, _fields())}")
-    recipe = recipe or ("lora" if "lora_rank" in given else "finetune" if "init_from" in given else "demo")
-    settings = {"output_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe), **overrides}
+    if recipe is None and not given & {"minutes", "size"}:
+        recipe = "lora" if "lora_rank" in given else "finetune" if "init_from" in given else "demo"
+    of_recipe = read_recipe(recipe) if recipe else {}
+    settings = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **of_recipe, **overrides}
     if "num_train_epochs" in given and "max_steps" not in given:
         settings["max_steps"] = -1  # who asks for epochs is not to be stopped by the recipe's number of steps
     parser = argument_parser(prog="minigpt train")
@@ -280,6 +296,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         raise ValueError("there is no model to go on from: name a folder or a Hub id with --init_from")
     if model.lora_rank and training.muon:
         raise ValueError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
+    training.given = frozenset(given | settings.keys())
+    if training.minutes and "max_steps" in training.given:
+        where = "leave it out" if "max_steps" in given else f"recipe {recipe} has it: name none"
+        raise ValueError(f"--minutes chooses max_steps, which is given: {where}")
     if data.validation_fraction == 0:
         training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
         training.load_best_model_at_end = False
@@ -367,7 +387,7 @@ NOT_IN_A_RECIPE = {
     *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
     *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
     *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
-    "do_eval",
+    *("do_eval", "minutes", "size"),  # what they chose is
 }
 
 

@@ -91,7 +91,7 @@ def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedC
     shape = {f"config.{name}": model[name] for name in vars(architecture) if name in model}
     names = "learning_rate muon_learning_rate muon_momentum muon optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
     names += "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps num_train_epochs seed "
-    names += "early_stopping_patience label_smoothing_factor bf16 fp16 world_size"
+    names += "early_stopping_patience label_smoothing_factor bf16 fp16 world_size minutes size"
     values = {**training.to_dict(), "world_size": training.world_size}
     return {
         "data": text.train.fingerprint,
