@@ -287,6 +287,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), _fields())}"
         )
     if model.init_from:
+        if training.minutes or training.size:
+            raise ValueError("--minutes and --size choose a shape, and --init_from brings its own: leave out one of them")
         if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
             raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
         data.tokenizer = model.init_from
