@@ -5,12 +5,16 @@ the folder that is published. It refuses to write into a folder that holds anyth
 """
 
 import json
+import re
 import sys
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+import transformers
 import yaml
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
@@ -32,9 +36,9 @@ from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .publish.folder import write_model_folder
 from .training.arguments import Arguments, DataArguments, ModelArguments, resolved
-from .training.callbacks import Lines, Samples
+from .training.callbacks import SAMPLE_TEMPERATURE, Lines, Samples
 from .training.checkpoint import FINGERPRINT
-from .training.plan import device_name, duration, show_plan, tokens_per_step
+from .training.plan import assumed_power, device_name, duration, show_plan, tokens_per_step
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
 from .training.stops import Interrupted, StopAtBoundary
 from .training.trainer import MiniGPTTrainer
@@ -68,6 +72,7 @@ def train(arguments: Arguments) -> Path:
     lines = Lines(run / "log.jsonl", tokens_per_step(training, data.block_size), len(stream) / stream.bytes)
     samples = Samples(tokenizer, training.sample_prompt, training.sample_tokens)
     stop = StopAtBoundary()
+    story = partial(describe, arguments, corpus, tokenizer, stream, validation, lines, samples)
     trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, [lines, samples, stop], fingerprint)
     if trainer.is_world_process_zero():
         trainer.check_room()
@@ -79,9 +84,8 @@ def train(arguments: Arguments) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.number is not None:
         raise Interrupted(stop.number, trainer.state.global_step)
-    results = final_score(trainer, validation, data.block_size)
     if trainer.is_world_process_zero():
-        about = describe(arguments, corpus, tokenizer, stream, validation, trainer, results, lines.seconds, samples)
+        about = story(trainer, finished=True)
         write_model_folder(run / "model", trainer.model, tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
     return run / "model"
@@ -115,6 +119,7 @@ def make_config(architecture: ModelArguments, block_size: int, tokenizer: PreTra
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         **settings,
     )
     if config.max_position_embeddings < block_size:
@@ -153,9 +158,11 @@ def make_model(config: MiniGPTConfig) -> MiniGPTForCausalLM:
     return model
 
 
-def final_score(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size: int) -> Score | None:
-    """The validation score of the published weights: the best evaluation, which they were taken from."""
+def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size: int, finished: bool) -> Score | None:
+    """The validation score of the weights there are: at the end of the best evaluation, which they were taken from."""
     evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
+    if not finished:
+        evaluations = [row for row in evaluations if row["step"] == trainer.state.global_step]
     if validation is None or not evaluations:
         return None
     best = (
@@ -171,22 +178,33 @@ def describe(
     tokenizer: PreTrainedTokenizerBase,
     stream: TokenStream,
     validation: TokenStream | None,
-    trainer: MiniGPTTrainer,
-    results: Score | None,
-    seconds: float,
+    lines: Lines,
     samples: Samples,
+    trainer: MiniGPTTrainer,
+    finished: bool = False,
 ) -> dict[str, Any]:
-    """Everything that a model folder tells about where it comes from: the content of `minigpt.json`."""
+    """Everything that a model folder tells about where it comes from: the content of `minigpt.json`.
+
+    Args:
+        finished: Whether training has ended, so that the trainer holds the weights that are published.
+    """
     data, _, training = arguments
     step = tokens_per_step(training, data.block_size)
+    seconds, power = lines.seconds, assumed_power(training)
+    results = score_of(trainer, validation, data.block_size, finished)
     return {
-        "name": Path(training.output_dir).name,
+        "name": trainer.hub_model_id or Path(training.output_dir).absolute().name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "language": data.language,
+        "license": data.license,
         "minigpt_version": __version__,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "recipe": resolved(arguments),
+        "transformers": transformers.__version__,
+        "recipe": {**resolved(arguments), "data": public(data.data), "tokenizer": public(data.tokenizer)},
         "data": {
-            "name": corpus.name,
+            "name": public(corpus.name),
+            "dataset": corpus.name if is_on_the_hub(corpus.name) else None,
             "cut": corpus.cut,
             "train": describe_stream(stream),
             "validation": describe_stream(validation) if validation else None,
@@ -195,20 +213,39 @@ def describe(
             "kind": {"bpe": "byte-level BPE"}.get(data.tokenizer, data.tokenizer),
             "vocab_size": vocabulary_size(tokenizer),
             "bytes_per_token": stream.bytes / (len(stream) - len(stream.documents)),
+            "opening": tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token,
             "fingerprint": tokenizer_fingerprint(tokenizer),
         },
         "training": {
             "parameters": trainer.model.num_parameters(),
             "steps": trainer.state.global_step,
+            "planned_steps": trainer.state.max_steps,
             "tokens_per_step": step,
             "tokens": trainer.state.global_step * step,
             "seconds": round(seconds, 1),
             "time": duration(seconds),
             "device": device_name(training),
+            "power": power,
+            "energy_wh": seconds * power["devices"] * power["watts"] / 3600,
         },
         "results": results.to_dict() if results else {},
-        "sample": {"prompt": samples.prompt, "text": samples.latest},
+        "sample": {
+            "prompt": samples.prompt,
+            "temperature": SAMPLE_TEMPERATURE,
+            "tokens": samples.tokens,
+            "texts": samples.first_seeds(trainer.model) if finished else [text for text in [samples.latest] if text],
+        },
     }
+
+
+def is_on_the_hub(data: str) -> bool:
+    """Whether a text that could be read is the data repository USER/NAME: no file is called that."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None and not Path(data).exists()
+
+
+def public(data: str) -> str:
+    """What may be published of where a text lies: a file without the folders above it, all of a URL or a name."""
+    return Path(data).absolute().name if Path(data).exists() else data
 
 
 def describe_stream(stream: TokenStream) -> dict[str, Any]:

@@ -5,6 +5,7 @@ names the nearest ones. Every flag of `TrainingArguments` works; only defaults d
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -16,6 +17,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 RECIPES = files("minigpt_hf") / "training" / "recipes"
+# What the Hub takes in the metadata of a card; it knows the names of licences itself.
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass
@@ -30,6 +34,13 @@ class DataArguments:
         },
     )
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of the text files."})
+    language: list[str] = field(
+        default_factory=list,
+        metadata={"help": "For the card: ISO 639 codes of the text's languages, e.g. en; `code`, `multilingual`."},
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "For the card: the model's licence, as the Hub names it, e.g. mit, cc-by-4.0."}
+    )
     validation_fraction: float = field(
         default=0.1,
         metadata={
@@ -59,6 +70,13 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        self.language = [self.language] if isinstance(self.language, str) else self.language
+        for code in self.language:
+            if not isinstance(code, str) or not LANGUAGE.fullmatch(code):
+                hint = " (in a recipe, Norwegian is 'no' in quotes)" if code is False else ""
+                raise ValueError(f"language {code!r}: expected an ISO 639 code such as en or deu, or `code`{hint}")
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise ValueError(f"license {self.license!r}: expected a name of the Hub's, such as mit, cc-by-4.0 or other")
         for name, smallest in (("block_size", 1), ("validation_characters", 1), ("num_proc", 1)):
             if (value := vars(self)[name]) is not None and value < smallest:
                 raise ValueError(f"{name} is {value}: it must be at least {smallest}")
@@ -166,6 +184,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim != TrainingArguments.optim:
             raise ValueError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
+        if self.hub_token:
+            raise ValueError("hub_token is not taken: log in once with `hf auth login`, or set HF_TOKEN")
+        if self.push_to_hub and self.hub_strategy not in ("every_save", "end"):
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy} would upload optimizer states, which are pickles: say every_save or end"
+            )
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
         if self.save_steps is None:
@@ -277,6 +301,7 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
 NOT_IN_A_RECIPE = {
     *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
     *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
     "do_eval",
 }

@@ -19,6 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..generation import encode_prompt, generate
 from .plan import duration
+from .resume import read_log
+
+SAMPLE_TEMPERATURE = 0.8
 
 
 class Lines(TrainerCallback):
@@ -37,10 +40,17 @@ class Lines(TrainerCallback):
         self.tokens_per_byte = tokens_per_byte
 
     def on_train_begin(self, args, state, control, **kwargs):
+        rows = read_log(self.file) if self.file.is_file() else []
+        self.earlier = rows[-1]["seconds"] if rows else 0.0  # what a run that goes on took before
         self.began = time.perf_counter()
         self.first_step = self.last_step = state.global_step
         self.busy = 0.0  # seconds of training since the last line; validating, saving and sampling are left out
         self.mark = None
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken, over all the times that it went on."""
+        return self.earlier + time.perf_counter() - self.began
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.mark is None:
@@ -60,7 +70,7 @@ class Lines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         elapsed, step = time.perf_counter() - self.began, state.global_step
-        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(elapsed, 3), **logs}
+        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **logs}
         place = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
             print(
@@ -80,9 +90,6 @@ class Lines(TrainerCallback):
             )
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.began
 
 
 class Samples(TrainerCallback):
@@ -115,6 +122,12 @@ class Samples(TrainerCallback):
         if state.global_step >= state.max_steps:  # who stopped it is waiting
             self._show("after training", state, model)
 
+    def first_seeds(self, model: PreTrainedModel) -> list[str]:
+        """What goes into the card: seeds 0, 1 and 2, so that nobody has chosen."""
+        return [
+            sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in range(3 if self.tokens else 0)
+        ]
+
     def _show(self, when: str, state, model: PreTrainedModel) -> None:
         if self.tokens and state.is_world_process_zero:
             self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
@@ -127,13 +140,20 @@ class Samples(TrainerCallback):
             )
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
-    """One text, always with the same seed, that leaves model and random states as they were."""
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int = 0) -> str:
+    """One text, always the same for a seed, that leaves model and random states as they were."""
     was_training = model.training
     model.eval()
     with random_state_kept():
         text = generate(
-            model, tokenizer, prompt, seed=0, max_new_tokens=tokens, do_sample=True, temperature=0.8, use_cache=True
+            model,
+            tokenizer,
+            prompt,
+            seed=seed,
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=SAMPLE_TEMPERATURE,
+            use_cache=True,
         )[0]
     model.train(was_training)
     return text
