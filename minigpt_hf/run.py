@@ -35,6 +35,7 @@ from .evaluation import Score, summarize
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .publish.folder import write_model_folder
+from .publish.push import push_folder
 from .training.arguments import Arguments, DataArguments, ModelArguments, resolved
 from .training.callbacks import SAMPLE_TEMPERATURE, Lines, Samples
 from .training.checkpoint import FINGERPRINT
@@ -73,7 +74,7 @@ def train(arguments: Arguments) -> Path:
     samples = Samples(tokenizer, training.sample_prompt, training.sample_tokens)
     stop = StopAtBoundary()
     story = partial(describe, arguments, corpus, tokenizer, stream, validation, lines, samples)
-    trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, [lines, samples, stop], fingerprint)
+    trainer = MiniGPTTrainer(model, training, blocks, validation, tokenizer, [lines, samples, stop], fingerprint, story)
     if trainer.is_world_process_zero():
         trainer.check_room()
         (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(arguments), sort_keys=False), encoding="utf-8")
@@ -88,6 +89,8 @@ def train(arguments: Arguments) -> Path:
         about = story(trainer, finished=True)
         write_model_folder(run / "model", trainer.model, tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
+        if training.push_to_hub:
+            print(*push_folder(run / "model", trainer.hub_model_id, training.hub_revision), flush=True)
     return run / "model"
 
 

@@ -228,7 +228,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             if self.part["rev"] in self.repository.branches():
                 raise Refusal(409, message="Reference already exists")
-            self.repository.point(self.part["rev"], self.repository.read("main")["sha"])
+            start = json.loads(self.body).get("startingPoint", "main")
+            self.repository.point(self.part["rev"], self.repository.read(start)["sha"])
         return {}
 
     def commits(self):

@@ -215,6 +215,14 @@ BAD = {
     "a negative learning rate": (["--learning_rate", "-1"], r"learning_rate is -1\.0: it must be at least 0"),
     "an optimizer beside Muon": (["--optim", "sgd"], "optim sgd has no effect beside Muon: add --no_muon"),
     "fp16 without an accelerator": (["--fp16", "true"], "fp16 needs an accelerator"),
+    "a language in words": (["--language", "English"], "language 'English': expected an ISO 639 code such as en"),
+    "a language that YAML reads as false": (["--recipe", "norwegian.yaml"], "Norwegian is 'no' in quotes"),
+    "a licence in words": (["--license", "My own"], "license 'My own': expected a name of the Hub's"),
+    "a token": (["--hub_token", "hf_secret"], "hub_token is not taken: log in once with `hf auth login`"),
+    "a push of pickles": (
+        ["--push_to_hub", "--hub_strategy", "checkpoint"],
+        "hub_strategy checkpoint would upload opt",
+    ),
     "a negative block": (["--block_size", "-3"], "block_size is -3"),
     "a validation share of 2": (["--validation_fraction", "2"], r"validation_fraction is 2\.0"),
     "too small a vocabulary": (["--vocab_size", "5"], "vocab_size is 5: byte-level BPE needs at least 258"),
@@ -239,6 +247,7 @@ def workshop(tmp_path, monkeypatch, text):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "text.txt").write_text(text[:20_000])
     (tmp_path / "typo.yaml").write_text("hiden_size: 8\n")
+    (tmp_path / "norwegian.yaml").write_text("language: [no]\n")
     for name, file, content in (("taken", "fingerprint.json", '{"seed": 7}'), ("used", "thesis.docx", "precious")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(content)
@@ -296,7 +305,7 @@ def test_the_other_verbs_refuse_in_one_line_too(argv, message, workshop, run_fol
 
 def test_an_unknown_verb_is_named(capsys):
     code, _, err = run(capsys, "trian")
-    assert (code, err) == (2, "minigpt: unknown verb 'trian'; there are train, evaluate, generate\n")
+    assert (code, err) == (2, "minigpt: unknown verb 'trian'; there are train, evaluate, generate, push\n")
 
 
 def test_debug_shows_where_an_error_comes_from(workshop):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": set(),
     "generation": set(),
-    "training": {"data", "evaluation", "generation", "publish.folder"},
+    "training": {"data", "evaluation", "generation", "publish.folder", "publish.push"},
     "publish": {"model"},
     "run": {"data", "model", "training", "evaluation", "publish", "__version__"},
     "cli": EVERYTHING | {"__version__"},

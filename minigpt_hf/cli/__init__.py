@@ -14,6 +14,7 @@ VERBS = {
     "train": "train a GPT from scratch on a text, and write a model folder",
     "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
     "generate": "write text with any causal LM",
+    "push": "publish a model folder on the Hub, in one commit",
 }
 
 
