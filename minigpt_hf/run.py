@@ -5,33 +5,31 @@ the folder that is published. It refuses to write into a folder that holds anyth
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_in_notebook
 
 from . import __version__
+from .about import describe
 from .data.blocks import Blocks
 from .data.corpus import CACHE, Corpus, load_corpus
 from .data.prepared import PreparedText, is_prepared, prepare
-from .data.stream import TokenStream
 from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
-from .evaluation import Score, summarize
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .pretrained import existing_config, existing_model, merged, with_lora
 from .publish.folder import write_model_folder
+from .publish.push import push_folder
 from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments, resolved
 from .training.callbacks import Lines, Samples
 from .training.checkpoint import FINGERPRINT
 from .training.dial import Dial
-from .training.plan import device_name, duration, show_plan, tokens_per_step
+from .training.plan import show_plan, tokens_per_step
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
 from .training.stops import Interrupted, StopAtBoundary, StopWhenNoBetter
 from .training.trainer import MiniGPTTrainer
@@ -81,7 +79,8 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
     stop = StopAtBoundary()
     samples = Samples(run / "log.jsonl", text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
     callbacks = [lines, samples, stop, StopWhenNoBetter(patience(training, blocks))]
-    trainer = MiniGPTTrainer(model, training, blocks, text.validation, text.tokenizer, callbacks, fingerprint)
+    story = partial(describe, arguments, text, lines, samples)
+    trainer = MiniGPTTrainer(model, training, blocks, text.validation, text.tokenizer, callbacks, fingerprint, story)
     if trainer.is_world_process_zero():
         trainer.check_room()
         (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(arguments), sort_keys=False), encoding="utf-8")
@@ -92,12 +91,13 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.number is not None:
         raise Interrupted(stop.number, trainer.state.global_step)
-    results = final_score(trainer, text.validation, data.block_size)
     if trainer.is_world_process_zero():
         model = merged(trainer.model) if architecture.lora_rank else trainer.model
-        about = describe(arguments, text, model, trainer, results, lines.seconds, samples)
+        about = story(trainer, finished=model)
         write_model_folder(run / "model", model, text.tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
+        if training.push_to_hub:
+            print(*push_folder(run / "model", trainer.hub_model_id, training.hub_revision), flush=True)
     return run / "model"
 
 
@@ -143,6 +143,7 @@ def make_config(architecture: ModelArguments, block_size: int, tokenizer: PreTra
     if config.vocab_size < (size := vocabulary_size(tokenizer)):
         raise ValueError(f"the tokenizer has {size:,} tokens, and the model's vocabulary only {config.vocab_size:,}")
     tokenizer.model_max_length = config.max_position_embeddings
+    config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     return config
 
 
@@ -189,70 +190,3 @@ def patience(training: MiniGPTTrainingArguments, blocks: Blocks) -> int:
     steps_per_epoch = len(blocks) * blocks.block_size / tokens_per_step(training, blocks.block_size)
     epochs = training.max_steps / steps_per_epoch if training.max_steps > 0 else training.num_train_epochs
     return 5 if epochs > 1 and training.load_best_model_at_end else 0
-
-
-def final_score(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size: int) -> Score | None:
-    """The validation score of the published weights: the best evaluation, which they were taken from."""
-    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
-    if validation is None or not evaluations:
-        return None
-    best = (
-        min(evaluations, key=lambda row: row["eval_loss"]) if trainer.args.load_best_model_at_end else evaluations[-1]
-    )
-    tokens = len(validation) - len(validation.documents)
-    return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
-
-
-def describe(
-    arguments: Arguments,
-    text: PreparedText,
-    model: PreTrainedModel,
-    trainer: MiniGPTTrainer,
-    results: Score | None,
-    seconds: float,
-    samples: Samples,
-) -> dict[str, Any]:
-    """Everything that a model folder tells about where it comes from: the content of `minigpt.json`."""
-    data, _, training = arguments
-    step = tokens_per_step(training, data.block_size)
-    return {
-        "name": Path(training.output_dir).name,
-        "minigpt_version": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "recipe": resolved(arguments),
-        "data": {
-            "name": text.name,
-            "cut": text.cut,
-            "train": describe_stream(text.train),
-            "validation": describe_stream(text.validation) if text.validation else None,
-        },
-        "tokenizer": {
-            "kind": {"bpe": "byte-level BPE"}.get(text.kind, text.kind),
-            "vocab_size": vocabulary_size(text.tokenizer),
-            "bytes_per_token": text.train.bytes / (len(text.train) - len(text.train.documents)),
-            "fingerprint": tokenizer_fingerprint(text.tokenizer),
-        },
-        "training": {
-            "parameters": model.num_parameters(),
-            "steps": trainer.state.global_step,
-            "tokens_per_step": step,
-            "tokens": trainer.state.global_step * step,
-            "seconds": round(seconds, 1),
-            "time": duration(seconds),
-            "device": device_name(training),
-        },
-        "results": results.to_dict() if results else {},
-        "sample": {"prompt": samples.prompt, "text": samples.latest},
-    }
-
-
-def describe_stream(stream: TokenStream) -> dict[str, Any]:
-    """Counts and fingerprint of a text and its tokens."""
-    return {
-        "documents": len(stream.documents),
-        "characters": stream.characters,
-        "bytes": stream.bytes,
-        "tokens": len(stream),
-        "fingerprint": stream.fingerprint,
-    }

@@ -3,14 +3,20 @@
 import os
 import tempfile
 
-# Before any Hugging Face library is imported: no network, and caches of this test process alone.
+from tests.hub_server import HUB, TOKEN, HubServer
+
+# Before any Hugging Face library is imported: no network, and caches of this test process alone. The Hub is on loopback.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="minigpt-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_ENDPOINT"] = HUB.endpoint
 
 import argparse
 import shutil
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 
@@ -49,6 +55,18 @@ def pytest_unconfigure():
 def one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch) -> HubServer:
+    """An empty Hub on loopback, and this process online with nothing cached, logged in as `user`. See `hub_server.py`."""
+    HUB.reset(tmp_path_factory.mktemp("hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return HUB
 
 
 def tiny_config(**overrides) -> MiniGPTConfig:

@@ -118,6 +118,23 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown schedule": (train("--lr_scheduler_type", "triangle"), "triangle"),
         "an unknown optimizer": (train("--no_muon", "--optim", "sgdd"), "sgdd"),
         "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
+        "a language in words": (
+            train("--language", "English"),
+            "language 'English': expected an ISO 639 code such as en",
+        ),
+        "a language that YAML reads as false": (train("--recipe", "norwegian.yaml"), "Norwegian is 'no' in quotes"),
+        "a licence in words": (train("--license", "My own"), "license 'My own': expected a name of the Hub's"),
+        "a token on the command line": (train("--hub_token", "hf_secret"), "hub_token is not taken: log in once with"),
+        "a push of pickles": (
+            train("--push_to_hub", "--hub_strategy", "checkpoint"),
+            "hub_strategy checkpoint would upload opt",
+        ),
+        "no minutes": (train("--minutes", "0"), "minutes is 0.0: it must be more than 0"),
+        "minutes and steps": (
+            train("--minutes", "3", "--max_steps", "9"),
+            "--minutes chooses max_steps, which is given",
+        ),
+        "a size in words": (["train", "--size", "small", "--data", "text.txt"], "--size small: this is no number"),
         "fp16 without an accelerator": (train("--fp16", "true"), "fp16 needs an accelerator"),
         "a report to what is not installed": (train("--report_to", "comet_ml"), "comet_ml"),
         "a negative block": (train("--block_size", "-3"), "block_size is -3"),
@@ -237,6 +254,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("broken.yaml", "hidden_size: [8\n")
     write("list.yaml", "- a\n- b\n")
     write("binary.yaml", b"\x00\xff\xfe\x01")
+    write("norwegian.yaml", "language: [no]\n")
     write("word.yaml", "hidden_size: many\n")
     write("list-value.yaml", "hidden_size: [1, 2]\n")
     write("taken/fingerprint.json", '{"seed": 7}')

@@ -25,6 +25,7 @@ EVERYTHING = {
     "doctor",
     "pretrained",
     "nanogpt",
+    "about",
     "run",
     "api",
 }
@@ -40,7 +41,8 @@ MAY_IMPORT = {
     "pretrained": {"model", "training"},
     "nanogpt": {"data", "publish.folder"},
     "vllm_plugin": set(),
-    "run": {"data", "model", "training", "evaluation", "publish", "pretrained", "__version__"},
+    "about": {"data", "training", "evaluation", "__version__"},
+    "run": {"data", "model", "training", "publish", "pretrained", "about", "__version__"},
     "api": EVERYTHING,
     "cli": EVERYTHING | {"__version__"},
     "__init__": {"model", "api"},

@@ -20,6 +20,7 @@ VERBS = {
     "export": "the same model for other programs: native Qwen3, GGUF, ONNX",
     "doctor": "look a model folder over: is it whole, safe, and does it load",
     "import": "turn nanoGPT's ckpt.pt into a GPT-2 folder",
+    "push": "publish a model folder on the Hub, in one commit",
 }
 
 

@@ -18,7 +18,9 @@ class Parser(argparse.ArgumentParser):
 def quiet() -> None:
     """No bars for steps that take a blink; what takes long says so in lines of its own."""
     import datasets
+    import huggingface_hub
     from transformers.utils import logging
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # it warns of each try; what fails in the end is told in one line
     datasets.disable_progress_bars()
     logging.disable_progress_bar()

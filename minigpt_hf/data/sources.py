@@ -9,6 +9,7 @@ A document is a file, if it is text, or a row, if it is a table.
 import codecs
 import hashlib
 import os
+import re
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Source:
     def read(self) -> tuple[Texts, Texts | None]:
         """The text to learn from, and the validation split that comes with it, if one does and no split was asked for."""
         path = Path(self.data)
-        if self.streaming and not self._is_on_the_hub():
+        if self.streaming and not names_hub_dataset(self.data):
             raise ValueError(f"--streaming reads datasets of the Hub as they arrive; {self.data} is none: leave it out")
         try:
             if self.data == "stdlib":
@@ -73,7 +74,7 @@ class Source:
                 return self._of_files([self.data]), None
             if files := files_matching(self.data):
                 return self._of_files(files), None
-            if self._is_on_the_hub():
+            if names_hub_dataset(self.data):
                 return self._of_hub()
         except DatasetGenerationError as error:
             cause = error.__cause__ or error
@@ -172,10 +173,6 @@ class Source:
         splits = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict({"train": found})
         return self._of_splits(splits)
 
-    def _is_on_the_hub(self) -> bool:
-        name, *_ = self.data.partition(":")
-        return name.count("/") == 1 and not name.startswith((".", "/", "~", "-")) and ending_of(name) not in BUILDERS
-
     def _of_hub(self) -> tuple[Texts, Texts | None]:
         """`user/name` or `user/name:config`."""
         name, _, config = self.data.partition(":")
@@ -230,7 +227,7 @@ class Source:
             what = "which column is the text? say --text_column" if of_text else "no column holds text"
         else:
             what = f"--text_column {asked}: " + ("holds no text" if asked in features else "there is no such column")
-        also = "" if self._is_on_the_hub() else "; to learn the file as it stands, say --data_format text"
+        also = "" if names_hub_dataset(self.data) else "; to learn the file as it stands, say --data_format text"
         raise ValueError(f"{self.data}: {what}; columns of text: {columns}{also}")
 
 
@@ -249,6 +246,16 @@ def joined(found: list[Documents]) -> Documents:
         indices.append(index)
         offset += len(one.rows)
     return Documents(datasets.concatenate_datasets([one.rows for one in found]), np.concatenate(indices))
+
+
+def names_hub_dataset(data: str) -> bool:
+    """Whether this is `user/name` or `user/name:config`, and nothing on this disk."""
+    name = data.partition(":")[0]
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+        and ending_of(name) not in BUILDERS
+        and not Path(data).exists()
+    )
 
 
 def is_url(name: str) -> bool:

@@ -48,6 +48,8 @@ class MiniGPTConfig(PreTrainedConfig):
         attention_dropout: Share of attention weights dropped while training.
         embedding_dropout: Share of embedding values dropped while training.
         residual_dropout: Share of each branch's output dropped while training, before it joins the residual stream.
+        tokenizer_fingerprint: Hash of the tokenizer that the weights learnt with, which travels with the weights wherever
+            they go: a tokenizer with another hash gives the rows of the embedding another meaning.
 
     Raises:
         ValueError, or `huggingface_hub.errors.StrictDataclassError` around one: if the architecture cannot be built.
@@ -97,6 +99,7 @@ class MiniGPTConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
+    tokenizer_fingerprint: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

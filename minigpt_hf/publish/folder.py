@@ -1,8 +1,8 @@
 """A trained model -> a model folder that the world can load.
 
-In: model, tokenizer, what is known of the training. Out: a folder with exactly the files of `REQUIRED` (weights may be
-sharded, `figures/` may come along). It is whole or it is not there: it is written beside its place and moved there. It
-refuses weights that are not finite.
+In: model, tokenizer, what is known of the training. Out: a folder with exactly the files of `REQUIRED` and perhaps some of
+`OPTIONAL` (shards and their index stand for `model.safetensors`). It is whole or it is not there: it is written beside its
+place and moved there. It refuses weights that are not finite.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import render_card
+from ..model.configuration_minigpt import MiniGPTConfig
+from .card import eval_results, render_card
 from .figures import draw_learning, draw_training
 
 REQUIRED = (
@@ -27,6 +28,19 @@ REQUIRED = (
     "README.md",
     "minigpt.json",
 )
+OPTIONAL = (
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "figures/*.png",
+    ".eval_results/*.yaml",
+)
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to a model folder, sorted; whatever else lies there is left out."""
+    return sorted({file for pattern in (*REQUIRED, *OPTIONAL) for file in folder.glob(pattern) if file.is_file()})
 
 
 def save_suitcase(
@@ -74,9 +88,17 @@ def write_model_folder(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     save_suitcase(model, tokenizer, unfinished)
-    (unfinished / "minigpt.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (unfinished / "figures").mkdir()
-    draw_learning(log, unfinished / "figures" / "loss.png")
-    draw_training(log, unfinished / "figures" / "training.png")
-    (unfinished / "README.md").write_text(render_card(about, model.config), encoding="utf-8")
+    write_story(unfinished, about, model.config, log)
     unfinished.rename(folder)
+
+
+def write_story(folder: Path, about: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:
+    """Write what tells people and programs where a model comes from: `minigpt.json`, the figures, the card, the results."""
+    (folder / "minigpt.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "figures").mkdir()
+    draw_learning(log, folder / "figures" / "loss.png")
+    draw_training(log, folder / "figures" / "training.png")
+    (folder / "README.md").write_text(render_card(about, config), encoding="utf-8")
+    if results := eval_results(about):
+        (folder / ".eval_results").mkdir()
+        (folder / ".eval_results" / "validation.yaml").write_text(results, encoding="utf-8")

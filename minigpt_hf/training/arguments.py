@@ -18,6 +18,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 RECIPES = files("minigpt_hf") / "training" / "recipes"
+# What the Hub takes in the metadata of a card; it knows the names of licences itself.
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass
@@ -54,6 +57,13 @@ class DataArguments:
         default=None, metadata={"help": "Take so many tokens of the training text, no more."}
     )
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of text, csv and json files."})
+    language: list[str] = field(
+        default_factory=list,
+        metadata={"help": "For the card: ISO 639 codes of the text's languages, e.g. en; `code`, `multilingual`."},
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "For the card: the model's licence, as the Hub names it, e.g. mit, cc-by-4.0."}
+    )
     validation_fraction: float = field(
         default=0.1,
         metadata={
@@ -89,6 +99,13 @@ class DataArguments:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.streaming and self.max_tokens is None:
             raise ValueError("--streaming needs --max_tokens: how much of the stream to take")
+        self.language = [self.language] if isinstance(self.language, str) else self.language
+        for code in self.language:
+            if not isinstance(code, str) or not LANGUAGE.fullmatch(code):
+                hint = " (in a recipe, Norwegian is 'no' in quotes)" if code is False else ""
+                raise ValueError(f"language {code!r}: expected an ISO 639 code such as en or deu, or `code`{hint}")
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise ValueError(f"license {self.license!r}: expected a name of the Hub's, such as mit, cc-by-4.0 or other")
 
 
 @dataclass
@@ -227,6 +244,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim != TrainingArguments.optim:
             raise ValueError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
+        if self.hub_token:
+            raise ValueError("hub_token is not taken: log in once with `hf auth login`, or set HF_TOKEN")
+        if self.push_to_hub and self.hub_strategy not in ("every_save", "end"):
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy} would upload optimizer states, which are pickles: say every_save or end"
+            )
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
         if self.save_steps is None:
@@ -288,7 +311,9 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         )
     if model.init_from:
         if training.minutes or training.size:
-            raise ValueError("--minutes and --size choose a shape, and --init_from brings its own: leave out one of them")
+            raise ValueError(
+                "--minutes and --size choose a shape, and --init_from brings its own: leave out one of them"
+            )
         if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
             raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
         data.tokenizer = model.init_from
@@ -388,6 +413,7 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
 NOT_IN_A_RECIPE = {
     *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
     *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
     *("do_eval", "minutes", "size"),  # what they chose is
 }

@@ -24,6 +24,8 @@ from .plan import duration
 from .resume import read_log
 from .stops import StopAtBoundary
 
+SAMPLE_TEMPERATURE = 0.8
+
 
 class Lines(TrainerCallback):
     """A line for each log and each validation, with units and the time left; and `log.jsonl`.
@@ -43,12 +45,19 @@ class Lines(TrainerCallback):
         self.tokens_per_byte = tokens_per_byte
 
     def on_train_begin(self, args, state, control, **kwargs):
+        rows = read_log(self.file) if self.file.is_file() else []
+        self.earlier = rows[-1]["seconds"] if rows else 0.0  # what a run that goes on took before
         self.began = time.perf_counter()
         self.first_step = self.last_step = state.global_step
         self.busy = 0.0  # seconds of training since the last line; validating, saving and sampling are left out
         self.mark = None
         show = self.with_bar and state.is_world_process_zero
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step") if show else None
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken, over all the times that it went on."""
+        return self.earlier + time.perf_counter() - self.began
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.mark is None:
@@ -70,7 +79,7 @@ class Lines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         elapsed, step = time.perf_counter() - self.began, state.global_step
-        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(elapsed, 3), **logs}
+        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **logs}
         place = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
             print(
@@ -93,7 +102,6 @@ class Lines(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.began
         if self.bar is not None:
             self.bar.close()
 
@@ -129,6 +137,12 @@ class Samples(TrainerCallback):
         if self.stop.number is None:  # else who stopped it is waiting
             self._show("after training", state, model)
 
+    def first_seeds(self, model: PreTrainedModel) -> list[str]:
+        """What goes into the card: seeds 0, 1 and 2, so that nobody has chosen."""
+        return [
+            sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in range(3 if self.tokens else 0)
+        ]
+
     def _show(self, when: str, state, model: PreTrainedModel) -> None:
         if self.tokens and state.is_world_process_zero:
             self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
@@ -155,13 +169,20 @@ def side_by_side(log: list[dict[str, Any]]) -> str:
     return "| step | validation loss | it writes |\n|---|---|---|\n" + "".join(lines)
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
-    """One text, always with the same seed, that leaves model and random states as they were."""
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int = 0) -> str:
+    """One text, always the same for a seed, that leaves model and random states as they were."""
     was_training = model.training
     model.eval()
     with random_state_kept():
         text = generate(
-            model, tokenizer, prompt, seed=0, max_new_tokens=tokens, do_sample=True, temperature=0.8, use_cache=True
+            model,
+            tokenizer,
+            prompt,
+            seed=seed,
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=SAMPLE_TEMPERATURE,
+            use_cache=True,
         )[0]
     model.train(was_training)
     return text

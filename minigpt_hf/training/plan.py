@@ -5,6 +5,7 @@ In: a trainer that is ready. Out: five lines: device, text, model, training, tim
 
 import math
 import time
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -74,6 +75,17 @@ def device_name(args: MiniGPTTrainingArguments) -> str:
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
     return f"{args.device.type}{threads}{processes}"
+
+
+def assumed_power(args: MiniGPTTrainingArguments) -> dict[str, Any]:
+    """What an estimate of energy goes by, since nothing here measures any.
+
+    The watts are those that Green Algorithms (arXiv:2007.07610) takes for a processor core, and for an accelerator, of
+    an unknown kind.
+    """
+    if args.device.type == "cpu":
+        return {"devices": torch.get_num_threads() * args.world_size, "kind": "processor core", "watts": 12}
+    return {"devices": args.world_size, "kind": "accelerator", "watts": 200}
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,9 @@ loop, devices, accumulation, mixed precision, schedules and logging are the Trai
 import json
 import math
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import PushInProgress
 
 from ..data.blocks import Blocks, BlockSampler
 from ..data.stream import TokenStream
 from ..evaluation import score_documents, summarize
-from ..publish.folder import save_suitcase
+from ..publish.folder import published_files, save_suitcase, write_story
+from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments
 from .checkpoint import FINGERPRINT, unfinished, whole_or_absent
 from .optimizer import muon_adamw
+from .resume import read_log
 from .stops import BadLoss, DiskFull
 
 
@@ -40,6 +45,7 @@ class MiniGPTTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
         fingerprint: dict[str, Any] | None = None,
+        story: Callable[["MiniGPTTrainer"], dict[str, Any]] | None = None,
     ):
         super().__init__(
             model=model,
@@ -53,6 +59,7 @@ class MiniGPTTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `callbacks` print lines instead of dictionaries
         self.fingerprint = fingerprint or {}
+        self.story = story  # what the card is to tell, at any moment; needed to push
         self.step_batches: list[torch.Tensor] = []  # input ids of this step, kept until it is known to be good
         self.loss_before_step = 0.0
         self.skipped_steps = self.skipped_since_log = 0
@@ -221,7 +228,8 @@ class MiniGPTTrainer(Trainer):
         if self.args.save_strategy == "no":
             return
         kept = self.args.save_total_limit or math.ceil(1 / self.args.save_steps if self.args.save_steps < 1 else 1)
-        needed = (kept + 1) * self.bytes_of_a_checkpoint() + 4 * self.model.num_parameters()
+        copies = 2 if self.args.push_to_hub else 1  # of the model: its folder, and what is on the way to the Hub
+        needed = (kept + 1) * self.bytes_of_a_checkpoint() + 4 * self.model.num_parameters() * copies
         free = shutil.disk_usage(self.args.output_dir).free
         if free < needed:
             raise DiskFull(
@@ -249,6 +257,40 @@ class MiniGPTTrainer(Trainer):
         """Because a tied head is not in the file, and the Trainer warns that it is missing; anything else would be."""
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
         assert not missing and not load_result.unexpected_keys, f"checkpoint does not fit the model: {load_result}"
+
+    # -- the Hub ------------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
+        """Because a refusal of the Hub is to be told in one line, and a public repository not to pass for a private one."""
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(self.args.output_dir) / ".pushing", ignore_errors=True)  # what a killed run left
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = open_repository(name, bool(private or self.args.hub_private_repo))
+        self.push_in_progress = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Because the Trainer uploads weights without code and card, along with the log and a pickle, while they are moved.
+
+        Here a model folder goes up, copied first, in one commit.
+        """
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if (
+            not self.is_world_process_zero()
+            or self.args.hub_strategy == "end"
+            or (busy and not self.args.hub_always_push)
+        ):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        checkpoint = Path(checkpoint_folder)  # RUN/.unfinished/checkpoint-N
+        run = checkpoint.parents[1]
+        (run / ".pushing").mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run / ".pushing"))
+        for file in published_files(checkpoint):
+            shutil.copyfile(file, folder / file.name)
+        write_story(folder, self.story(self), self.model.config, read_log(run / "log.jsonl"))
+        message = f"Training in progress, step {self.state.global_step}"
+        job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
 
 
 def optimizer_factory(args: MiniGPTTrainingArguments):

@@ -20,6 +20,7 @@ from minigpt_hf.training.arguments import MiniGPTTrainingArguments, parse_argume
 from minigpt_hf.training.callbacks import random_state_kept
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT, tiny_model
+from tests.training.conftest import go_back, train
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bare_loop
@@ -204,6 +205,20 @@ def test_the_log_holds_every_figure(run_folder):
     assert training[-1]["loss"] < training[0]["loss"]
 
 
+def test_the_time_of_a_run_is_that_of_all_its_parts(recipe, words, tmp_path):
+    assert train(recipe, words, tmp_path / "first") == 0
+    go_back(tmp_path / "first", tmp_path / "second", 4)
+    log = tmp_path / "second" / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [{**row, "seconds": 1000.0} if row["step"] == 4 else row for row in rows]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(recipe, words, tmp_path / "second") == 0
+    later = [row for row in map(json.loads, log.read_text().splitlines()) if row["step"] > 4]
+    assert later[0]["seconds"] >= 1000
+    about = json.loads((tmp_path / "second" / "model" / "minigpt.json").read_text())["training"]
+    assert about["seconds"] >= later[-1]["seconds"] - 0.1  # rounded
+
+
 def test_samples_leave_all_random_states_as_they_were():
     import random
 
@@ -233,6 +248,8 @@ SIGNATURES = {
     "_save": "output_dir state_dict",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_issue_warnings_after_load": "load_result",
+    "init_hf_repo": "token private",
+    "_push_from_checkpoint": "checkpoint_folder",
 }
 
 

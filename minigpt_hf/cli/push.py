@@ -1,0 +1,31 @@
+"""`minigpt push`: a model folder -> a repository on the Hub."""
+
+from pathlib import Path
+
+from .parser import Parser, quiet
+
+
+def parser() -> Parser:
+    """What this verb takes."""
+    parser = Parser(
+        "push",
+        epilog="The token comes from `hf auth login` or the variable HF_TOKEN. Only files that belong to a model folder are "
+        "uploaded, all in one commit.",
+    )
+    parser.add_argument("folder", help="a model folder, as training writes it: runs/NAME/model")
+    parser.add_argument("--repo-id", "--repo_id", required=True, help="USER/NAME on the Hub; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a repository that nobody else sees")
+    parser.add_argument("--revision", help="the branch; made if it is not there (default: main)")
+    parser.add_argument("--native", action="store_true", help="also write the twin without code to the branch `native`")
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Look the folder over, upload it, and print where it is."""
+    args = parser().parse_args(argv)
+
+    from ..publish.push import push_folder
+
+    quiet()
+    folder = Path(args.folder)
+    print(*push_folder(folder, args.repo_id, args.revision, args.private, args.native), sep="\n")
