@@ -7,6 +7,7 @@ architectures, weights that are missing, and settings that MiniGPT does not have
 from dataclasses import fields
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from .model.configuration_minigpt import MiniGPTConfig
@@ -47,9 +48,12 @@ def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
 
 def existing_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
     """The weights of a folder or Hub id, in float32, whatever they were saved in."""
-    model, about = MiniGPTForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        model, about = MiniGPTForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--init_from {folder}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     if wrong := sorted([*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]):
         raise ValueError(f"--init_from {folder}: its weights are not those of its configuration ({wrong[0]}, …)")
     return model

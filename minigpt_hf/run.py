@@ -29,7 +29,7 @@ from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArgumen
 from .training.callbacks import Lines, Samples
 from .training.checkpoint import FINGERPRINT
 from .training.dial import Dial
-from .training.plan import show_plan, tokens_per_step
+from .training.plan import check_memory, show_plan, tokens_per_step
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
 from .training.stops import Interrupted, StopAtBoundary, StopWhenNoBetter
 from .training.trainer import MiniGPTTrainer
@@ -61,6 +61,7 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
         lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),
     )
     config = make_config(architecture, data.block_size, text.tokenizer)
+    check_memory(config, training)
     blocks = Blocks(text.train, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
     if (run / "model").exists():

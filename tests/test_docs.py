@@ -95,15 +95,19 @@ def test_lines_of_the_package_in_the_walkthrough_stand_there():
         assert lines in (ROOT / file).read_text(encoding="utf-8"), (file, lines)
 
 
-def test_the_python_of_the_readme_runs(run_folder, tmp_path, monkeypatch):
+def test_the_python_of_the_readme_runs(run_folder, text, tmp_path, monkeypatch):
+    """Loading as it stands; training with few steps."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(run_folder)
+    (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    loading, training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(loading, names)
     ids = names["tokenizer"]("def ", return_tensors="pt").input_ids
     assert names["model"].generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
+    exec(training.replace("max_steps=300", "max_steps=2, sample_tokens=5, use_cpu=True"), names)
+    assert names["folder"].results["bits_per_byte"] > 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)

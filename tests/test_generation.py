@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
-from minigpt_hf.generation import generate, load, quicken
+from minigpt_hf.fast import quicken
+from minigpt_hf.generation import generate, load
 from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import random_ids, tiny_model
 
@@ -130,7 +131,7 @@ def test_fast_writes_likely_tokens_from_one_compiled_step():
         assert (probabilities.amax(-1) - chosen).max() < 0.02
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     with pytest.raises(ValueError, match="are 302, and --fast has room for 256: give a larger --max_cache_len"):
-        generate(model, tokenizer, "ab", fast=fast, **{**options, "max_new_tokens": 300})
+        generate(model, tokenizer, "ab", more=fast.take, **{**options, "max_new_tokens": 300})
 
 
 def test_fast_says_what_it_cannot_do(run_folder, capsys):

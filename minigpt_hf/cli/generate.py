@@ -34,14 +34,16 @@ def run(argv: list[str]) -> None:
 
     from transformers import TextStreamer
 
-    from ..generation import NOT_WITH_FAST, encode_prompt, load, quicken
+    from ..generation import encode_prompt, load
     from ..generation import generate as write
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
 
-    fast = None
+    more = {}
     if args.fast:
+        from ..fast import NOT_WITH_FAST, quicken
+
         if refused := [name for name in NOT_WITH_FAST if name in options]:
             raise ValueError(f"--{refused[0]} cannot be combined with --fast, which writes one token at a time")
         print("preparing to write fast …", file=sys.stderr, flush=True)
@@ -49,6 +51,7 @@ def run(argv: list[str]) -> None:
         longest = max(options.pop("max_cache_len", 0), options.get("max_length", 0))
         fast = quicken(model, tokenizer, args.prompt, max_cache_len=longest, **sizes)
         print(f"fast: {fast}", file=sys.stderr, flush=True)
+        more = {"more": fast.take}
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
@@ -56,9 +59,9 @@ def run(argv: list[str]) -> None:
             # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
             print(prompt, end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, fast=fast, **options)
+            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, **more, **options)
         else:
-            for text in write(model, tokenizer, prompt, seed=args.seed, fast=fast, **options):
+            for text in write(model, tokenizer, prompt, seed=args.seed, **more, **options):
                 print(text, end="\n---\n", flush=True)
 
     if not args.interactive:

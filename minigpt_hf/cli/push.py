@@ -24,8 +24,15 @@ def run(argv: list[str]) -> None:
     """Look the folder over, upload it, and print where it is."""
     args = parser().parse_args(argv)
 
-    from ..publish.push import push_folder
+    from ..doctor import examine, failures
+    from ..publish.push import check_whole, push_folder
 
     quiet()
     folder = Path(args.folder)
+    check_whole(folder)
+    if found := failures(examine(folder)):
+        faults = "; ".join(f"{row.name}: {row.reason}" for row in found)
+        raise ValueError(
+            f"{folder}: is not pushed, the doctor found {faults}; `minigpt doctor {folder}` says what to do"
+        )
     print(*push_folder(folder, args.repo_id, args.revision, args.private, args.native), sep="\n")

@@ -43,15 +43,23 @@ class PreparedText:
 
     @classmethod
     def open(cls, folder: Path) -> "PreparedText":
-        """One that `keep` wrote."""
-        about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        validation = TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None
-        return cls(
-            **about,
-            tokenizer=load_tokenizer(str(folder / "tokenizer")),
-            train=TokenStream.open(folder / "train"),
-            validation=validation,
-        )
+        """One that `keep` wrote.
+
+        Raises:
+            ValueError: if it is not whole.
+        """
+        try:
+            about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+            return cls(
+                **about,
+                train=TokenStream.open(folder / "train"),
+                validation=TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None,
+                tokenizer=load_tokenizer(str(folder / "tokenizer")),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder}: this prepared text cannot be read ({error}): make it anew with `minigpt tokenize`"
+            ) from error
 
     def keep(self, folder: Path) -> None:
         """Write it as a folder, whole or not at all.

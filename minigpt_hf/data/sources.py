@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
 from .texts import Documents, StreamedDocuments, Texts, index_kept, rows_as_documents, rows_as_one_document
@@ -79,7 +80,7 @@ class Source:
         except DatasetGenerationError as error:
             cause = error.__cause__ or error
             raise ValueError(f"{self.data}: cannot be read: {_first_line(cause)}") from error
-        except OSError as error:  # a URL that does not answer, a file without permission
+        except (OSError, pa.ArrowException) as error:  # a URL that does not answer, no permission, half a file
             raise ValueError(f"{self.data}: cannot be read: {_first_line(error)}") from error
         raise ValueError(
             f"{self.data}: no such file or folder; give a text file, a table, a folder, a glob, a URL, a Hub dataset "
@@ -201,9 +202,9 @@ class Source:
     def _of_rows(self, rows: datasets.Dataset | datasets.IterableDataset, identity: str = "") -> Texts:
         if isinstance(rows, datasets.IterableDataset):
             column = self._column({name: str for name, value in next(iter(rows)).items() if isinstance(value, str)})
-            return StreamedDocuments(
-                rows.select_columns([column]).rename_column(column, "text"), f"{identity} {column}"
-            )
+            rows = rows.select_columns([column])
+            rows = rows if column == "text" else rows.rename_column(column, "text")
+            return StreamedDocuments(rows, f"{identity} {column}")
         return self._documents(rows)
 
     def _documents(self, rows: datasets.Dataset, make=rows_as_documents) -> Documents:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
 RECIPES = files("minigpt_hf") / "training" / "recipes"
@@ -258,6 +259,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
             together = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
             self.load_best_model_at_end = self.eval_strategy != "no" and together
         super().__post_init__()
+        for name in self.report_to:
+            if name not in (available := get_available_reporting_integrations()):
+                installed = ", ".join(available) or "none"
+                raise ValueError(
+                    f"report_to {name}: is unknown or not installed; install it, or name one of: {installed}"
+                )
         if self.device.type == "cpu" and self.fp16:
             raise ValueError("fp16 needs an accelerator, and there is none here: leave it out")
         if self.device.type == "cpu":

@@ -45,7 +45,7 @@ class Lines(TrainerCallback):
         self.tokens_per_byte = tokens_per_byte
 
     def on_train_begin(self, args, state, control, **kwargs):
-        rows = read_log(self.file) if self.file.is_file() else []
+        rows = [row for row in read_log(self.file) if "seconds" in row] if self.file.is_file() else []
         self.earlier = rows[-1]["seconds"] if rows else 0.0  # what a run that goes on took before
         self.began = time.perf_counter()
         self.first_step = self.last_step = state.global_step

@@ -7,8 +7,9 @@ import math
 import time
 from typing import Any
 
+import psutil
 import torch
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from ..data.prepared import PreparedText
 from .arguments import MiniGPTTrainingArguments
@@ -18,6 +19,25 @@ def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
     """Tokens that one optimizer step learns from, over all processes."""
     blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     return blocks * block_size
+
+
+def check_memory(config: PreTrainedConfig, training: MiniGPTTrainingArguments) -> None:
+    """Whether weights, gradients and two moments of each parameter, in float32, will fit: 16 bytes for each.
+
+    Raises:
+        ValueError: before anything is allocated, if they will not.
+    """
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    parameters = config.num_hidden_layers * layer + embeddings
+    on_gpu = training.device.type == "cuda"
+    free = torch.cuda.mem_get_info(training.device)[0] if on_gpu else psutil.virtual_memory().available
+    if 16 * parameters > free:
+        raise ValueError(
+            f"this model has {parameters:,} parameters, which need about {16 * parameters / 1e9:,.1f} GB to train, and "
+            f"{free / 1e9:,.1f} GB are free: lower --hidden_size, --num_hidden_layers or --vocab_size"
+        )
 
 
 def show_plan(trainer: Trainer, text: PreparedText) -> None:

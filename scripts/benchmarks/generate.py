@@ -139,7 +139,8 @@ def fast_writer(minigpt, batch: int, tokens: int) -> tuple[Callable[[], float], 
     import torch
 
     from minigpt_hf.data.tokenizer import byte_tokenizer
-    from minigpt_hf.generation import generate, quicken
+    from minigpt_hf.fast import quicken
+    from minigpt_hf.generation import generate
 
     torch._dynamo.reset()  # what was compiled for another batch size is let go
     model, tokenizer = copy.deepcopy(minigpt), byte_tokenizer()
@@ -150,7 +151,7 @@ def fast_writer(minigpt, batch: int, tokens: int) -> tuple[Callable[[], float], 
 
     def write() -> float:
         began = time.perf_counter()
-        generate(model, tokenizer, prompt, fast=fast, **options)
+        generate(model, tokenizer, prompt, more=fast.take, **options)
         return time.perf_counter() - began
 
     told = {"seconds to prepare": round(fast.seconds, 1), "greedy tokens as float32": f"{fast.agreeing}/{fast.greedy}"}

@@ -25,7 +25,7 @@ def files_of(folder) -> set[str]:
 def test_the_folder_holds_exactly_its_files(run_folder):
     assert files_of(run_folder / "model") == {*REQUIRED, "figures/loss.png", "figures/training.png"}
     assert {path.name for path in run_folder.iterdir()} == {
-        *("checkpoint-20", "checkpoint-40", "model", "recipe.yaml", "fingerprint.json", "log.jsonl")
+        *("checkpoint-20", "checkpoint-40", "model", "recipe.yaml", "fingerprint.json", "log.jsonl", "samples.md")
     }
 
 
@@ -48,9 +48,9 @@ def test_minigpt_json_says_where_the_model_comes_from(about):
     assert about["training"]["tokens"] == 40 * 4 * 32
 
 
-def test_the_figure_is_a_picture_of_the_size_of_a_card(run_folder):
+def test_the_figure_is_a_picture_of_the_width_of_a_card(run_folder):
     with Image.open(run_folder / "model" / "figures" / "loss.png") as picture:
-        assert picture.size == (1050, 600)
+        assert picture.size == (1350, 540)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty sheet
 
 

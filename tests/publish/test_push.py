@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard, constants, login
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
 from minigpt_hf.publish.folder import REQUIRED, published_files
@@ -19,7 +20,7 @@ from minigpt_hf.publish.push import push_folder
 from tests.conftest import random_ids, tiny_model
 from tests.hub_server import TOKEN
 
-MODEL = {*REQUIRED, "figures/loss.png"}
+MODEL = {*REQUIRED, "figures/loss.png", "figures/training.png"}
 CODE = {"configuration_minigpt.py", "modeling_minigpt.py"}
 
 
@@ -27,6 +28,24 @@ CODE = {"configuration_minigpt.py", "modeling_minigpt.py"}
 def no_waiting(monkeypatch):
     """huggingface_hub tries five times, for 23 seconds in all; here it does so without a pause."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+@pytest.fixture(autouse=True)
+def files_alone(monkeypatch, request):
+    """The doctor's whole examination starts processes; here it looks at the files, but for the test that is about it."""
+    if "doctor" not in request.node.name:
+        monkeypatch.setattr(doctor, "examine", doctor.examine_files)
+
+
+def test_what_the_doctor_faults_is_not_pushed(run_folder, hub, tmp_path, capsys):
+    """A folder whose weights are finite and well-formed, and do not load: only the whole examination finds that."""
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    code, _, err = push(capsys, tmp_path / "model", "--repo-id", "user/ill")
+    assert code == 2
+    assert re.fullmatch("minigpt push: .*: is not pushed, the doctor found .*minigpt doctor .* says what to do\n", err)
+    assert not any(request.path.startswith("/api/repos/create") for request in hub.requests)
 
 
 def push(capsys, *argv) -> tuple[int, str, str]:

@@ -8,7 +8,7 @@ import yaml
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.run import make_config, make_model, make_streams, make_tokenizer
+from minigpt_hf.run import make_config, make_model, prepare_text
 from minigpt_hf.training import dial
 from minigpt_hf.training.arguments import parse_arguments, resolved
 from minigpt_hf.training.dial import OTHER_SECONDS, Dial, number_of
@@ -21,16 +21,13 @@ def dialled(argv, folder, began=None):
     arguments = parse_arguments([*argv, "--output_dir", str(folder / "run"), "--use_cpu", "--cache_dir", str(folder)])
     data = arguments[0]
     turned = Dial(arguments, folder / "run", time.perf_counter() if began is None else began)
-    corpus = load_corpus(data.data, data.validation_fraction)
-    turned.choose_tokenizer(corpus)
-    tokenizer = make_tokenizer(corpus, data)
-    stream, validation = make_streams(corpus, tokenizer, data)
+    text = prepare_text(data, turned.choose_tokenizer)
 
     def build(architecture):
-        return make_model(make_config(architecture, data.block_size, tokenizer))
+        return make_model(make_config(architecture, data.block_size, text.tokenizer), architecture)
 
-    turned.choose_the_rest(stream, validation, len(tokenizer), build)
-    return arguments, stream
+    turned.choose_the_rest(text.train, text.validation, len(text.tokenizer), build)
+    return arguments, text.train
 
 
 def test_rules_at_sizes_that_can_be_computed_by_hand():

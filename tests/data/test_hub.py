@@ -1,0 +1,84 @@
+"""Datasets of the Hub: whole, streamed, with configurations and splits of their own. The Hub is on loopback."""
+
+import json
+
+import datasets
+import pytest
+
+from minigpt_hf.cli import main
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.prepared import prepare
+from minigpt_hf.data.stream import build_stream
+from minigpt_hf.data.tokenizer import byte_tokenizer
+
+ROWS = [f"line {i} of the play\n" * (1 + i % 7) for i in range(200)]
+
+
+@pytest.fixture
+def plays(hub, tmp_path) -> str:
+    """user/plays: the configurations `long` (train and validation) and `short` (train alone), as parquet."""
+    files = {
+        "long/train.parquet": ROWS,
+        "long/validation.parquet": ["held out"] * 3,
+        "short/train.parquet": ROWS[:5],
+    }
+    content = {}
+    for name, rows in files.items():
+        datasets.Dataset.from_dict({"text": rows, "n": list(range(len(rows)))}).to_parquet(tmp_path / "rows.parquet")
+        content[name] = (tmp_path / "rows.parquet").read_bytes()
+    configs = "\n".join(f"- config_name: {name}\n  data_dir: {name}" for name in ("long", "short"))
+    content["README.md"] = f"---\nconfigs:\n{configs}\n---\n".encode()
+    hub.put("user/plays", content, kind="datasets")
+    return "user/plays"
+
+
+def test_a_dataset_brings_its_own_validation_split(plays):
+    corpus = load_corpus(f"{plays}:long")
+    assert (list(corpus.train), list(corpus.validation)) == (ROWS, ["held out"] * 3)
+    assert corpus.cut == "the validation split that comes with it"
+    part = load_corpus(f"{plays}:long", 0, split="train[:5%]")
+    assert list(part.train) == ROWS[:10]
+    short = load_corpus(f"{plays}:short", 0.4)
+    assert len(list(short.train)) + len(list(short.validation)) >= 5
+    assert "".join([*short.train, *short.validation]) == "".join(ROWS[:5])
+
+
+def test_a_stream_is_cut_by_content_and_ends_at_so_many_tokens(plays, tmp_path):
+    streamed = load_corpus(f"{plays}:long", 0.1, streaming=True)
+    assert list(streamed.train) == ROWS
+    assert list(streamed.validation) == ["held out"] * 3
+    part = load_corpus(f"{plays}:long", 0.1, split="train", streaming=True)
+    train, validation = list(part.train), list(part.validation)
+    assert sorted([*train, *validation]) == sorted(ROWS)
+    assert 8 <= len(validation) <= 40
+    assert "".join(part.validation.head(50)) == "".join(validation)[:50]
+
+    whole = build_stream(load_corpus(f"{plays}:long", 0).train, byte_tokenizer(), tmp_path)
+    stream = prepare(streamed, "bytes", 0, tmp_path, validation_characters=10, max_tokens=1000).train
+    assert 1000 <= len(stream) < 1200
+    assert stream.tokens.tolist() == whole.tokens[: len(stream)].tolist()
+
+
+def test_a_mixture_of_streams_keeps_its_shares(plays, hub, tmp_path):
+    datasets.Dataset.from_dict({"text": ["x" * 40] * 500}).to_parquet(tmp_path / "x.parquet")
+    hub.put("user/x", {"train.parquet": (tmp_path / "x.parquet").read_bytes()}, kind="datasets")
+    corpus = load_corpus(f"{plays}:long:0.75,user/x:0.25", 0, streaming=True)
+    text = "".join(corpus.train.head(8000))
+    assert text.count("x") / len(text) == pytest.approx(0.25, abs=0.02)
+
+
+def test_training_on_a_streamed_dataset(plays, hub, recipe_file, tmp_path, capsys):
+    argv = ["train", "--recipe", str(recipe_file), "--data", f"{plays}:long", "--streaming", "--max_tokens", "2000"]
+    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--eval_steps", "1", "--save_steps", "1"]
+    assert main(argv) == 0
+    about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
+    assert about["data"]["dataset"] == plays
+    assert about["data"]["train"]["tokens"] >= 2000
+
+
+def test_what_the_hub_refuses_is_told_in_a_line(hub):
+    hub.put("user/empty", {"README.md": b"nothing"}, kind="datasets")
+    with pytest.raises(ValueError, match="user/absent: is no file or folder here, and cannot be had from the Hub"):
+        load_corpus("user/absent")
+    with pytest.raises(ValueError, match="user/empty"):
+        load_corpus("user/empty")

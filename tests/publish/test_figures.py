@@ -1,0 +1,49 @@
+"""What a run says of itself can be looked at: figures, samples side by side, several runs in one picture."""
+
+import json
+import shutil
+
+from PIL import Image
+
+from minigpt_hf.cli import main
+from minigpt_hf.publish.figures import columns, short
+from minigpt_hf.training.callbacks import side_by_side
+from minigpt_hf.training.resume import read_log
+
+
+def test_every_figure_is_drawn_and_each_of_its_curves_has_points(run_folder):
+    log = read_log(run_folder / "log.jsonl")
+    for name in ("loss", "bits_per_byte", "eval_loss", "eval_bits_per_byte", "learning_rate", "grad_norm"):
+        tokens, values = columns(log, name)
+        assert len(tokens) == len(values) >= 2, name
+    for name in ("loss", "training"):
+        with Image.open(run_folder / "model" / "figures" / f"{name}.png") as picture:
+            assert picture.width == 1350
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty sheet
+
+
+def test_samples_stand_side_by_side_with_the_loss_they_were_written_at(run_folder):
+    lines = (run_folder / "samples.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "| step | validation loss | it writes |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0", "| 20", "| 40"]
+    losses = [row["eval_loss"] for row in read_log(run_folder / "log.jsonl") if "eval_loss" in row]
+    assert f"| {losses[0]:.4f} |" in lines[3]
+    assert side_by_side([{"step": 1, "sample": "a|b\n<c>"}]).endswith("| 1 |  | a&#124;b<br>&lt;c&gt; |\n")
+
+
+def test_runs_are_compared_in_one_picture(run_folder, tmp_path, capsys):
+    other = tmp_path / "other" / "tiny"
+    other.mkdir(parents=True)
+    shutil.copy(run_folder / "log.jsonl", other)
+    assert main(["plot", str(run_folder), str(other), "--output", str(tmp_path / "both.png")]) == 0
+    assert "drawn" in capsys.readouterr().out
+    assert main(["plot", str(run_folder), "--output", str(tmp_path / "one.png")]) == 0
+    both, one = ((tmp_path / name).read_bytes() for name in ("both.png", "one.png"))
+    assert both != one
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "log.jsonl").write_text(json.dumps({"step": 1, "tokens": 2, "sample": "x"}) + "\n")
+    assert main(["plot", str(tmp_path / "new"), "--output", str(tmp_path / "new.svg")]) == 0
+
+
+def test_large_numbers_read_well():
+    assert [short(n) for n in (7, 1_500, 1_500_000, 2e9)] == ["7", "1.5 k", "1.5 M", "2 G"]

@@ -1,0 +1,68 @@
+"""The package in Python does what the command line does."""
+
+import os
+
+import pytest
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+import minigpt_hf
+from minigpt_hf.cli import main
+from minigpt_hf.training import callbacks
+
+SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "sample_tokens": 3}
+
+
+def test_train_is_the_command(recipe_file, text_file, run_folder, tmp_path):
+    folder = minigpt_hf.train(data=str(text_file), recipe=str(recipe_file), output_dir=tmp_path / "run")
+    assert os.fspath(folder) == str(tmp_path / "run" / "model")
+    model, other = folder.load()[0], AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == folder.about["training"]["parameters"]
+
+
+def test_a_folder_scores_and_writes(run_folder, text_file, capsys):
+    folder = minigpt_hf.ModelFolder(run_folder / "model")
+    score = folder.evaluate(str(text_file), split="validation")
+    assert score.loss == pytest.approx(folder.results["loss"], rel=1e-6)
+    texts = folder.generate("def ", seed=1, max_new_tokens=8, num_return_sequences=2)
+    assert len(texts) == 2
+    assert main(["generate", str(folder), "--prompt", "def ", "--seed", "1", "--max_new_tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    (one,) = folder.generate("def ", seed=1, max_new_tokens=8)
+    assert one.startswith("def ")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: minigpt_hf.train(data="absent.txt"), "absent.txt: no such file or folder"),
+        (lambda: minigpt_hf.train(hiden_size=8), "unknown setting 'hiden_size'; did you mean hidden_size"),
+        (lambda: minigpt_hf.train(recipe="dmeo"), "unknown recipe 'dmeo'; did you mean demo"),
+        (lambda: minigpt_hf.load("absent"), "absent: no model can be loaded"),
+        (lambda: minigpt_hf.evaluate("absent", "stdlib"), "absent: no model can be loaded"),
+        (lambda: minigpt_hf.generate("absent"), "absent: no model can be loaded"),
+    ],
+)
+def test_what_a_user_can_put_right_is_a_value_error(call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_notebook_gets_a_bar_in_place_of_lines(recipe_file, text_file, tmp_path, monkeypatch, capsys):
+    shown = []
+
+    class Bar(tqdm):
+        def close(self):
+            shown.append((self.n, self.total, self.postfix))
+            super().close()
+
+    monkeypatch.setattr(callbacks, "tqdm", Bar)
+    monkeypatch.setattr("minigpt_hf.run.is_in_notebook", lambda: True)
+    minigpt_hf.train(data=str(text_file), recipe=str(recipe_file), output_dir=tmp_path / "run", **SHORT)
+    out = capsys.readouterr().out
+    assert "validation loss" in out
+    assert "tokens/s" not in out
+    assert any(n == total == 4 and "bits/byte" in postfix for n, total, postfix in shown)
