@@ -10,6 +10,7 @@ blocks of 32; weights beyond the range of float16.
 """
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -227,7 +228,7 @@ def _read_vocabulary(file: Path) -> Vocabulary:
 
 
 def _name(folder: Path) -> str:
-    """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder."""
+    """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder; fit for a file name."""
     file = folder / "minigpt.json"
     name = json.loads(file.read_text(encoding="utf-8"))["name"] if file.is_file() else folder.resolve().name
-    return Path(name).name
+    return re.sub(r"[^\w.-]+", "-", name)
