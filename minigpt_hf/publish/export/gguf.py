@@ -30,7 +30,7 @@ from transformers import (
 
 from ...model.configuration_minigpt import MiniGPTConfig
 from ...model.modeling_minigpt import MiniGPTForCausalLM
-from . import check, check_context, load_model, whole_or_absent
+from . import check, check_context, load_model, longest_context, whole_or_absent
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
 
@@ -95,7 +95,7 @@ def _refuse_what_qwen3_cannot_say(folder: Path, config: MiniGPTConfig, context: 
     if "sliding_attention" in config.layer_types and context is None:
         raise ValueError(
             f"{folder}: its layers slide a window of {config.sliding_window} tokens over the text, and llama.cpp's qwen3 "
-            f"knows no windows: it would differ beyond them. Say --context {config.sliding_window}: up to there a window "
+            f"knows no windows: it would differ beyond them. Say --context {longest_context(config)}: up to there a window "
             "hides nothing, and the file allows no longer text; or use `--to native` or `--to onnx`, which have windows"
         )
     if (kind := config.rope_parameters["rope_type"]) != "default":
