@@ -65,4 +65,4 @@ def run(argv: list[str]) -> None:
         ) from error
     print(f"the export is in {out}\nverified: {said}")
     if args.context:
-        print(f"for texts of at most {args.context} tokens: beyond them it would differ from the model")
+        print(f"it is for texts of at most {args.context} tokens")

@@ -42,7 +42,7 @@ def test_it_says_where_the_export_is_what_was_verified_and_its_bounds(runs, caps
     assert capsys.readouterr().out.splitlines() == [
         "the export is in out",
         "verified: Qwen3ForCausalLM with no code of ours; the same weights, and the same logits bit for bit",
-        "for texts of at most 20 tokens: beyond them it would differ from the model",
+        "it is for texts of at most 20 tokens",
     ]
 
 

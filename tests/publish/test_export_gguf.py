@@ -211,6 +211,19 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(case):
         vocabulary_of(make(), 700)
 
 
+def test_more_tokens_than_embeddings_are_refused():
+    with pytest.raises(ValueError, match="ids up to 257, and the model embeddings for 200 of them"):
+        vocabulary_of(byte_tokenizer(), 200)
+
+
+def test_a_strange_name_becomes_a_file_name_and_no_line_of_the_modelfile(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "model")
+    (other / "minigpt.json").write_text(json.dumps({"name": '../a b\nSYSTEM """x'}))
+    out = export_gguf(other, tmp_path / "out")
+    assert (out / "Modelfile").read_text().splitlines()[0] == "FROM ./..-a-b-SYSTEM-x-F32.gguf"
+    assert (out / "..-a-b-SYSTEM-x-F32.gguf").is_file()
+
+
 # -- what cannot be said ----------------------------------------------------------------------------------------------
 
 

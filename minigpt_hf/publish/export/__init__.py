@@ -42,16 +42,18 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
     return model.eval()
 
 
-def check_context(config: MiniGPTConfig, context: int | None) -> None:
-    """Refuse a context in which a sliding window, or the end of the positions, would be felt.
+def longest_context(config: MiniGPTConfig) -> int:
+    """Tokens up to which no window hides any: attention through a window and attention to all are one function there."""
+    if "sliding_attention" in config.layer_types:
+        return min(config.max_position_embeddings, config.sliding_window)
+    return config.max_position_embeddings
 
-    Up to `sliding_window` tokens, attention through the window and attention to all are one and the same function.
-    """
-    if context is None:
-        return
-    windows = "sliding_attention" in config.layer_types
-    longest = min(config.max_position_embeddings, config.sliding_window if windows else config.max_position_embeddings)
-    if not 1 <= context <= longest:
+
+def check_context(config: MiniGPTConfig, context: int | None) -> None:
+    """Refuse a context in which a window, or the end of the positions, would be felt."""
+    longest = longest_context(config)
+    if context is not None and not 1 <= context <= longest:
+        windows = "sliding_attention" in config.layer_types
         reason = f"its layers slide a window of {config.sliding_window} tokens" if windows else "that is its context"
         raise ValueError(f"--context {context}: give 1 to {longest} tokens for this model; {reason}")
 

@@ -10,6 +10,7 @@ blocks of 32; weights beyond the range of float16.
 """
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -29,7 +30,7 @@ from transformers import (
 
 from ...model.configuration_minigpt import MiniGPTConfig
 from ...model.modeling_minigpt import MiniGPTForCausalLM
-from . import check, check_context, load_model, whole_or_absent
+from . import check, check_context, load_model, longest_context, whole_or_absent
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
 
@@ -94,7 +95,7 @@ def _refuse_what_qwen3_cannot_say(folder: Path, config: MiniGPTConfig, context: 
     if "sliding_attention" in config.layer_types and context is None:
         raise ValueError(
             f"{folder}: its layers slide a window of {config.sliding_window} tokens over the text, and llama.cpp's qwen3 "
-            f"knows no windows: it would differ beyond them. Say --context {config.sliding_window}: up to there a window "
+            f"knows no windows: it would differ beyond them. Say --context {longest_context(config)}: up to there a window "
             "hides nothing, and the file allows no longer text; or use `--to native` or `--to onnx`, which have windows"
         )
     if (kind := config.rope_parameters["rope_type"]) != "default":
@@ -227,7 +228,7 @@ def _read_vocabulary(file: Path) -> Vocabulary:
 
 
 def _name(folder: Path) -> str:
-    """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder."""
+    """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder; fit for a file name."""
     file = folder / "minigpt.json"
     name = json.loads(file.read_text(encoding="utf-8"))["name"] if file.is_file() else folder.resolve().name
-    return Path(name).name
+    return re.sub(r"[^\w.-]+", "-", name)

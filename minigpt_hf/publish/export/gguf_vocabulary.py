@@ -50,6 +50,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = settings["model"], settings["added_tokens"]
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise ValueError(f"the tokenizer has ids up to {largest}, and the model embeddings for {rows} of them")
     if settings["normalizer"] is not None:
         raise _refusal(f"it rewrites text first ({settings['normalizer']['type']}), which llama.cpp does not")
     if tokenizer.num_special_tokens_to_add():
