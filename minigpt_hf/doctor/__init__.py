@@ -63,7 +63,7 @@ def examine_files(folder: str | Path) -> list[Row]:
 
     patient = Folder(folder)
     rows = [check(patient) for room in (files, config, code, weights) for check in room.CHECKS]
-    rows += child.rows_of("tokenizer", patient.path, TOKENIZER, 60, MEMORY)
+    rows += child.rows_of("tokenizer", patient.path, TOKENIZER, 120, MEMORY)
     return rows + [check(patient) for check in card.CHECKS]
 
 
@@ -88,7 +88,7 @@ def _loading(folder: Folder, failed: set[str], trust_remote_code: bool) -> list[
     else:
         own = None
     held = sum(folder.files.values())
-    seconds = 180 + 60 * held / (1 << 30)  # starting takes some ten; a GiB more on a slow disk
+    seconds = 600 + 60 * held / (1 << 30)  # idle, starting takes some ten; a GiB takes more on a slow disk
     memory = 2 * MEMORY + 16 * held  # two models in float32, of weights that may have half a byte each
     if own is None:  # then behaviour is that of the folder's own code
         rows = child.rows_of("loading", folder.path, LOADS, seconds, memory, "loads")

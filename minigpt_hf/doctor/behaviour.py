@@ -59,7 +59,7 @@ def _greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **opt
     return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
 
-@check("cached = uncached")
+@check("cached = uncached", "the model fails")
 def cached_equals_uncached(subject: Subject) -> Row:
     model = subject.model
     ids, cache, parts = prompt(model), None, []
@@ -79,7 +79,7 @@ def cached_equals_uncached(subject: Subject) -> Row:
     return passed(f"logits within {distance:.1g}")
 
 
-@check("left-padded = single")
+@check("left-padded = single", "the model fails")
 def left_padded_equals_single(subject: Subject) -> Row:
     model = subject.model
     long = prompt(model, 24)
@@ -101,7 +101,7 @@ def left_padded_equals_single(subject: Subject) -> Row:
     return passed("a shorter text in a batch continues as it does alone")
 
 
-@check("beams")
+@check("beams", "the model fails")
 def beams(subject: Subject) -> Row:
     model = subject.model
     ids = prompt(model, 12)
@@ -124,7 +124,7 @@ class WantsToEnd(LogitsProcessor):
         return scores
 
 
-@check("stops at the end")
+@check("stops at the end", "the model fails")
 def stops(subject: Subject) -> Row:
     model = subject.model
     ends = model.generation_config.eos_token_id

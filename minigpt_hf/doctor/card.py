@@ -17,6 +17,7 @@ from .folder import Folder, is_minigpt
 from .row import NotApplicable, Row, check, failed, is_invisible, passed, some
 
 CARD = "README.md"
+# No pattern takes a time that grows faster than the card: repetitions are bounded, or cannot overlap.
 PLACEHOLDER = re.compile(
     r"\{\{[^{}]{0,200}\}\}|\{%[^{}]{0,200}%\}|\[More Information Needed\]|\bTODO\b|\bFIXME\b|\bTBD\b|[Ll]orem ipsum"
     r"|\b[Yy]our[-_](?:username|name|model|repo)\b|<(?:[Yy]our|[Ii]nsert)\b[^<>]{0,100}>|\| *(?:None|nan|NaN) *(?=\|)"
@@ -26,7 +27,6 @@ ACTIVE = re.compile(
     r"|javascript:|data:text/html",
     re.I,
 )
-# Every pattern here takes a time that grows with the card and no faster: repetitions are bounded or cannot overlap.
 # An escape sequence moves the cursor of a terminal; the others turn the direction of text.
 STEERING = re.compile("[\x1b\x9b\u202a-\u202e\u2066-\u2069]")
 # A fence closes with at least as many of the same marks as it opened with (CommonMark 4.5).

@@ -55,9 +55,8 @@ def references(folder: Folder) -> dict[str, str]:
         collect(f"{file}: auto_map", settings.get("auto_map"))
         pipelines = settings.get("custom_pipelines")
         for name, pipeline in (pipelines if isinstance(pipelines, dict) else {}).items():
-            collect(
-                f"{file}: custom_pipelines.{name}", pipeline.get("impl") if isinstance(pipeline, dict) else pipeline
-            )
+            implementation = pipeline.get("impl") if isinstance(pipeline, dict) else pipeline
+            collect(f"{file}: custom_pipelines.{name}", implementation)
     return found
 
 
@@ -130,6 +129,7 @@ def _tree(folder: Folder, name: str) -> ast.Module:
 def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
     """(file beside it, what is wrong with the import) for all that a module imports relatively or cannot find."""
     tree = _tree(folder, name)
+    unconditional = set(map(id, tree.body))  # what stands inside an `if`, a `try` or a function may be absent
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             spelled = f"from {'.' * node.level}{node.module or ''} import …"
@@ -144,8 +144,7 @@ def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
             for package in {module.split(".")[0] for module in asked}:
                 if package == "minigpt_hf" and name in SUITCASE:
                     yield "", f"line {node.lineno}: imports minigpt_hf, which a stranger does not have"
-                # What stands inside an `if`, a `try` or a function is asked for only where it is there.
-                elif node in tree.body and package not in sys.stdlib_module_names and not find_spec(package):
+                elif id(node) in unconditional and package not in sys.stdlib_module_names and not find_spec(package):
                     yield "", f"line {node.lineno}: imports {package}, which is not installed"
     for module in {plainly or from_it for plainly, from_it in SCANNED.findall(folder.text(name))}:
         if f"{module}.py" not in folder.files:
@@ -164,9 +163,9 @@ def chat_template(folder: Folder) -> Row:
             tree = environment.parse(GENERATION_TAG.sub("", template))
         except (jinja2.TemplateError, RecursionError) as error:
             return failed(f"{place} does not parse: {error}", "correct the template")
-        attributes = [node.attr for node in tree.find_all(jinja2.nodes.Getattr)]
-        attributes += [str(node.value) for node in tree.find_all(jinja2.nodes.Const)]
-        if private := [name for name in attributes if re.match(r"_|.*__\w+__", name)]:
+        private = [node.attr for node in tree.find_all(jinja2.nodes.Getattr) if node.attr.startswith("_")]
+        words = [str(node.value) for node in tree.find_all(jinja2.nodes.Const)]
+        if private := private + [word for word in words if re.search(r"__\w{1,40}__", word)]:
             return failed(f"{place} reaches for {private[0]}", "delete the template: it tries to leave its sandbox")
         others = (jinja2.nodes.Include, jinja2.nodes.Import, jinja2.nodes.FromImport, jinja2.nodes.Extends)
         if next(tree.find_all(others), None):

@@ -86,11 +86,8 @@ class Patient:
 
 def _whole(loaded: tuple[PreTrainedModel, dict]) -> PreTrainedModel:
     model, report = loaded
-    for name, kind in {
-        "missing_keys": "missing",
-        "unexpected_keys": "not asked for",
-        "mismatched_keys": "of wrong shape",
-    }.items():
+    kinds = {"missing_keys": "missing", "unexpected_keys": "not asked for", "mismatched_keys": "of wrong shape"}
+    for name, kind in kinds.items():
         if report[name]:
             raise ValueError(f"{kind}: {some(sorted(map(str, report[name])))}")
     return model.eval()
@@ -102,7 +99,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-@check("loads natively")
+@check("loads natively", "it does not load")
 def natively(patient: Patient) -> Row:
     kind = patient.config.get("model_type")
     if patient.is_minigpt:
@@ -114,7 +111,7 @@ def natively(patient: Patient) -> Row:
     return passed(f"as {type(patient.native).__name__}")
 
 
-@check("loads with the package")
+@check("loads with the package", "it does not load")
 def with_the_package(patient: Patient) -> Row:
     if not patient.is_minigpt:
         raise NotApplicable("not a MiniGPT")
@@ -123,7 +120,7 @@ def with_the_package(patient: Patient) -> Row:
     return _compared(patient, "by minigpt_hf")
 
 
-@check("loads without the package")
+@check("loads without the package", "it does not load")
 def without_the_package(patient: Patient) -> Row:
     sys.modules["minigpt_hf"] = None  # importing it fails: the folder has to do without
     patient.own = patient.load(trust_remote_code=True)
@@ -145,23 +142,18 @@ def _compared(patient: Patient, how: str) -> Row:
     return passed(f"{how}, with the native logits bit for bit")
 
 
-@check("tokenizer loads")
+@check("tokenizer loads", "it does not load")
 def tokenizer_loads(patient: Patient) -> Row:
     """`AutoTokenizer` may build another tokenizer than `tokenizer.json` describes, without a word."""
     if "tokenizer.json" not in patient.folder.files:
         raise NotApplicable("there is no tokenizer.json")
     if "auto_map" in patient.folder.json_if_there("tokenizer_config.json"):
         raise NotApplicable("the tokenizer is code of the folder")
-    reference, loaded = (
-        tokenizer.load(patient.folder),
-        AutoTokenizer.from_pretrained(patient.path, trust_remote_code=False),
-    )
+    reference = tokenizer.load(patient.folder)
+    loaded = AutoTokenizer.from_pretrained(patient.path, trust_remote_code=False)
     for text in tokenizer.texts_of(reference):
-        ids, expected = (
-            loaded(text, add_special_tokens=False).input_ids,
-            reference.encode(text, add_special_tokens=False).ids,
-        )
-        if ids != expected:
+        expected = reference.encode(text, add_special_tokens=False).ids
+        if loaded(text, add_special_tokens=False).input_ids != expected:
             return failed(
                 f"{type(loaded).__name__} gives {text!r} other ids than tokenizer.json",
                 'name `"tokenizer_class": "PreTrainedTokenizerFast"` in tokenizer_config.json',

@@ -40,7 +40,7 @@ def not_applicable(reason: str) -> Row:
     return Row("", "not applicable", plain(reason))
 
 
-def check(name: str) -> Callable[[Callable[..., Row]], Callable[..., Row]]:
+def check(name: str, stumbled: str = "the check stumbled") -> Callable[[Callable[..., Row]], Callable[..., Row]]:
     """Name a check, and turn what it raises into its row: no folder, however odd, stops the doctor."""
 
     def named(function: Callable[..., Row]) -> Callable[..., Row]:
@@ -52,7 +52,7 @@ def check(name: str) -> Callable[[Callable[..., Row]], Callable[..., Row]]:
                 row = not_applicable(str(reason))
             except Exception as error:  # a folder that makes a check stumble is not in order
                 row = failed(
-                    f"the check stumbled: {in_one_line(error)}",
+                    f"{stumbled}: {in_one_line(error)}",
                     "see that the files this row speaks of are of the usual form",
                 )
             return replace(row, name=name)

@@ -79,7 +79,7 @@ def test_beams_that_do_not_run_are_found():
         return right(*args, **kwargs)
 
     model.forward = forward
-    assert look(behaviour.beams, model) == ("fail", "the check stumbled: NotImplementedError: one text at a time")
+    assert look(behaviour.beams, model) == ("fail", "the model fails: NotImplementedError: one text at a time")
 
 
 # -- loading, in this process -----------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_a_model_that_differs_from_its_twin_is_found(broken):
 def test_weights_that_a_model_does_not_ask_for_are_found(broken):
     broken.tensors(lambda kept: kept.update({"model.extra.weight": torch.zeros(3)}))
     row = loading.natively(loading.Patient(broken.path))
-    assert (row.state, row.reason) == ("fail", "the check stumbled: ValueError: not asked for: model.extra.weight")
+    assert (row.state, row.reason) == ("fail", "it does not load: ValueError: not asked for: model.extra.weight")
 
 
 def test_a_configuration_that_would_fill_the_memory_is_not_built(broken):

@@ -43,7 +43,7 @@ def test_code_that_is_trusted_runs_alone_and_a_cache_that_it_breaks_is_found(bro
     # Positions that count from zero again with each step.
     broken.replace("modeling_minigpt.py", "past_key_values.get_seq_length()", "0 * past_key_values.get_seq_length()")
     names = (doctor.OWN_CODE, *doctor.BEHAVIOUR)
-    rows = child.rows_of("loading", broken.path, names, 180, 12 * GIB, "own")
+    rows = child.rows_of("loading", broken.path, names, 600, 12 * GIB, "own")
     assert [row.name for row in rows] == list(names)
     states = {row.name: row.state for row in rows}
     assert states[doctor.OWN_CODE] == "pass", rows
