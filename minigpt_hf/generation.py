@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch._inductor import config as inductor
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -192,6 +189,11 @@ def quicken(
     Raises:
         ValueError: if this model, or this machine, cannot compile.
     """
+    # Here, for the compiler takes a second to import, and whoever does not need it would wait.
+    from torch._inductor import config as inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     if model.device.type not in ("cpu", "cuda"):
         raise ValueError(f"--fast is made for CPUs and CUDA, and the model is on {model.device.type}: leave it out")
     if not model._can_compile_fullgraph:
