@@ -63,7 +63,6 @@ class Dial:
 
     def __init__(self, arguments: Arguments, run: Path, began: float):
         self.data, self.architecture, self.training = arguments
-        self.groups = arguments
         self.began = began
         self.is_turned = bool(self.training.minutes or self.training.size)
         if not self.is_turned:

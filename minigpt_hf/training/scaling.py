@@ -3,20 +3,21 @@
 In: a width, a vocabulary, a number of tokens. Out: settings, as fields of the dataclasses in `arguments`. It measures
 nothing and refuses nothing. With P parameters, D tokens to learn from and T tokens of text:
 
-| choice          | rule                                      | why                                                        |
-|-----------------|-------------------------------------------|------------------------------------------------------------|
-| P               | D = 10 P                                  | half of the 20 that AdamW wants (arXiv:2203.15556): with   |
-|                 |                                           | Muon a model learns as much from fewer tokens              |
-| layers          | 2 at width 64, 4 at 128, 12 at 768        | as the recipes                                             |
-| block           | 128 tokens up to D = 10⁷, × 2 for each × 10 | a longer context costs more, and is learnt later         |
-| tokens a step   | 768 · √(D / 1.5 million)                  | the Shakespeare recipe's, grown as the largest batch that  |
-|                 |                                           | still pays does (arXiv:2505.13738)                         |
-| rate of Muon    | 0.02 at every width                       | its updates have the same operator norm at each, which is  |
-|                 |                                           | what transfers (arXiv:2310.17813)                          |
-| rate of AdamW   | 0.004 · √(128 / width)                    | a tied embedding wants a constant as the entrance and      |
-|                 |                                           | 1 / width as the exit (arXiv:2203.03466): half way         |
-| dropout         | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2 | up to four readings teach as new text does                 |
-| weight decay    | 0 up to D = 4 T, then 0.1                 | (arXiv:2305.16264)                                         |
+| choice         | rule                                        | why                                                       |
+|----------------|---------------------------------------------|-----------------------------------------------------------|
+| P              | D = 10 P                                    | 20 is the best for AdamW on much text (arXiv:2203.15556); |
+|                |                                             | the recipes, with Muon on little, have 0.4 to 2           |
+| layers         | 2 at width 64, 4 at 128, 12 at 768          | as the recipes                                            |
+| block          | 128 tokens up to D = 10⁷, then twice as     | a longer context costs more, and is learnt later          |
+|                | many for each factor of 10, up to 1,024     |                                                           |
+| tokens a step  | 768 · √(D / 1.5 million), but at least 768  | the Shakespeare recipe's, grown about as the largest      |
+|                |                                             | batch that still pays does (arXiv:2505.13738)             |
+| rate of Muon   | 0.02 at every width                         | its updates have the same operator norm at each, which is |
+|                |                                             | what transfers (arXiv:2310.17813)                         |
+| rate of AdamW  | 0.004 · √(128 / width)                      | a tied embedding wants a constant as the entrance and     |
+|                |                                             | 1 / width as the exit (arXiv:2203.03466): half way        |
+| dropout        | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2   | up to four readings teach as new text does                |
+| weight decay   | 0 up to D = 4 T, then 0.1                   | (arXiv:2305.16264)                                        |
 """
 
 import math
@@ -61,8 +62,8 @@ def vocabulary_for(characters: float) -> int:
 
 
 def tokens_in_a_step(tokens: float) -> float:
-    """The batch, in tokens: 1.5e6 -> 768, 1.5e8 -> 7680."""
-    return 768 * math.sqrt(tokens / 1.5e6)
+    """The batch, in tokens: 1.5e6 or less -> 768, 1.5e8 -> 7680."""
+    return 768 * max(1.0, math.sqrt(tokens / 1.5e6))
 
 
 def learning_rates(width: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 A step is forward, backward, clipping, AdamW's part and Muon's part, each timed by itself, in turns; an optimizer passes over
 parameters without a gradient, so either part can run alone. `shakespeare-char` is measured whole. A step of `gpt2-124m` is
 480 blocks of 1,024 tokens: forward and backward are measured on one block and counted 480 times, the rest is done once.
+Seconds are those of the processor (`time.process_time`), which other work on the machine bends less than a clock's.
 """
 
 import argparse
@@ -56,9 +57,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
             aside = [(p, p.grad) for p in model.parameters() if (id(p) in of_muon) != wanted]
             for p, _ in aside:
                 p.grad = None
-            began = time.perf_counter()
+            began = time.process_time()
             optimizer.step()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
             for p, gradient in aside:
                 p.grad = gradient
 
@@ -74,9 +75,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     for repeat in range(repeats + 1):
         for part, do in parts.items():
             seconds: list[float] = []  # what `step_of` notes itself, without the setting aside
-            began = time.perf_counter()
+            began = time.process_time()
             do()
-            taken = seconds[0] if seconds else time.perf_counter() - began
+            taken = seconds[0] if seconds else time.process_time() - began
             if repeat:  # the first round makes the state
                 times[part].append(taken * (often if part == "forward_and_backward" else 1))
         model.zero_grad()

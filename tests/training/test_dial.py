@@ -42,7 +42,7 @@ def test_rules_at_sizes_that_can_be_computed_by_hand():
         2048,
         32768,
     ]
-    assert [tokens_in_a_step(tokens) for tokens in (1.5e6, 6e6)] == [768, 1536]
+    assert [tokens_in_a_step(tokens) for tokens in (1e5, 1.5e6, 6e6)] == [768, 768, 1536]
     assert learning_rates(128) == {"learning_rate": 4e-3, "muon_learning_rate": 0.02}
     assert learning_rates(512) == {"learning_rate": 2e-3, "muon_learning_rate": 0.02}
 
