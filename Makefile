@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs-check torture compat conformance install
+.PHONY: demo test lint docs-check torture compat conformance neighbours neighbours-quick install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
@@ -24,6 +24,14 @@ conformance: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
 	$(BIN)/python scripts/conformance.py $(TRANSFORMERS)
 
+# Other people's programs, run for real on a folder trained here. Environments and folder are kept in .neighbours/.
+neighbours: .neighbours/venv/installed .neighbours/vllm/installed
+	.neighbours/venv/bin/python -m pytest tests/neighbours
+
+# Those of them that need nothing beyond .venv.
+neighbours-quick: install
+	$(BIN)/python -m pytest tests/neighbours/test_pipeline.py tests/neighbours/test_peft.py tests/neighbours/test_launch.py
+
 # The commands of the README that take minutes, in a copy, as on a fresh machine.
 docs-check:
 	@folder=$$(mktemp -d) && git clone --quiet . $$folder && $(MAKE) --directory $$folder demo test && rm -rf $$folder
@@ -37,4 +45,20 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+EXTRAS = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'], sep=',')")
+
+.neighbours/venv/installed: pyproject.toml constraints.txt tests/neighbours/requirements.txt
+	$(PYTHON) -m venv .neighbours/venv
+	.neighbours/venv/bin/python -m pip install --quiet --constraint constraints.txt \
+		--requirement tests/neighbours/requirements.txt --editable '.[$(EXTRAS)]'
+	DS_BUILD_OPS=0 .neighbours/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation deepspeed==0.19.8
+	@touch $@
+
+# torchvision and its like are for pictures and sound; those that fit a CUDA torch break a CPU one.
+.neighbours/vllm/installed: tests/neighbours/requirements-vllm.txt
+	$(PYTHON) -m venv .neighbours/vllm
+	.neighbours/vllm/bin/python -m pip install --quiet --requirement tests/neighbours/requirements-vllm.txt
+	.neighbours/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -85,9 +85,11 @@ def test_every_room_is_in_the_table():
     assert {room_of(file) for file in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
 
 
-def test_the_model_files_import_nothing_but_torch_and_transformers():
+def test_the_model_files_need_nothing_but_torch_and_transformers():
     for file in (PACKAGE / "model").glob("*_minigpt.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tried = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
+        for node in set(ast.walk(tree)) - tried:
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert (node.level, node.module) == (1, "configuration_minigpt")
             elif isinstance(node, ast.ImportFrom):

@@ -18,6 +18,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_minigpt.MiniGPTForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_minigpt.MiniGPTForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_minigpt.MiniGPTForQuestionAnswering",
+    # A decision is read off the logits of its labels. This is also the one Auto class that `transformers serve` asks.
+    "AutoModelForDecision": "modeling_minigpt.MiniGPTForCausalLM",
 }
 
 

@@ -41,6 +41,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minigpt import MiniGPTConfig
 
+try:  # PEFT looks up by model type, here and nowhere else, which matrices LoRA adapts unless it is told
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+except ImportError:  # no PEFT, or one that does not fit this transformers: neither is needed to run a model
+    LORA_TARGETS = {}
+LORA_TARGETS["minigpt"] = ["q_proj", "v_proj"]  # as for Qwen3
+
 
 @use_kernel_forward_from_hub("RMSNorm")
 class MiniGPTRMSNorm(nn.Module):

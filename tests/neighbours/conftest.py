@@ -1,0 +1,75 @@
+"""Other people's programs, run for real on a folder that `minigpt train` made, each compared with a reference.
+
+`make neighbours` makes the environments (`requirements*.txt` here) and runs this folder; `make test` leaves it out.
+"""
+
+import email
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.cli import main
+from tests.conftest import ROOT
+
+KEPT = ROOT / ".neighbours"
+EMAIL = Path(email.__file__).parent  # a package of the standard library: real text, on every machine
+# 4 layers of width 128; 300 steps of 12 · 64 tokens: 230,400 tokens.
+TRAINING = f"""
+data: {EMAIL}
+tokenizer: bpe
+vocab_size: 512
+block_size: 64
+use_sliding_window: true
+hidden_size: 128
+num_hidden_layers: 4
+num_attention_heads: 4
+num_key_value_heads: 2
+per_device_train_batch_size: 12
+max_steps: 300
+learning_rate: 4.0e-3
+warmup_steps: 20
+logging_steps: 50
+validation_characters: 20000
+sample_tokens: 10
+sample_prompt: "def "
+use_cpu: true
+"""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Path:
+    """A trained model folder, made once; the code that it carries is always that of today."""
+    run = KEPT / f"run-{zlib.crc32(TRAINING.encode()):08x}"
+    if not (run / "model").is_dir():
+        KEPT.mkdir(exist_ok=True)
+        (KEPT / "recipe.yaml").write_text(TRAINING, encoding="utf-8")
+        assert main(["train", "--recipe", str(KEPT / "recipe.yaml"), "--output_dir", str(run)]) == 0
+    for file in (ROOT / "minigpt_hf" / "model").glob("*_minigpt.py"):
+        shutil.copy(file, run / "model")
+    return run / "model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(trained) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(trained)
+
+
+@pytest.fixture
+def model(trained) -> MiniGPTForCausalLM:
+    return MiniGPTForCausalLM.from_pretrained(trained).eval()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Twenty beginnings of lines that the model may have seen, of different lengths."""
+    lines = (EMAIL / "message.py").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if len(line) > 30]
+    return [line[: 8 + place] for place, line in enumerate(lines[:: len(lines) // 20][:20])]

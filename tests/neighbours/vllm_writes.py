@@ -1,0 +1,43 @@
+"""Run by the Python of vLLM's own environment: folder, prompts (token ids) -> greedy tokens, and what ran them.
+
+python vllm_writes.py FOLDER PROMPTS.json OUT.json --tokens N --tensor_parallel_size N [--trust_remote_code]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--tensor_parallel_size", type=int)
+    parser.add_argument("--trust_remote_code", action="store_true")
+    arguments = parser.parse_args()
+    engine = LLM(
+        arguments.folder,
+        trust_remote_code=arguments.trust_remote_code,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(arguments.prompts.read_text())]
+    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=arguments.tokens))
+    model = engine.llm_engine.vllm_config.model_config
+    runs, _ = model.registry.resolve_model_cls(model.architectures, model_config=model)
+    written = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "class": runs.__name__,
+        "workers": len(engine.collective_rpc("check_health")),
+    }
+    arguments.out.write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    main()
