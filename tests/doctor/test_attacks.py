@@ -292,7 +292,7 @@ def code_with_a_page_of_nothing(folder: Broken):
 @attack("prompts inert", says=r"README\.md: a prompt has '<img src=x onerror=")
 def markup_in_the_prompt_of_the_widget(folder: Broken):
     widget = "widget:\n- text: '<img src=x onerror=\"alert(1)\">'\n"
-    folder.replace("README.md", "library_name:", f"{widget}library_name:")
+    folder.replace("README.md", "widget:\n", widget)
 
 
 @attack("prompts inert", says=re.escape(r"minigpt.json: a prompt has '\x1b'"))
