@@ -128,6 +128,7 @@ def evaluate(
         data,
         0.0 if split == "all" else given_or_as_trained("validation_fraction", validation_fraction, 0.1),
         given_or_as_trained("encoding", encoding, "utf-8"),
+        encoding_errors=recipe.get("encoding_errors", "strict"),
         split=given_or_as_trained("data_split", data_split),
         text_column=given_or_as_trained("text_column", text_column),
         data_format=given_or_as_trained("data_format", data_format),

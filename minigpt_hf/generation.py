@@ -8,6 +8,7 @@ and it never replaces `generate`.
 import copy
 import difflib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .network import cache_alone_if_unreachable
+
 
 def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
@@ -33,8 +36,9 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
         ValueError: if there is no model there, or it brings code that is not trusted.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with nullcontext() if Path(folder).is_dir() else cache_alone_if_unreachable():
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, SafetensorError) as error:
         if (Path(folder) / "model" / "config.json").is_file():
             raise ValueError(f"{folder}: this is a run; its model is in {Path(folder) / 'model'}") from error

@@ -113,6 +113,7 @@ def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None]
         data.data,
         data.validation_fraction,
         data.encoding,
+        encoding_errors=data.encoding_errors,
         split=data.data_split,
         text_column=data.text_column,
         data_format=data.data_format,

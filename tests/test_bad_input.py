@@ -39,11 +39,15 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "not UTF-8": (data("latin.txt"), "latin.txt: not utf-8 text: byte 0xe9 at position 3 … --encoding latin-1"),
         "UTF-16 read as UTF-8": (data("utf16.txt"), "utf16.txt: not utf-8 text: byte 0xff at position 0"),
         "an unknown encoding": (train("--encoding", "utf-9"), "encoding 'utf-9' is unknown; try utf-8"),
+        "an unknown way with bad bytes": (
+            train("--encoding_errors", "guess"),
+            "encoding_errors 'guess': there are strict",
+        ),
         "an ending without a reader": (data("thesis.pdf"), "thesis.pdf: nothing here reads .pdf files; known are"),
         "an archive": (data("texts.zip"), "texts.zip: nothing here reads .zip files"),
         "text and tables in one folder": (
             data("mixed"),
-            "mixed: holds files of different kinds (.jsonl, .txt) … name one",
+            "mixed: holds 1 files of text and 1 tables (.jsonl, .txt) … --data_format text",
         ),
         "a pattern that matches nothing": (data("*.docx"), "*.docx: no such file or folder"),
         "no gzip inside .gz": (data("broken.txt.gz"), "broken.txt.gz: cannot be read: … "),

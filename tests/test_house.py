@@ -21,6 +21,7 @@ EVERYTHING = {
     "training",
     "evaluation",
     "generation",
+    "network",
     "fast",
     "publish",
     "doctor",
@@ -33,9 +34,10 @@ EVERYTHING = {
 # The table of the design: what each room may import of the others.
 MAY_IMPORT = {
     "model": set(),
-    "data": set(),
+    "network": set(),
+    "data": {"network"},
     "evaluation": set(),
-    "generation": set(),
+    "generation": {"network"},
     "fast": {"generation"},
     "training": {"data", "evaluation", "generation", "publish.folder", "publish.push"},
     "publish": {"model"},

@@ -37,6 +37,7 @@ def load_corpus(
     validation_fraction: float = 0.1,
     encoding: str = "utf-8",
     *,
+    encoding_errors: str = "strict",
     split: str | None = None,
     text_column: str | None = None,
     data_format: str | None = None,
@@ -52,6 +53,8 @@ def load_corpus(
             documents or more, those whose content has the lowest hashes, so that a document stays on its side whatever
             the order of files; of fewer, the tail of the text, in characters. 0 for no validation.
         encoding: Of text files and tables that are text.
+        encoding_errors: What to do with bytes that are no text in that encoding: `strict` refuses the file that has them,
+            `replace` puts U+FFFD in their place, `ignore` drops them.
         split: Which split, as `datasets` writes it (`train[:5%]`); default: `train`, and the validation split beside it.
         text_column: The column of a table that is text; default: `text`, or the only one.
         data_format: Reads files as `text`, `json`, `csv`, `parquet` or `arrow`, whatever their endings.
@@ -65,13 +68,17 @@ def load_corpus(
         raise ValueError(f"validation_fraction is {validation_fraction}: a share in [0, 1) is held out, e.g. 0.1")
     if data_format is not None and data_format not in FORMATS:
         raise ValueError(f"data_format {data_format!r}: there are {', '.join(FORMATS)}")
+    if encoding_errors not in ("strict", "replace", "ignore"):
+        raise ValueError(f"encoding_errors {encoding_errors!r}: there are strict, replace, ignore")
     try:
         codecs.lookup(encoding)
     except LookupError as error:
         raise ValueError(f"encoding {encoding!r} is unknown; try utf-8, latin-1, cp1252 or utf-16") from error
 
     def corpus_of(name: str) -> Corpus:
-        train, validation = Source(name, encoding, split, text_column, data_format, streaming, cache_dir).read()
+        train, validation = Source(
+            name, encoding, encoding_errors, split, text_column, data_format, streaming, cache_dir
+        ).read()
         return _cut(name, train, validation, validation_fraction)
 
     if (shares := mixture(data)) is None:

@@ -8,6 +8,7 @@ A document is a file, if it is text, or a row, if it is a table.
 
 import codecs
 import hashlib
+import lzma
 import os
 import re
 import sys
@@ -17,10 +18,13 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError
+import zstandard
+from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
 
+from ..network import cache_alone_if_unreachable
 from .texts import Documents, StreamedDocuments, Texts, index_kept, rows_as_documents, rows_as_one_document
 
 TEXT = (
@@ -51,6 +55,7 @@ class Source:
 
     data: str
     encoding: str
+    encoding_errors: str
     split: str | None
     text_column: str | None
     data_format: str | None
@@ -76,10 +81,10 @@ class Source:
             if files := files_matching(self.data):
                 return self._of_files(files), None
             if names_hub_dataset(self.data):
-                return self._of_hub()
+                with cache_alone_if_unreachable():
+                    return self._of_hub()
         except DatasetGenerationError as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"{self.data}: cannot be read: {_first_line(cause)}") from error
+            raise ValueError(f"{self.data}: cannot be read: {_reason(error)}") from error
         except (OSError, pa.ArrowException) as error:  # a URL that does not answer, no permission, half a file
             raise ValueError(f"{self.data}: cannot be read: {_first_line(error)}") from error
         raise ValueError(
@@ -99,8 +104,9 @@ class Source:
             kinds = {BUILDERS[ending_of(file)][0]: ending_of(file) for file in files}
             if len(kinds) > 1:
                 raise ValueError(
-                    f"{folder}: holds files of different kinds ({', '.join(sorted(kinds.values()))}), of which the "
-                    f"documents would not be alike; name one kind: --data '{folder}/**/*{ending_of(files[0])}'"
+                    f"{folder}: holds {len(files) - len(tables):,} files of text and {len(tables):,} tables "
+                    f"({', '.join(sorted(kinds.values()))}), of which the documents would not be alike; name one kind, "
+                    f"--data '{folder}/**/*{ending_of(tables[0])}', or learn all as text: --data_format text"
                 )
         if not files:
             raise ValueError(f"{folder}: no text file or table in this folder; looked for {' '.join(BUILDERS)}")
@@ -141,15 +147,18 @@ class Source:
         small = [file for file in files if not is_large(file)]
         # The mark that some editors put before the first character is no part of the text.
         read_as = "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
+        decode = {"encoding": read_as, "encoding_errors": self.encoding_errors}
         found = []
         try:
             if small:
-                found.append(self._documents(self._load("text", small, sample_by="document", encoding=read_as)))
+                found.append(self._documents(self._load("text", small, sample_by="document", **decode)))
             for file in large:
-                lines = self._load("text", [file], sample_by="line", keep_linebreaks=True, encoding=read_as)
+                lines = self._load("text", [file], sample_by="line", keep_linebreaks=True, **decode)
                 found.append(self._documents(lines, rows_as_one_document))
         except DatasetGenerationError:
-            _raise_if_undecodable(files, self.encoding)
+            # `datasets` hands `encoding_errors` to plain files alone.
+            strict = self.encoding_errors == "strict"
+            _raise_if_undecodable([file for file in files if strict or file.endswith(COMPRESSED)], self.encoding)
             raise
         return joined(found)
 
@@ -314,6 +323,16 @@ def standard_library() -> list[str]:
     ]
 
 
+def _reason(error: DatasetGenerationError) -> str:
+    """What lies under "An error occurred while generating the dataset"."""
+    if isinstance(error, DatasetGenerationCastError):
+        return "its tables have different columns; give those that are alike, or learn them as text: --data_format text"
+    cause: BaseException = error
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__
+    return _first_line(cause)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -321,11 +340,16 @@ def _first_line(error: BaseException) -> str:
 def _raise_if_undecodable(files: list[str], encoding: str) -> None:
     """Name the file and the byte that are not text."""
     for file in files:
-        if Path(file).is_file() and not file.endswith(COMPRESSED):
-            try:
-                Path(file).read_bytes().decode(encoding)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file}: not {encoding} text: byte {error.object[error.start]:#04x} at position {error.start}; "
-                    "name its encoding, e.g. --encoding latin-1, or leave this file out"
-                ) from error
+        if is_url(file):
+            continue
+        try:
+            with fsspec.open(file, "rb", compression="infer") as opened:
+                opened.read().decode(encoding)
+        except UnicodeDecodeError as error:
+            unpack = "unpack it and " if file.endswith(COMPRESSED) else ""
+            raise ValueError(
+                f"{file}: not {encoding} text: byte {error.object[error.start]:#04x} at position {error.start}; "
+                f"name its encoding, e.g. --encoding latin-1, leave this file out, or {unpack}say --encoding_errors replace"
+            ) from error
+        except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError):
+            continue  # broken in another way, which whoever called this tells

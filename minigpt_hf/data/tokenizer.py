@@ -10,9 +10,13 @@ mistakes the end of a text for padding.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..network import cache_alone_if_unreachable
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -92,7 +96,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         ValueError: if there is none, if it is not a fast one, or if it has no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with nullcontext() if Path(folder).is_dir() else cache_alone_if_unreachable():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer {folder}: cannot be loaded ({str(error).splitlines()[0]}); "

@@ -58,6 +58,10 @@ class DataArguments:
         default=None, metadata={"help": "Take so many tokens of the training text, no more."}
     )
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of text, csv and json files."})
+    encoding_errors: str = field(
+        default="strict",
+        metadata={"help": "Bytes that are no text in it: `strict` refuses their file; or `replace` or `ignore` them."},
+    )
     language: list[str] = field(
         default_factory=list,
         metadata={"help": "For the card: ISO 639 codes of the text's languages, e.g. en; `code`, `multilingual`."},

@@ -132,7 +132,8 @@ def test_what_has_no_reader_is_refused_by_name(files, message, tmp_path):
 def test_files_of_different_kinds_are_not_mixed(tmp_path):
     write_files(tmp_path, {"a.txt": "x", "b.jsonl": '{"text": "y"}'})
     with pytest.raises(
-        ValueError, match=r"files of different kinds \(\.jsonl, \.txt\).*name one kind: --data '.*\*\*/\*\.txt'"
+        ValueError,
+        match=r"1 files of text and 1 tables \(\.jsonl, \.txt\).*--data '.*\*\*/\*\.jsonl'.*--data_format text",
     ):
         texts_of(tmp_path)
     assert texts_of(tmp_path / "*.jsonl") == ["y"]
@@ -214,3 +215,12 @@ def test_a_mixture_is_told_from_a_name_with_a_comma(tmp_path, monkeypatch):
     for wrong in ("a:0.5,b", "a:x,b:1", "a:0,b:1", "a:-1,b:2", ",", "a:nan,b:1"):
         with pytest.raises(ValueError, match="mixture"):
             mixture(wrong)
+
+
+def test_bytes_that_are_no_text_can_be_replaced_or_ignored(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "b.txt").write_text("plain")
+    with pytest.raises(ValueError, match=r"a\.txt: not utf-8 text: byte 0xe9 at position 3.*--encoding_errors replace"):
+        texts_of(tmp_path)
+    assert texts_of(tmp_path, encoding_errors="replace") == ["caf\ufffd au lait", "plain"]
+    assert texts_of(tmp_path, encoding_errors="ignore") == ["caf au lait", "plain"]
