@@ -59,7 +59,8 @@ class MiniGPTTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `callbacks` print lines instead of dictionaries
         self.fingerprint = fingerprint or {}
-        self.story = story  # what the card is to tell, at any moment; needed to push
+        assert story is not None or not args.push_to_hub, "what is pushed while it trains needs a card"
+        self.story = story  # what the card is to tell, at any moment
         self.step_batches: list[torch.Tensor] = []  # input ids of this step, kept until it is known to be good
         self.loss_before_step = 0.0
         self.skipped_steps = self.skipped_since_log = 0
