@@ -61,6 +61,7 @@ def _flags(line: str) -> Change:
     return Change(tuple(line.split()))
 
 
+# Some of these are what a recipe has already: leave them out with --only.
 CHANGES = {
     "the recipe": Change(),
     "AdamW 2e-3 for all": _flags("--no_muon --learning_rate 2e-3"),
@@ -72,6 +73,7 @@ CHANGES = {
     "AdamW 2e-3 beside Muon": _flags("--learning_rate 2e-3"),
     "AdamW 8e-3 beside Muon": _flags("--learning_rate 8e-3"),
     "Muon momentum 0.9": _flags("--muon_momentum 0.9"),
+    "Muon momentum 0.95": _flags("--muon_momentum 0.95"),
     "AdamW beta2 0.99": _flags("--adam_beta2 0.99"),
     "weight decay 0.1": _flags("--weight_decay 0.1"),
     "no warm-up": _flags("--warmup_steps 0"),
@@ -89,6 +91,7 @@ CHANGES = {
     "2 heads": _flags("--num_attention_heads 2"),
     "8 heads": _flags("--num_attention_heads 8"),
     "rotary base 1,000": _flags("--rope_theta 1000"),
+    "rotary base 10,000": _flags("--rope_theta 10000"),
     "dropout 0.05": _flags("--residual_dropout 0.05"),
 }
 
@@ -98,7 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="the text, e.g. tinyshakespeare.txt")
     parser.add_argument("--recipe", default="shakespeare-char", help="what is taken apart (default: shakespeare-char)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--only", nargs="+", default=list(CHANGES), help="some of the changes, by name")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(CHANGES),
+        choices=CHANGES,
+        metavar="CHANGE",
+        help="some of: " + "; ".join(CHANGES),
+    )
     parser.add_argument("--max_steps", type=int, help="fewer steps, to try this command")
     parser.add_argument("--log", type=Path, help="a file that keeps each row as it comes, and is not computed twice")
 
