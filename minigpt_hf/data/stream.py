@@ -153,8 +153,14 @@ def _encode(
         _start(tokenizer_json, dtype)
         yield from map(_encode_piece, jobs)
     else:
-        with multiprocessing.Pool(num_proc, _start, (tokenizer_json, dtype)) as pool:
+        with multiprocessing.Pool(num_proc, _start_process, (tokenizer_json, dtype)) as pool:
             yield from pool.imap(_encode_piece, jobs, chunksize=8)
+
+
+def _start_process(tokenizer_json: str, dtype: np.dtype) -> None:
+    """The same in a process of the pool, which is one of as many as there are cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _start(tokenizer_json, dtype)
 
 
 def _start(tokenizer_json: str, dtype: np.dtype) -> None:

@@ -167,7 +167,8 @@ class Encoder:
 
     def __call__(self, piece: str) -> list[int]:
         try:
-            return self.tokenizer.encode(piece, add_special_tokens=False).ids
+            # Not `encode`, which also computes where in the text each token stands, and takes twice as long.
+            return self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
         except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
             for character in piece:
                 if self.tokenizer.token_to_id(character) is None:
