@@ -284,11 +284,11 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
 
 
 @pytest.fixture
-def workshop(things, tmp_path, monkeypatch):
-    shutil.copytree(things, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
+def workshop(things, monkeypatch):
+    """The same folder for all: that none of them changes it is what each test ends with."""
+    monkeypatch.chdir(things)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    return tmp_path / "here"
+    return things
 
 
 def content(folder) -> dict:
