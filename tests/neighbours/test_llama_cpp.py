@@ -124,10 +124,10 @@ def test_twenty_prompts_go_on_by_the_same_text(trained, exported, text):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-4), ("float16", 0.05), ("bfloat16", 0.3), ("q8_0", 0.5)]
+    ("dtype", "tolerance"), [("float32", 2e-5), ("float16", 0.016), ("bfloat16", 0.11), ("q8_0", 0.4)]
 )
 def test_logits_are_near_as_the_dtype_allows(trained, text, dtype, tolerance, tmp_path):
-    """The tolerances of the rounded dtypes are some three times what was seen."""
+    """The tolerances are three times what was seen: 6e-6, 0.0053, 0.037, 0.13."""
     llama = open_in_llama_cpp(export_gguf(trained, tmp_path / "out", dtype, BLOCK + 1))
     model, tokenizer = (auto.from_pretrained(trained) for auto in (AutoModelForCausalLM, AutoTokenizer))
     ids = tokenizer(text[:500]).input_ids[: BLOCK + 1]
