@@ -25,6 +25,8 @@ from .training.callbacks import SAMPLE_TEMPERATURE, Lines, Samples
 from .training.plan import assumed_power, device_name, duration, tokens_per_step
 from .training.trainer import MiniGPTTrainer
 
+WHERE = ("data", "tokenizer", "init_from")  # settings that may name a place on this machine
+
 
 def describe(
     arguments: Arguments,
@@ -53,7 +55,7 @@ def describe(
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": {**resolved(arguments), "data": public(data.data), "tokenizer": public(data.tokenizer)},
+        "recipe": {name: public(value) if name in WHERE else value for name, value in resolved(arguments).items()},
         "data": {
             "name": public(text.name),
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
@@ -104,8 +106,10 @@ def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size
     return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
 
 
-def public(data: str) -> str:
+def public(data: str | None) -> str | None:
     """What may be published of where a text lies: a file without the folders above it, all of a URL or a name."""
+    if data is None:
+        return None
     if (shares := mixture(data)) is not None:
         return ",".join(f"{public(name)}:{share:g}" for name, share in shares.items())
     return Path(data).absolute().name if Path(data).exists() else data

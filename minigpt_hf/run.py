@@ -61,7 +61,7 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
         lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),
     )
     config = make_config(architecture, data.block_size, text.tokenizer)
-    check_memory(config, training)
+    check_memory(config, architecture, training)
     blocks = Blocks(text.train, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
     if (run / "model").exists():

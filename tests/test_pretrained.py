@@ -41,7 +41,7 @@ def test_training_starts_where_the_model_stands(finetune, run_folder, tmp_path):
         assert torch.equal(tensor, load_file(tmp_path / "run" / "model" / "model.safetensors")[name])
     assert about["tokenizer"]["fingerprint"] == published["tokenizer"]["fingerprint"]
     assert about["recipe"]["hidden_size"] == published["recipe"]["hidden_size"] == 32
-    assert about["recipe"]["init_from"] == str(run_folder / "model")
+    assert about["recipe"]["init_from"] == "model"  # and not where on this machine it lies
 
 
 def test_it_goes_on_learning(finetune, run_folder, tmp_path):

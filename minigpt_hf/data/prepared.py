@@ -12,6 +12,7 @@ A prepared text can be kept as a folder, which needs the corpus no more and may 
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def _kept(
     if not file.is_file():
         tokenizer = learn()
         file.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.backend_tokenizer.save(str(file.with_suffix(".unfinished")))
-        file.with_suffix(".unfinished").replace(file)
+        unfinished = file.with_name(f".{name}.{os.getpid()}.json")  # others may be learning the same
+        tokenizer.backend_tokenizer.save(str(unfinished))
+        unfinished.replace(file)
     return with_special_tokens(Tokenizer.from_file(str(file)))

@@ -67,6 +67,8 @@ class Source:
         path = Path(self.data)
         if self.streaming and not names_hub_dataset(self.data):
             raise ValueError(f"--streaming reads datasets of the Hub as they arrive; {self.data} is none: leave it out")
+        if (path / "prepared.json").is_file():
+            raise ValueError(f"{self.data}: is a prepared text, tokens which only training takes; give the text itself")
         try:
             if self.data == "stdlib":
                 return self._texts(standard_library(), "text"), None

@@ -120,7 +120,8 @@ def _tree(folder: Folder, name: str) -> ast.Module:
     if match := TURNING.search(text):
         raise SyntaxError(f"a character that turns the direction of text ({plain(match[0])})", (name, None, None, None))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an odd escape in a string, which is no fault
+        for category in (SyntaxWarning, DeprecationWarning):  # of an odd escape in a string, which is no fault
+            warnings.simplefilter("ignore", category)
         try:
             return ast.parse(text)
         except (ValueError, RecursionError, MemoryError) as error:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, Trainer
 
 from ..data.prepared import PreparedText
-from .arguments import MiniGPTTrainingArguments
+from .arguments import MiniGPTTrainingArguments, ModelArguments
 
 
 def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
@@ -21,8 +21,10 @@ def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
     return blocks * block_size
 
 
-def check_memory(config: PreTrainedConfig, training: MiniGPTTrainingArguments) -> None:
+def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:
     """Whether weights, gradients and two moments of each parameter, in float32, will fit: 16 bytes for each.
+
+    With LoRA what is learnt is little, and 4 bytes are enough; with FSDP processes share.
 
     Raises:
         ValueError: before anything is allocated, if they will not.
@@ -33,9 +35,10 @@ def check_memory(config: PreTrainedConfig, training: MiniGPTTrainingArguments) -
     parameters = config.num_hidden_layers * layer + embeddings
     on_gpu = training.device.type == "cuda"
     free = torch.cuda.mem_get_info(training.device)[0] if on_gpu else psutil.virtual_memory().available
-    if 16 * parameters > free:
+    needed = (4 if architecture.lora_rank else 16) * parameters / (training.world_size if training.fsdp else 1)
+    if needed > free:
         raise ValueError(
-            f"this model has {parameters:,} parameters, which need about {16 * parameters / 1e9:,.1f} GB to train, and "
+            f"this model has {parameters:,} parameters, which need about {needed / 1e9:,.1f} GB to train, and "
             f"{free / 1e9:,.1f} GB are free: lower --hidden_size, --num_hidden_layers or --vocab_size"
         )
 

@@ -27,7 +27,7 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.tokenizer import character_tokenizer
 
 BLOCK_SIZE, BATCH, WIDTH, LAYERS, HEADS = 64, 12, 128, 4, 4
-# Stock is what `TrainingArguments` and the configurations have. Tuned: the best that docs/log.md found for each.
+# Stock is what `TrainingArguments` and the configurations have. Tuned: a guess so far, not the end of a search.
 TUNED = {
     "gpt2": {"learning_rate": 4e-3, "adam_beta2": 0.99, "warmup_steps": 100, "lr_scheduler_type": "cosine"},
     "llama": {"learning_rate": 4e-3, "adam_beta2": 0.99, "warmup_steps": 100, "lr_scheduler_type": "cosine"},

@@ -53,6 +53,8 @@ def test_training_on_a_kept_text_equals_training_on_the_text(text_file, recipe_f
     assert main(["train", *recipe, "--data", str(kept), "--output_dir", str(tmp_path / "run")]) == 0
     ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", run_folder))
     assert ours == theirs
+    assert main(["evaluate", str(run_folder / "model"), "--data", str(kept)]) == 2
+    assert "is a prepared text, tokens which only training takes" in capsys.readouterr().err
     about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
     assert (about["tokenizer"]["kind"], about["recipe"]["tokenizer"]) == ("byte-level BPE", "bpe")
 
