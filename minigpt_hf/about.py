@@ -20,9 +20,10 @@ from .data.sources import names_hub_dataset
 from .data.stream import TokenStream
 from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from .evaluation import Score, summarize
-from .training.arguments import Arguments, resolved
+from .training.arguments import Arguments
 from .training.callbacks import SAMPLE_TEMPERATURE, Lines, Samples
 from .training.plan import assumed_power, device_name, duration, tokens_per_step
+from .training.recipe import resolved
 from .training.trainer import MiniGPTTrainer
 
 WHERE = ("data", "tokenizer", "init_from")  # settings that may name a place on this machine

@@ -73,7 +73,7 @@ def train(
         ValueError: for settings that do not exist or cannot be, a text that cannot be read, a folder in use.
         RunStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
     """
-    from .training.arguments import parse_arguments
+    from .training.recipe import parse_arguments
 
     named = {"data": data, "output_dir": None if output_dir is None else os.fspath(output_dir)}
     arguments = parse_arguments([], recipe, **{k: v for k, v in named.items() if v is not None}, **overrides)

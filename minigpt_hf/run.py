@@ -25,11 +25,12 @@ from .model.modeling_minigpt import MiniGPTForCausalLM
 from .pretrained import existing_config, existing_model, merged, with_lora
 from .publish.folder import write_model_folder
 from .publish.push import push_folder
-from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments, resolved
+from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments
 from .training.callbacks import Lines, Samples
 from .training.checkpoint import FINGERPRINT
 from .training.dial import Dial
 from .training.plan import check_memory, show_plan, tokens_per_step
+from .training.recipe import resolved
 from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
 from .training.stops import Interrupted, StopAtBoundary, StopWhenNoBetter
 from .training.trainer import MiniGPTTrainer

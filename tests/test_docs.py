@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from minigpt_hf.cli import main
-from minigpt_hf.training.arguments import recipe_names
+from minigpt_hf.training.recipe import recipe_names
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

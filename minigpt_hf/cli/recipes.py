@@ -17,7 +17,7 @@ def run(argv: list[str]) -> None:
     """A paragraph for each, or the file of one."""
     args = parser().parse_args(argv)
 
-    from ..training.arguments import recipe_names, recipe_notes, recipe_text
+    from ..training.recipe import recipe_names, recipe_notes, recipe_text
 
     if args.show:
         if args.name is None:

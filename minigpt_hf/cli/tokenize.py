@@ -19,7 +19,7 @@ def run(argv: list[str]) -> None:
         parser().print_help()
         return
     from ..run import prepare_text
-    from ..training.arguments import parse_arguments
+    from ..training.recipe import parse_arguments
 
     recipe, rest = split_recipe(argv)
     data, _, training = parse_arguments(rest, recipe)

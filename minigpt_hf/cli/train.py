@@ -8,7 +8,7 @@ from .parser import quiet
 
 def parser(verb: str = "train") -> argparse.ArgumentParser:
     """Every setting there is: ours and those of `TrainingArguments`."""
-    from ..training.arguments import argument_parser
+    from ..training.recipe import argument_parser
 
     return argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
 
@@ -20,7 +20,7 @@ def run(argv: list[str]) -> None:
         return
     began = time.perf_counter()  # imports count as minutes, too
 
-    from ..training.arguments import parse_arguments
+    from ..training.recipe import parse_arguments
 
     recipe, rest = split_recipe(argv)
     arguments = parse_arguments(rest, recipe)
@@ -38,7 +38,7 @@ def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _recipe_parser() -> argparse.ArgumentParser:
-    from ..training.arguments import recipe_names
+    from ..training.recipe import recipe_names
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ", ".join(recipe_names())

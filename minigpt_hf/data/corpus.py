@@ -11,7 +11,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from .sources import FORMATS, Source
+from .files import FORMATS
+from .sources import Source
 from .texts import Documents, Mixture, StreamedDocuments, Texts
 
 CACHE = Path(datasets.config.HF_CACHE_HOME) / "minigpt"

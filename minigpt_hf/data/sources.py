@@ -8,44 +8,32 @@ A document is a file, if it is text, or a row, if it is a table.
 
 import codecs
 import hashlib
-import lzma
 import os
 import re
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
-import zstandard
 from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
 
 from ..network import cache_alone_if_unreachable
+from .files import (
+    ABOUT,
+    BUILDERS,
+    COMPRESSED,
+    ending_of,
+    files_below,
+    files_matching,
+    is_large,
+    is_url,
+    raise_if_undecodable,
+    standard_library,
+)
 from .texts import Documents, StreamedDocuments, Texts, index_kept, rows_as_documents, rows_as_one_document
 
-TEXT = (
-    ".txt .text .md .rst .tex .log .html .xml .py .pyi .ipynb .js .ts .c .h .cc .cpp .hpp .rs .go .java .kt .rb .php .sh "
-    ".sql .lua .r .jl .hs .ml .scala .swift .css .yaml .yml .toml .ini .pgn .fasta .fa"
-)
-# The one table from a file's ending to the builder of `datasets` that reads it, and that builder's options.
-BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
-    **dict.fromkeys(TEXT.split(), ("text", {})),
-    **dict.fromkeys(".jsonl .json .ndjson".split(), ("json", {})),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-}
-FORMATS = ("text", "json", "csv", "parquet", "arrow")
-COMPRESSED = (".gz", ".zst", ".xz")  # unpacked by `datasets`, as the ending before says
-# Beside tables these are about the data, not part of it.
-ABOUT = ("readme", "license", "licence")
-# A text file above this size is read by its lines, and so never held in memory whole.
-LINES_ABOVE_BYTES = 32_000_000
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
@@ -160,7 +148,7 @@ class Source:
         except DatasetGenerationError:
             # `datasets` hands `encoding_errors` to plain files alone.
             strict = self.encoding_errors == "strict"
-            _raise_if_undecodable([file for file in files if strict or file.endswith(COMPRESSED)], self.encoding)
+            raise_if_undecodable([file for file in files if strict or file.endswith(COMPRESSED)], self.encoding)
             raise
         return joined(found)
 
@@ -270,59 +258,9 @@ def names_hub_dataset(data: str) -> bool:
     )
 
 
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://", "hf://"))
-
-
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote it."""
     return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
-
-
-def is_large(file: str) -> bool:
-    if is_url(file):
-        return False
-    times = 5 if Path(file).suffix in COMPRESSED else 1  # about what text packs to
-    return Path(file).stat().st_size * times > LINES_ABOVE_BYTES
-
-
-def ending_of(file: str) -> str:
-    """notes.TXT -> .txt; https://…/rows.jsonl.gz?x=1 -> .jsonl; README -> ''."""
-    path = Path(urlparse(file).path if is_url(file) else file)
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
-
-
-def files_matching(pattern: str) -> list[str]:
-    """Files that a glob stands for, sorted; `**` is any number of folders."""
-    path = Path(pattern)
-    found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    return sorted(str(file) for file in found if file.is_file())
-
-
-def files_below(folder: Path, endings=BUILDERS) -> list[str]:
-    """All files with these endings, sorted; hidden files and folders are left out."""
-    return [
-        str(file)
-        for file in sorted(folder.rglob("*"))
-        if ending_of(str(file)) in endings
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-
-
-def standard_library() -> list[str]:
-    """The .py files of this Python: real text, some megabytes, on every machine.
-
-    Left out are tests, tables, and what describes this very machine.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
-    return [
-        file
-        for file in files_below(folder, (".py",))
-        if left_out.isdisjoint(Path(file).relative_to(folder).parts)
-        and not Path(file).name.startswith("_sysconfigdata")
-    ]
 
 
 def _reason(error: DatasetGenerationError) -> str:
@@ -337,21 +275,3 @@ def _reason(error: DatasetGenerationError) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _raise_if_undecodable(files: list[str], encoding: str) -> None:
-    """Name the file and the byte that are not text."""
-    for file in files:
-        if is_url(file):
-            continue
-        try:
-            with fsspec.open(file, "rb", compression="infer") as opened:
-                opened.read().decode(encoding)
-        except UnicodeDecodeError as error:
-            unpack = "unpack it and " if file.endswith(COMPRESSED) else ""
-            raise ValueError(
-                f"{file}: not {encoding} text: byte {error.object[error.start]:#04x} at position {error.start}; "
-                f"name its encoding, e.g. --encoding latin-1, leave this file out, or {unpack}say --encoding_errors replace"
-            ) from error
-        except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError):
-            continue  # broken in another way, which whoever called this tells

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.trial import prepare
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks
-from minigpt_hf.training.arguments import read_recipe
+from minigpt_hf.training.recipe import read_recipe
 
 
 @dataclass(frozen=True)

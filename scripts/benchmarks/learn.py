@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.peer == "nanogpt" and args.nanogpt is None:
         raise SystemExit("--peer nanogpt needs --nanogpt, a clone of https://github.com/karpathy/nanoGPT")
     from minigpt_hf.cli.parser import quiet
-    from minigpt_hf.training.arguments import read_recipe
+    from minigpt_hf.training.recipe import read_recipe
 
     quiet()
     share = args.max_steps / STEPS

@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from benchmarks.trial import prepare
-from minigpt_hf.training.arguments import MiniGPTTrainingArguments, read_recipe
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments
+from minigpt_hf.training.recipe import read_recipe
 
 RATES = {"muon_learning_rate": "Muon", "learning_rate": "AdamW"}
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Let all train in turn, and compare seconds of a step."""
     from minigpt_hf.cli.parser import quiet
-    from minigpt_hf.training.arguments import read_recipe
+    from minigpt_hf.training.recipe import read_recipe
 
     quiet()
     recipe = read_recipe(args.recipe)
@@ -118,7 +118,7 @@ def contestants(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[i
     import bare_loop
 
     from minigpt_hf.run import train
-    from minigpt_hf.training.arguments import parse_arguments
+    from minigpt_hf.training.recipe import parse_arguments
 
     flags = ["--data", str(args.data.resolve()), "--cache_dir", str(folder / "cache"), "--use_cpu", "--fresh"]
     flags += [

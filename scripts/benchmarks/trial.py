@@ -15,7 +15,8 @@ from minigpt_hf.data.blocks import Blocks
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.evaluation import score_documents
 from minigpt_hf.run import make_config, make_model, prepare_text
-from minigpt_hf.training.arguments import Arguments, parse_arguments
+from minigpt_hf.training.arguments import Arguments
+from minigpt_hf.training.recipe import parse_arguments
 
 QUIET = ("--output_dir", "unused", "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "1000000")
 

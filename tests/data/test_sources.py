@@ -9,9 +9,9 @@ import datasets
 import pytest
 import zstandard
 
-from minigpt_hf.data import sources, texts
+from minigpt_hf.data import files, texts
 from minigpt_hf.data.corpus import load_corpus, mixture
-from minigpt_hf.data.sources import BUILDERS
+from minigpt_hf.data.files import BUILDERS
 from tests.data.test_corpus import write_files
 
 ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
@@ -153,7 +153,7 @@ def test_a_large_file_is_read_by_lines_and_is_the_same_corpus(text, tmp_path, mo
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_bytes((spiteful + name).encode())
     whole = load_corpus(str(tmp_path), 0.3, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(sources, "LINES_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(files, "LINES_ABOVE_BYTES", 1000)
     monkeypatch.setattr(texts, "PART_CHARACTERS", 700)
     by_lines = load_corpus(str(tmp_path), 0.3, cache_dir=tmp_path / "cache")
     assert by_lines.train.index["rows"].max() > 1000

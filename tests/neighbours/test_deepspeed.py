@@ -6,7 +6,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from minigpt_hf.training.arguments import parse_arguments
+from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, tiny_model
 
 FLAGS = "--muon false --bf16 true --use_cpu true"

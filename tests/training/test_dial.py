@@ -10,8 +10,8 @@ from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.run import make_config, make_model, prepare_text
 from minigpt_hf.training import dial
-from minigpt_hf.training.arguments import parse_arguments, resolved
 from minigpt_hf.training.dial import OTHER_SECONDS, Dial, number_of
+from minigpt_hf.training.recipe import parse_arguments, resolved
 from minigpt_hf.training.scaling import Shape, block_size_for, learning_rates, tokens_in_a_step, vocabulary_for
 from tests.conftest import SHAKESPEARE
 

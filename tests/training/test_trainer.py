@@ -16,8 +16,9 @@ from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.evaluation import evaluate_texts
 from minigpt_hf.generation import load
-from minigpt_hf.training.arguments import MiniGPTTrainingArguments, parse_arguments
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.callbacks import random_state_kept
+from minigpt_hf.training.recipe import parse_arguments
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT, tiny_model
 from tests.training.conftest import go_back, train

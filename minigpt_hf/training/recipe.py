@@ -1,0 +1,167 @@
+"""A recipe and what overrides it -> the arguments of a training; and back.
+
+In: the name of a recipe (YAML, in `recipes/`) or a file, and flags or keywords. Out: the three dataclasses of `arguments`;
+or, of a training, the recipe that gives it again. It refuses unknown recipes, keys and flags, and names the nearest ones.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .arguments import GROUPS, OF_THE_MODEL, Arguments, settings_known
+
+RECIPES = files("minigpt_hf") / "training" / "recipes"
+
+
+def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides: Any) -> Arguments:
+    """A recipe, overridden by flags or by keywords -> the dataclasses.
+
+    Args:
+        argv: Flags, as on the command line.
+        recipe: Name or YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`, or what `minutes`
+            or `size` choose.
+        overrides: The same settings as flags, by name.
+
+    Raises:
+        ValueError: for an unknown recipe, key or flag, naming the nearest ones; or a value that cannot be.
+    """
+    flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
+    given = {*flags, *overrides}
+    for name in overrides:
+        if name not in settings_known():
+            raise ValueError(f"unknown setting {name!r}{_nearest(name, settings_known())}")
+    if recipe is None and not given & {"minutes", "size"}:
+        recipe = "lora" if "lora_rank" in given else "finetune" if "init_from" in given else "demo"
+    of_recipe = read_recipe(recipe) if recipe else {}
+    settings = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **of_recipe, **overrides}
+    if "num_train_epochs" in given and "max_steps" not in given:
+        settings["max_steps"] = -1  # who asks for epochs is not to be stopped by the recipe's number of steps
+    parser = argument_parser(prog="minigpt train")
+    parser.set_defaults(**settings)
+    data, model, training, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(
+            f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), settings_known())}"
+        )
+    if model.init_from:
+        if training.minutes or training.size:
+            raise ValueError(
+                "--minutes and --size choose a shape, and --init_from brings its own: leave out one of them"
+            )
+        if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
+            raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
+        data.tokenizer = model.init_from
+    if model.lora_rank < 0:
+        raise ValueError(f"lora_rank is {model.lora_rank}: it must be at least 0")
+    if not model.init_from and (model.lora_rank or recipe == "finetune"):
+        raise ValueError("there is no model to go on from: name a folder or a Hub id with --init_from")
+    if model.lora_rank and training.muon:
+        raise ValueError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
+    training.given = frozenset(given | settings.keys())
+    if training.minutes and "max_steps" in training.given:
+        where = "leave it out" if "max_steps" in given else f"recipe {recipe} has it: name none"
+        raise ValueError(f"--minutes chooses max_steps, which is given: {where}")
+    if data.validation_fraction == 0:
+        training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
+        training.load_best_model_at_end = False
+    return data, model, training
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def argument_parser(**kwargs) -> HfArgumentParser:
+    """The parser of every flag there is; abbreviations are not guessed, and a bad value is a `ValueError`."""
+    return _Parser(GROUPS, allow_abbrev=False, **kwargs)
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a named recipe, or of a YAML file.
+
+    Raises:
+        ValueError: if there is no such recipe, it is no YAML mapping, or a key is not the name of a setting.
+    """
+    if name.endswith((".yaml", ".yml")):
+        source = Path(name)
+        if not source.is_file():
+            raise ValueError(f"recipe {name}: no such file")
+    else:
+        source = RECIPES / f"{name}.yaml"
+        if not source.is_file():
+            raise ValueError(
+                f"unknown recipe {name!r}{_nearest(name, recipe_names())}; known: {', '.join(recipe_names())}"
+            )
+    try:
+        settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
+    known = settings_known()
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(key, known)}")
+        if isinstance(value, list | dict) and known[key] in (int, float, str, bool):
+            raise ValueError(f"recipe {name}: {key} is {value}: expected one {known[key].__name__}")
+        if known[key] is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
+            settings[key] = float(value)
+    return settings
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The file of a recipe that comes with the package, comments and all."""
+    read_recipe(name)
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def recipe_notes(name: str) -> dict[str, str]:
+    """What the comment at the head of a recipe says: `what`, `parameters`, `tokens`, `cost`, `result`."""
+    first, *rest = recipe_text(name).splitlines()
+    notes = dict(found.groups() for line in rest if (found := re.fullmatch(r"# (\w+) {2,}(.+)", line)))
+    return {"what": first.removeprefix("# "), **notes}
+
+
+def resolved(arguments: Arguments) -> dict[str, Any]:
+    """The settings as a recipe that gives this very training again, whatever later defaults are.
+
+    All of ours, and those of `TrainingArguments` that are not as transformers has them.
+    """
+    settings = {}
+    for group in arguments:
+        values = group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
+        inherited = {each.name: each.default for each in fields(TrainingArguments)} if group is arguments[2] else {}
+        for name in [each.name for each in fields(group) if each.init and each.name not in NOT_IN_A_RECIPE]:
+            if name not in inherited or values[name] != inherited[name]:
+                settings[name] = values[name]
+    return settings
+
+
+# Where a run lies and what it runs on is not part of what it does; others the Trainer derives by itself.
+NOT_IN_A_RECIPE = {
+    *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
+    *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
+    *("do_eval", "minutes", "size"),  # what they chose is
+}
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
