@@ -4,12 +4,14 @@ In: the three dataclasses of `training.arguments`. Out: a run folder with checkp
 the folder that is published. It refuses to write into a folder that holds anything but the same run, which then goes on.
 """
 
+import atexit
 import json
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_in_notebook
@@ -91,6 +93,8 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
 
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if training.world_size > 1:
+        atexit.register(leave_the_group)
     if stop.number is not None:
         raise Interrupted(stop.number, trainer.state.global_step)
     if trainer.is_world_process_zero():
@@ -101,6 +105,12 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
         if training.push_to_hub:
             print(*push_folder(run / "model", trainer.hub_model_id, training.hub_revision), flush=True)
     return run / "model"
+
+
+def leave_the_group() -> None:
+    """Say goodbye to the other processes: torch sometimes aborts a process that ends while it is still in a group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None] = lambda corpus: None) -> PreparedText:

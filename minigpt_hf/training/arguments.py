@@ -5,10 +5,12 @@ Every flag of `TrainingArguments` works; only defaults differ where a small GPT 
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
@@ -256,6 +258,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if self.load_best_model_at_end is None:
             together = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
             self.load_best_model_at_end = self.eval_strategy != "no" and together
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate takes each process of the launcher for the only one
         super().__post_init__()
         for name in self.report_to:
             if name not in (available := get_available_reporting_integrations()):

@@ -59,11 +59,13 @@ class StopAtBoundary(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
+        number = self.number
         if args.world_size > 1:  # the signal reaches each process at another time; all are to stop at the same step
-            asked = torch.tensor(self.number or 0, device=args.device)
+            asked = torch.tensor(number or 0, device=args.device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.number = int(asked) or None
-        if self.number is not None:
+            number = int(asked) or None
+        if number is not None:  # one that came during the exchange waits in `self.number` for the next step
+            self.number = number
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # who asked is waiting
 
