@@ -27,11 +27,11 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.tokenizer import character_tokenizer
 
 BLOCK_SIZE, BATCH, WIDTH, LAYERS, HEADS = 64, 12, 128, 4, 4
-# Stock is what `TrainingArguments` and the configurations have. Tuned is the best of a search over rates, weight decay,
-# beta2, warm-up and schedule, in docs/log.md.
+# Stock is what `TrainingArguments` and the configurations have. Tuned is the best of a search over rates, weight decay and
+# beta2, in docs/log.md.
 TUNED = {
-    "gpt2": {"learning_rate": 4e-3, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
-    "llama": {"learning_rate": 2e-3, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
+    "gpt2": {"learning_rate": 4e-3, "weight_decay": 0.1, "adam_beta2": 0.99, "warmup_steps": 100},
+    "llama": {"learning_rate": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.99, "warmup_steps": 100},
 }
 
 
