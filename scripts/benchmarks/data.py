@@ -64,7 +64,7 @@ def child(*words: Any) -> dict[str, float]:
     """Do one thing in a process of its own: Linux counts the memory of this one into its peak, so this one stays small."""
     from benchmarks.process import timed
 
-    done = timed([sys.executable, "-m", "benchmarks.data", *words], cwd=Path(__file__).parents[1])
+    done = timed([sys.executable, "-m", "benchmarks.data", *words], PYTHONPATH=str(Path(__file__).parents[1]))
     return json.loads(done.output.splitlines()[-1]) | {"peak_megabytes": done.megabytes}
 
 
