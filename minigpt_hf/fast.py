@@ -114,8 +114,8 @@ def quicken(
         compile_config.mode = None
         compile_config._compile_all_devices = True  # `generate` compiles by itself on accelerators only
         frozen = {"freezing": True, "max_autotune": tune, "autotune_num_choices_displayed": 0}
-        # Kernels written for this very shape: tried beside them, oneDNN's are sometimes chosen, and take twice as long.
-        frozen["max_autotune_gemm_backends"] = "CPP"
+        if num_return_sequences == 1:  # here oneDNN's kernels are sometimes chosen in error, and take twice as long
+            frozen["max_autotune_gemm_backends"] = "CPP"
         # torch's flash attention is slow for a single query: 0.84 ms a layer, the written-out one compiled 0.35 ms.
         model.set_attn_implementation("eager")
     room = max(ids.shape[1] + max(max_new_tokens, GREEDY_TOKENS), max_cache_len)
