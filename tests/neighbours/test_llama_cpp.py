@@ -8,16 +8,14 @@ import re
 
 import pytest
 import torch
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.cli import main
-from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer
 from minigpt_hf.publish.export import gguf_vocabulary
 from minigpt_hf.publish.export.gguf import export_gguf
 from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import tiny_model
-from tests.publish.strings import adversarial_tokenizer, strings
+from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: its build takes 15 minutes")
 F32 = 0  # ggml's number of the type: keys and values as torch keeps them (llama.cpp's default is float16)
@@ -58,12 +56,6 @@ def exported(trained, tmp_path_factory):
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def words_of_gpt2():
-    tokenizer = byte_level_bpe(strings() * 2, 600)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return tokenizer
-
-
 def differing(tokenizer, folder) -> list[str]:
     """The strings of which llama.cpp makes other ids, with special tokens read as such or as text."""
     save_suitcase(tiny_model(vocab_size=len(tokenizer)), tokenizer, folder / "model")
@@ -80,17 +72,7 @@ def differing(tokenizer, folder) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: byte_level_bpe(strings() * 2, 600),
-        byte_tokenizer,
-        words_of_gpt2,
-        adversarial_tokenizer,
-        lambda: character_tokenizer(strings()),
-    ],
-    ids=["bpe", "bytes", "gpt-2", "adversarial", "characters"],
-)
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_200_strings_have_the_same_ids(make, tmp_path):
     assert len(strings()) == 200
     assert differing(make(), tmp_path) == []

@@ -1,4 +1,4 @@
-"""Text on which two tokenizers part that are not the same, and a tokenizer made to show it."""
+"""Text on which two tokenizers part that are not the same, and the tokenizers that are tried on it."""
 
 import json
 import random
@@ -6,7 +6,14 @@ import random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minigpt_hf.data.tokenizer import END_OF_TEXT, PAD, PATTERN
+from minigpt_hf.data.tokenizer import (
+    END_OF_TEXT,
+    PAD,
+    PATTERN,
+    byte_level_bpe,
+    byte_tokenizer,
+    character_tokenizer,
+)
 
 # Alternatives, parted by a sign that occurs in none of them.
 SCRIPTS = (
@@ -74,3 +81,20 @@ def adversarial_tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PAD
     )
+
+
+def words_of_gpt2() -> PreTrainedTokenizerFast:
+    """Our merges behind the words of GPT-2."""
+    tokenizer = byte_level_bpe(strings() * 2, 600)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return tokenizer
+
+
+# Name -> what makes one of each kind that a GGUF file can say.
+TOKENIZERS = {
+    "bpe": lambda: byte_level_bpe(strings() * 2, 600),
+    "bytes": byte_tokenizer,
+    "gpt-2": words_of_gpt2,
+    "adversarial": adversarial_tokenizer,
+    "characters": lambda: character_tokenizer(strings()),
+}

@@ -11,14 +11,14 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_level_bpe, byte_tokenizer, character_tokenizer
+from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer, character_tokenizer
 from minigpt_hf.publish.export import gguf as module
 from minigpt_hf.publish.export.gguf import export_gguf
 from minigpt_hf.publish.export.gguf_vocabulary import encoded, merged, vocabulary_of
 from minigpt_hf.publish.export.native import qwen3_settings
 from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import random_ids, tiny_model
-from tests.publish.strings import adversarial_tokenizer, strings
+from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 
 
 @pytest.fixture(scope="module")
@@ -108,23 +108,7 @@ def test_the_modelfile_samples_as_the_model_does(folder, tmp_path):
 # -- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def gpt2_words() -> PreTrainedTokenizerFast:
-    tokenizer = byte_level_bpe(strings() * 2, 500)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: byte_level_bpe(strings() * 2, 500),
-        byte_tokenizer,
-        gpt2_words,
-        adversarial_tokenizer,
-        lambda: character_tokenizer(strings()),
-    ],
-    ids=["bpe", "bytes", "gpt-2", "adversarial", "characters"],
-)
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_the_vocabulary_alone_gives_the_ids_of_200_strings(make):
     tokenizer = make()
     vocabulary = vocabulary_of(tokenizer, len(tokenizer) + 2)

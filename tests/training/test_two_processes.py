@@ -114,7 +114,9 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(m
 
 
 def test_a_signal_stops_both_processes_at_one_step_and_the_run_goes_on_exactly(recipe, words, tmp_path):
-    flags = ["--max_steps", "150", "--save_steps", "100", "--use_cpu", "false"]  # there is nothing else: it is used
+    flags = ["--max_steps", "150", "--save_steps", "100"]
+    if not torch.accelerator.is_available():
+        flags += ["--use_cpu", "false"]  # there is nothing else: it is used
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     (tmp_path / "last_word.py").write_text(LAST_WORD)
     out = finish(start(recipe, words, straight, *flags, script=tmp_path / "last_word.py"))
