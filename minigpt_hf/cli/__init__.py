@@ -6,6 +6,7 @@ exit code 2; `--debug` shows where it came from.
 """
 
 import errno
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minigpt: unknown verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
     debug = "--debug" in rest
+    _log_to_stderr()
     return _in_one_line(verb, [flag for flag in rest if flag != "--debug"], debug)
 
 
@@ -52,6 +54,16 @@ def usage() -> str:
         + "\n  --version   the version of this package\n"
         "  --debug     after a verb: show the traceback of an error\n"
     )
+
+
+def _log_to_stderr() -> None:
+    """Show what the package logs (choices made, files skipped, warnings) as plain lines on standard error."""
+    logger = logging.getLogger("minigpt_hf")
+    for handler in list(logger.handlers):  # one from an earlier call in this process writes to its own stream
+        logger.removeHandler(handler)
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    if logger.level == logging.NOTSET:  # a level set by the user stays
+        logger.setLevel(logging.INFO)
 
 
 def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
