@@ -105,7 +105,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "negative layers": (train("--num_hidden_layers", "-1"), "`num_hidden_layers` is -1"),
         "a model larger than memory": (train("--hidden_size", "1000000"), "parameters, which need about"),
         "too many layers": (train("--num_hidden_layers", "300000"), "parameters, which need about"),
-        "a dropout of 7": (train("--attention_dropout", "7"), "`attention_dropout` is 7.0: a share"),
+        "a dropout of 7": (
+            train("--attention_dropout", "7"),
+            "`attention_dropout` is 7.0: a dropout probability must be in [0, 1)",
+        ),
         "no steps": (train("--max_steps", "0"), "max_steps is 0: give a number of steps"),
         "no batch": (train("--per_device_train_batch_size", "0"), "per_device_train_batch_size is 0"),
         "no accumulation": (

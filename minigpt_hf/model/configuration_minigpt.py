@@ -1,16 +1,13 @@
-"""The numbers that define a MiniGPT.
+"""The configuration of a MiniGPT model: its architecture, validated when it is created.
 
-In: keyword arguments, or a `config.json`. Out: a validated `MiniGPTConfig`. It refuses an architecture that cannot be
-built (heads that do not divide, sizes below one, token ids beyond the vocabulary, dropouts that are not probabilities).
-
-This file travels with the weights: it knows nothing of the rest of the package.
+This file is copied into every model folder; it imports nothing of the package.
 """
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# Which class of `modeling_minigpt.py` each Auto class loads when a folder is used without this package installed.
+# The class that each Auto class loads when a model folder is used as remote code, without this package installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_minigpt.MiniGPTConfig",
     "AutoModel": "modeling_minigpt.MiniGPTModel",
@@ -18,50 +15,50 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_minigpt.MiniGPTForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_minigpt.MiniGPTForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_minigpt.MiniGPTForQuestionAnswering",
-    # A decision is read off the logits of its labels. This is also the one Auto class that `transformers serve` asks.
+    # Decisions are derived from the logits of their labels. `transformers serve` loads models through this class.
     "AutoModelForDecision": "modeling_minigpt.MiniGPTForCausalLM",
 }
 
 
 @strict
 class MiniGPTConfig(PreTrainedConfig):
-    """Configuration of a MiniGPT. Every field that Qwen3 has too means the same there.
+    """Configuration of a MiniGPT model. Fields that Qwen3 has as well have the same meaning.
 
     Args:
-        vocab_size: Number of token ids, specials included.
-        hidden_size: Width of the residual stream (H · D need not equal it).
-        intermediate_size: Width of the feed-forward layer. Default: 8/3 · `hidden_size`, up to a multiple of 32. SwiGLU
-            has three matrices where a GPT-2 MLP has two, so 8/3 gives as many parameters as GPT-2's factor of 4.
-        num_hidden_layers: Number of blocks.
+        vocab_size: Number of token ids, including special tokens.
+        hidden_size: Dimension of the residual stream. It need not equal `num_attention_heads` · `head_dim`.
+        intermediate_size: Dimension of the feed-forward network. Default: 8/3 · `hidden_size`, rounded up to a multiple of
+            32. SwiGLU has three matrices and the MLP of GPT-2 two, so 8/3 gives the parameter count of GPT-2's factor of 4.
+        num_hidden_layers: Number of decoder layers.
         num_attention_heads: Number of query heads.
-        num_key_value_heads: Number of key and value heads, shared by groups of query heads (GQA, arXiv:2305.13245).
-            Default: as many as query heads.
-        head_dim: Width of one head. Default: `hidden_size / num_attention_heads`.
-        hidden_act: Activation of the gate in the feed-forward layer (`silu` makes it SwiGLU, arXiv:2002.05202).
-        max_position_embeddings: Longest sequence, in tokens.
-        initializer_range: Standard deviation of fresh embeddings; `MiniGPTPreTrainedModel` tells the whole table.
-        rms_norm_eps: Added to the mean square inside each RMSNorm.
-        use_cache: Whether to return keys and values for the next step of a generation.
-        tie_word_embeddings: Whether the output head is the embedding matrix itself (arXiv:1608.05859).
-        rope_parameters: `rope_type`, `rope_theta` and what a scaled type needs, as transformers names them.
-        use_sliding_window, sliding_window, max_window_layers: If used, the layers from `max_window_layers` on see only
-            the last `sliding_window` tokens.
-        layer_types: `full_attention` or `sliding_attention` for each layer. Default: derived from the line above.
-        attention_dropout: Share of attention weights dropped while training.
-        embedding_dropout: Share of embedding values dropped while training.
-        residual_dropout: Share of each branch's output dropped while training, before it joins the residual stream.
-        tokenizer_fingerprint: Hash of the tokenizer that the weights learnt with, which travels with the weights wherever
-            they go: a tokenizer with another hash gives the rows of the embedding another meaning.
+        num_key_value_heads: Number of key and value heads, each shared by a group of query heads (GQA, arXiv:2305.13245).
+            Default: `num_attention_heads`.
+        head_dim: Dimension of a head. Default: `hidden_size / num_attention_heads`.
+        hidden_act: Activation function of the gate in the feed-forward network (`silu` makes it SwiGLU, arXiv:2002.05202).
+        max_position_embeddings: Maximum sequence length in tokens.
+        initializer_range: Standard deviation of the initial embeddings; see `MiniGPTPreTrainedModel` for all parameters.
+        rms_norm_eps: Added to the mean square in every RMSNorm.
+        use_cache: Whether to return keys and values for the next generation step.
+        tie_word_embeddings: Whether the language modeling head shares the embedding matrix (arXiv:1608.05859).
+        rope_parameters: `rope_type`, `rope_theta` and the parameters of a scaled type, as defined by transformers.
+        use_sliding_window, sliding_window, max_window_layers: If enabled, the layers from index `max_window_layers` on attend
+            only to the last `sliding_window` tokens.
+        layer_types: `full_attention` or `sliding_attention` for each layer. Default: derived from the sliding window fields.
+        attention_dropout: Dropout probability of attention weights.
+        embedding_dropout: Dropout probability of embedding values.
+        residual_dropout: Dropout probability of the output of each sublayer, before it is added to the residual stream.
+        tokenizer_fingerprint: Hash of the tokenizer that the model was trained with. It is saved with the weights, so that a
+            different tokenizer, whose ids have a different meaning, can be detected.
 
     Raises:
-        ValueError, or `huggingface_hub.errors.StrictDataclassError` around one: if the architecture cannot be built.
+        ValueError, or `huggingface_hub.errors.StrictDataclassError` with one as its cause: if the architecture is invalid.
     """
 
     model_type = "minigpt"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    # Tensor parallelism: split the heads and the feed-forward columns, gather at the matrix that leaves each branch. The
-    # per-head norms are whole on every rank but see only that rank's heads, so their gradients are summed.
+    # Tensor parallelism: heads and feed-forward columns are split, and the output projection of each sublayer reduces. The
+    # per-head norms are replicated but see only the heads of their rank, so their gradients are all-reduced.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -73,7 +70,7 @@ class MiniGPTConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # Pipeline parallelism: what enters and what leaves each stage.
+    # Pipeline parallelism: inputs and outputs of each stage.
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -112,11 +109,11 @@ class MiniGPTConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            heads = max(1, self.num_attention_heads)  # zero heads are refused below, in words
+            heads = max(1, self.num_attention_heads)  # zero heads are rejected by `validate_architecture`
             if self.hidden_size % heads:
                 raise ValueError(
                     f"`hidden_size` {self.hidden_size} does not divide into {heads} heads: "
-                    "choose a multiple, or name a `head_dim`"
+                    "choose a multiple, or set `head_dim`"
                 )
             self.head_dim = self.hidden_size // heads
         if not self.use_sliding_window:
@@ -127,11 +124,11 @@ class MiniGPTConfig(PreTrainedConfig):
                 for layer in range(self.num_hidden_layers)
             ]
         super().__post_init__(**kwargs)
-        # transformers would fill in only the class that is saved; a folder is to load through every Auto class.
+        # transformers would write only the entry of the class that is saved; a folder must load through every Auto class.
         self.auto_map = dict(AUTO_MAP)
 
     def validate_architecture(self):
-        """Cross-field checks; `@strict` runs them after construction and before each save."""
+        """Check fields against each other. `@strict` calls this after construction and before saving."""
         super().validate_architecture()
         sizes = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -143,15 +140,17 @@ class MiniGPTConfig(PreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` {self.num_attention_heads} is not a multiple of "
-                f"`num_key_value_heads` {self.num_key_value_heads}: each key head serves a whole group of query heads"
+                f"`num_key_value_heads` {self.num_key_value_heads}: every key head serves a group of equal size"
             )
         if self.head_dim % 2:
-            raise ValueError(f"`head_dim` is {self.head_dim}: rotary positions turn pairs, so it must be even")
+            raise ValueError(f"`head_dim` is {self.head_dim}: rotary embeddings rotate pairs, so it must be even")
         if self.use_sliding_window and (self.sliding_window is None or self.sliding_window < 1):
-            raise ValueError(f"`sliding_window` is {self.sliding_window}: with `use_sliding_window` it is at least 1")
+            raise ValueError(
+                f"`sliding_window` is {self.sliding_window}: with `use_sliding_window` it must be at least 1"
+            )
         for name in ("attention_dropout", "embedding_dropout", "residual_dropout"):
             if not 0 <= (share := self.__dict__[name]) < 1:
-                raise ValueError(f"`{name}` is {share}: a share that is dropped lies in [0, 1)")
+                raise ValueError(f"`{name}` is {share}: a dropout probability must be in [0, 1)")
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         for name, ids in (("bos", [self.bos_token_id]), ("eos", eos), ("pad", [self.pad_token_id])):
             for token_id in ids:

@@ -1,18 +1,19 @@
-"""The GPT: token ids in, a score for every possible next token out. Read it from top to bottom.
+"""MiniGPT, a decoder-only transformer: token ids in, logits of the next token out. Read it from top to bottom.
 
-A GPT predicts the next token. Each token becomes a vector of H numbers. A stack of blocks then refines these vectors:
-in each block *attention* lets a token gather what it needs from the tokens before it, and a *feed-forward layer* works
-on every token by itself. Both add their result to the vector that flows past them, the *residual stream*. At the end a
-linear layer turns each vector into V scores, the logits of the next token.
+A language model predicts the next token. An embedding turns each token id into a vector of H numbers, and a stack of L
+decoder layers refines these vectors. Each layer has two sublayers: *self-attention* moves information between positions, from
+earlier tokens to later ones, and the *feed-forward network* transforms the vector of every position separately. Both add
+their output to their input, so the vectors flow through the whole stack along one path, the *residual stream*. A final linear
+layer, the language modeling head, maps each vector to V logits.
 
-The mathematics and the parameter names are those of Qwen3 in transformers, so the same weights run wherever Qwen3 runs.
-Dropout is the one addition; it is off in `eval()`. This file travels with the weights and needs nothing of the package
-but the configuration beside it.
+The computation and the parameter names are those of Qwen3 in transformers, so the same weights run wherever Qwen3 runs.
+Dropout is the only addition, and it is inactive in `eval()`. This file is copied into every model folder; it imports nothing
+of the package except the configuration next to it.
 
 Shapes in the comments:
-    B  batch          H  hidden_size                 N  num_attention_heads       D  head_dim
-    T  time (tokens)  F  intermediate_size           K  num_key_value_heads       V  vocab_size
-    S  tokens that can be attended to: those in the cache and the T new ones
+    B  batch size       H  hidden_size           N  num_attention_heads     D  head_dim
+    T  query positions  F  intermediate_size     K  num_key_value_heads     V  vocab_size
+    S  key positions: the T current tokens and those in the cache           L  num_hidden_layers
 """
 
 from collections.abc import Callable
@@ -41,19 +42,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minigpt import MiniGPTConfig
 
-try:  # PEFT looks up by model type, here and nowhere else, which matrices LoRA adapts unless it is told
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
-except ImportError:  # no PEFT, or one that does not fit this transformers: neither is needed to run a model
-    LORA_TARGETS = {}
-LORA_TARGETS["minigpt"] = ["q_proj", "v_proj"]  # as for Qwen3
-
 
 @use_kernel_forward_from_hub("RMSNorm")
 class MiniGPTRMSNorm(nn.Module):
-    """Scale each vector to a root mean square of one, then by a learned weight (arXiv:1910.07467).
+    """Root mean square normalization with a learned scale (arXiv:1910.07467): [..., H] -> [..., H].
 
-    Vectors keep their direction and lose their length, so that no layer has to cope with a residual stream that grows
-    with depth. [..., H] -> [..., H]. The mean is taken in float32: squares overflow in half precision.
+    Every vector is rescaled to a root mean square of 1, so the input of a sublayer does not grow with the residual stream.
+    The mean is computed in float32, because squares overflow in half precision.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
@@ -71,29 +66,39 @@ class MiniGPTRMSNorm(nn.Module):
 
 
 class MiniGPTRotaryEmbedding(nn.Module):
-    """Where a token stands, told as angles (RoPE, arXiv:2104.09864).
+    """Cosines and sines of the rotary position embedding (RoPE, arXiv:2104.09864).
 
-    Attention alone does not know the order of tokens. RoPE turns pair i of a query or key at position t by the angle
-    t · θ^(-2i/D). The product of a turned query and a turned key depends only on the distance between the two tokens.
+    Attention alone is invariant to the order of the tokens. RoPE rotates the pair (x_i, x_{i + D/2}) of a query or key at
+    position t by the angle t · θ^(-2i/D), with the base θ = `rope_theta`. The dot product of a rotated query and a rotated
+    key then depends on their positions only through the distance between them.
+
+    The attribute names are those that transformers' scaled RoPE types read and update (see `dynamic_rope_update`).
     """
 
     def __init__(self, config: MiniGPTConfig):
         super().__init__()
         self.config = config
+        # For `dynamic` scaling: the sequence length that `inv_freq` is currently computed for, and the one it starts from.
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         rope_init = self.compute_default_rope_parameters
-        if self.rope_type != "default":  # linear, dynamic, yarn, llama3, …: a longer context by configuration alone
+        if (
+            self.rope_type != "default"
+        ):  # linear, dynamic, yarn, llama3, …: extend the context through the configuration
             rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init(config)  # [D/2]
-        # Not saved: they follow from the configuration, and `_init_weights` of transformers restores them on loading.
+        # `original_inv_freq` is what `dynamic` scaling returns to when a sequence is short again. Neither buffer is saved:
+        # both follow from the configuration, and `PreTrainedModel._init_weights` recomputes them when a model is loaded.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: MiniGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Angle per position for each of the D/2 pairs: from 1 radian (near tokens) down to about 1/θ (far ones)."""
+        """Frequency of each of the D/2 pairs, in radians per position: from 1 down to θ^(-(D-2)/D).
+
+        The longest wavelength is 2π · θ^((D-2)/D) positions. The second value scales cosines and sines; it is 1 here.
+        """
         theta = config.rope_parameters["rope_theta"]
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / theta**exponent, 1.0
@@ -103,14 +108,14 @@ class MiniGPTRotaryEmbedding(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B, T] -> cosines and sines, each [B, T, D], in the dtype of `x`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)  # [B, T, D/2]
-        angles = torch.cat((angles, angles), dim=-1)  # [B, T, D]: both members of a pair turn by the same angle
+        angles = torch.cat((angles, angles), dim=-1)  # [B, T, D]: both elements of a pair have the same angle
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Quarter turn of every pair (x_i, x_{i + D/2}): [1, 2, 3, 4] -> [-3, -4, 1, 2]."""
+    """Rotate every pair (x_i, x_{i + D/2}) by 90 degrees: [1, 2, 3, 4] -> [-3, -4, 1, 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -118,13 +123,13 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn queries [B, N, T, D] and keys [B, K, T, D] by the angles of their positions, [B, T, D]."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, T, D]: the same for every head
+    """Rotate queries [B, N, T, D] and keys [B, K, T, D] by the angles of their positions, given as [B, T, D]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, T, D]: shared by all heads
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
 
 def repeat_kv(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Give each query head its key or value head: [B, K, S, D] -> [B, N, S, D], with N = K · groups."""
+    """Repeat each key or value head for the query heads that share it: [B, K, S, D] -> [B, N, S, D], N = K · groups."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
@@ -138,18 +143,26 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention, written out (arXiv:1706.03762). The fast kernels compute the same.
+    """Scaled dot-product attention (arXiv:1706.03762), the reference implementation of the optimized kernels.
 
-    Each token asks a question (its query), offers a label (its key) and carries a message (its value). The closer query
-    and key, the more of that message flows. `attention_mask` [B, 1, T, S] is 0 where a token may look and hugely
-    negative where it may not: at tokens after it, at padding, at other documents.
+    Every position has a query, a key and a value. The attention weights of a position are the softmax of the dot products of
+    its query with all keys, and its output is the average of the values with these weights. As an analogy: the query is a
+    question, the key a label that says what a token has to offer, and the value the message that is passed on.
 
-    Returns the messages received [B, T, N, D] and the weights given to each token [B, N, T, S].
+    Args:
+        query: [B, N, T, D].
+        key, value: [B, K, S, D].
+        attention_mask: [B, 1, T, S], added to the scores: 0 where attention is allowed, and a large negative number at later
+            tokens, at padding and at other documents.
+        scaling: Factor of the scores, 1/√D.
+
+    Returns:
+        The output [B, T, N, D] and the attention weights [B, N, T, S].
     """
     key = repeat_kv(key, module.num_key_value_groups)  # [B, N, S, D]
     value = repeat_kv(value, module.num_key_value_groups)  # [B, N, S, D]
 
-    # Products of D numbers of variance 1 have variance D; `scaling` = 1/√D keeps the softmax from saturating.
+    # A dot product over D elements of unit variance has variance D; `scaling` = 1/√D keeps the softmax from saturating.
     scores = query @ key.transpose(2, 3) * scaling  # [B, N, T, S]
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -159,12 +172,16 @@ def eager_attention_forward(
 
 
 class MiniGPTAttention(nn.Module):
-    """The tokens talk: each gathers from those before it, through N heads that look for different things."""
+    """Causal multi-head self-attention with grouped keys and values (GQA, arXiv:2305.13245) and QK-norm.
+
+    N heads attend independently, each with its own projections. Each of the K key and value heads serves N / K query heads,
+    which makes the cache smaller by that factor.
+    """
 
     def __init__(self, config: MiniGPTConfig, layer_idx: int):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx  # its place in the cache
+        self.layer_idx = layer_idx  # index of this layer in the cache
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -176,8 +193,8 @@ class MiniGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.o_proj.leaves_branch = True  # see `_init_weights`
-        # QK-norm (arXiv:2010.04245): queries and keys of fixed length keep the scores bounded at any learning rate.
+        self.o_proj.residual_projection = True  # initialized with a smaller standard deviation, see `_init_weights`
+        # QK-norm (arXiv:2010.04245): queries and keys of fixed norm bound the scores, which stabilizes high learning rates.
         self.q_norm = MiniGPTRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = MiniGPTRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -199,7 +216,7 @@ class MiniGPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, D]
 
-        # eager (above), sdpa, flash, flex, paged …: chosen by `attn_implementation`, one and the same function.
+        # eager (above), sdpa, flash, flex, paged, …: selected by `attn_implementation`; all compute the same function.
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -214,19 +231,22 @@ class MiniGPTAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # [B, T, N·D]: the heads side by side
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # [B, T, N·D]: heads concatenated
         return self.o_proj(attn_output), attn_weights  # [B, T, H]
 
 
 class MiniGPTMLP(nn.Module):
-    """Each token thinks for itself: SwiGLU (arXiv:2002.05202), where one projection gates another. [B, T, H] -> same."""
+    """Feed-forward network of each position, SwiGLU (arXiv:2002.05202): [B, T, H] -> [B, T, H].
+
+    The elementwise product lets the activated projection, the gate, control how much of the other one passes.
+    """
 
     def __init__(self, config: MiniGPTConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.leaves_branch = True  # see `_init_weights`
+        self.down_proj.residual_projection = True  # initialized with a smaller standard deviation, see `_init_weights`
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +254,10 @@ class MiniGPTMLP(nn.Module):
 
 
 class MiniGPTDecoderLayer(GradientCheckpointingLayer):
-    """One block: the tokens talk, then each thinks. Both steps add to the residual stream; neither overwrites it."""
+    """One layer: attention, then the feed-forward network, each on the normalized residual stream and added to it (pre-norm).
+
+    As an analogy: in attention the tokens communicate, in the feed-forward network each of them computes on its own.
+    """
 
     def __init__(self, config: MiniGPTConfig, layer_idx: int):
         super().__init__()
@@ -244,27 +267,44 @@ class MiniGPTDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MiniGPTMLP(config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,  # some attention kernels derive the boundaries of packed documents from it
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = hidden_states + self.dropout(attn_output)  # [B, T, H]
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))  # [B, T, H]
 
 
 class MiniGPTPreTrainedModel(PreTrainedModel):
-    """What all MiniGPT classes share: how weights start, and what transformers may do with them.
+    """Base class of all MiniGPT models: weight initialization, and the features of transformers that they support.
 
-    Fresh weights, with r = `initializer_range` and L = `num_hidden_layers`:
+    Initialization, with r = `initializer_range` and L = `num_hidden_layers`:
 
-    | parameter                         | start           | why                                                |
-    |-----------------------------------|-----------------|----------------------------------------------------|
-    | `embed_tokens` (and a tied head)  | N(0, r²)        | small: the first guess is near uniform             |
-    | … its row of `pad_token_id`       | 0               | padding says nothing                               |
-    | `q_proj` `k_proj` `v_proj`        | N(0, r²)        | the norms around them set the scale                |
-    | `gate_proj` `up_proj`             | N(0, r²)        | likewise                                           |
-    | `o_proj` `down_proj`              | N(0, r² / 2L)   | L layers add 2L branches, in sum as much as one (GPT-2) |
-    | `lm_head`, if not tied            | N(0, r²)        | as the embeddings                                  |
-    | all norm weights                  | 1               | a plain normalisation                              |
-    | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | the usual fresh classifier                        |
+    | parameter                         | distribution     | reason                                             |
+    |-----------------------------------|------------------|----------------------------------------------------|
+    | `embed_tokens` (and a tied head)  | N(0, r²)         | small logits: the first prediction is near uniform |
+    | … its row of `pad_token_id`       | 0                | padding carries no information                     |
+    | `q_proj` `k_proj` `v_proj`        | N(0, r²)         | the norms around them set the scale                |
+    | `gate_proj` `up_proj`             | N(0, r²)         | likewise                                           |
+    | `o_proj` `down_proj`              | N(0, r² / 2L)    | 2L sublayers add up to the variance of one (GPT-2) |
+    | `lm_head`, if not tied            | N(0, r²)         | as the embeddings                                  |
+    | all norm weights                  | 1                | plain normalization                                |
+    | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | as is usual for a new classification head          |
     """
 
     config: MiniGPTConfig
@@ -281,14 +321,14 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)  # N(0, r²) for matrices and embeddings, 0 for the padding row, 1 for norms
-        # The tag sits on the Linear: for classes outside transformers this method never sees a module without
-        # parameters of its own, such as the attention that holds it.
-        if module.__dict__.get("leaves_branch"):
+        # The attribute is set on the `nn.Linear` itself: for classes outside the library, transformers calls this method
+        # only for modules that own parameters, so it never sees the attention or MLP module that contains the projection.
+        if module.__dict__.get("residual_projection"):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
 
 class MiniGPTModel(MiniGPTPreTrainedModel):
-    """Embeddings, the stack of blocks, a last norm: token ids [B, T] -> hidden states [B, T, H]."""
+    """Embeddings, the stack of decoder layers and a final norm: token ids [B, T] -> hidden states [B, T, H]."""
 
     def __init__(self, config: MiniGPTConfig):
         super().__init__(config)
@@ -314,32 +354,35 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Refine each token's vector in the light of the tokens before it.
+        """Compute the hidden state of every position.
 
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, H] in their place.
-            attention_mask: [B, S], 1 for tokens and 0 for padding; or a mask [B, 1, T, S] for each layer type, by name.
-            position_ids: [B, T]. Positions that restart at 0 begin a new document, which cannot see the one before it;
-                this needs `use_cache=False` and no `attention_mask`.
-            past_key_values: Keys and values of the tokens already seen.
+            input_ids: [B, T]. Alternatively `inputs_embeds` [B, T, H].
+            attention_mask: [B, S], 1 for tokens and 0 for padding; or a dictionary of masks [B, 1, T, S], one per layer type.
+            position_ids: [B, T]. Positions that restart at 0 mark the beginning of a new document, and attention does not
+                cross into the previous one. This requires `use_cache=False` and no `attention_mask`.
+            past_key_values: Cache with the keys and values of previous tokens.
             use_cache: Whether to return `past_key_values`.
+
+        Returns:
+            `last_hidden_state` [B, T, H], after the final norm, and `past_key_values`.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either `input_ids` or `inputs_embeds`: one, and not both")
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` is required")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, H]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)  # [1, T]
 
         masks = attention_mask
-        if not isinstance(masks, dict):  # `generate` with a static cache brings one mask for each layer type
+        if not isinstance(masks, dict):  # `generate` with a static cache passes one mask per layer type
             mask_inputs = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
@@ -370,7 +413,7 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
 
 
 class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
-    """The language model: token ids [B, T] -> logits of each next token [B, T, V], and the loss if labels are given."""
+    """Causal language model: token ids [B, T] -> logits of the next tokens [B, T, V], and the loss if labels are given."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -397,17 +440,18 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Score every token of the vocabulary as the next one.
+        """Compute the logits of the next token at every position.
 
         Args:
-            labels: [B, T], usually the `input_ids` themselves: the loss shifts them by one, and leaves out -100.
-            logits_to_keep: Compute logits only for the last so many positions, or for the positions in a tensor; 0 for
-                all. In a generation just the last one is needed.
-            kwargs: Carry `num_items_in_batch` and `shift_labels` [B, T] (labels that are already shifted) to the loss,
-                and whatever the attention kernels take. The rest is as in `MiniGPTModel.forward`.
+            labels: [B, T], usually equal to `input_ids`: the loss shifts them by one position and ignores -100.
+            logits_to_keep: Compute logits only for this number of last positions, or for the positions in a tensor; 0 for
+                all. Generation needs only the last position.
+            kwargs: Passed on to the loss (`num_items_in_batch`; `shift_labels` [B, T], labels that are already shifted) and
+                to the attention kernels. The other arguments are those of `MiniGPTModel.forward`.
 
         Returns:
-            `loss` in nats per token: the mean cross-entropy, or its sum over `num_items_in_batch`.
+            `logits` [B, T, V], and `loss` in nats: the cross-entropy averaged over the labels, or its sum divided by
+            `num_items_in_batch`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -433,10 +477,10 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         )
 
 
-# Other heads on the same body. The generic classes bring `forward`; their `__init__` would look up the body through
-# AutoModel, which does not know it when this file runs as remote code, so each builds it here.
+# Other heads on the same base model. `forward` is inherited from the generic classes of transformers. Their `__init__`
+# creates the base model through `AutoModel`, which does not know it when this file runs as remote code: it is created here.
 class MiniGPTForSequenceClassification(GenericForSequenceClassification, MiniGPTPreTrainedModel):
-    """One label for a whole text, read off its last token."""
+    """One label per sequence, predicted from its last token."""
 
     def __init__(self, config: MiniGPTConfig):
         MiniGPTPreTrainedModel.__init__(self, config)
@@ -447,7 +491,7 @@ class MiniGPTForSequenceClassification(GenericForSequenceClassification, MiniGPT
 
 
 class MiniGPTForTokenClassification(GenericForTokenClassification, MiniGPTPreTrainedModel):
-    """One label for every token."""
+    """One label per token."""
 
     def __init__(self, config: MiniGPTConfig):
         MiniGPTPreTrainedModel.__init__(self, config)
@@ -459,7 +503,7 @@ class MiniGPTForTokenClassification(GenericForTokenClassification, MiniGPTPreTra
 
 
 class MiniGPTForQuestionAnswering(GenericForQuestionAnswering, MiniGPTPreTrainedModel):
-    """Where in a text an answer starts and ends."""
+    """Start and end of the answer in a text."""
 
     def __init__(self, config: MiniGPTConfig):
         MiniGPTPreTrainedModel.__init__(self, config)
@@ -476,3 +520,9 @@ __all__ = [
     "MiniGPTModel",
     "MiniGPTPreTrainedModel",
 ]
+
+try:  # default targets of LoRA: PEFT reads them from this table by model type and offers no way to register them
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGET_MODULES
+except ImportError:  # PEFT is not installed, or does not support this version of transformers; no model needs it to run
+    LORA_TARGET_MODULES = {}
+LORA_TARGET_MODULES["minigpt"] = ["q_proj", "v_proj"]  # as for Qwen3

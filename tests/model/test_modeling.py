@@ -121,7 +121,7 @@ def test_embeddings_can_stand_in_for_ids_and_logits_be_kept_in_part():
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
     kept = torch.tensor([1, 4])
     torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, logits[:, kept])
-    with pytest.raises(ValueError, match="one, and not both"):
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         model(ids, inputs_embeds=model.model.embed_tokens(ids))
 
 
