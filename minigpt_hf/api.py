@@ -102,7 +102,7 @@ def evaluate(
     max_characters: int | None = None,
     block_size: int | None = None,
     stride: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> "Score":
     """Score a text with any causal LM: loss in nats per token, perplexity, bits per byte.
@@ -117,7 +117,7 @@ def evaluate(
             the sample that training scored, otherwise everything.
         block_size: Inputs in a window, in tokens; default: what the model was trained on.
         stride: Tokens scored in a window; default: `block_size`.
-        batch_size: Windows at a time.
+        batch_size: Windows at a time; default: as in the model's training, whose score is then repeated exactly, or 16.
         trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
 
     Raises:
@@ -148,6 +148,8 @@ def evaluate(
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = given_or_as_trained("block_size", block_size)
+    if batch_size is None:  # the default of `TrainingArguments`, 8, is not written into recipes
+        batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
     texts = whole
     if max_characters is not None:
         window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (

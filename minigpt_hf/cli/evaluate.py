@@ -28,7 +28,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--block_size", type=int, help="inputs in a window (default: what the model was trained on)")
     parser.add_argument("--stride", type=int, help="tokens scored in a window (default: block_size)")
-    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time (default: 16)")
+    parser.add_argument("--batch_size", type=int, help="windows at a time (default: as in the model's training, or 16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     return parser

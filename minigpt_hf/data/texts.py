@@ -140,17 +140,19 @@ class Documents(Texts):
         windows_in_an_excerpt = max(1, characters // EXCERPTS // window)
         excerpts = []
         for place in np.flatnonzero(windows):
-            document, length, unit = self.index[place], int(lengths[place]), int(units[place])
-            sections = -(-int(windows[place]) // windows_in_an_excerpt)
+            document, count, unit = self.index[place], int(windows[place]), int(units[place])
+            sections = -(-count // windows_in_an_excerpt)
+            gaps = int(lengths[place]) - count * unit  # characters that are left out
             offsets = random.Random(document["digest"].tobytes())
+            begin = int(document["begin"])
             for section in range(sections):
-                first, last = length * section // sections, length * (section + 1) // sections
-                count = windows[place] * (section + 1) // sections - windows[place] * section // sections
-                size = min(int(count) * unit, last - first)
+                size = (count * (section + 1) // sections - count * section // sections) * unit
+                gap = gaps * (section + 1) // sections - gaps * section // sections
                 excerpt = document.copy()
-                excerpt["begin"] += first + offsets.randrange(last - first - size + 1)
+                excerpt["begin"] = begin + offsets.randrange(gap + 1)
                 excerpt["end"] = excerpt["begin"] + size
                 excerpts.append(excerpt)
+                begin += gap + size
         return replace(self, index=np.array(excerpts, dtype=INDEX))
 
     def parts(self) -> Iterator[tuple[bool, str]]:
