@@ -62,7 +62,7 @@ def describe(
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
             "cut": text.cut,
             "train": describe_stream(text.train),
-            "validation": describe_stream(text.validation) if text.validation else None,
+            "validation": describe_validation(text) if text.validation else None,
         },
         "tokenizer": {
             "kind": {"bpe": "byte-level BPE"}.get(text.kind, public(text.kind)),
@@ -114,6 +114,19 @@ def public(data: str | None) -> str | None:
     if (shares := mixture(data)) is not None:
         return ",".join(f"{public(name)}:{share:g}" for name, share in shares.items())
     return Path(data).absolute().name if Path(data).exists() else data
+
+
+def describe_validation(text: PreparedText) -> dict[str, Any]:
+    """Counts and fingerprint of the text that is scored, and how much of the validation text it is."""
+    return {
+        **describe_stream(text.validation),
+        "documents": text.scored.documents,
+        "excerpts": len(text.validation.documents),
+        "of_documents": text.scored.of_documents,
+        "of_characters": text.scored.of_characters,
+        "window_characters": text.scored.window,
+        "scored": str(text.scored),
+    }
 
 
 def describe_stream(stream: TokenStream) -> dict[str, Any]:

@@ -8,6 +8,7 @@ one line what was given, why it cannot be, and what to do.
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation import Score
+
+
+logger = logging.getLogger(__name__)
+
+# Estimates the length of a window in characters for a model that does not state it: about 4 for English and byte-level BPE.
+CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def evaluate(
     max_characters: int | None = None,
     block_size: int | None = None,
     stride: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> "Score":
     """Score a text with any causal LM: loss in nats per token, perplexity, bits per byte.
@@ -106,16 +113,18 @@ def evaluate(
         split: Which part of it, as training cuts it.
         validation_fraction, encoding, data_split, text_column, data_format: How it is read and cut; default: as the
             model's training did.
-        max_characters: Score no more; default: of the validation part as many as training did.
+        max_characters: Score a sample of about this many characters from all documents; default: for the validation part
+            the sample that training scored, otherwise everything.
         block_size: Inputs in a window, in tokens; default: what the model was trained on.
         stride: Tokens scored in a window; default: `block_size`.
-        batch_size: Windows at a time.
+        batch_size: Windows at a time; default: as in the model's training, whose score is then repeated exactly, or 16.
         trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
 
     Raises:
         ValueError: if there is no such model or text, or nothing is held out.
     """
     from .data.corpus import load_corpus
+    from .data.prepared import ValidationSample
     from .evaluation import evaluate_texts
 
     loaded, tokenizer = load(model, trust_remote_code)
@@ -133,14 +142,25 @@ def evaluate(
         text_column=given_or_as_trained("text_column", text_column),
         data_format=given_or_as_trained("data_format", data_format),
     )
-    texts = corpus.validation if split == "validation" else corpus.train
-    if texts is None or texts.characters == 0:
+    whole = corpus.validation if split == "validation" else corpus.train
+    if whole is None or whole.characters == 0:
         raise ValueError(f"nothing of {data} is held out for validation; say how much with --validation_fraction")
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
-    if max_characters is not None:
-        texts = texts.head(max_characters)
     block_size = given_or_as_trained("block_size", block_size)
+    if batch_size is None:  # the default of `TrainingArguments`, 8, is not written into recipes
+        batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
+    texts = whole
+    if max_characters is not None:
+        window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (
+            block_size or loaded.config.max_position_embeddings
+        )
+        texts = whole.sample(max_characters, window)
+        if None not in (whole.characters, texts.characters):
+            sample = ValidationSample(
+                texts.number_of_documents, whole.number_of_documents, texts.characters, whole.characters, window
+            )
+            logger.info("scored: %s", sample)
     return evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size)
 
 
@@ -180,6 +200,13 @@ def load(
     from .generation import load
 
     return load(os.fspath(model), trust_remote_code)
+
+
+def window_characters_of(model: str | os.PathLike) -> int | None:
+    """Length in characters of the windows that the validation sample of a training consisted of; `None` if unknown."""
+    file = Path(model) / "minigpt.json"
+    validation = json.loads(file.read_text(encoding="utf-8"))["data"]["validation"] if file.is_file() else None
+    return None if validation is None else validation["window_characters"]
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:

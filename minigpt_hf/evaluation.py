@@ -10,6 +10,7 @@ the window before, and sees no more; with a `stride` below `block_size`, windows
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -23,7 +24,10 @@ IGNORED = -100  # the label that `cross_entropy` leaves out
 
 @dataclass(frozen=True)
 class Score:
-    """`loss` in nats per token, `perplexity` = exp(loss), `bits_per_byte` of UTF-8 text; and what they are of."""
+    """`loss` in nats per token, `perplexity` = exp(loss), `bits_per_byte` of UTF-8 text; and what they are of.
+
+    The perplexity is infinite if exp(loss) exceeds the largest float (a loss above 709.78).
+    """
 
     loss: float
     perplexity: float
@@ -54,7 +58,8 @@ def evaluate_texts(
         stride: Tokens scored in a window; default: `block_size`.
 
     Raises:
-        ValueError: if there is no text, the tokenizer has no token to open a document with, or the window is impossible.
+        ValueError: if there is no text, the tokenizer has no token to open a document with, the window is impossible, or
+            the loss is not finite.
     """
     longest = model.config.max_position_embeddings
     block_size = longest if block_size is None else block_size
@@ -80,6 +85,8 @@ def evaluate_texts(
             yield ids
 
     nats, tokens, documents = score_documents(model, encoded(), opening, block_size, stride, batch_size)
+    if not math.isfinite(nats):
+        raise ValueError(f"the loss of this model on this text is {nats}: its weights or activations are not finite")
     return summarize(nats, tokens, size, documents, block_size, stride)
 
 
@@ -106,7 +113,8 @@ def summarize(nats: float, tokens: int, size: int, documents: int, block_size: i
         raise ValueError("there is no text to evaluate")
     loss = nats / tokens
     bits_per_byte = nats / math.log(2) / size
-    return Score(loss, math.exp(loss), bits_per_byte, tokens, size, documents, block_size, stride or block_size)
+    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+    return Score(loss, perplexity, bits_per_byte, tokens, size, documents, block_size, stride or block_size)
 
 
 @torch.no_grad()

@@ -137,6 +137,7 @@ def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None]
         data.tokenizer,
         data.vocab_size,
         cache_dir,
+        block_size=data.block_size,
         validation_characters=data.validation_characters,
         num_proc=data.num_proc,
         max_tokens=data.max_tokens,

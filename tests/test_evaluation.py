@@ -1,6 +1,7 @@
 """Every token is scored exactly once, with the context that is stated."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,3 +109,29 @@ def test_the_last_tenth_of_tiny_shakespeare_has_111540_characters():
     assert len(tokenizer) == 65 + 2
     score = evaluate_texts(tiny_model(), tokenizer, corpus.validation.head(5000), block_size=64)
     assert (corpus.validation.characters, score.tokens) == (111_540, 5000)
+
+
+class ConstantLogits(torch.nn.Module):
+    """Predicts token 1 with a logit that no other token comes near."""
+
+    def __init__(self, logit: float):
+        super().__init__()
+        self.config = tiny_model(vocab_size=258).config
+        self.logits = torch.nn.Parameter(torch.zeros(258))
+        self.logits.data[1] = logit
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def test_a_loss_whose_exponential_overflows_has_an_infinite_perplexity():
+    score = evaluate_texts(ConstantLogits(1000.0), byte_tokenizer(), ["text"], block_size=4)
+    assert score.loss == pytest.approx(1000.0, rel=1e-6)
+    assert score.perplexity == math.inf
+    assert score.bits_per_byte == pytest.approx(1000.0 / math.log(2), rel=1e-6)
+
+
+def test_a_model_that_gives_non_finite_losses_is_refused():
+    for logit in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            evaluate_texts(ConstantLogits(logit), byte_tokenizer(), ["text"], block_size=4)

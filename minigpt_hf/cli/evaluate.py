@@ -1,6 +1,7 @@
 """`minigpt evaluate`: any causal LM and a text -> loss, perplexity, bits per byte."""
 
 import json
+import math
 
 from .parser import Parser, quiet
 
@@ -20,11 +21,14 @@ def parser() -> Parser:
     parser.add_argument("--text_column", help=f"column of a table that is text {how}")
     parser.add_argument("--data_format", help=f"read files as text, json, csv, parquet or arrow {how}")
     parser.add_argument(
-        "--max_characters", type=int, help="score no more (default: of the validation part as many as training did)"
+        "--max_characters",
+        type=int,
+        help="score a sample of about this many characters from all documents (default: the sample that training scored "
+        "for the validation part, otherwise everything)",
     )
     parser.add_argument("--block_size", type=int, help="inputs in a window (default: what the model was trained on)")
     parser.add_argument("--stride", type=int, help="tokens scored in a window (default: block_size)")
-    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time (default: 16)")
+    parser.add_argument("--batch_size", type=int, help="windows at a time (default: as in the model's training, or 16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     return parser
@@ -40,7 +44,9 @@ def run(argv: list[str]) -> None:
     quiet()
     score = api.evaluate(**settings).to_dict()
     if as_json:
-        print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score))
+        if math.isinf(score["perplexity"]):
+            score["perplexity"] = None  # JSON has no infinity
+        print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score, allow_nan=False))
         return
     print(
         f"loss            {score['loss']:.4f} nats per token\n"

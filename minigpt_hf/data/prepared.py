@@ -12,10 +12,12 @@ A prepared text can be kept as a folder, which needs the corpus no more and may 
 
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -27,8 +29,40 @@ from .stream import TokenStream, build_stream
 from .texts import Texts
 from .tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer, load_tokenizer, with_special_tokens
 
+logger = logging.getLogger(__name__)
+
+# Below this many tokens the sampling error of a validation loss exceeds 0.03 nats per token, if the losses of single tokens
+# have a standard deviation of about 3 nats.
+FEWEST_TOKENS_FOR_A_SCORE = 10_000
+STANDARD_DEVIATION_OF_A_TOKEN = 3.0
+
 # Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
 BPE_CHARACTERS = 100_000_000
+
+
+@dataclass(frozen=True)
+class ValidationSample:
+    """How much of the held-out text is scored. The totals of a stream are unknown: `None`.
+
+    Args:
+        window: Length of a window in characters, in multiples of which excerpts were chosen (see `Texts.sample`).
+    """
+
+    documents: int
+    of_documents: int | None
+    characters: int
+    of_characters: int | None
+    window: int
+
+    def __str__(self) -> str:
+        if self.of_characters is None:
+            return f"{self.characters:,} characters of {self.documents:,} documents of the stream"
+        if self.characters == self.of_characters:
+            return f"all {self.characters:,} characters"
+        return (
+            f"{self.characters:,} of {self.of_characters:,} characters, excerpts from {self.documents:,} of "
+            f"{self.of_documents:,} documents"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +75,7 @@ class PreparedText:
     tokenizer: PreTrainedTokenizerBase
     train: TokenStream
     validation: TokenStream | None
+    scored: ValidationSample | None
 
     @classmethod
     def open(cls, folder: Path) -> "PreparedText":
@@ -51,8 +86,10 @@ class PreparedText:
         """
         try:
             about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+            scored = about.pop("scored")
             return cls(
                 **about,
+                scored=None if scored is None else ValidationSample(**scored),
                 train=TokenStream.open(folder / "train"),
                 validation=TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None,
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
@@ -78,6 +115,7 @@ class PreparedText:
         if self.validation is not None:
             shutil.copytree(self.validation.folder, unfinished / "validation")
         about = {"name": self.name, "cut": self.cut, "kind": self.kind}
+        about["scored"] = None if self.scored is None else asdict(self.scored)
         (unfinished / "prepared.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(folder)
 
@@ -93,6 +131,7 @@ def prepare(
     vocab_size: int,
     cache_dir: Path,
     *,
+    block_size: int,
     validation_characters: int,
     num_proc: int | None = None,
     max_tokens: int | None = None,
@@ -103,7 +142,8 @@ def prepare(
         tokenizer: `bpe`, `characters`, `bytes`, or a folder or Hub id.
         vocab_size: Tokens that `bpe` learns, at most.
         cache_dir: Where tokenizers and streams are kept and looked for.
-        validation_characters: At most so many of the validation text are scored while training.
+        block_size: Length of a window in tokens. If only a part of the validation text is scored, it consists of windows.
+        validation_characters: Number of characters of the validation text to score, sampled from all its documents.
         num_proc: Processes that encode; default: one for each core.
         max_tokens: Take no more of the training text than that.
     """
@@ -113,14 +153,37 @@ def prepare(
         total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
     ) as bar:
         train = build_stream(corpus.train, chosen, streams, num_proc, bar.update, max_tokens)
-    validation = None
+    validation = scored = None
     if corpus.validation is not None:
-        validation = build_stream(corpus.validation.head(validation_characters), chosen, streams, num_proc)
+        window = max(1, round(block_size * train.characters / (len(train) - len(train.documents))))
+        sampled = corpus.validation.sample(validation_characters, window)
+        validation = build_stream(sampled, chosen, streams, num_proc)
         if not len(validation):
             raise ValueError(
                 f"{corpus.name}: nothing of it is held out for validation; raise --validation_fraction, or 0"
             )
-    return PreparedText(corpus.name, corpus.cut, tokenizer, chosen, train, validation)
+        scored = ValidationSample(
+            sampled.number_of_documents or len(validation.documents),
+            corpus.validation.number_of_documents,
+            validation.characters,
+            corpus.validation.characters,
+            window,
+        )
+        _warn_about_a_small_sample(validation)
+    return PreparedText(corpus.name, corpus.cut, tokenizer, chosen, train, validation, scored)
+
+
+def _warn_about_a_small_sample(validation: TokenStream) -> None:
+    tokens = len(validation) - len(validation.documents)
+    if tokens < FEWEST_TOKENS_FOR_A_SCORE:
+        error = STANDARD_DEVIATION_OF_A_TOKEN / math.sqrt(max(tokens, 1))
+        logger.warning(
+            "the validation score rests on only %s tokens (%s bytes): expect a standard error of about %.2f nats per token; "
+            "for a more reliable score give more text, or raise --validation_fraction or --validation_characters",
+            f"{tokens:,}",
+            f"{validation.bytes:,}",
+            error,
+        )
 
 
 def make_tokenizer(corpus: Corpus, tokenizer: str, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ what is no text has been refused by `sources`.
 
 import hashlib
 import os
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 PART_CHARACTERS = 1_000_000
+# A sample consists of at least this many excerpts, so that no single passage of a long document decides a score.
+EXCERPTS = 20
 
 # Where a document stands: its first row and number of rows, which characters of it are meant, and the hash of all of it.
 INDEX = np.dtype([("row", "<i8"), ("rows", "<i8"), ("begin", "<i8"), ("end", "<i8"), ("digest", "V32")])
@@ -44,6 +47,19 @@ class Texts(ABC):
     @abstractmethod
     def head(self, characters: int) -> "Texts":
         """The first so many characters, which may cut the last document short."""
+
+    @property
+    @abstractmethod
+    def number_of_documents(self) -> int | None:
+        """How many documents the text consists of, if that is known before it has been read."""
+
+    @abstractmethod
+    def sample(self, characters: int, window: int) -> "Texts":
+        """About `characters` characters from all documents, in excerpts of whole windows of `window` characters.
+
+        The choice is deterministic: it depends on the documents and the arguments only. A text that is not longer than
+        `characters` is returned unchanged.
+        """
 
     def evenly(self, characters: int) -> Iterator[str]:
         """About so many characters, from all over the text if that can be done without reading all of it."""
@@ -103,6 +119,41 @@ class Documents(Texts):
 
     def head(self, characters: int) -> "Documents":
         return self.cut(characters)[0]
+
+    @property
+    def number_of_documents(self) -> int:
+        return len(np.unique(self.index["row"]))
+
+    def sample(self, characters: int, window: int) -> "Documents":
+        """Every document contributes the same share of its length, rounded to whole windows.
+
+        The rounding carries over from one document to the next, so that the total is right and short documents, which
+        are taken whole or not at all, are represented in proportion. A long document contributes several excerpts, one
+        at a pseudo-random place in each of as many equal sections.
+        """
+        if self.characters <= characters:
+            return self
+        lengths = self.index["end"] - self.index["begin"]
+        units = np.minimum(lengths, window)
+        due = np.floor(np.cumsum(lengths * (characters / self.characters) / units) + 0.5).astype(np.int64)
+        windows = np.minimum(np.diff(due, prepend=0), lengths // units)
+        windows_in_an_excerpt = max(1, characters // EXCERPTS // window)
+        excerpts = []
+        for place in np.flatnonzero(windows):
+            document, count, unit = self.index[place], int(windows[place]), int(units[place])
+            sections = -(-count // windows_in_an_excerpt)
+            gaps = int(lengths[place]) - count * unit  # characters that are left out
+            offsets = random.Random(document["digest"].tobytes())
+            begin = int(document["begin"])
+            for section in range(sections):
+                size = (count * (section + 1) // sections - count * section // sections) * unit
+                gap = gaps * (section + 1) // sections - gaps * section // sections
+                excerpt = document.copy()
+                excerpt["begin"] = begin + offsets.randrange(gap + 1)
+                excerpt["end"] = excerpt["begin"] + size
+                excerpts.append(excerpt)
+                begin += gap + size
+        return replace(self, index=np.array(excerpts, dtype=INDEX))
 
     def parts(self) -> Iterator[tuple[bool, str]]:
         return chain.from_iterable(self._batches())
@@ -208,17 +259,28 @@ class StreamedDocuments(Texts):
     low: float = 0.0
     high: float = 1.0
     most: int | None = None
+    most_of_a_document: int | None = None
 
     @property
     def characters(self) -> None:
         return None
 
     @property
+    def number_of_documents(self) -> None:
+        return None
+
+    @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.identity} {self.low} {self.high} {self.most}".encode()).hexdigest()
+        limits = f"{self.low} {self.high} {self.most} {self.most_of_a_document}"
+        return hashlib.sha256(f"{self.identity} {limits}".encode()).hexdigest()
 
     def head(self, characters: int) -> "StreamedDocuments":
         return replace(self, most=characters)
+
+    def sample(self, characters: int, window: int) -> "StreamedDocuments":
+        """The beginnings of the first documents: a stream has no length of which each could contribute a share."""
+        windows_in_an_excerpt = max(1, characters // EXCERPTS // window)
+        return replace(self, most=characters, most_of_a_document=windows_in_an_excerpt * window)
 
     def parts(self) -> Iterator[tuple[bool, str]]:
         left = self.most
@@ -227,6 +289,7 @@ class StreamedDocuments(Texts):
             share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
             if not text or not self.low <= share < self.high:
                 continue
+            text = text[: self.most_of_a_document]
             yield True, text[:left]
             if left is not None and (left := left - len(text)) <= 0:
                 return
@@ -256,6 +319,17 @@ class Mixture(Texts):
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(" ".join(text.fingerprint for text in self.texts).encode()).hexdigest()
+
+    @property
+    def number_of_documents(self) -> int | None:
+        numbers = [text.number_of_documents for text in self.texts]
+        return None if None in numbers else sum(numbers)
+
+    def sample(self, characters: int, window: int) -> "Mixture":
+        samples = [
+            text.sample(round(characters * share), window) for text, share in zip(self.texts, self.shares, strict=True)
+        ]
+        return replace(self, texts=samples)
 
     def head(self, characters: int) -> "Mixture":
         heads = [text.head(round(characters * share)) for text, share in zip(self.texts, self.shares, strict=True)]

@@ -74,7 +74,9 @@ class DataArguments:
     )
     validation_characters: int = field(
         default=1_000_000,
-        metadata={"help": "At most so many characters of the validation text are scored while training."},
+        metadata={
+            "help": "Number of characters of the validation text that are scored, sampled from all its documents."
+        },
     )
     tokenizer: str = field(
         default="bpe",

@@ -18,7 +18,8 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.prepared import prepare
 
 began, cache = time.perf_counter(), Path(sys.argv[2])
-text = prepare(load_corpus(sys.argv[1], 0.01, cache_dir=cache), "bpe", 8192, cache, validation_characters=100_000)
+corpus = load_corpus(sys.argv[1], 0.01, cache_dir=cache)
+text = prepare(corpus, "bpe", 8192, cache, block_size=256, validation_characters=100_000)
 own = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
 print(json.dumps({"seconds": time.perf_counter() - began, "bytes": 1024 * int(own.split()[1]), "text": text.train.bytes}))
 """

@@ -54,7 +54,7 @@ def test_a_stream_is_cut_by_content_and_ends_at_so_many_tokens(plays, tmp_path):
     assert "".join(part.validation.head(50)) == "".join(validation)[:50]
 
     whole = build_stream(load_corpus(f"{plays}:long", 0).train, byte_tokenizer(), tmp_path)
-    stream = prepare(streamed, "bytes", 0, tmp_path, validation_characters=10, max_tokens=1000).train
+    stream = prepare(streamed, "bytes", 0, tmp_path, block_size=8, validation_characters=10, max_tokens=1000).train
     assert 1000 <= len(stream) < 1200
     assert stream.tokens.tolist() == whole.tokens[: len(stream)].tolist()
 

@@ -16,7 +16,7 @@ def test_a_tokenizer_is_learnt_once_and_again_for_other_text(kind, text, tmp_pat
     def prepare_file(name: str, words: str) -> PreparedText:
         (tmp_path / name).write_text(words)
         corpus = load_corpus(str(tmp_path / name), cache_dir=tmp_path / "cache")
-        return prepare(corpus, kind, 300, tmp_path / "cache", validation_characters=100)
+        return prepare(corpus, kind, 300, tmp_path / "cache", block_size=16, validation_characters=100)
 
     first = prepare_file("a.txt", text)
     other = prepare_file("b.txt", text[:5000])
@@ -34,7 +34,7 @@ def test_no_more_tokens_are_taken_than_asked_for(text_file, tmp_path, monkeypatc
     monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 200)
     corpus = load_corpus(str(text_file), cache_dir=tmp_path)
     streams = [
-        prepare(corpus, "bytes", 0, tmp_path, validation_characters=100, max_tokens=most).train
+        prepare(corpus, "bytes", 0, tmp_path, block_size=16, validation_characters=100, max_tokens=most).train
         for most in (None, 1000, 1001)
     ]
     assert 1000 <= len(streams[1]) < 1500

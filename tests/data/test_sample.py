@@ -1,0 +1,153 @@
+"""A sample of the validation text covers all of its documents, in proportion, in excerpts of whole windows."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt_hf.cli import main
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.texts import EXCERPTS, StreamedDocuments
+
+WINDOW = 8
+
+
+def corpus_of(lengths: list[int], folder, seed: int = 0):
+    """A table whose rows are random letters of these lengths, all different in practice."""
+    letters = random.Random(seed)
+    texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=length)) for length in lengths]
+    file = folder / f"{len(lengths)}-{seed}-{sum(lengths)}.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return load_corpus(str(file), validation_fraction=0, cache_dir=folder).train, texts
+
+
+def excerpts_by_document(sample, texts: list[str]) -> dict[int, list[tuple[int, int]]]:
+    """Where each excerpt lies: {document: [(begin, end), …]}."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for excerpt in sample:
+        (number,) = [number for number, text in enumerate(texts) if excerpt in text]
+        begin = texts[number].index(excerpt)
+        found.setdefault(number, []).append((begin, begin + len(excerpt)))
+    return found
+
+
+def test_every_document_contributes_the_same_share(tmp_path):
+    lengths = [4000, 400, 40, 1000, 200, 100]
+    whole, texts = corpus_of(lengths, tmp_path)
+    sample = whole.sample(1435, WINDOW)  # a quarter
+    found = excerpts_by_document(sample, texts)
+    taken = [sum(end - begin for begin, end in found[number]) for number in range(len(texts))]
+    assert all(abs(size - length / 4) <= WINDOW for size, length in zip(taken, lengths, strict=True))
+    assert abs(sample.characters - 1435) <= WINDOW
+    assert sample.number_of_documents == whole.number_of_documents == 6
+
+
+def test_a_long_document_is_sampled_from_all_its_sections(tmp_path):
+    whole, texts = corpus_of([10_000], tmp_path)
+    places = sorted(excerpts_by_document(whole.sample(1000, WINDOW), texts)[0])
+    assert len(places) >= EXCERPTS
+    for section in range(10):  # an excerpt begins in each tenth of the document
+        assert any(section * 1000 <= begin < (section + 1) * 1000 for begin, _ in places)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))  # no overlap
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    share=st.floats(0.02, 0.99),
+    window=st.integers(1, 40),
+)
+def test_a_sample_is_of_the_size_asked_for_and_made_of_whole_windows(tmp_path_factory, lengths, share, window):
+    folder = tmp_path_factory.getbasetemp() / "samples"
+    folder.mkdir(exist_ok=True)
+    whole, texts = corpus_of(lengths, folder)
+    characters = max(1, int(whole.characters * share))
+    sample = whole.sample(characters, window)
+    assert sum(map(len, sample)) == sample.characters
+    assert abs(sample.characters - characters) <= window * (1 + len(lengths))  # at most one rounding per document
+    assert all(len(excerpt) % window == 0 or excerpt in texts for excerpt in sample)
+    assert list(whole.sample(characters, window)) == list(sample)
+    if characters >= sum(max(window, length) for length in lengths):
+        assert sample.number_of_documents == len(lengths)
+
+
+def test_short_documents_are_represented_in_proportion_and_whole(tmp_path):
+    whole, texts = corpus_of([20] * 100, tmp_path)
+    sample = whole.sample(500, window=64)  # a document is shorter than a window
+    assert list(sample) == [text for text in texts if text in set(sample)]
+    assert sample.characters == 500
+
+
+def test_a_text_that_is_not_longer_than_the_budget_is_scored_whole(tmp_path):
+    whole, texts = corpus_of([30, 20], tmp_path)
+    assert list(whole.sample(50, WINDOW)) == texts
+    assert list(whole.sample(10**9, WINDOW)) == texts
+
+
+def test_a_streamed_text_is_sampled_from_many_documents():
+    rows = datasets.Dataset.from_dict({"text": ["x" * 1000, "y" * 3, "z" * 1000] * 20}).to_iterable_dataset()
+    streamed = StreamedDocuments(rows, "name")
+    sample = list(streamed.sample(200, WINDOW))
+    assert sum(map(len, sample)) == 200
+    assert max(map(len, sample)) == 8  # a twentieth of the budget, in whole windows
+    assert streamed.sample(200, WINDOW).fingerprint != streamed.head(200).fingerprint
+    assert replace(streamed, most=200).fingerprint == streamed.head(200).fingerprint
+
+
+@pytest.fixture(scope="module")
+def many_documents(tmp_path_factory, text):
+    """300 documents of very different lengths."""
+    folder = tmp_path_factory.mktemp("many")
+    lengths = random.Random(1)
+    for number in range(300):
+        begin = lengths.randrange(len(text) - 5000)
+        (folder / f"{number:03}.txt").write_text(text[begin : begin + lengths.choice([400, 1000, 4000])])
+    return folder
+
+
+def test_the_score_of_a_training_rests_on_all_held_out_documents_and_evaluate_repeats_it(
+    many_documents, recipe_file, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    argv = ["train", "--recipe", str(recipe_file), "--data", str(many_documents), "--output_dir", str(run)]
+    assert main([*argv, "--max_steps", "4", "--validation_characters", "8000"]) == 0
+    captured = capsys.readouterr()
+    metadata = json.loads((run / "model" / "minigpt.json").read_text())
+    validation, results = metadata["data"]["validation"], metadata["results"]
+    assert validation["of_documents"] == 30
+    assert validation["documents"] == 30
+    assert abs(validation["characters"] - 8000) < 100
+    assert validation["of_characters"] > 20_000
+    stated = f"excerpts from {validation['documents']} of 30 documents"
+    assert stated in captured.out  # the plan
+    assert stated in (run / "model" / "README.md").read_text()
+    assert f"rests on only {results['tokens']:,} tokens" in captured.err
+
+    assert main(["evaluate", str(run / "model"), "--data", str(many_documents), "--split", "validation", "--json"]) == 0
+    captured = capsys.readouterr()
+    score = json.loads(captured.out)
+    assert {name: score[name] for name in ("tokens", "bytes", "documents")} == {
+        name: results[name] for name in ("tokens", "bytes", "documents")
+    }
+    assert score["loss"] == results["loss"]
+    assert stated in captured.err
+
+
+def test_a_sampled_score_is_near_that_of_the_whole_text(many_documents, recipe_file, tmp_path, capsys):
+    """The failure this prevents: a score of the first documents only, which may differ by bits per byte."""
+    run = tmp_path / "run"
+    argv = ["train", "--recipe", str(recipe_file), "--data", str(many_documents), "--output_dir", str(run)]
+    assert main([*argv, "--max_steps", "4", "--sample_tokens", "0", "--save_total_limit", "1"]) == 0
+    scores = {}
+    for characters in (10_000, 10**9):
+        command = ["evaluate", str(run / "model"), "--data", str(many_documents), "--split", "validation", "--json"]
+        capsys.readouterr()
+        assert main([*command, "--max_characters", str(characters)]) == 0
+        scores[characters] = json.loads(capsys.readouterr().out)
+    assert scores[10_000]["bytes"] < scores[10**9]["bytes"] / 2
+    assert scores[10_000]["bits_per_byte"] == pytest.approx(scores[10**9]["bits_per_byte"], rel=0.05)
