@@ -137,6 +137,8 @@ class Documents(Texts):
         units = np.minimum(lengths, window)
         due = np.floor(np.cumsum(lengths * (characters / self.characters) / units) + 0.5).astype(np.int64)
         windows = np.minimum(np.diff(due, prepend=0), lengths // units)
+        if not windows.any():  # fewer characters than half a window: one window is the least that can be scored
+            windows[np.argmax(lengths)] = 1
         windows_in_an_excerpt = max(1, characters // EXCERPTS // window)
         excerpts = []
         for place in np.flatnonzero(windows):

@@ -89,6 +89,14 @@ def test_a_text_that_is_not_longer_than_the_budget_is_scored_whole(tmp_path):
     assert list(whole.sample(10**9, WINDOW)) == texts
 
 
+@pytest.mark.parametrize("lengths", [[1500], [40, 900, 30]])
+def test_the_smallest_sample_is_one_window(lengths, tmp_path):
+    whole, texts = corpus_of(lengths, tmp_path)
+    (excerpt,) = whole.sample(100, window=800)
+    assert len(excerpt) == 800
+    assert excerpt in max(texts, key=len)
+
+
 def test_a_streamed_text_is_sampled_from_many_documents():
     rows = datasets.Dataset.from_dict({"text": ["x" * 1000, "y" * 3, "z" * 1000] * 20}).to_iterable_dataset()
     streamed = StreamedDocuments(rows, "name")
