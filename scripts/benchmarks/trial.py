@@ -1,4 +1,4 @@
-"""A recipe with some settings changed, trained by `bare_loop.learn` and scored on the validation text.
+"""A recipe with some settings changed, trained by `bare_loop.train_model` and scored on the validation text.
 
 In: flags of `minigpt train`, and what no flag can say. Out: the validation loss, exactly that of `minigpt evaluate`. It
 writes nothing but the token streams in the cache.
@@ -33,7 +33,7 @@ class Trial:
     def run(self) -> float:
         """Train, and return the validation loss in nats per token."""
         data, _, training = self.arguments
-        bare_loop.learn(self.model, self.blocks, training)
+        bare_loop.train_model(self.model, self.blocks, training)
         opening = self.validation.end_of_text
         nats, tokens, _ = score_documents(self.model, self.validation.texts(), opening, data.block_size, batch_size=32)
         return nats / tokens
