@@ -21,13 +21,11 @@ class CompiledModel:
     Args:
         cache: Static key/value cache of `max_cache_len` positions for a batch of `num_sequences`; the compiled step is
             specialised to this shape.
-        compile_config: How `generate` compiles the decoding step.
-        max_cache_len: Maximum length of a sequence, in tokens of prompt and continuation.
-        num_sequences: Batch size.
-        seconds: Time spent on preparation, including compilation.
-        num_matching: Number of leading greedy tokens equal to those of the original model, out of `num_compared`.
-        num_compared: Number of greedy tokens compared.
-        max_probability_difference: Maximum absolute difference of any token probability at the matching positions and the
+        compile_config: How `generate` compiles the decoding step. max_cache_len: Maximum length of a sequence, in
+        tokens of prompt and continuation. num_sequences: Batch size. seconds: Time spent on preparation, including
+        compilation. num_matching: Number of leading greedy tokens equal to those of the original model, out of
+        `num_compared`. num_compared: Number of greedy tokens compared. max_probability_difference: Maximum absolute
+        difference of any token probability at the matching positions and the
             one after them.
     """
 
@@ -96,10 +94,10 @@ def compile_for_generation(
 ) -> CompiledModel:
     """Convert a model to bfloat16 in place, and compile its decoding step for a static cache.
 
-    Decoding is memory-bound: each token reads every weight once, so two bytes per weight instead of four halve the time. The
-    compiled step removes the overhead of the interpreter and of many small kernels. On a CPU the weights are frozen into the
-    step and repacked, and kernels are chosen by benchmarking (autotuning); on CUDA the step is one CUDA graph. The first
-    greedy tokens are compared with those of the original model.
+    Decoding is memory-bound: each token reads every weight once, so two bytes per weight instead of four halve the
+    time. The compiled step removes the overhead of the interpreter and of many small kernels. On a CPU the weights are
+    frozen into the step and repacked, and kernels are chosen by benchmarking (autotuning); on CUDA the step is one CUDA
+    graph. The first greedy tokens are compared with those of the original model.
 
     Args:
         max_new_tokens: The cache holds at least the prompt and this number of tokens.

@@ -2,9 +2,9 @@
 
     python scripts/bare_loop.py --recipe shakespeare-char --data tinyshakespeare.txt --output_dir runs/bare
 
-Takes the recipe and flags of `minigpt train`, and saves a folder that `from_pretrained` loads. On one CPU the losses are
-bit-identical to the Trainer's. It supports one device, without gradient accumulation, validation, checkpoints or resuming.
-It is meant to be read, and serves as the baseline for the overhead of the Trainer (`benchmark.py throughput`).
+Takes the recipe and flags of `minigpt train`, and saves a folder that `from_pretrained` loads. On one CPU the losses
+are bit-identical to the Trainer's. It supports one device, without gradient accumulation, validation, checkpoints or
+resuming. It is meant to be read, and is the baseline of `benchmark.py throughput`.
 """
 
 import argparse

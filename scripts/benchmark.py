@@ -3,9 +3,10 @@
     python scripts/benchmark.py resume             time to the first step when resuming at step 10 and at step 1,000,000
     python scripts/benchmark.py <name> --help      options of a benchmark; the names are listed in `BENCHMARKS`
 
-Each benchmark is a module of `benchmarks/` with `add_arguments(parser)` and `run(args) -> dict`. The candidates alternate
-for several rounds, medians are reported, and the number of threads is fixed. Ratios are taken within a round, because other
-load on the machine changes absolute times. Results are printed with the machine, the commit and the load average.
+Each benchmark is a module of `benchmarks/` with `add_arguments(parser)` and `run(args) -> dict`. The candidates
+alternate for several rounds, medians are reported, and the number of threads is fixed. Ratios are taken within a round,
+because other load on the machine changes absolute times. Results are printed with the machine, the commit and the load
+average.
 """
 
 import argparse

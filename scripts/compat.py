@@ -2,10 +2,10 @@
 
     python scripts/compat.py 5.17.0 5.23.0
 
-A small model folder and reference outputs are saved with the current environment. `scripts/load_elsewhere.py` then loads the
-folder in the other environment, without this package and with empty caches, through every Auto class, and compares logits
-(bit-identical) and the tokens of six generation strategies. An environment is created once, in `.compat/`, with the versions
-of `constraints.txt`, except for those that the release of transformers determines.
+A small model folder and reference outputs are saved with the current environment. `scripts/load_elsewhere.py` then
+loads the folder in the other environment, without this package and with empty caches, through every Auto class, and
+compares logits (bit-identical) and the tokens of six generation strategies. An environment is created once, in
+`.compat/`, with the versions of `constraints.txt`, except for those that the release of transformers determines.
 """
 
 import argparse

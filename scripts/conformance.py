@@ -2,10 +2,11 @@
 
     python scripts/conformance.py PATH [--models minigpt llama qwen3] [--slow] [pytest options]
 
-PATH is a checkout of transformers at the installed release; it is not modified. For each model, a test module that subclasses
-`CausalLMModelTest` of the checkout is generated in a temporary folder; the classes under test are the installed ones. MiniGPT
-is tested with the configuration used for Llama, and with grouped-query attention and a sliding window. Prints the numbers of
-passed, failed and skipped tests. The exit code is 1 if a MiniGPT test fails or if fewer of them pass than of Llama's.
+PATH is a checkout of transformers at the installed release; it is not modified. For each model, a test module that
+subclasses `CausalLMModelTest` of the checkout is generated in a temporary folder; the classes under test are the
+installed ones. MiniGPT is tested with the configuration used for Llama, and with grouped-query attention and a sliding
+window. Prints the numbers of passed, failed and skipped tests. The exit code is 1 if a MiniGPT test fails or if fewer
+of them pass than of Llama's.
 """
 
 import argparse
@@ -109,8 +110,8 @@ def main(argv: list[str]) -> int:
     arguments, options = parser.parse_known_args(argv)
     if not (arguments.transformers / "tests" / "causal_lm_tester.py").exists():
         print(
-            f"{arguments.transformers} is not a checkout of transformers: tests/causal_lm_tester.py is missing; "
-            f"create one with git clone --branch v{version('transformers')} https://github.com/huggingface/transformers",
+            f"{arguments.transformers} is not a checkout of transformers: tests/causal_lm_tester.py is missing; create it "
+            f"with git clone --branch v{version('transformers')} https://github.com/huggingface/transformers",
             file=sys.stderr,
         )
         return 2

@@ -5,7 +5,8 @@
 Loads a MiniGPT model folder of any architecture, except with RoPE scaling, and samples text. Weights are arrays in a
 dictionary, as in the safetensors file.
 
-Shapes: T time, H hidden size, N query heads, K key/value heads, D head dimension, F intermediate size, V vocabulary size.
+Shapes: T time, H hidden size, N query heads, K key/value heads, D head dimension, F intermediate size, V vocabulary
+size.
 """
 
 import argparse

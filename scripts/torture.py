@@ -2,13 +2,13 @@
 
     python scripts/torture.py --kills 100
 
-Two of three kills occur while a checkpoint is saved: the process kills itself at a randomly chosen file operation (open,
-rename or removal). The others come from the parent process at a random time. After each kill the run is resumed with the
-same command. The run uses dropout and lasts several epochs. The exit code is 0 if the final states are bit-identical:
-weights, optimizer moments, learning-rate schedule and random number generators.
+Two of three kills occur while a checkpoint is saved: the process kills itself at a randomly chosen file operation
+(open, rename or removal). The others come from the parent process at a random time. After each kill the run is resumed
+with the same command. The run uses dropout and lasts several epochs. The exit code is 0 if the final states are
+bit-identical: weights, optimizer moments, learning-rate schedule and random number generators.
 
-Then each file of the latest checkpoint is corrupted in five ways, and the previous checkpoint must be selected. Training
-processes are forked after the imports, so that a hundred kills take minutes.
+Then each file of the latest checkpoint is corrupted in five ways, and the previous checkpoint must be selected.
+Training processes are forked after the imports, so that a hundred kills take minutes.
 """
 
 import argparse

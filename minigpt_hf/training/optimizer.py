@@ -1,9 +1,10 @@
 """MuonAdamW: Muon for the weight matrices of the layers and AdamW for all other parameters, in one optimizer.
 
-Both algorithms share one `torch.optim.Optimizer`, so that the Trainer's scheduler, checkpoints and resuming apply to both.
+Both algorithms share one `torch.optim.Optimizer`, so that the Trainer's scheduler, checkpoints and resuming apply to
+both.
 
-AdamW scales every element of a weight by itself. Muon orthogonalizes the update of a matrix: it replaces the momentum
-M = U·S·Vᵀ by U·Vᵀ, so that all singular directions, including those with rare gradients, get a step of equal size (Keller
+AdamW scales every element of a weight by itself. Muon orthogonalizes the update of a matrix: it replaces the momentum M
+= U·S·Vᵀ by U·Vᵀ, so that all singular directions, including those with rare gradients, get a step of equal size (Keller
 Jordan et al., https://kellerjordan.github.io/posts/muon/). This applies to linear maps. Embeddings, the output head and
 norm weights use AdamW (arXiv:1711.05101).
 """
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-# Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵ maps singular values in (0, 1] towards 1, with the
-# largest slope at 0. Five iterations bring them into about [0.7, 1.2], which suffices in practice (Jordan et al.).
+# Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵ maps singular values in (0, 1] towards 1, with
+# the largest slope at 0. Five iterations bring them into about [0.7, 1.2], which suffices in practice (Jordan et al.).
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
@@ -46,7 +47,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Optimizer whose parameter groups each select Muon or AdamW.
 
     Args:
-        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept `momentum`,
+        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept
+        `momentum`,
             AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
             1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
 
@@ -88,8 +90,8 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov momentum
 
-        # Matrices of equal shape, up to transposition, share one batched iteration: q, k, v, o of all layers, and gate, up,
-        # down of all layers.
+        # Matrices of equal shape, up to transposition, share one batched iteration: q, k, v, o of all layers, and gate,
+        # up, down of all layers.
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i, p in enumerate(parameters):
             by_shape.setdefault((min(p.shape), max(p.shape)), []).append(i)
@@ -141,8 +143,8 @@ def muon_adamw(
 ) -> MuonAdamW:
     """Create the optimizer of a causal language model: Muon for the matrices inside `layers`, AdamW for all others.
 
-    Weight decay applies to matrices and embeddings, not to vectors (norm weights). The AdamW groups come first, because the
-    Trainer logs the learning rate of the first group.
+    Weight decay applies to matrices and embeddings, not to vectors (norm weights). The AdamW groups come first, because
+    the Trainer logs the learning rate of the first group.
 
     Args:
         lr: Learning rate of AdamW.
