@@ -1,7 +1,7 @@
 """The reference of these tests: a `Qwen3ForCausalLM` with the same weights.
 
-Logits of MiniGPT are bit-identical to those of its Qwen3 twin (tests/model/test_modeling.py). Every feature of transformers
-must therefore give the same tokens and the same values with both.
+Logits of MiniGPT are bit-identical to those of its Qwen3 twin (tests/model/test_modeling.py). Every feature of
+transformers must therefore give the same tokens and the same values with both.
 """
 
 import pytest

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node 2 split_in_two.py FOLDER
 
-FOLDER holds models in `tied/` and `untied/` and the inputs in `ids.pt`. Rank 0 saves the results to `results.pt`. Started by
-`test_parallel.py`.
+FOLDER holds models in `tied/` and `untied/` and the inputs in `ids.pt`. Rank 0 saves the results to `results.pt`.
+Started by `test_parallel.py`.
 """
 
 import sys

@@ -32,7 +32,7 @@ def padded(ids: torch.Tensor, padding: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
-# -- implementations ----------------------------------------------------------------------------------------------------
+# -- implementations ---------------------------------------------------------------------------------------------------
 
 
 @WINDOWS
@@ -50,8 +50,8 @@ def test_logits_equal_those_of_eager_attention(implementation, window):
 def test_sdpa_gradients_equal_those_of_eager_attention(window):
     """Flex attention does not support the backward pass on a CPU."""
     batch, gradients = padded(random_ids(2, 24), 5), []
-    # The first token after the padding is no label: its input is a padding position, which attends to nothing and whose output
-    # differs between implementations.
+    # The first token after the padding is no label: its input is a padding position, which attends to nothing and whose
+    # output differs between implementations.
     labels = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
     for implementation in ("eager", "sdpa"):
         model = model_with(implementation, window)
@@ -92,7 +92,7 @@ def test_set_attn_implementation_switches_every_layer():
         model.set_attn_implementation("unknown")
 
 
-# -- RoPE scaling -------------------------------------------------------------------------------------------------------
+# -- RoPE scaling ------------------------------------------------------------------------------------------------------
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 SCALINGS = {
