@@ -66,8 +66,8 @@ def generate(
         prompt: What the text starts with.
         seed: Makes sampling repeatable.
         streamer: Shown the text while it is written (one sequence only).
-        extra_options: Returns additional keyword arguments for `model.generate`, given the length of the prompt in tokens
-            and `options`; see `fast.CompiledModel.generation_options`.
+        extra_options: Returns additional keyword arguments for `model.generate`, given the length of the prompt in
+            tokens and `options`; see `fast.CompiledModel.generation_options`.
         options: Any attribute of `GenerationConfig`: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, …
 
     Returns:

@@ -109,9 +109,8 @@ def differing_states(first: Path, second: Path) -> list[str]:
     def load_states(checkpoint: Path) -> dict:
         states = dict(flatten(load_file(checkpoint / "model.safetensors"), "weights"))
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            states |= flatten(
-                torch.load(checkpoint / name, weights_only=False), name
-            )  # trusted: written by this script
+            # Unpickling is safe: the file was written by this script.
+            states |= flatten(torch.load(checkpoint / name, weights_only=False), name)
         return states
 
     a, b = load_states(first), load_states(second)
@@ -122,9 +121,8 @@ def differing_states(first: Path, second: Path) -> list[str]:
 def torture(kills: int, folder: Path, seed: int) -> list[str]:
     """Run the uninterrupted and the interrupted training, and corrupt checkpoints. Returns the failures."""
     recipe, text = folder / "recipe.yaml", folder / "text.txt"
-    recipe.write_text(
-        RECIPE.replace("STEPS", str(16 * kills))
-    )  # about as many steps as the run completes between kills
+    # 16 steps per kill: about as many as the interrupted run completes.
+    recipe.write_text(RECIPE.replace("STEPS", str(16 * kills)))
     text.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:2000], encoding="utf-8")
     reference, interrupted = folder / "reference", folder / "interrupted"
     code = wait_for(start_training(recipe, text, reference))

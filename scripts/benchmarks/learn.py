@@ -84,9 +84,8 @@ def train_ours(args: argparse.Namespace, folder: Path, seed: int, recipe: str, s
     """Run `minigpt train` with a recipe."""
     argv = [sys.executable, "-m", "minigpt_hf.cli", "train", "--recipe", recipe, "--data", args.data.resolve()]
     argv += ["--output_dir", folder / "run", "--cache_dir", folder / "cache", "--seed", seed, "--max_steps", steps]
-    argv += (
-        ["--logging_steps", steps] if steps < 50 else []
-    )  # step times are read from the log: it needs at least one entry
+    if steps < 50:
+        argv += ["--logging_steps", steps]  # step times are read from the log, which needs at least one entry
     process = timed([*argv, "--use_cpu"], cwd=folder)
     (folder / "run" / "model").rename(folder / "model")
     seconds = seconds_of_log((folder / "run" / "log.jsonl").read_text(), steps)
@@ -109,9 +108,8 @@ def train_nanogpt(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     clone = folder / "nanoGPT"
     nanogpt.copy(args.nanogpt, args.data, clone)
     steps = [f"--max_iters={args.max_steps}", f"--lr_decay_iters={args.max_steps}"] if args.max_steps != STEPS else []
-    steps += (
-        [f"--eval_interval={args.max_steps}"] if args.max_steps < 250 else []
-    )  # without an evaluation, train.py saves no checkpoint
+    if args.max_steps < 250:
+        steps += [f"--eval_interval={args.max_steps}"]  # train.py saves checkpoints only after an evaluation
     prepared = timed([sys.executable, "prepare.py"], cwd=clone / nanogpt.DATA)
     argv = [sys.executable, "train.py", *nanogpt.CPU_EXAMPLE, *steps, "--log_interval=1"]
     trained = timed([*argv, f"--out_dir={folder / 'out'}"], cwd=clone)

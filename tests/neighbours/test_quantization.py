@@ -45,9 +45,8 @@ def test_quantized_weights_stay_within_the_distance_and_load_equal(method, train
     quantized = AutoModelForCausalLM.from_pretrained(
         trained, quantization_config=make_config(), dtype=torch.float32, device_map="cpu"
     ).eval()
-    quantized.save_pretrained(
-        tmp_path
-    )  # before inference: bitsandbytes 0.50 repacks 4-bit weights at the first use on CPU
+    # Save before inference: on CPU, bitsandbytes 0.50 repacks 4-bit weights at the first use.
+    quantized.save_pretrained(tmp_path)
     logits = quantized(ids).logits
     difference = distance(logits, reference)
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()

@@ -30,7 +30,7 @@ def folder(trained, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder):
-    """Client of a server that runs the remote code of the folder; it does not import this package."""
+    """Client of a server that runs the remote code of the folder and does not import this package."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
