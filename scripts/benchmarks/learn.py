@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, choices in (("--architectures", ["gpt2", "llama"]), ("--settings", ["stock", "tuned"])):
         parser.add_argument(name, nargs="+", default=choices, choices=choices, help="for --peer hf (default: both)")
-    parser.add_argument("--fast_steps", type=int, help="steps of the shorter training (default: see `FAST`)")
+    parser.add_argument(
+        "--fast_steps",
+        type=int,
+        help="steps of the shorter training (default: 400 for --peer hf, otherwise those of its recipe)",
+    )
     parser.add_argument(
         "--max_steps", type=int, default=STEPS, help="steps of the peers; ours are scaled likewise (default: 2000)"
     )

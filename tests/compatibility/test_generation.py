@@ -172,9 +172,8 @@ def test_max_time_ends_generation_early(character_model):
             return scores
 
     truncated = generate(model, ids, max_time=0.2, logits_processor=LogitsProcessorList([Slow()]), **GREEDY)
-    assert (
-        ids.shape[1] < truncated.shape[1] <= ids.shape[1] + 5
-    )  # 0.2 s / 0.05 s = 4 steps, and the one that exceeds it
+    # 0.2 s / 0.05 s = 4 steps, and the step that exceeds the limit.
+    assert ids.shape[1] < truncated.shape[1] <= ids.shape[1] + 5
     assert torch.equal(truncated, complete[:, : truncated.shape[1]])
 
 
