@@ -57,7 +57,7 @@ def generate(
     *,
     seed: int | None = None,
     streamer: BaseStreamer | None = None,
-    more: Callable[[int, dict], dict] = lambda prompt_tokens, options: {},
+    extra_options: Callable[[int, dict], dict] = lambda prompt_tokens, options: {},
     **options,
 ) -> list[str]:
     """Continue a prompt, or begin a document if there is none.
@@ -66,7 +66,8 @@ def generate(
         prompt: What the text starts with.
         seed: Makes sampling repeatable.
         streamer: Shown the text while it is written (one sequence only).
-        more: Further options, given the number of tokens of the prompt and these; see `fast.Fast.take`.
+        extra_options: Returns additional keyword arguments for `model.generate`, given the length of the prompt in
+            tokens and `options`; see `fast.CompiledModel.generation_options`.
         options: Any attribute of `GenerationConfig`: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, …
 
     Returns:
@@ -74,7 +75,7 @@ def generate(
 
     Raises:
         ValueError: for an option that `GenerationConfig` does not have, a prompt that the tokenizer cannot encode, or
-            more tokens than `fast` has room for.
+            sequences longer than the cache of a compiled model.
     """
     known = set(vars(GenerationConfig()))
     for name in options:
@@ -91,7 +92,7 @@ def generate(
         set_seed(seed)
     inputs = encode_prompt(tokenizer, prompt).to(model.device)
     check_ids(model, tokenizer, inputs.input_ids)
-    options |= more(inputs.input_ids.shape[1], options)
+    options |= extra_options(inputs.input_ids.shape[1], options)
     # The Trainer turns the cache off while it trains; here it is what makes writing fast.
     sequences = model.generate(**inputs, streamer=streamer, **{"use_cache": True, **options})
     return tokenizer.batch_decode(sequences, skip_special_tokens=True)

@@ -1,10 +1,10 @@
-"""The training loop with no Trainer: what happens in each step, on one page.
+"""The training loop without `Trainer`, on one page.
 
     python scripts/bare_loop.py --recipe shakespeare-char --data tinyshakespeare.txt --output_dir runs/bare
 
-In: the recipe and flags of `minigpt train`. Out: a folder that loads with `from_pretrained`, and the same losses as the
-Trainer's, to the last bit on one CPU. It refuses nothing and restores nothing: no checkpoints, one device, no
-validation. Its use is to be read, and to measure what the Trainer adds.
+Takes the recipe and flags of `minigpt train`, and saves a folder that `from_pretrained` loads. On one CPU the losses
+are bit-identical to the Trainer's. It supports one device, without gradient accumulation, validation, checkpoints or
+resuming. It is meant to be read, and is the baseline of `benchmark.py throughput`.
 """
 
 import argparse
@@ -24,42 +24,52 @@ from minigpt_hf.training.trainer import optimizer_factory
 
 
 def train(arguments: Arguments) -> list[float]:
-    """Train as the recipe says and return the loss of every step, in nats per token."""
+    """Prepare the data, train a new model and save it.
+
+    Returns:
+        The loss of every step, in nats per token.
+    """
     data, architecture, training = arguments
     set_seed(training.seed)
     text = prepare_text(data)
     config = make_config(architecture, data.block_size, text.tokenizer)
     model = make_model(config, architecture).to(training.device)
-    losses = learn(model, Blocks(text.train, data.block_size, training.seed), training)
+    losses = train_model(model, Blocks(text.train, data.block_size, training.seed), training)
     model.save_pretrained(training.output_dir)
     text.tokenizer.save_pretrained(training.output_dir)
     return losses
 
 
-def learn(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrainingArguments) -> list[float]:
-    """The loop itself."""
+def train_model(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrainingArguments) -> list[float]:
+    """The training loop. Returns the loss of every step, in nats per token."""
     model.train()
     optimizer = make_optimizer(model, training)
     steps = training.max_steps
-    schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps)
+    scheduler = get_scheduler(
+        training.lr_scheduler_type,
+        optimizer,
+        training.get_warmup_steps(steps),
+        steps,
+        scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+    )
 
-    losses, epoch, began = [], 0, time.perf_counter()
+    losses, epoch, start = [], 0, time.perf_counter()
     while len(losses) < steps:
-        order = BlockSampler(len(blocks), training.seed)
-        order.set_epoch(epoch)  # each epoch cuts the text elsewhere and shuffles the blocks anew
-        for batch in DataLoader(blocks, training.train_batch_size, sampler=order, collate_fn=blocks.collate):
+        sampler = BlockSampler(len(blocks), training.seed)
+        sampler.set_epoch(epoch)  # each epoch splits the stream at another offset and shuffles the blocks anew
+        for batch in DataLoader(blocks, training.train_batch_size, sampler=sampler, collate_fn=blocks.collate):
             batch = {name: tensor.to(training.device) for name, tensor in batch.items()}
             with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=training.bf16):
-                # The loss is summed and divided by the number of tokens, as the Trainer does for the whole step.
+                # Sum of the token losses divided by the number of tokens in the step, as in the Trainer.
                 loss = model(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
-            loss.backward()  # how would the loss change with each weight?
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-            optimizer.step()  # move each weight a little against it
-            schedule.step()
+            optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.item())
             if len(losses) % training.logging_steps == 0:
-                speed = len(losses) * batch["labels"].numel() / (time.perf_counter() - began)
+                speed = len(losses) * batch["labels"].numel() / (time.perf_counter() - start)
                 print(f"step {len(losses)}/{steps}   loss {losses[-1]:.4f}   {speed:,.0f} tokens/s", flush=True)
             if len(losses) == steps:
                 break
@@ -68,7 +78,7 @@ def learn(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrainingAr
 
 
 def make_optimizer(model: MiniGPTForCausalLM, training: MiniGPTTrainingArguments) -> torch.optim.Optimizer:
-    """Muon for the matrices of the layers and AdamW for the rest; or AdamW for all, which decays no norm weight."""
+    """MuonAdamW, or with `muon=False` AdamW for all parameters, without weight decay on norm weights."""
     if training.muon:
         muon_adamw, rates = optimizer_factory(training)
         return muon_adamw()(model, **rates)
@@ -86,5 +96,5 @@ if __name__ == "__main__":
     recipe, flags = parser.parse_known_args()
     arguments = parse_arguments(flags, recipe.recipe)
     if Path(arguments[2].output_dir).exists():
-        raise SystemExit(f"{arguments[2].output_dir} exists; name another --output_dir")
+        raise SystemExit(f"{arguments[2].output_dir} already exists: choose another --output_dir")
     train(arguments)

@@ -1,11 +1,12 @@
-"""Measurements as ratios within one run, on this machine.
+"""Run a benchmark and report its results as tables or JSON.
 
-    python scripts/benchmark.py resume             how long a training takes to start at step 10 and at step 1,000,000
-    python scripts/benchmark.py <what> --help      every other row of `BENCHMARKS`
+    python scripts/benchmark.py resume             time to the first step when resuming at step 10 and at step 1,000,000
+    python scripts/benchmark.py <name> --help      options of a benchmark; the names are listed in `BENCHMARKS`
 
-Each is a file of `benchmarks/` with `add_arguments(parser)` and `run(args) -> dict`. What is compared alternates and is
-repeated, medians are taken, and threads are pinned. Out: tables (lists of rows in the dictionary) and figures, or JSON
-with `--json`, both with the machine, the commit and the load average, since other work on a machine bends seconds.
+Each benchmark is a module of `benchmarks/` with `add_arguments(parser)` and `run(args) -> dict`. The candidates
+alternate for several rounds, medians are reported, and the number of threads is fixed. Ratios are taken within a round,
+because other load on the machine changes absolute times. Results are printed with the machine, the commit and the load
+average.
 """
 
 import argparse
@@ -22,35 +23,35 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARKS = {
-    "resume": "how long a training takes to start at step 10 and at step 1,000,000",
-    "learn": "loss and seconds beside nanoGPT, or beside GPT-2 and Llama with the stock Trainer",
-    "throughput": "tokens per second of training steps: bare loop, Trainer, nanoGPT",
-    "data": "megabytes of text per second into tokens on disk, our way and that of run_clm.py",
-    "ablation": "what each part of a recipe gives",
-    "scaling": "whether the learning rates are right at other widths",
-    "generate": "tokens a second when writing, beside Qwen3, nanoGPT's sampler and the limit of the memory",
-    "muon": "what share of a step Muon takes, in two recipes' shapes",
+    "resume": "time to the first step when resuming at step 10 and at step 1,000,000",
+    "learn": "loss and training time compared with nanoGPT, or with GPT-2 and Llama in the stock Trainer",
+    "throughput": "training throughput in tokens/s: bare loop, Trainer, nanoGPT",
+    "data": "tokenization throughput in MB/s, compared with run_clm.py",
+    "ablation": "effect of each setting of a recipe on the validation loss",
+    "scaling": "validation loss against learning rate at several widths",
+    "generate": "generation throughput in tokens/s, compared with Qwen3, nanoGPT's sampler and memory bandwidth",
+    "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark and print what it found."""
+    """Run one benchmark and print its results. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    every = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    every.add_argument("--json", action="store_true", help="print JSON")
-    every.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument("--threads", type=int, default=1, help="number of threads of each process (default: 1)")
     if not argv or argv[0] not in BENCHMARKS:
-        print("usage: benchmark.py <what> [options]      benchmark.py <what> --help\n")
-        print(*(f"  {name:<12} {what}" for name, what in BENCHMARKS.items()), sep="\n")
+        print("usage: benchmark.py <name> [options]      benchmark.py <name> --help\n")
+        print(*(f"  {name:<12} {description}" for name, description in BENCHMARKS.items()), sep="\n")
         return 0 if argv in (["-h"], ["--help"]) else 2
-    what, *rest = argv
-    # Before torch is imported, here and in every process that is started: it reads them once.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(every.parse_known_args(rest)[0].threads)
+    name, *rest = argv
+    # Set before torch is imported, because torch reads them at import; subprocesses inherit them.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(common.parse_known_args(rest)[0].threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    module = import_module(f"benchmarks.{what}")
+    module = import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(
-        prog=f"benchmark.py {what}",
-        parents=[every],
+        prog=f"benchmark.py {name}",
+        parents=[common],
         allow_abbrev=False,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -58,28 +59,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     args = parser.parse_args(rest)
     load_before = os.getloadavg()[0]
-    began = time.perf_counter()
-    figures = module.run(args)
-    about = {
+    start = time.perf_counter()
+    results = module.run(args)
+    metadata = {
         "command": shlex.join(["python", "scripts/benchmark.py", *argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "commit": current_commit(),
+        "machine": f"{processor_name()}, {os.cpu_count()} cores",
         "threads": args.threads,
         "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.perf_counter() - start, 1),
     }
     if args.json:
-        print(json.dumps({**about, **figures}))
+        print(json.dumps({**metadata, **results}))
     else:
-        show(about)
-        show(figures)
+        print_results(metadata)
+        print_results(results)
     return 0
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Print figures a line each, and each list of rows as a table."""
-    for name, value in figures.items():
+def print_results(results: dict[str, Any]) -> None:
+    """Print each value on a line, and each list of dictionaries as a table."""
+    for name, value in results.items():
         if not (isinstance(value, list) and value and isinstance(value[0], dict)):
             print(f"{name.replace('_', ' '):<32} {' to '.join(map(str, value)) if isinstance(value, list) else value}")
             continue
@@ -93,15 +94,15 @@ def show(figures: dict[str, Any]) -> None:
         print()
 
 
-def commit() -> str:
-    """The commit that is measured, with a + if files differ from it."""
+def current_commit() -> str:
+    """Return the abbreviated commit hash, with a trailing "+" if the working tree has uncommitted changes."""
     argv = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    process = subprocess.run(argv, capture_output=True, text=True)
+    return process.stdout.strip() or "unknown"
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
+def processor_name() -> str:
+    """Return the model name of the processor, or the machine type if it is unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

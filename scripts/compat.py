@@ -1,11 +1,11 @@
-"""The folder under other releases of transformers, each in an environment of its own.
+"""Test a model folder, as remote code, with other releases of transformers, each in its own virtual environment.
 
     python scripts/compat.py 5.17.0 5.23.0
 
-It writes a small model folder here and loads it there with `scripts/load_elsewhere.py`: no package, an empty cache, every
-Auto class, logits bit for bit, and the same tokens in six ways of generating. An environment is made once, under
-`.compat/`, from the registry that pip is set to; its pins are those of `constraints.txt`, but for what a release of
-transformers chooses by itself.
+A small model folder and reference outputs are saved with the current environment. `scripts/load_elsewhere.py` then
+loads the folder in the other environment, without this package and with empty caches, through every Auto class, and
+compares logits (bit-identical) and the tokens of six generation strategies. An environment is created once, in
+`.compat/`, with the versions of `constraints.txt`, except for those that the release of transformers determines.
 """
 
 import argparse
@@ -22,37 +22,41 @@ from minigpt_hf.data.tokenizer import character_tokenizer
 from minigpt_hf.publish.folder import save_suitcase
 
 ROOT = Path(__file__).resolve().parents[1]
-CHOSEN_BY_TRANSFORMERS = ("transformers==", "huggingface_hub==")
+UNPINNED = ("transformers==", "huggingface_hub==")
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
-WAYS = {
+STRATEGIES = {
     "greedy": GREEDY,
     "no cache": {**GREEDY, "use_cache": False},
     "static cache": {**GREEDY, "cache_implementation": "static"},
-    "beams": {**GREEDY, "num_beams": 3},
+    "beam search": {**GREEDY, "num_beams": 3},
     "prompt lookup": {**GREEDY, "prompt_lookup_num_tokens": 3},
-    "penalty": {**GREEDY, "repetition_penalty": 1.3},
+    "repetition penalty": {**GREEDY, "repetition_penalty": 1.3},
 }
 
 
 def environment(version: str) -> Path:
-    """The Python of an environment with this release of transformers and this project's torch."""
+    """Create a virtual environment with a release of transformers and this project's torch, if it does not exist yet.
+
+    Returns:
+        The path of its Python interpreter.
+    """
     folder = ROOT / ".compat" / version
-    done = folder / "installed"
-    if not done.exists():
+    marker = folder / "installed"
+    if not marker.exists():
         pins = (ROOT / "constraints.txt").read_text().splitlines()
-        kept = folder.with_name(f"constraints-{version}.txt")
+        constraints = folder.with_name(f"constraints-{version}.txt")
         folder.parent.mkdir(exist_ok=True)
-        kept.write_text("\n".join(pin for pin in pins if not pin.startswith(CHOSEN_BY_TRANSFORMERS)))
+        constraints.write_text("\n".join(pin for pin in pins if not pin.startswith(UNPINNED)))
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        wanted = [f"transformers=={version}", "torch", "jinja2"]
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", kept, *wanted]
+        packages = [f"transformers=={version}", "torch", "jinja2"]
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", constraints, *packages]
         subprocess.run(pip, check=True)
-        done.touch()
+        marker.touch()
     return folder / "bin" / "python"
 
 
-def write(folder: Path) -> None:
-    """`model/`, and in `expected.pt` what it computes here: one layer that sees all, one with a window of eight."""
+def save_reference(folder: Path) -> None:
+    """Save a model with one full and one sliding attention layer to `model/`, and its outputs to `expected.pt`."""
     tokenizer = character_tokenizer(["abcdefgh\n"])
     torch.manual_seed(0)
     config = MiniGPTConfig(
@@ -76,35 +80,35 @@ def write(folder: Path) -> None:
         "ids": ids,
         "logits": model(ids).logits.detach(),
         "inv_freq": model.model.rotary_emb.inv_freq,
-        "written": [(way, options, model.generate(ids, **options)) for way, options in WAYS.items()],
+        "generated": [(name, options, model.generate(ids, **options)) for name, options in STRATEGIES.items()],
         "tokens": tokenizer("ab").input_ids,
     }
     torch.save(expected, folder / "expected.pt")
 
 
-def load(python: Path | str, folder: Path) -> subprocess.CompletedProcess:
-    """Run `load_elsewhere.py` on what `write` wrote, with a cache of its own."""
-    program = [
+def run_load_elsewhere(python: Path | str, folder: Path) -> subprocess.CompletedProcess:
+    """Run `load_elsewhere.py` on a folder written by `save_reference`, with empty caches."""
+    argv = [
         python,
         ROOT / "scripts" / "load_elsewhere.py",
         folder / "model",
-        folder / "again",
+        folder / "saved",
         folder / "expected.pt",
     ]
     caches = {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(program, cwd=folder, env={**os.environ, **caches}, capture_output=True, text=True)
+    return subprocess.run(argv, cwd=folder, env={**os.environ, **caches}, capture_output=True, text=True)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="load a model folder under other releases of transformers")
-    parser.add_argument("versions", nargs="+", help="releases of transformers, such as 5.17.0")
+    parser = argparse.ArgumentParser(description="Test a model folder with other releases of transformers.")
+    parser.add_argument("versions", nargs="+", help="releases of transformers, for example 5.17.0")
     failures = 0
     for version in parser.parse_args(argv).versions:
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            done = load(environment(version), Path(folder))
-        failures += done.returncode != 0
-        print(done.stdout.strip() or f"transformers {version}: {done.stderr}", flush=True)
+            save_reference(Path(folder))
+            process = run_load_elsewhere(environment(version), Path(folder))
+        failures += process.returncode != 0
+        print(process.stdout.strip() or f"transformers {version}: {process.stderr}", flush=True)
     return 1 if failures else 0
 
 

@@ -1,11 +1,12 @@
-"""The tests that transformers gives to its own models, pointed at ours, and at Llama and Qwen3 for comparison.
+"""Run transformers' own model tests on MiniGPT, and on Llama and Qwen3 for comparison.
 
     python scripts/conformance.py PATH [--models minigpt llama qwen3] [--slow] [pytest options]
 
-In: a checkout of transformers at the release that is installed here; nothing of it is kept. Out: a table of passed,
-failed and skipped, and exit code 1 if one of ours fails or ours pass fewer than Llama. The classes under test are the
-installed ones; what is made here is a test module for each model, in a temporary folder, that subclasses theirs. MiniGPT
-is tested twice: as Llama is, and with grouped heads and a window.
+PATH is a checkout of transformers at the installed release; it is not modified. For each model, a test module that
+subclasses `CausalLMModelTest` of the checkout is generated in a temporary folder; the classes under test are the
+installed ones. MiniGPT is tested with the configuration used for Llama, and with grouped-query attention and a sliding
+window. Prints the numbers of passed, failed and skipped tests. The exit code is 1 if a MiniGPT test fails or if fewer
+of them pass than of Llama's.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Library models stand in these tables by name, and the tests choose their labels by them.
-TABLES = {
+# The tests look up the model class in these mappings to decide which labels to generate.
+MAPPINGS = {
     "MODEL_MAPPING_NAMES": "Model",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ForCausalLM",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ForSequenceClassification",
@@ -27,24 +28,24 @@ TABLES = {
 MODULE = """
 import unittest
 
-import {package} as home
+import {package} as package
 from transformers.models.auto import modeling_auto
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 
-test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # else only for models on a list
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # by default, a list of model types
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
-for table, ending in {tables}.items():
-    getattr(modeling_auto, table)[home.{name}Config.model_type] = "{name}" + ending
+for mapping, suffix in {mappings}.items():
+    getattr(modeling_auto, mapping)[package.{name}Config.model_type] = "{name}" + suffix
 
 
 class Tester(CausalLMModelTester):
-    config_class = home.{name}Config
-    base_model_class = home.{name}Model
-    causal_lm_class = home.{name}ForCausalLM
-    question_answering_class = home.{name}ForQuestionAnswering
-    sequence_classification_class = home.{name}ForSequenceClassification
-    token_classification_class = home.{name}ForTokenClassification
+    config_class = package.{name}Config
+    base_model_class = package.{name}Model
+    causal_lm_class = package.{name}ForCausalLM
+    question_answering_class = package.{name}ForQuestionAnswering
+    sequence_classification_class = package.{name}ForSequenceClassification
+    token_classification_class = package.{name}ForTokenClassification
 
     def __init__(self, parent):
         super().__init__(parent, **{heads})
@@ -56,11 +57,11 @@ class Test{name}(CausalLMModelTest, unittest.TestCase):
     model_tester_class = Tester
     model_split_percents = [0.5, 0.7, 0.8]
 """
-# A test that skips some of its sub-tests has passed; one that fails in a sub-test has failed.
+# A test with skipped subtests counts as passed, one with a failed subtest as failed.
 RECORD = """
 def pytest_runtest_logreport(report):
-    whole = type(report).__name__ == "TestReport" and (report.when == "call" or report.skipped)
-    if whole or report.failed:
+    is_test = type(report).__name__ == "TestReport" and (report.when == "call" or report.skipped)
+    if is_test or report.failed:
         with open({report!r}, "a") as file:
             print(report.nodeid, report.outcome, file=file)
 """
@@ -76,28 +77,28 @@ MODELS = {
 
 
 def outcomes(model: str, checkout: Path, slow: bool, options: list[str]) -> dict[str, list[str]]:
-    """Run one model's tests; names of tests by outcome."""
+    """Run the tests of one model. Returns the names of the tests by outcome."""
     package, name, heads, settings = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         module, report = Path(folder) / f"test_conformance_{name.lower()}.py", Path(folder) / "outcomes"
-        module.write_text(MODULE.format(package=package, name=name, tables=TABLES, heads=heads, settings=settings))
+        module.write_text(MODULE.format(package=package, name=name, mappings=MAPPINGS, heads=heads, settings=settings))
         (Path(folder) / "conftest.py").write_text(RECORD.format(report=str(report)))
-        (Path(folder) / "pytest.ini").write_text("[pytest]\n")  # neither our settings nor theirs
-        # From inside the checkout, so that `tests` is theirs and not ours.
+        (Path(folder) / "pytest.ini").write_text("[pytest]\n")  # use neither project's pytest settings
+        # The working directory is the checkout, so that `tests` refers to its package.
         argv = [sys.executable, "-m", "pytest", module, "--quiet", "--rootdir", folder, "-c", f"{folder}/pytest.ini"]
         argv += ["-p", "no:cacheprovider", "--tb", "short", *options]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "RUN_SLOW": "1" if slow else "0", "PYTHONDONTWRITEBYTECODE": "1"}
         code = subprocess.run([str(word) for word in argv], cwd=checkout, env=env).returncode
-        if code > 1:  # neither all passed nor some failed: nothing was tested
+        if code > 1:  # 0: all passed, 1: some failed, above: no tests ran
             sys.exit(code)
         outcome = {}
         for line in report.read_text().splitlines():
-            test, kind = line.rsplit(" ", 1)
+            test, result = line.rsplit(" ", 1)
             if outcome.get(test) != "failed":
-                outcome[test] = kind
+                outcome[test] = result
     results = {"passed": [], "failed": [], "skipped": []}
-    for test, kind in outcome.items():
-        results[kind].append(test.split("::")[-1])
+    for test, result in outcome.items():
+        results[result].append(test.split("::")[-1])
     return results
 
 
@@ -105,12 +106,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("transformers", type=Path, help="a checkout of transformers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minigpt", "minigpt-window", "llama"])
-    parser.add_argument("--slow", action="store_true", help="with the tests that transformers marks as slow")
+    parser.add_argument("--slow", action="store_true", help="include tests that transformers marks as slow")
     arguments, options = parser.parse_known_args(argv)
     if not (arguments.transformers / "tests" / "causal_lm_tester.py").exists():
         print(
-            f"{arguments.transformers} is no checkout of transformers: it has no tests/causal_lm_tester.py; "
-            f"git clone --branch v{version('transformers')} https://github.com/huggingface/transformers",
+            f"{arguments.transformers} is not a checkout of transformers: tests/causal_lm_tester.py is missing; create it "
+            f"with git clone --branch v{version('transformers')} https://github.com/huggingface/transformers",
             file=sys.stderr,
         )
         return 2
@@ -118,11 +119,11 @@ def main(argv: list[str]) -> int:
     for model in arguments.models:
         table[model] = outcomes(model, arguments.transformers.resolve(), arguments.slow, options)
     for model, results in table.items():
-        counts = ", ".join(f"{len(names)} {kind}" for kind, names in results.items())
+        counts = ", ".join(f"{len(names)} {result}" for result, names in results.items())
         print(f"{model:16}{counts}{''.join(f'{chr(10)}    {name}' for name in results['failed'])}")
     ours = [results for model, results in table.items() if model.startswith("minigpt")]
-    least = len(table["llama"]["passed"]) if "llama" in table else 0
-    return 1 if any(results["failed"] or len(results["passed"]) < least for results in ours) else 0
+    required = len(table["llama"]["passed"]) if "llama" in table else 0
+    return 1 if any(results["failed"] or len(results["passed"]) < required for results in ours) else 0
 
 
 if __name__ == "__main__":

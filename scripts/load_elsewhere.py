@@ -1,8 +1,9 @@
-"""A folder in a process that does not have this package: load it through every Auto class, use it, train it, save it.
+"""Load a model folder through every Auto class in a process without this package; compare, train, save and reload it.
 
-In: a folder, a folder to save into, and `expected.pt`, what the model computes where the package is. Out: one line, or an
-error. `tests/model/test_remote_code.py` and `scripts/compat.py` start it, with an empty cache of modules and with other
-releases of transformers.
+    python load_elsewhere.py MODEL_FOLDER OUTPUT_FOLDER EXPECTED.pt
+
+EXPECTED.pt holds the reference outputs of the process that saved the folder. Prints one line on success; any difference
+is an AssertionError. Started by `tests/model/test_remote_code.py` and `scripts/compat.py`.
 """
 
 import sys
@@ -10,9 +11,9 @@ import sys
 import torch
 import transformers
 
-sys.modules["minigpt_hf"] = None  # importing it fails: the folder has to do without
+sys.modules["minigpt_hf"] = None  # makes importing it fail: only the remote code in the folder is available
 
-folder, again, expected = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])
+folder, output_folder, expected = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])
 torch.set_num_threads(1)
 ids = expected["ids"]
 HEADS = "CausalLM SequenceClassification TokenClassification QuestionAnswering"
@@ -20,24 +21,24 @@ for name in ("AutoModel", *(f"AutoModelFor{head}" for head in HEADS.split())):
     auto = getattr(transformers, name)
     model = auto.from_pretrained(folder, trust_remote_code=True, num_labels=3)
     assert type(model).__module__.startswith("transformers_modules"), type(model)
-    body = model if name == "AutoModel" else model.model
+    base_model = model if name == "AutoModel" else model.model
     for buffer in ("inv_freq", "original_inv_freq"):
-        assert torch.equal(body.rotary_emb.get_buffer(buffer), expected["inv_freq"]), (name, buffer)
+        assert torch.equal(base_model.rotary_emb.get_buffer(buffer), expected["inv_freq"]), (name, buffer)
     output = model(input_ids=ids)
     if name == "AutoModelForCausalLM":
         assert torch.equal(output.logits, expected["logits"])
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        for way, options, written in expected["written"]:
-            assert torch.equal(model.generate(ids, **options), written), way
-    # Fine-tune one step, save, load what was saved: through this class, and through another.
+        for strategy, options, tokens in expected["generated"]:
+            assert torch.equal(model.generate(ids, **options), tokens), strategy
+    # One training step, then save and reload, through this class and through AutoModel.
     output[0].float().sum().backward()
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
-    model.save_pretrained(f"{again}/{name}")
-    reloaded = auto.from_pretrained(f"{again}/{name}", trust_remote_code=True)
+    model.save_pretrained(f"{output_folder}/{name}")
+    reloaded = auto.from_pretrained(f"{output_folder}/{name}", trust_remote_code=True)
     assert torch.equal(reloaded(input_ids=ids)[0], model(input_ids=ids)[0]), name
-    transformers.AutoModel.from_pretrained(f"{again}/{name}", trust_remote_code=True)
+    transformers.AutoModel.from_pretrained(f"{output_folder}/{name}", trust_remote_code=True)
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-assert fresh(input_ids=ids).logits.shape == expected["logits"].shape
+from_config = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+assert from_config(input_ids=ids).logits.shape == expected["logits"].shape
 assert transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("ab").input_ids == expected["tokens"]
-print(f"transformers {transformers.__version__}, torch {torch.__version__}: all loaded, all equal")
+print(f"transformers {transformers.__version__}, torch {torch.__version__}: every Auto class loaded, all outputs equal")

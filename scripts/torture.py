@@ -1,14 +1,14 @@
-"""Kill a training again and again, with SIGKILL, and see whether it ends where the quiet one ends, bit for bit.
+"""Fault injection: kill a training run repeatedly with SIGKILL and compare its final state with an uninterrupted run.
 
     python scripts/torture.py --kills 100
 
-Two of three kills fall inside the save of a checkpoint: at a random one of its file operations (an open, a rename, a
-removal) the process kills itself. The others fall at a random moment, from outside. After each kill the same command is
-given again, and nothing else. Dropout is on; the run has several epochs. Exit code 0 if every state is equal: weights,
-moments, schedule and random states.
+Two of three kills occur while a checkpoint is saved: the process kills itself at a randomly chosen file operation
+(open, rename or removal). The others come from the parent process at a random time. After each kill the run is resumed
+with the same command. The run uses dropout and lasts several epochs. The exit code is 0 if the final states are
+bit-identical: weights, optimizer moments, learning-rate schedule and random number generators.
 
-Then each file of the newest checkpoint is broken in each of five ways, and the one before it must be taken: a table of what
-held. Processes are forked from this one, which has imported torch but computed nothing, so a hundred kills take minutes.
+Then each file of the latest checkpoint is corrupted in five ways, and the previous checkpoint must be selected.
+Training processes are forked after the imports, so that a hundred kills take minutes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import minigpt_hf.run  # noqa: F401 (imported here, so that forked processes need not)
+import minigpt_hf.run  # noqa: F401 (imported before forking)
 from minigpt_hf.cli import main
 from minigpt_hf.training.checkpoint import checkpoints, newest_valid, what_is_wrong
 
@@ -49,17 +49,24 @@ validation_fraction: 0.0
 use_cpu: true
 """
 
-DAMAGE = {
+CORRUPTIONS = {
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
-    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
     "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     "flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 0xFF]) + file.read_bytes()[1:]),
 }
 
 
-def train(recipe: Path, text: Path, run: Path, dies_at: int | None = None) -> int:
-    """Fork a process that trains; with `dies_at`, it kills itself at that file operation of a save."""
+def start_training(recipe: Path, text: Path, run: Path, kill_at: int | None = None) -> int:
+    """Fork a process that trains or resumes a run.
+
+    Args:
+        kill_at: The process kills itself at this file operation of checkpoint saving, counted from 1.
+
+    Returns:
+        The process id.
+    """
     child = os.fork()
     if child:
         return child
@@ -67,137 +74,152 @@ def train(recipe: Path, text: Path, run: Path, dies_at: int | None = None) -> in
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
-    if dies_at is not None:
-        seen = 0
+    if kill_at is not None:
+        operations = 0
 
         def watch(event: str, arguments: tuple) -> None:
-            nonlocal seen
-            seen += event == "shutil.rmtree" or any("/.unfinished" in str(argument) for argument in arguments)
-            if seen == dies_at:
-                seen += 1  # to kill is an event, too
+            nonlocal operations
+            operations += event == "shutil.rmtree" or any("/.unfinished" in str(argument) for argument in arguments)
+            if operations == kill_at:
+                operations += 1  # `os.kill` raises an audit event as well
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
     os._exit(main(["train", "--recipe", str(recipe), "--data", str(text), "--output_dir", str(run)]))
 
 
-def ended_by(child: int) -> int:
-    """Wait for a process: 0 if it ended well, -9 if it was killed."""
+def wait_for(child: int) -> int:
+    """Wait for a process and return its exit code, or the negative signal number."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def unequal(one: Path, other: Path) -> list[str]:
-    """Names of states that differ between two checkpoints."""
+def differing_states(first: Path, second: Path) -> list[str]:
+    """Return the names of the tensors and values that differ between two checkpoints."""
 
-    def flat(value, name: str):
+    def flatten(value, name: str):
         if isinstance(value, dict):
             for key in value:
-                yield from flat(value[key], f"{name}.{key}")
+                yield from flatten(value[key], f"{name}.{key}")
         elif isinstance(value, list | tuple):
-            for place, each in enumerate(value):
-                yield from flat(each, f"{name}.{place}")
+            for index, element in enumerate(value):
+                yield from flatten(element, f"{name}.{index}")
         else:
             yield name, value
 
-    def states(checkpoint: Path) -> dict:
-        found = dict(flat(load_file(checkpoint / "model.safetensors"), "weights"))
+    def load_states(checkpoint: Path) -> dict:
+        states = dict(flatten(load_file(checkpoint / "model.safetensors"), "weights"))
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            found |= flat(torch.load(checkpoint / name, weights_only=False), name)  # written by this very program
-        return found
+            # Unpickling is safe: the file was written by this script.
+            states |= flatten(torch.load(checkpoint / name, weights_only=False), name)
+        return states
 
-    a, b = states(one), states(other)
-    same = {name for name in a.keys() & b.keys() if bool(torch.as_tensor(a[name] == b[name]).all())}
-    return sorted((a.keys() | b.keys()) - same)
+    a, b = load_states(first), load_states(second)
+    equal = {name for name in a.keys() & b.keys() if bool(torch.as_tensor(a[name] == b[name]).all())}
+    return sorted((a.keys() | b.keys()) - equal)
 
 
 def torture(kills: int, folder: Path, seed: int) -> list[str]:
-    """Run the quiet training and the tortured one; return what went wrong."""
+    """Run the uninterrupted and the interrupted training, and corrupt checkpoints. Returns the failures."""
     recipe, text = folder / "recipe.yaml", folder / "text.txt"
-    recipe.write_text(RECIPE.replace("STEPS", str(16 * kills)))  # about what the kills let it do
+    # 16 steps per kill: about as many as the interrupted run completes.
+    recipe.write_text(RECIPE.replace("STEPS", str(16 * kills)))
     text.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:2000], encoding="utf-8")
-    quiet, tortured = folder / "quiet", folder / "tortured"
-    code = ended_by(train(recipe, text, quiet))
+    reference, interrupted = folder / "reference", folder / "interrupted"
+    code = wait_for(start_training(recipe, text, reference))
     if code:
-        return [f"the quiet run ended with {code}"]
+        return [f"the uninterrupted run ended with exit code {code}"]
 
-    source, inside, faults = random.Random(seed), 0, []
-    print(f"{'kill':>5}  {'where':<42}  newest checkpoint, verified", flush=True)
+    rng, kills_in_save, failures = random.Random(seed), 0, []
+    print(f"{'kill':>5}  {'at':<42}  latest checkpoint, verified", flush=True)
     for number in range(1, kills + 1):
         if number % 3:
-            dies_at = source.randint(1, 60)
-            where = f"in a save, at file operation {dies_at}"
-            code = ended_by(train(recipe, text, tortured, dies_at))
-            inside += code == -signal.SIGKILL
+            kill_at = rng.randint(1, 60)
+            description = f"file operation {kill_at} of saving"
+            code = wait_for(start_training(recipe, text, interrupted, kill_at))
+            kills_in_save += code == -signal.SIGKILL
         else:
-            seconds = source.uniform(0.1, 2.5)
-            where = f"from outside, after {seconds:.2f} s"
-            child = train(recipe, text, tortured)
+            seconds = rng.uniform(0.1, 2.5)
+            description = f"{seconds:.2f} s after the start"
+            child = start_training(recipe, text, interrupted)
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
-            code = ended_by(child)
-        newest = checkpoints(tortured)[-1:]
-        fault = what_is_wrong(newest[0]) if newest else None
-        if fault:
-            faults.append(f"kill {number} left {newest[0].name} broken: {fault}")
+            code = wait_for(child)
+        latest = checkpoints(interrupted)[-1:]
+        error = what_is_wrong(latest[0]) if latest else None
+        if error:
+            failures.append(f"kill {number} left {latest[0].name} corrupt: {error}")
         if code not in (-signal.SIGKILL, 0):
-            faults.append(f"run {number} ended with {code} by itself")
-        print(f"{number:>5}  {where:<42}  {newest[0].name if newest else 'none yet'} {fault or ''}", flush=True)
-        if (tortured / "model").exists():  # it got to its end between two kills: begin again, the figures add up
-            faults += judge(quiet, tortured)
-            tortured.rename(tortured.with_name(f"tortured-until-{number}"))
+            failures.append(f"run {number} ended with exit code {code} before the kill")
+        print(f"{number:>5}  {description:<42}  {latest[0].name if latest else 'none yet'} {error or ''}", flush=True)
+        if (interrupted / "model").exists():  # the run finished between two kills: compare it and start another
+            failures += compare_final_states(reference, interrupted)
+            interrupted.rename(interrupted.with_name(f"interrupted-until-{number}"))
 
-    code = ended_by(train(recipe, text, tortured))
+    code = wait_for(start_training(recipe, text, interrupted))
     if code:
-        faults.append(f"the last run ended with {code}")
-    faults += judge(quiet, tortured)
-    if inside < kills / 2:
-        faults.append(f"only {inside} kills fell inside a save")
-    faults += break_everything(quiet, folder)
-    print(f"{kills} kills, {inside} of them inside a save; {len(faults)} failures", flush=True)
-    return faults
+        failures.append(f"the last run ended with exit code {code}")
+    failures += compare_final_states(reference, interrupted)
+    if kills_in_save < kills / 2:
+        failures.append(f"only {kills_in_save} kills occurred during a save")
+    failures += corrupt_every_file(reference, folder)
+    print(f"{kills} kills, {kills_in_save} of them during a save; {len(failures)} failures", flush=True)
+    return failures
 
 
-def break_everything(run: Path, folder: Path) -> list[str]:
-    """Every file × every damage: the checkpoint before must be taken, and the broken one kept."""
-    before, newest = checkpoints(run)[-2:]
-    faults = []
-    print(f"{'file':<28}" + "".join(f"{damage:>9}" for damage in DAMAGE))
-    for file in sorted(newest.iterdir()):
+def corrupt_every_file(run: Path, folder: Path) -> list[str]:
+    """Corrupt each file of the latest checkpoint in each way.
+
+    Each time the previous checkpoint must be selected, and the corrupt one renamed rather than deleted.
+
+    Args:
+        run: A run with at least two checkpoints; it is not modified.
+        folder: A folder for temporary copies.
+
+    Returns:
+        The failures.
+    """
+    previous, latest = checkpoints(run)[-2:]
+    failures = []
+    print(f"{'file':<28}" + "".join(f"{name:>11}" for name in CORRUPTIONS))
+    for file in sorted(latest.iterdir()):
         cells = []
-        for damage, harm in DAMAGE.items():
-            copy = folder / f"{file.name}-{damage}"
-            for checkpoint in (before, newest):
+        for name, corrupt in CORRUPTIONS.items():
+            copy = folder / f"{file.name}-{name}"
+            for checkpoint in (previous, latest):
                 shutil.copytree(checkpoint, copy / checkpoint.name)
-            harm(copy / newest.name / file.name)
-            found, lines = newest_valid(copy)
-            held = found == copy / before.name and len(lines) == 1 and (copy / f"{newest.name}.aside-1").is_dir()
-            cells.append("held" if held else "FAILED")
-            faults += [] if held else [f"{file.name} {damage}: {found} was taken"]
+            corrupt(copy / latest.name / file.name)
+            selected, messages = newest_valid(copy)
+            is_renamed = (copy / f"{latest.name}.aside-1").is_dir()
+            passed = selected == copy / previous.name and len(messages) == 1 and is_renamed
+            cells.append("passed" if passed else "FAILED")
+            failures += [] if passed else [f"{file.name} {name}: {selected} was selected"]
             shutil.rmtree(copy)
-        print(f"{file.name:<28}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
-    return faults
+        print(f"{file.name:<28}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+    return failures
 
 
-def judge(quiet: Path, tortured: Path) -> list[str]:
-    """Compare the ends of two runs."""
-    last = checkpoints(quiet)[-1].name
-    different = unequal(quiet / last, tortured / last)
-    return [f"{len(different)} states differ at the end, the first is {different[0]}"] if different else []
+def compare_final_states(reference: Path, interrupted: Path) -> list[str]:
+    """Compare the last checkpoints of two runs. Returns the failures."""
+    last = checkpoints(reference)[-1].name
+    names = differing_states(reference / last, interrupted / last)
+    return [f"{len(names)} states differ at the end, the first is {names[0]}"] if names else []
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Kill a training again and again, and compare where it ends.")
+    parser = argparse.ArgumentParser(
+        description="Kill a training run repeatedly and compare its final state with an uninterrupted run."
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--folder", type=Path, help="where the runs go (default: a temporary folder, removed at the end)"
+        "--folder", type=Path, help="folder for the runs (default: a temporary folder, removed at the end)"
     )
     args = parser.parse_args()
-    place = args.folder or Path(tempfile.mkdtemp(prefix="minigpt-torture-"))
-    place.mkdir(parents=True, exist_ok=True)
-    found = torture(args.kills, place, args.seed)
-    for line in found:
-        print(f"FAILURE: {line}")
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="minigpt-torture-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = torture(args.kills, folder, args.seed)
+    for failure in failures:
+        print(f"FAILURE: {failure}")
     if not args.folder:
-        shutil.rmtree(place)
-    sys.exit(1 if found else 0)
+        shutil.rmtree(folder)
+    sys.exit(1 if failures else 0)

@@ -1,4 +1,4 @@
-"""`minigpt train` as a file, for launchers that want one: accelerate launch scripts/train.py --recipe …"""
+"""`minigpt train` as a script, for launchers that need a file: accelerate launch scripts/train.py --recipe …"""
 
 import sys
 

@@ -1,15 +1,15 @@
-"""The Hub on loopback: the part of its HTTP protocol that `huggingface_hub` 1.31 to 2.4 speaks with Xet off.
+"""A local Hub server: the part of the Hub's HTTP API that `huggingface_hub` 1.31 to 2.4 uses with Xet disabled.
 
-In: requests of unmodified clients (`huggingface_hub`, `transformers`, `datasets`) that were told `HF_ENDPOINT`. Out: the
-Hub's answers, from repositories kept as files (`hub_repository.py`). It refuses what it does not know, and fails if told to.
+Serves unmodified clients (`huggingface_hub`, `transformers`, `datasets`) through `HF_ENDPOINT`, from repositories
+stored as files (`hub_repository.py`). Unknown requests get status 404. Faults can be injected.
 
-Large files are served, as on the Hub, by a redirect to another origin (`localhost`, where the API is `127.0.0.1`), which
-must never see a token. It knows one user, `user`, whose token is `TOKEN`. Tests use the fixture `hub`:
+As on the Hub, LFS files are served by a redirect to another origin (`localhost`; the API is at `127.0.0.1`), which must
+never receive a token. There is one user, `user`, with the token `TOKEN`. Tests use the fixture `hub`:
 
     def test(hub):
-        hub.put("user/plays", {"train.txt": b"To be"}, kind="datasets")  # a commit made without a client
-        datasets.load_dataset("user/plays")                              # any client, in this process
-        hub.fail("PUT", "/lfs/", "dies")                                 # the next upload breaks off half way
+        hub.put("user/plays", {"train.txt": b"To be"}, repo_type="datasets")  # commit without a client
+        datasets.load_dataset("user/plays")                                   # any client in this process
+        hub.fail("PUT", "/lfs/", "disconnect")                                # abort the next upload half way
 """
 
 import base64
@@ -25,15 +25,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .hub_repository import LARGE, Refusal, Repository, faults_of_card
+from .hub_repository import LFS, HubError, Repository, model_card_errors
 
-TOKEN = "hf_" + "ThisTokenIsFalse" * 2  # in two parts, so that a search for it does not find this file
-Answer = tuple[int, bytes, dict[str, str]]  # status, body, headers
+TOKEN = "hf_" + "ThisTokenIsFalse" * 2  # split, so that a search for the token does not match this file
+Response = tuple[int, bytes, dict[str, str]]  # status, body, headers
 
 
 @dataclass
 class Request:
-    """What a client sent."""
+    """A request of a client."""
 
     method: str
     path: str
@@ -43,22 +43,22 @@ class Request:
 
 @dataclass
 class Fault:
-    """See `HubServer.fail`."""
+    """An injected fault; see `HubServer.fail`."""
 
     method: str
     path: str
-    kind: int | str
+    effect: int | str
     times: float
 
 
 class HubServer:
-    """Serves from a thread of this process until the process ends; `reset` gives it an empty folder to keep things in."""
+    """HTTP server in a daemon thread of this process; `reset` sets an empty folder for its data."""
 
     def __init__(self):
-        self.root = Path("nowhere")
+        self.root = Path("unset")
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.lock = threading.Lock()  # one commit at a time
+        self.lock = threading.Lock()  # serializes commits
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.http.server_port}"
         self.storage = f"http://localhost:{self.http.server_port}"
@@ -68,47 +68,51 @@ class HubServer:
         self.root, self.requests, self.faults = root, [], []
         (root / "blobs").mkdir(parents=True)
 
-    def fail(self, method: str, path: str, kind: int | str, times: float = float("inf")) -> None:
-        """Let the next `times` requests fail whose method matches and whose path has a match.
+    def fail(self, method: str, path: str, effect: int | str, times: float = float("inf")) -> None:
+        """Inject a fault into requests whose method and path match.
 
         Args:
-            kind: An HTTP status; "dies": the connection ends when half of the body has arrived, and so does every later
-                one, until `faults` is cleared; "lost": all is done, the answer never arrives; "slow": it takes a second.
+            method: Regular expression that matches the complete method.
+            path: Regular expression that matches a part of the path.
+            effect: An HTTP status; "disconnect": the connection is closed after half of the request body, as are all
+                later ones until `faults` is cleared; "lost": the request is processed, but no response is sent; "slow":
+                the response is delayed by one second.
+            times: Number of requests that fail.
         """
-        self.faults.append(Fault(method, path, kind, times))
+        self.faults.append(Fault(method, path, effect, times))
 
     def fault(self, method: str, path: str) -> int | str | None:
-        """What goes wrong with this request."""
+        """Return the effect of the first fault that matches a request, and count it."""
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
                     fault.times -= 1
-                    if fault.kind == "dies":
-                        self.faults = [Fault(".*", "", "dies", float("inf"))]
-                    return fault.kind
+                    if fault.effect == "disconnect":
+                        self.faults = [Fault(".*", "", "disconnect", float("inf"))]
+                    return fault.effect
         return None
 
-    def repository(self, repo_id: str, kind: str = "models") -> Repository:
-        repository = Repository(self.root, kind, repo_id)
+    def repository(self, repo_id: str, repo_type: str = "models") -> Repository:
+        repository = Repository(self.root, repo_type, repo_id)
         if not repository.folder.is_dir():
-            raise Refusal(404, "RepoNotFound", f"{repo_id} is not there")
+            raise HubError(404, "RepoNotFound", f"{repo_id} does not exist")
         return repository
 
-    def put(self, repo_id: str, files: Mapping[str, bytes], kind: str = "models") -> str:
-        """Commit files to `main` without a client, in a new repository if there is none; returns the commit's SHA."""
-        repository = Repository(self.root, kind, repo_id)
+    def put(self, repo_id: str, files: Mapping[str, bytes], repo_type: str = "models") -> str:
+        """Commit files to `main` without a client, creating the repository if necessary. Returns the commit SHA."""
+        repository = Repository(self.root, repo_type, repo_id)
         if not repository.folder.exists():
             repository.create()
         return repository.commit("main", {p: repository.store(p, content) for p, content in files.items()}, [], "put")
 
-    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
-        """What a revision holds, by path."""
-        entries = self.repository(repo_id, kind).read(revision)["files"]
+    def files(self, repo_id: str, revision: str = "main", repo_type: str = "models") -> dict[str, bytes]:
+        """Return the contents of the files of a revision, by path."""
+        entries = self.repository(repo_id, repo_type).read(revision)["files"]
         return {path: (self.root / "blobs" / entry["oid"]).read_bytes() for path, entry in entries.items()}
 
 
-API = r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)"
-WEB = r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)"
+API = r"/api/(?P<type>models|datasets)/(?P<id>[^/]+/[^/]+)"
+WEB = r"/(?:(?P<type>datasets)/)?(?P<id>[^/]+/[^/]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
@@ -126,11 +130,11 @@ ROUTES = [
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_put"),
     ("GET", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_get"),
 ]
-WRITES = {"create", "branch", "preupload", "commit", "lfs_batch", "whoami"}  # what needs a token
+WRITES = {"create", "branch", "preupload", "commit", "lfs_batch", "whoami"}  # routes that require a token
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request, one answer. Each route is a method that returns what is answered, or raises a `Refusal`."""
+    """Request handler. Each route is a method that returns JSON data or a `Response`, or raises `HubError`."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -140,59 +144,59 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, dict(self.headers))
         self.hub.requests.append(request)
         fault, length = self.hub.fault(self.command, path), int(self.headers["Content-Length"] or 0)
-        request.body = self.body = self.rfile.read(length // 2 if fault == "dies" else length)
+        request.body = self.body = self.rfile.read(length // 2 if fault == "disconnect" else length)
         if fault == "slow":
             time.sleep(1)
-        if fault != "dies":
-            answer = self.answer_to("GET" if self.command == "HEAD" else self.command, path, fault)
-        if fault in ("dies", "lost"):
+        if fault != "disconnect":
+            status, body, headers = self.respond("GET" if self.command == "HEAD" else self.command, path, fault)
+        if fault in ("disconnect", "lost"):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        self.send_response(answer[0])
-        for name, value in {"Content-Length": str(len(answer[1])), **answer[2]}.items():
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else answer[1])
+        self.wfile.write(b"" if self.command == "HEAD" else body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do
 
     def log_message(self, *args) -> None:
-        """Silence: `HubServer.requests` has it all."""
+        """Do not log: `HubServer.requests` records every request."""
 
-    def answer_to(self, method: str, path: str, fault: int | str | None) -> Answer:
+    def respond(self, method: str, path: str, fault: int | str | None) -> Response:
         try:
             if isinstance(fault, int):
-                raise Refusal(fault, message=f"told to answer {fault}")
-            for wanted, pattern, name in ROUTES:
-                if method == wanted and (match := re.fullmatch(pattern, path)):
-                    self.part = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                raise HubError(fault, message=f"injected fault {fault}")
+            for route_method, pattern, name in ROUTES:
+                if method == route_method and (match := re.fullmatch(pattern, path)):
+                    self.params = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                     self.authorize(name)
-                    answer = vars(Handler)[name](self)
-                    return answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode(), {})
-            raise Refusal(404, message=f"this Hub has no {method} {path}")
-        except Refusal as refusal:
-            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
-            return refusal.status, json.dumps({"error": refusal.message}).encode(), headers
+                    response = vars(Handler)[name](self)
+                    return response if isinstance(response, tuple) else (200, json.dumps(response).encode(), {})
+            raise HubError(404, message=f"unsupported request: {method} {path}")
+        except HubError as error:
+            headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
+            return error.status, json.dumps({"error": error.message}).encode(), headers
 
     def authorize(self, name: str) -> None:
-        """Who writes needs the token, and who reads what is private. To strangers that looks like what is not there."""
-        given = self.headers["Authorization"]
+        """Require the token for writes and private repositories; without it, the latter appear not to exist."""
+        authorization = self.headers["Authorization"]
         if name.startswith("storage_"):
-            assert given is None, "the token has left the Hub"
-        elif given not in (None, f"Bearer {TOKEN}") or (not given and name in WRITES):
-            raise Refusal(401, message="Invalid credentials in Authorization header")
-        elif "id" in self.part:
-            kind = self.part.get("kind", "models")
-            if not given and (not self.hub.root.joinpath(kind, self.part["id"]).is_dir()):
-                raise Refusal(401, "RepoNotFound", "Repository not found")
-            self.repository = self.hub.repository(self.part["id"], kind)
-            if not given and self.repository.private:
-                raise Refusal(401, "RepoNotFound", "Repository not found")
-            if name in WRITES and not self.part["id"].startswith("user/"):
-                raise Refusal(403, message="you do not have write access to this repository")
+            assert authorization is None, "the token was sent to the storage"
+        elif authorization not in (None, f"Bearer {TOKEN}") or (not authorization and name in WRITES):
+            raise HubError(401, message="Invalid credentials in Authorization header")
+        elif "id" in self.params:
+            repo_type = self.params.get("type", "models")
+            if not authorization and not self.hub.root.joinpath(repo_type, self.params["id"]).is_dir():
+                raise HubError(401, "RepoNotFound", "Repository not found")
+            self.repository = self.hub.repository(self.params["id"], repo_type)
+            if not authorization and self.repository.private:
+                raise HubError(401, "RepoNotFound", "Repository not found")
+            if name in WRITES and not self.params["id"].startswith("user/"):
+                raise HubError(403, message="you do not have write access to this repository")
 
-    # -- the account, repositories, revisions -------------------------------------------------------------------------
+    # -- account, repositories, revisions -----------------------------------------------------------------------------
 
     def whoami(self):
         return {"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
@@ -201,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         repo_id, kind = f"{wanted['organization'] or 'user'}/{wanted['name']}", f"{wanted.get('type', 'model')}s"
         if not repo_id.startswith("user/"):
-            raise Refusal(403, message="You don't have the rights to create a model under this namespace")
+            raise HubError(403, message="You don't have the rights to create a model under this namespace")
         url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
         with self.hub.lock:
             repository = Repository(self.hub.root, kind, repo_id)
@@ -211,13 +215,13 @@ class Handler(BaseHTTPRequestHandler):
         return {"url": url}
 
     def validate_card(self):
-        errors = [{"message": fault} for fault in faults_of_card(json.loads(self.body)["content"])]
+        errors = [{"message": error} for error in model_card_errors(json.loads(self.body)["content"])]
         return 400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode(), {}
 
     def info(self):
-        commit = self.repository.read(self.part.get("rev", "main"))
-        about = {"id": self.part["id"], "sha": commit["sha"], "private": self.repository.private, "tags": []}
-        return {**about, "siblings": [{"rfilename": path} for path in sorted(commit["files"])], "downloads": 0}
+        commit = self.repository.read(self.params.get("rev", "main"))
+        metadata = {"id": self.params["id"], "sha": commit["sha"], "private": self.repository.private, "tags": []}
+        return {**metadata, "siblings": [{"rfilename": path} for path in sorted(commit["files"])], "downloads": 0}
 
     def refs(self):
         heads = self.repository.branches().items()
@@ -226,60 +230,60 @@ class Handler(BaseHTTPRequestHandler):
 
     def branch(self):
         with self.hub.lock:
-            if self.part["rev"] in self.repository.branches():
-                raise Refusal(409, message="Reference already exists")
+            if self.params["rev"] in self.repository.branches():
+                raise HubError(409, message="Reference already exists")
             start = json.loads(self.body).get("startingPoint", "main")
-            self.repository.point(self.part["rev"], self.repository.read(start)["sha"])
+            self.repository.set_branch(self.params["rev"], self.repository.read(start)["sha"])
         return {}
 
     def commits(self):
-        def listed(commit: dict) -> dict:
+        def describe(commit: dict) -> dict:
             date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(commit["time"]))
             return {"id": commit["sha"], "title": commit["title"], "message": "", "date": date, "authors": []}
 
-        return [listed(commit) for commit in self.repository.history(self.part["rev"])]
+        return [describe(commit) for commit in self.repository.history(self.params["rev"])]
 
-    # -- what is in them ----------------------------------------------------------------------------------------------
+    # -- files --------------------------------------------------------------------------------------------------------
 
     def tree(self):
-        within = f"{self.part['path']}/" if "path" in self.part else ""
+        prefix = f"{self.params['path']}/" if "path" in self.params else ""
         entries = {}
-        for path, file in sorted(self.repository.read(self.part["rev"])["files"].items()):
-            if path.startswith(within):
-                for parent in [*Path(path).parents][-2::-1]:  # all but ".", from the top
-                    if f"{parent}/".startswith(within) and f"{parent}/" != within:
+        for path, file in sorted(self.repository.read(self.params["rev"])["files"].items()):
+            if path.startswith(prefix):
+                for parent in [*Path(path).parents][-2::-1]:  # all but ".", outermost first
+                    if f"{parent}/".startswith(prefix) and f"{parent}/" != prefix:
                         entries[str(parent)] = {"type": "directory", "path": str(parent), "oid": "", "size": 0}
-                entries[path] = listed(path, file)
-        if within and not entries:
-            raise Refusal(404, "EntryNotFound", f"{within} does not exist")
-        deep = self.query.get("recursive", ["false"])[0].lower() == "true"
-        return [entry for path, entry in entries.items() if deep or "/" not in path.removeprefix(within)]
+                entries[path] = file_entry(path, file)
+        if prefix and not entries:
+            raise HubError(404, "EntryNotFound", f"{prefix} does not exist")
+        recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
+        return [entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(prefix)]
 
     def paths_info(self):
-        files = self.repository.read(self.part["rev"])["files"]
-        return [listed(path, files[path]) for path in parse_qs(self.body.decode())["paths"] if path in files]
+        files = self.repository.read(self.params["rev"])["files"]
+        return [file_entry(path, files[path]) for path in parse_qs(self.body.decode())["paths"] if path in files]
 
     def resolve(self):
-        commit = self.repository.read(self.part["rev"])
+        commit = self.repository.read(self.params["rev"])
         headers = {"X-Repo-Commit": commit["sha"]}
-        file = commit["files"].get(self.part["path"])
+        file = commit["files"].get(self.params["path"])
         if file is None:
             return 404, b"Entry not found", {**headers, "X-Error-Code": "EntryNotFound"}
-        if file["large"]:
-            linked = {"X-Linked-Etag": f'"{file["oid"]}"', "X-Linked-Size": str(file["size"])}
-            return 302, b"", {**headers, **linked, "Location": f"{self.hub.storage}/lfs/{file['oid']}"}
+        if file["lfs"]:
+            redirect = {"X-Linked-Etag": f'"{file["oid"]}"', "X-Linked-Size": str(file["size"])}
+            return 302, b"", {**headers, **redirect, "Location": f"{self.hub.storage}/lfs/{file['oid']}"}
         return self.content(file["oid"], headers)
 
     def storage_get(self):
-        return self.content(self.part["oid"], {})
+        return self.content(self.params["oid"], {})
 
-    def content(self, oid: str, headers: dict[str, str]) -> Answer:
-        """A blob, or the range of it that was asked for."""
+    def content(self, oid: str, headers: dict[str, str]) -> Response:
+        """Return a blob, or the requested range of it."""
         body = (self.hub.root / "blobs" / oid).read_bytes()
         headers = {**headers, "ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-        if not (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")):
+        if not (requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")):
             return 200, body, headers
-        first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
+        first, last = int(requested[1]), min(int(requested[2] or len(body)), len(body) - 1)
         if first > last:
             return 416, b"", {"Content-Range": f"bytes */{len(body)}"}
         return 206, body[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(body)}"}
@@ -287,51 +291,51 @@ class Handler(BaseHTTPRequestHandler):
     # -- uploads ------------------------------------------------------------------------------------------------------
 
     def preupload(self):
-        present = self.repository.read(self.part["rev"])["files"]
+        present = self.repository.read(self.params["rev"])["files"]
 
         def plan(path: str) -> dict:
-            mode = "lfs" if LARGE.search(path) else "regular"
+            mode = "lfs" if LFS.search(path) else "regular"
             return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": present.get(path, {}).get("oid")}
 
         return {"files": [plan(file["path"]) for file in json.loads(self.body)["files"]]}
 
     def lfs_batch(self):
-        def plan(each: dict) -> dict:
-            if (self.hub.root / "blobs" / each["oid"]).exists():
-                return each
-            return {**each, "actions": {"upload": {"href": f"{self.hub.storage}/lfs/{each['oid']}"}}}
+        def plan(blob: dict) -> dict:
+            if (self.hub.root / "blobs" / blob["oid"]).exists():
+                return blob
+            return {**blob, "actions": {"upload": {"href": f"{self.hub.storage}/lfs/{blob['oid']}"}}}
 
-        return {"transfer": "basic", "objects": [plan(each) for each in json.loads(self.body)["objects"]]}
+        return {"transfer": "basic", "objects": [plan(blob) for blob in json.loads(self.body)["objects"]]}
 
     def storage_put(self):
-        if hashlib.sha256(self.body).hexdigest() != self.part["oid"]:
-            raise Refusal(400, message="the content is not what its name says")
-        (self.hub.root / "blobs" / self.part["oid"]).write_bytes(self.body)
+        if hashlib.sha256(self.body).hexdigest() != self.params["oid"]:
+            raise HubError(400, message="the content does not match its SHA-256")
+        (self.hub.root / "blobs" / self.params["oid"]).write_bytes(self.body)
         return 200, b"", {}
 
     def commit(self):
         head, *lines = [json.loads(line) for line in self.body.splitlines()]
-        branch, added, deleted = self.part["rev"], {}, []
+        branch, added, deleted = self.params["rev"], {}, []
         for key, value in [(line["key"], line["value"]) for line in lines]:
             if key == "file":
                 added[value["path"]] = self.repository.store(value["path"], base64.b64decode(value["content"]))
             elif key == "lfsFile":
                 if not (self.hub.root / "blobs" / value["oid"]).exists():
-                    raise Refusal(400, message=f"{value['path']} was not uploaded")
-                added[value["path"]] = {"oid": value["oid"], "size": value["size"], "large": True}
+                    raise HubError(400, message=f"{value['path']} was not uploaded")
+                added[value["path"]] = {"oid": value["oid"], "size": value["size"], "lfs": True}
             else:
                 deleted.append(value["path"])
         with self.hub.lock:
             if head["value"].get("parentCommit", now := self.repository.read(branch)["sha"]) != now:
-                raise Refusal(412, message="A commit has happened since. Please refresh and try again.")
+                raise HubError(412, message="A commit has happened since. Please refresh and try again.")
             sha = self.repository.commit(branch, added, deleted, head["value"]["summary"])
-        return {"commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{self.part['id']}/commit/{sha}"}
+        return {"commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{self.params['id']}/commit/{sha}"}
 
 
-def listed(path: str, file: dict) -> dict:
-    """A file as the lists of the Hub show it."""
-    large = {"lfs": {"oid": file["oid"], "size": file["size"], "pointerSize": 134}} if file["large"] else {}
-    return {"type": "file", "path": path, "oid": file["oid"][:40], "size": file["size"], **large}
+def file_entry(path: str, file: dict) -> dict:
+    """Return the entry of a file in the Hub's listings."""
+    lfs = {"lfs": {"oid": file["oid"], "size": file["size"], "pointerSize": 134}} if file["lfs"] else {}
+    return {"type": "file", "path": path, "oid": file["oid"][:40], "size": file["size"], **lfs}
 
 
-HUB = HubServer()  # one for the process: clients read its address once, when they are imported
+HUB = HubServer()  # one per process: clients read the endpoint when they are imported

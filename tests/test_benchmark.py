@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: clocks and ratios by hand, losses equal to those of `minigpt train`."""
+"""The benchmarks: times and ratios against hand calculations, losses against those of `minigpt train`."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from benchmarks.process import timed
 
 
 @pytest.mark.parametrize("name", benchmark.BENCHMARKS)
-def test_every_benchmark_says_what_it_measures_and_takes_arguments(name):
+def test_every_benchmark_has_a_description_and_options(name):
     module = import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
@@ -28,7 +28,7 @@ def test_every_benchmark_says_what_it_measures_and_takes_arguments(name):
     assert callable(module.run)
 
 
-def test_without_a_name_the_benchmarks_are_listed(capsys):
+def test_help_and_an_unknown_name_list_the_benchmarks(capsys):
     assert benchmark.main(["unknown"]) == 2
     assert benchmark.main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -36,36 +36,37 @@ def test_without_a_name_the_benchmarks_are_listed(capsys):
 
 
 def test_a_list_of_rows_is_printed_as_a_table(capsys):
-    benchmark.show(
-        {"ratio": 1.5, "steps": [{"training": "ours", "seconds": 9.5}, {"training": "a peer", "seconds": None}]}
+    benchmark.print_results(
+        {"ratio": 1.5, "steps": [{"training": "minigpt", "seconds": 9.5}, {"training": "nanoGPT", "seconds": None}]}
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines[0].split() == ["ratio", "1.5"]
-    assert lines[1:] == ["steps", "  training  seconds", "  ours          9.5", "  a peer           "]
+    assert lines[1:] == ["steps", "  training  seconds", "  minigpt       9.5", "  nanoGPT          "]
 
 
-def test_a_process_is_timed_and_a_failure_is_shown():
-    done = timed([sys.executable, "-c", "sum(range(3_000_000)); print('done')"])
-    assert done.output == "done\n"
-    assert done.cpu_seconds > 0
-    assert done.megabytes > 1
-    with pytest.raises(RuntimeError, match="exit code 3:\nwhat went wrong"):
-        timed([sys.executable, "-c", "import sys; print('what went wrong'); sys.exit(3)"])
+def test_a_process_is_timed_and_a_failure_is_reported():
+    process = timed([sys.executable, "-c", "sum(range(3_000_000)); print('done')"])
+    assert process.output == "done\n"
+    assert process.cpu_seconds > 0
+    assert process.megabytes > 1
+    with pytest.raises(RuntimeError, match="exit code 3:\nerror message"):
+        timed([sys.executable, "-c", "import sys; print('error message'); sys.exit(3)"])
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_ends_at_the_loss_of_the_trainer(run_folder, recipe_file, text_file):
+def test_the_loss_of_a_trial_equals_that_of_the_trainer(run_folder, recipe_file, text_file):
     loss = trial.prepare(str(recipe_file), ["--data", str(text_file)]).run()
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert loss == pytest.approx([row["eval_loss"] for row in rows if "eval_loss" in row][-1], rel=1e-9)
 
 
-def test_an_ablation_compares_with_the_recipe_and_goes_on_from_its_log(recipe_file, text_file, tmp_path):
+def test_an_ablation_reports_differences_from_the_recipe_and_reuses_its_log(recipe_file, text_file, tmp_path):
     parser = argparse.ArgumentParser()
     ablation.add_arguments(parser)
-    names = ["the recipe", "branches start at zero", "the same cuts in each epoch", "half the batch, twice the steps"]
+    names = ["unchanged", "residual projections zero", "same block offset in every epoch"]
+    names += ["half the batch size, twice the steps"]
     argv = ["--data", str(text_file), "--recipe", str(recipe_file), "--seeds", "3", "4", "--max_steps", "2"]
     argv += ["--log", str(tmp_path / "log"), "--only", *names]
     table = ablation.run(parser.parse_args(argv))["ablation"]
@@ -74,7 +75,7 @@ def test_an_ablation_compares_with_the_recipe_and_goes_on_from_its_log(recipe_fi
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     means = [sum(row["loss"] for row in log if row["change"] == name) / 2 for name in names]
     assert [row["loss"] for row in table] == [f"{mean:.4f}" for mean in means]
-    assert [row["against_recipe"] for row in table] == [f"{mean - means[0]:+.4f}" for mean in means]
+    assert [row["difference"] for row in table] == [f"{mean - means[0]:+.4f}" for mean in means]
     (tmp_path / "log").write_text("".join(json.dumps({**row, "loss": 1.0}) + "\n" for row in log))
     assert {row["loss"] for row in ablation.run(parser.parse_args(argv))["ablation"]} == {"1.0000"}
 
@@ -82,21 +83,23 @@ def test_an_ablation_compares_with_the_recipe_and_goes_on_from_its_log(recipe_fi
 @pytest.mark.parametrize(
     ("name", "standard_deviations"),
     [
-        ("embeddings start with 0.08", (0.08, 0.02 / 2)),
-        ("branches start at zero", (0.02, 0.0)),
-        ("branches start as other matrices", (0.02, 0.02)),
+        ("embedding std 0.08", (0.08, 0.02 / 2)),
+        ("residual projections zero", (0.02, 0.0)),
+        ("residual projections unscaled", (0.02, 0.02)),
     ],
 )
-def test_changed_starts_are_what_their_names_say(name, standard_deviations, recipe_file, text_file):
+def test_changed_initializations_have_the_standard_deviations_they_name(
+    name, standard_deviations, recipe_file, text_file
+):
     change = ablation.CHANGES[name]
-    model = trial.prepare(str(recipe_file), ["--data", str(text_file)], start=change.start).model.model
-    layer = model.layers[0]  # two layers: branches start with 0.02 / √4
+    model = trial.prepare(str(recipe_file), ["--data", str(text_file)], initialize=change.initialize).model.model
+    layer = model.layers[0]  # L = 2: residual projections have 0.02 / √(2L) = 0.01 by default
     for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
         assert weight.std().item() == pytest.approx(standard_deviations[1], rel=0.1)
     assert model.embed_tokens.weight[2:].std().item() == pytest.approx(standard_deviations[0], rel=0.1)
 
 
-def test_scaling_changes_one_rate_at_a_time(recipe_file, text_file):
+def test_scaling_changes_one_learning_rate_at_a_time(recipe_file, text_file):
     parser = argparse.ArgumentParser()
     scaling.add_arguments(parser)
     argv = [
@@ -111,92 +114,92 @@ def test_scaling_changes_one_rate_at_a_time(recipe_file, text_file):
         "--max_steps",
         "2",
     ]
-    figures = scaling.run(parser.parse_args(argv))
-    rates = [rate for row in figures["scaling"] for rate in (row["Muon"], row["AdamW"])]
+    results = scaling.run(parser.parse_args(argv))
+    rates = [rate for row in results["scaling"] for rate in (row["Muon"], row["AdamW"])]
     assert rates == pytest.approx([0.02, 4e-3, 0.06, 4e-3, 0.02, 12e-3])
-    losses = [float(row["loss"]) for row in figures["scaling"]]
-    assert figures["width_16_recipe_above_best"] == pytest.approx(losses[0] - min(losses), abs=2e-4)
+    losses = [float(row["loss"]) for row in results["scaling"]]
+    assert results["width_16_recipe_minus_best"] == pytest.approx(losses[0] - min(losses), abs=2e-4)
 
 
-# -- clocks and ratios ------------------------------------------------------------------------------------------------
+# -- times and ratios -------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_sees_each_step_of_an_optimizer_and_leaves_out_the_first():
+def test_the_step_timer_times_every_optimizer_step_and_excludes_warmup():
     weight = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    with throughput.listening() as clock:
+    with throughput.time_optimizer_steps() as timer:
         for _ in range(3):
             optimizer.step()
     optimizer.step()
-    assert len(clock.began) == len(clock.ended) == 3
-    clock.began = [float(i) for i in range(throughput.WARM_UP)] + [100.0, 102.0]
-    clock.ended = [(i + 0.5, i + 0.1) for i in range(throughput.WARM_UP)] + [(100.5, 20.0), (103.5, 21.1)]
-    assert clock.seconds == pytest.approx((103.5 - 9.5) / 2)
-    assert clock.cpu_seconds == pytest.approx((21.1 - 9.1) / 2)
-    assert clock.optimizer_share == pytest.approx((0.5 + 1.5) / 2 / 47)
+    assert len(timer.starts) == len(timer.ends) == 3
+    timer.starts = [float(i) for i in range(throughput.WARMUP)] + [100.0, 102.0]
+    timer.ends = [(i + 0.5, i + 0.1) for i in range(throughput.WARMUP)] + [(100.5, 20.0), (103.5, 21.1)]
+    assert timer.seconds == pytest.approx((103.5 - 9.5) / 2)
+    assert timer.cpu_seconds == pytest.approx((21.1 - 9.1) / 2)
+    assert timer.optimizer_share == pytest.approx((0.5 + 1.5) / 2 / 47)
 
 
-def test_seconds_of_steps_leave_evaluations_out():
-    printed = "step 0: train loss 4.2, val loss 4.3\niter 0: loss 4.2, time 9000.00ms, mfu -100.00%\n"
-    printed += "iter 1: loss 4.0, time 30.00ms, mfu -100.00%\niter 2: loss 3.9, time 50.00ms, mfu 0.02%\n"
-    assert learn.seconds_of_nanogpt(printed, 3) == pytest.approx(3 * 0.040)
+def test_the_time_of_training_steps_excludes_evaluations():
+    output = "step 0: train loss 4.2, val loss 4.3\niter 0: loss 4.2, time 9000.00ms, mfu -100.00%\n"
+    output += "iter 1: loss 4.0, time 30.00ms, mfu -100.00%\niter 2: loss 3.9, time 50.00ms, mfu 0.02%\n"
+    assert learn.seconds_of_nanogpt(output, 3) == pytest.approx(3 * 0.040)
     log = [{"step": 10, "tokens": 1000, "tokens_per_second": 500}, {"step": 10, "tokens": 1000, "eval_loss": 2.0}]
     log += [{"step": 20, "tokens": 2000, "tokens_per_second": 250}]
     assert learn.seconds_of_log("\n".join(map(json.dumps, log)), 21) == pytest.approx((2 + 4) * 21 / 20)
 
 
-def test_ratios_are_of_neighbours_and_losses_are_means():
+def test_ratios_are_medians_over_rounds_and_losses_are_means():
     def row(loss, seconds, tokens=100):
-        took = {"training_seconds": seconds, "whole_seconds": seconds + 10, "cpu_seconds": seconds}
-        return {"parameters": 7, "tokens": tokens, **took, "loss": loss}
+        times = {"training_seconds": seconds, "process_seconds": seconds + 10, "cpu_seconds": seconds}
+        return {"parameters": 7, "tokens": tokens, **times, "loss": loss}
 
     rows = {
         "peer": [row(1.9, 60), row(1.9, 90), row(1.9, 30)],
-        "ours": [row(1.5, 10, 20), row(1.6, 30, 20), row(1.7, 10, 20)],
+        "minigpt": [row(1.5, 10, 20), row(1.6, 30, 20), row(1.7, 10, 20)],
     }
-    figures = learn.compare(rows)
-    assert figures["trainings"][1]["loss"] == "1.6000"
-    assert figures["trainings"][1]["spread"] == "0.2000"
-    (ratio,) = figures["peer_over_ours"]
-    assert (ratio["nats"], ratio["tokens_ratio"]) == ("-0.3000", 5.0)
+    results = learn.compare(rows)
+    assert results["trainings"][1]["loss"] == "1.6000"
+    assert results["trainings"][1]["range"] == "0.2000"
+    (ratio,) = results["peer_over_minigpt"]
+    assert (ratio["loss_difference"], ratio["tokens_ratio"]) == ("-0.3000", 5.0)
     assert ratio["training_seconds_ratio"] == 3.0  # the median of 6, 3 and 3
-    assert ratio["whole_seconds_ratio"] == 2.5  # of 70/20, 100/40 and 40/20
+    assert ratio["process_seconds_ratio"] == 2.5  # of 70/20, 100/40 and 40/20
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_peers_are_as_large_as_the_recipe(architecture):
+def test_peers_have_as_many_parameters_as_the_recipe(architecture):
     size = hf_peer.make_model(architecture, "tuned", 67).num_parameters()
     assert 800_512 * 0.99 < size < 800_512 * 1.02
 
 
-def test_peers_get_blocks_that_are_cut_once():
+def test_group_texts_concatenates_texts_and_splits_them_into_blocks():
     rows = {"input_ids": [list(range(50)), list(range(50, 200))]}
     blocks = hf_peer.group_texts(rows)
     assert blocks["input_ids"] == blocks["labels"] == [list(range(i, i + 64)) for i in (0, 64, 128)]
 
 
-def test_both_ways_tokenize_all_of_the_text(tmp_path):
+def test_both_pipelines_tokenize_the_complete_text(tmp_path):
     megabytes = data.write_text(tmp_path / "text", "four score and seven years ago\n" * 40, 0.004)
     size = sum(file.stat().st_size for file in (tmp_path / "text").iterdir())
     assert size == round(megabytes * 1e6) >= 4000
     files = len(list((tmp_path / "text").iterdir()))
-    ours = data.our_way(tmp_path / "text", byte_tokenizer(), tmp_path / "cache", 1)
-    assert ours == size + files  # a token for each byte, and one that opens each document
-    theirs = data.run_clm_way(tmp_path / "text", byte_tokenizer(), tmp_path / "cache", 1)
+    ours = data.minigpt_pipeline(tmp_path / "text", byte_tokenizer(), tmp_path / "cache", 1)
+    assert ours == size + files  # one token per byte and one BOS token per document
+    theirs = data.run_clm_pipeline(tmp_path / "text", byte_tokenizer(), tmp_path / "cache", 1)
     assert size - 2 * data.BLOCK_SIZE < theirs <= size
 
 
-def test_fixed_cuts_show_the_same_blocks_in_each_epoch(tmp_path):
+def test_fixed_offset_blocks_are_the_same_in_every_epoch(tmp_path):
     stream = TokenStream(tmp_path, torch.arange(100).numpy(), torch.zeros(1).numpy(), 0, 100, 100, "")
-    fixed, moving = ablation.FixedCuts(stream, 8, seed=0), Blocks(stream, 8, seed=0)
+    fixed, shifted = ablation.FixedOffsetBlocks(stream, 8, seed=0), Blocks(stream, 8, seed=0)
     assert [fixed[epoch, 0]["input_ids"][0] for epoch in range(3)] == [0, 0, 0]
-    assert len({int(moving[epoch, 0]["input_ids"][0]) for epoch in range(3)}) > 1
+    assert len({int(shifted[epoch, 0]["input_ids"][0]) for epoch in range(3)}) > 1
 
 
-def test_a_clone_is_copied_without_what_it_made_before(tmp_path):
+def test_a_clone_is_copied_without_its_outputs(tmp_path):
     clone, text = tmp_path / "clone", tmp_path / "text.txt"
     (clone / nanogpt.DATA).mkdir(parents=True)
     for name in ("train.py", nanogpt.DATA / "prepare.py", nanogpt.DATA / "train.bin"):
@@ -205,5 +208,5 @@ def test_a_clone_is_copied_without_what_it_made_before(tmp_path):
     nanogpt.copy(clone, text, tmp_path / "copy")
     names = {file.name for file in (tmp_path / "copy").rglob("*.*")}
     assert names == {"train.py", "prepare.py", "requests.py", "input.txt"}
-    with pytest.raises(SystemExit, match=r"no train\.py there"):
+    with pytest.raises(SystemExit, match=r"has no train\.py"):
         nanogpt.copy(tmp_path, text, tmp_path / "other")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
-from minigpt_hf.fast import quicken
+from minigpt_hf.fast import compile_for_generation
 from minigpt_hf.generation import generate, load
 from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import random_ids, tiny_model
@@ -111,18 +111,18 @@ def test_a_pipeline_writes_text(run_folder):
     assert text[0]["generated_text"] == generate(model, tokenizer, "def ", max_new_tokens=10, do_sample=False)[0]
 
 
-def test_fast_writes_likely_tokens_from_one_compiled_step():
-    """A window that slides, prompts of different length, several texts at a time: one graph, nearly the same numbers."""
+def test_a_compiled_model_generates_likely_tokens_with_one_graph():
+    """Sliding window, prompts of different lengths and a batch: no recompilation, probabilities within 0.02 of float32."""
     model = tiny_model(vocab_size=258, num_hidden_layers=1, use_sliding_window=True, sliding_window=8)
     reference, tokenizer = copy.deepcopy(model), byte_tokenizer()
     torch._dynamo.utils.counters.clear()
-    fast = quicken(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2, tune=False)
-    assert (fast.room, model.dtype) == (128, torch.bfloat16)
-    assert 0 < fast.probability < 0.02
+    compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2, tune=False)
+    assert (compiled.max_cache_len, model.dtype) == (128, torch.bfloat16)
+    assert 0 < compiled.max_probability_difference < 0.02
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 2, "top_k": 1, "do_sample": True}
     for prompt in ("ab", "a longer one"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        written = model.generate(ids, **options, **fast.take(ids.shape[1], options))
+        written = model.generate(ids, **options, **compiled.generation_options(ids.shape[1], options))
         assert written.shape == (2, ids.shape[1] + 30)
         probabilities = reference(written).logits.softmax(-1)[
             :, ids.shape[1] - 1 : -1
@@ -130,14 +130,19 @@ def test_fast_writes_likely_tokens_from_one_compiled_step():
         chosen = probabilities.gather(-1, written[:, ids.shape[1] :, None])[..., 0]
         assert (probabilities.amax(-1) - chosen).max() < 0.02
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    with pytest.raises(ValueError, match="are 302, and --fast has room for 128: give a larger --max_cache_len"):
-        generate(model, tokenizer, "ab", more=fast.take, **{**options, "max_new_tokens": 300})
+    with pytest.raises(ValueError, match="are 302 tokens, but the cache of --fast holds 128: increase --max_cache_len"):
+        generate(
+            model, tokenizer, "ab", extra_options=compiled.generation_options, **{**options, "max_new_tokens": 300}
+        )
 
 
-def test_fast_says_what_it_cannot_do(run_folder, capsys):
+def test_fast_rejects_models_and_options_it_does_not_support(run_folder, capsys):
     model = tiny_model()
     model._can_compile_fullgraph = False
-    with pytest.raises(ValueError, match="--fast compiles a model whole, and transformers cannot with 'minigpt'"):
-        quicken(model, byte_tokenizer())
+    with pytest.raises(
+        ValueError,
+        match="--fast compiles the model as one graph, which transformers does not support for model type 'minigpt'",
+    ):
+        compile_for_generation(model, byte_tokenizer())
     assert main(["generate", str(run_folder / "model"), "--fast", "--num_beams", "2"]) == 2
     assert "--num_beams cannot be combined with --fast" in capsys.readouterr().err

@@ -40,18 +40,18 @@ def run(argv: list[str]) -> None:
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
 
-    more = {}
+    extra = {}
     if args.fast:
-        from ..fast import NOT_WITH_FAST, quicken
+        from ..fast import UNSUPPORTED_OPTIONS, compile_for_generation
 
-        if refused := [name for name in NOT_WITH_FAST if name in options]:
-            raise ValueError(f"--{refused[0]} cannot be combined with --fast, which writes one token at a time")
-        print("preparing to write fast …", file=sys.stderr, flush=True)
+        if unsupported := [name for name in UNSUPPORTED_OPTIONS if name in options]:
+            raise ValueError(f"--{unsupported[0]} cannot be combined with --fast, which decodes one token per step")
+        print("compiling the model …", file=sys.stderr, flush=True)
         sizes = {name: options[name] for name in ("max_new_tokens", "num_return_sequences") if name in options}
         longest = max(options.pop("max_cache_len", 0), options.get("max_length", 0))
-        fast = quicken(model, tokenizer, args.prompt, max_cache_len=longest, **sizes)
-        print(f"fast: {fast}", file=sys.stderr, flush=True)
-        more = {"more": fast.take}
+        compiled = compile_for_generation(model, tokenizer, args.prompt, max_cache_len=longest, **sizes)
+        print(f"compiled: {compiled}", file=sys.stderr, flush=True)
+        extra = {"extra_options": compiled.generation_options}
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
@@ -59,9 +59,9 @@ def run(argv: list[str]) -> None:
             # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
             print(prompt, end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, **more, **options)
+            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, **extra, **options)
         else:
-            for text in write(model, tokenizer, prompt, seed=args.seed, **more, **options):
+            for text in write(model, tokenizer, prompt, seed=args.seed, **extra, **options):
                 print(text, end="\n---\n", flush=True)
 
     if not args.interactive:

@@ -1,12 +1,12 @@
-"""Muon for the matrices of the layers, AdamW for everything else, as one optimizer that saves and loads as one.
+"""MuonAdamW: Muon for the weight matrices of the layers and AdamW for all other parameters, in one optimizer.
 
-In: a model (or parameter groups) and learning rates. Out: a `torch.optim.Optimizer`. It refuses to guess which rule a
-parameter follows: the group says it.
+Both algorithms share one `torch.optim.Optimizer`, so that the Trainer's scheduler, checkpoints and resuming apply to
+both.
 
-Why two rules. Adam scales every number of a matrix by itself. Muon looks at the matrix as a whole: it replaces the
-momentum M = U·S·Vᵀ by U·Vᵀ, so that all directions in which the matrix could move get a step of the same length, the rare
-ones too (Keller Jordan et al., https://kellerjordan.github.io/posts/muon/). That suits matrices that map vectors to
-vectors. Embeddings, the output head and the norm weights are lists of vectors, and stay with AdamW (arXiv:1711.05101).
+AdamW scales every element of a weight by itself. Muon orthogonalizes the update of a matrix: it replaces the momentum M
+= U·S·Vᵀ by U·Vᵀ, so that all singular directions, including those with rare gradients, get a step of equal size (Keller
+Jordan et al., https://kellerjordan.github.io/posts/muon/). This applies to linear maps. Embeddings, the output head and
+norm weights use AdamW (arXiv:1711.05101).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,33 +15,42 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-# Quintic Newton-Schulz: p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵ pushes every singular value in (0, 1] to about 1, and
-# small ones fastest. Five rounds leave them within [0.7, 1.2], which is near enough.
+# Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵ maps singular values in (0, 1] towards 1, with
+# the largest slope at 0. Five iterations bring them into about [0.7, 1.2], which suffices in practice (Jordan et al.).
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """M = U·S·Vᵀ -> about U·Vᵀ for a batch of matrices [n, r, c] with r ≤ c, without computing an SVD.
+    """Approximate U·Vᵀ of M = U·S·Vᵀ with Newton-Schulz iterations instead of an SVD.
 
-    The iteration corrects its own rounding, so it runs in bfloat16, as `torch.optim.Muon` does.
+    The iteration is insensitive to rounding and runs in bfloat16, as in `torch.optim.Muon`.
+
+    Args:
+        matrices: [n, r, c] with r ≤ c.
+
+    Returns:
+        A tensor of the same shape and dtype.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.to(torch.bfloat16)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # all singular values into (0, 1]
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(
+        min=1e-7
+    )  # the Frobenius norm bounds every singular value: all are in (0, 1]
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT  # [n, r, r]: as small as it gets, since r ≤ c
+        gram = x @ x.mT  # [n, r, r]: the smaller of the two Gram matrices, since r ≤ c
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """One optimizer, two rules; each parameter group names its own.
+    """Optimizer whose parameter groups each select Muon or AdamW.
 
     Args:
-        param_groups: dicts with `params`, `algorithm` ("muon" or "adamw") and `lr`; Muon groups may set `momentum`,
-            AdamW groups `betas` and `eps`; both `weight_decay` (decoupled: the weight shrinks by lr · weight_decay a
-            step). Parameters of Muon groups are matrices [rows, columns].
+        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept
+        `momentum`,
+            AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
+            1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
 
     Raises:
         ValueError: for an unknown algorithm, or a Muon parameter that is not a matrix.
@@ -52,14 +61,16 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             if group.get("algorithm") not in ("muon", "adamw"):
-                raise ValueError(f"parameter group has algorithm {group.get('algorithm')!r}: use 'muon' or 'adamw'")
+                raise ValueError(f"a parameter group has algorithm {group.get('algorithm')!r}: use 'muon' or 'adamw'")
             for parameter in group["params"]:
                 if group["algorithm"] == "muon" and parameter.ndim != 2:
-                    raise ValueError(f"Muon turns matrices; a parameter of shape {tuple(parameter.shape)} is not one")
+                    raise ValueError(
+                        f"Muon requires matrices, but a parameter has shape {tuple(parameter.shape)}: use 'adamw'"
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step on every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,10 +88,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: look one step ahead
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov momentum
 
-        # One batched iteration for all matrices of one shape, tall ones lying on their side: q, k, v, o of all layers
-        # together, and gate, up, down of all layers together.
+        # Matrices of equal shape, up to transposition, share one batched iteration: q, k, v, o of all layers, and gate,
+        # up, down of all layers.
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i, p in enumerate(parameters):
             by_shape.setdefault((min(p.shape), max(p.shape)), []).append(i)
@@ -90,7 +101,7 @@ class MuonAdamW(torch.optim.Optimizer):
             ]
             for i, update in zip(indices, orthogonalize(torch.stack(wide)), strict=True):
                 rows, columns = parameters[i].shape
-                # An orthogonal matrix with more rows than columns gives shorter vectors; √(rows / columns) makes up.
+                # If rows > columns, the root mean square of U·Vᵀx is √(columns / rows) of that of x: compensate.
                 scale = max(1.0, rows / columns) ** 0.5
                 parameters[i].mul_(1 - group["lr"] * group["weight_decay"])
                 parameters[i].add_(update if rows <= columns else update.mT, alpha=-group["lr"] * scale)
@@ -130,16 +141,20 @@ def muon_adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> MuonAdamW:
-    """Sort the parameters of a causal LM: matrices inside `layers` to Muon at `muon_lr`, the rest to AdamW at `lr`.
+    """Create the optimizer of a causal language model: Muon for the matrices inside `layers`, AdamW for all others.
 
-    Weight decay falls on matrices and embeddings; vectors (the norm weights) have none. The AdamW groups come first:
-    the learning rate that the Trainer logs is that of the first group.
+    Weight decay applies to matrices and embeddings, not to vectors (norm weights). The AdamW groups come first, because
+    the Trainer logs the learning rate of the first group.
+
+    Args:
+        lr: Learning rate of AdamW.
+        muon_lr: Learning rate of Muon.
     """
     embeddings, vectors, matrices = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = vectors if parameter.ndim < 2 else matrices if ".layers." in name else embeddings
-            kind.append(parameter)
+            group = vectors if parameter.ndim < 2 else matrices if ".layers." in name else embeddings
+            group.append(parameter)
     adamw_group = {"algorithm": "adamw", "lr": lr, "betas": betas, "eps": eps}
     return MuonAdamW(
         [

@@ -1,6 +1,7 @@
-"""What each part of a recipe gives: one thing changed at a time, several seeds, mean and spread of the validation loss.
+"""Ablation: validation loss of a recipe with one setting changed at a time, as mean and range over several seeds.
 
-Losses only: it may run beside other work. With `--log FILE` rows are kept as they come, and a second start goes on.
+Only losses are compared, so other load on the machine does not matter. With `--log FILE` each result is appended to a
+file, and results that the file already holds are not computed again.
 """
 
 import argparse
@@ -20,37 +21,42 @@ from minigpt_hf.training.recipe import read_recipe
 
 @dataclass(frozen=True)
 class Change:
-    """Flags of `minigpt train` that differ from the recipe, or what no flag can say.
+    """One modification of a recipe.
 
-    `batch` multiplies the batch and divides the steps, so that the tokens are as many.
+    Args:
+        flags: Additional flags of `minigpt train`.
+        batch_factor: Multiplies the batch size and divides the number of steps; the number of tokens is unchanged.
+        initialize: Modifies the initialized weights in place.
+        dataset_class: The dataset that splits the token stream into blocks.
     """
 
     flags: tuple[str, ...] = ()
-    batch: float = 1.0
-    start: Callable[[MiniGPTForCausalLM], None] = lambda model: None
-    cut: type[Blocks] = Blocks
+    batch_factor: float = 1.0
+    initialize: Callable[[MiniGPTForCausalLM], None] = lambda model: None
+    dataset_class: type[Blocks] = Blocks
 
 
-class FixedCuts(Blocks):
-    """Every epoch shows the same blocks, in another order, as most trainings do."""
+class FixedOffsetBlocks(Blocks):
+    """Blocks that are the same in every epoch, in a different order: the usual practice."""
 
     def shift(self, epoch: int) -> int:
         return 0
 
 
-def _embeddings_at_008(model: MiniGPTForCausalLM) -> None:
-    """The prototype's start: a standard deviation of 0.08 where the recipe has 0.02."""
+def _embedding_std_008(model: MiniGPTForCausalLM) -> None:
+    """Standard deviation 0.08 instead of 0.02."""
     model.model.embed_tokens.weight.data.mul_(4)
 
 
-def _branches_at_zero(model: MiniGPTForCausalLM) -> None:
+def _zero_residual_projections(model: MiniGPTForCausalLM) -> None:
+    """Initialize the projections that write to the residual stream to zero."""
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
 
 
-def _branches_as_all(model: MiniGPTForCausalLM) -> None:
-    """Without GPT-2's factor of 1/√2L on what leaves a branch."""
+def _unscaled_residual_projections(model: MiniGPTForCausalLM) -> None:
+    """Undo GPT-2's factor 1/√(2L) on the projections that write to the residual stream."""
     factor = (2 * len(model.model.layers)) ** 0.5
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.mul_(factor)
@@ -61,60 +67,60 @@ def _flags(line: str) -> Change:
     return Change(tuple(line.split()))
 
 
-# Some of these are what a recipe has already: leave them out with --only.
+# Some of these equal the settings of some recipe: exclude them with --only.
 CHANGES = {
-    "the recipe": Change(),
-    "AdamW 2e-3 for all": _flags("--no_muon --learning_rate 2e-3"),
-    "AdamW 4e-3 for all": _flags("--no_muon --learning_rate 4e-3"),
-    "AdamW 8e-3 for all": _flags("--no_muon --learning_rate 8e-3"),
-    "Muon 0.01": _flags("--muon_learning_rate 0.01"),
-    "Muon 0.03": _flags("--muon_learning_rate 0.03"),
-    "Muon 0.04": _flags("--muon_learning_rate 0.04"),
-    "AdamW 2e-3 beside Muon": _flags("--learning_rate 2e-3"),
-    "AdamW 8e-3 beside Muon": _flags("--learning_rate 8e-3"),
+    "unchanged": Change(),
+    "AdamW for all parameters, lr 2e-3": _flags("--no_muon --learning_rate 2e-3"),
+    "AdamW for all parameters, lr 4e-3": _flags("--no_muon --learning_rate 4e-3"),
+    "AdamW for all parameters, lr 8e-3": _flags("--no_muon --learning_rate 8e-3"),
+    "Muon lr 0.01": _flags("--muon_learning_rate 0.01"),
+    "Muon lr 0.03": _flags("--muon_learning_rate 0.03"),
+    "Muon lr 0.04": _flags("--muon_learning_rate 0.04"),
+    "AdamW lr 2e-3": _flags("--learning_rate 2e-3"),
+    "AdamW lr 8e-3": _flags("--learning_rate 8e-3"),
     "Muon momentum 0.9": _flags("--muon_momentum 0.9"),
     "Muon momentum 0.95": _flags("--muon_momentum 0.95"),
     "AdamW beta2 0.99": _flags("--adam_beta2 0.99"),
     "weight decay 0.1": _flags("--weight_decay 0.1"),
-    "no warm-up": _flags("--warmup_steps 0"),
+    "no warmup": _flags("--warmup_steps 0"),
     "cosine schedule": _flags("--lr_scheduler_type cosine"),
-    "constant rate after warm-up": _flags("--lr_scheduler_type constant_with_warmup"),
+    "constant schedule with warmup": _flags("--lr_scheduler_type constant_with_warmup"),
     "no gradient clipping": _flags("--max_grad_norm 1000000"),
-    "embeddings not tied": _flags("--tie_word_embeddings false"),
-    "embeddings start with 0.08": Change(start=_embeddings_at_008),
-    "branches start at zero": Change(start=_branches_at_zero),
-    "branches start as other matrices": Change(start=_branches_as_all),
-    "all start with 0.04": _flags("--initializer_range 0.04"),
-    "the same cuts in each epoch": Change(cut=FixedCuts),
-    "half the batch, twice the steps": Change(batch=0.5),
-    "twice the batch, half the steps": Change(batch=2),
-    "2 heads": _flags("--num_attention_heads 2"),
-    "8 heads": _flags("--num_attention_heads 8"),
-    "rotary base 1,000": _flags("--rope_theta 1000"),
-    "rotary base 10,000": _flags("--rope_theta 10000"),
-    "dropout 0.05": _flags("--residual_dropout 0.05"),
+    "untied embeddings": _flags("--tie_word_embeddings false"),
+    "embedding std 0.08": Change(initialize=_embedding_std_008),
+    "residual projections zero": Change(initialize=_zero_residual_projections),
+    "residual projections unscaled": Change(initialize=_unscaled_residual_projections),
+    "initializer range 0.04": _flags("--initializer_range 0.04"),
+    "same block offset in every epoch": Change(dataset_class=FixedOffsetBlocks),
+    "half the batch size, twice the steps": Change(batch_factor=0.5),
+    "twice the batch size, half the steps": Change(batch_factor=2),
+    "2 attention heads": _flags("--num_attention_heads 2"),
+    "8 attention heads": _flags("--num_attention_heads 8"),
+    "RoPE theta 1,000": _flags("--rope_theta 1000"),
+    "RoPE theta 10,000": _flags("--rope_theta 10000"),
+    "residual dropout 0.05": _flags("--residual_dropout 0.05"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
-    parser.add_argument("--data", required=True, help="the text, e.g. tinyshakespeare.txt")
-    parser.add_argument("--recipe", default="shakespeare-char", help="what is taken apart (default: shakespeare-char)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    """Add the options of this benchmark."""
+    parser.add_argument("--data", required=True, help="training text, e.g. tinyshakespeare.txt")
+    parser.add_argument("--recipe", default="shakespeare-char", help="recipe to modify (default: shakespeare-char)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds (default: 0 1 2)")
     parser.add_argument(
         "--only",
         nargs="+",
         default=list(CHANGES),
         choices=CHANGES,
         metavar="CHANGE",
-        help="some of: " + "; ".join(CHANGES),
+        help="changes to measure (default: all): " + "; ".join(CHANGES),
     )
-    parser.add_argument("--max_steps", type=int, help="fewer steps, to try this command")
-    parser.add_argument("--log", type=Path, help="a file that keeps each row as it comes, and is not computed twice")
+    parser.add_argument("--max_steps", type=int, help="number of steps (default: that of the recipe)")
+    parser.add_argument("--log", type=Path, help="JSON Lines file of results, read and appended to")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train the recipe and each change of it with every seed; the seeds take turns."""
+    """Train the recipe with each change and each seed, and report the mean, range and difference from the recipe."""
     rows = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
     losses = {(row["recipe"], row["change"], row["seed"], row["max_steps"]): row["loss"] for row in rows}
     for seed in args.seeds:
@@ -130,19 +136,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     table = []
     for name in args.only:
         values = [losses[args.recipe, name, seed, args.max_steps] for seed in args.seeds]
-        base = [losses.get((args.recipe, "the recipe", seed, args.max_steps)) for seed in args.seeds]
-        gap = None if None in base else f"{statistics.mean(values) - statistics.mean(base):+.4f}"
-        spread = f"{max(values) - min(values):.4f}"
+        baseline = [losses.get((args.recipe, "unchanged", seed, args.max_steps)) for seed in args.seeds]
+        difference = None if None in baseline else f"{statistics.mean(values) - statistics.mean(baseline):+.4f}"
+        value_range = f"{max(values) - min(values):.4f}"
         table.append(
-            {"change": name, "loss": f"{statistics.mean(values):.4f}", "spread": spread, "against_recipe": gap}
+            {"change": name, "loss": f"{statistics.mean(values):.4f}", "range": value_range, "difference": difference}
         )
     return {"recipe": args.recipe, "seeds": args.seeds, "ablation": table}
 
 
 def _loss(args: argparse.Namespace, change: Change, seed: int) -> float:
     recipe = read_recipe(args.recipe)
-    steps = round((args.max_steps or recipe["max_steps"]) / change.batch)
-    batch = round(recipe["per_device_train_batch_size"] * change.batch)
+    steps = round((args.max_steps or recipe["max_steps"]) / change.batch_factor)
+    batch_size = round(recipe["per_device_train_batch_size"] * change.batch_factor)
     flags = ["--data", args.data, "--seed", str(seed), "--use_cpu"]
-    flags += ["--max_steps", str(steps), "--per_device_train_batch_size", str(batch), *change.flags]
-    return prepare(args.recipe, flags, start=change.start, cut=change.cut).run()
+    flags += ["--max_steps", str(steps), "--per_device_train_batch_size", str(batch_size), *change.flags]
+    return prepare(args.recipe, flags, initialize=change.initialize, dataset_class=change.dataset_class).run()

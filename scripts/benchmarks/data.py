@@ -1,8 +1,9 @@
-"""Text on disk -> tokens on disk, ready to train on: our way and that of transformers' `run_clm.py`, in MB/s.
+"""Tokenization throughput, from text files to a training set on disk, compared with transformers' `run_clm.py`.
 
-Ours reads documents and writes one stream. `run_clm.py` reads lines, tokenizes them with `datasets.map` and joins them into
-blocks with another (`group_texts`). The same tokenizer, files and number of processes; by turns; nothing is cached; the
-start of Python and imports are left out. Memory is that of the largest process, for the text and for four times as much.
+minigpt-hf reads documents and writes one token stream. `run_clm.py` reads lines, tokenizes them with `datasets.map` and
+concatenates them into blocks with a second `map` (`group_texts`). Both use the same tokenizer, files and number of
+processes, alternate for several rounds and start with empty caches. Times exclude the start of Python and imports.
+Memory is the peak of the largest process, also measured for four times the text.
 """
 
 import argparse
@@ -20,56 +21,59 @@ FILE_BYTES = 500_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
+    """Add the options of this benchmark."""
+    parser.add_argument("--data", default="stdlib", help="as in `minigpt train`; repeated up to the given size")
+    parser.add_argument("--megabytes", type=float, default=20, help="size of the text (default: 20)")
+    parser.add_argument("--num_proc", type=int, default=1, help="number of processes (default: 1)")
     parser.add_argument(
-        "--data", default="stdlib", help="as in `minigpt train`; used again and again to the size wanted"
+        "--vocab_size", type=int, default=4096, help="vocabulary size of the byte-level BPE tokenizer (default: 4096)"
     )
-    parser.add_argument("--megabytes", type=float, default=20, help="of text (default: 20)")
-    parser.add_argument("--num_proc", type=int, default=1, help="processes of each (default: 1)")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, byte-level BPE (default: 4096)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds (default: 3)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Let both tokenize the text in turn, then four times the text once each."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        megabytes = child("prepare", args.data, folder, args.megabytes, args.vocab_size)["megabytes"]
-        seen: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    """Alternate both pipelines on the text, then run each once on four times the text."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        megabytes = run_process("prepare", args.data, folder, args.megabytes, args.vocab_size)["megabytes"]
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in PIPELINES}
         for repeat in range(args.repeats):
-            for way in WAYS:
-                seen[way].append(child(way, folder / "text-1", folder, args.num_proc))
+            for name in PIPELINES:
+                rounds[name].append(run_process(name, folder / "text-1", folder, args.num_proc))
             print(f"round {repeat + 1} of {args.repeats}", file=sys.stderr)
-        large = {way: child(way, folder / "text-4", folder, args.num_proc) for way in WAYS}
+        large = {name: run_process(name, folder / "text-4", folder, args.num_proc) for name in PIPELINES}
     table = []
-    for way, results in seen.items():
-        middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        row = {"way": way, "MB_per_second": round(megabytes / middle["seconds"], 2)}
-        row |= {"seconds": round(middle["seconds"], 2), "cpu_seconds": round(middle["cpu_seconds"], 2)}
-        row |= {"tokens": f"{middle['tokens']:,.0f}", "peak_MB": round(middle["peak_megabytes"])}
-        table.append(row | {"peak_MB_of_4_times_the_text": round(large[way]["peak_megabytes"])})
-    pairs = list(zip(seen["run_clm"], seen["ours"], strict=True))
+    for name, results in rounds.items():
+        medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        row = {"pipeline": name, "MB_per_second": round(megabytes / medians["seconds"], 2)}
+        row |= {"seconds": round(medians["seconds"], 2), "cpu_seconds": round(medians["cpu_seconds"], 2)}
+        row |= {"tokens": f"{medians['tokens']:,.0f}", "peak_MB": round(medians["peak_megabytes"])}
+        table.append(row | {"peak_MB_for_4_times_the_text": round(large[name]["peak_megabytes"])})
+    pairs = list(zip(rounds["run_clm"], rounds["minigpt"], strict=True))
     return {
         "megabytes_of_text": round(megabytes, 1),
         "processes": args.num_proc,
         "tokenizing": table,
         **{
-            f"ours_over_run_clm_by_{name}": round(statistics.median(a[key] / b[key] for a, b in pairs), 2)
-            for name, key in (("clock", "seconds"), ("processor", "cpu_seconds"))
+            f"speedup_over_run_clm_by_{name}": round(statistics.median(a[key] / b[key] for a, b in pairs), 2)
+            for name, key in (("wall_time", "seconds"), ("cpu_time", "cpu_seconds"))
         },
     }
 
 
-def child(*words: Any) -> dict[str, float]:
-    """Do one thing in a process of its own: Linux counts the memory of this one into its peak, so this one stays small."""
+def run_process(*arguments: Any) -> dict[str, float]:
+    """Run one measurement in a subprocess.
+
+    On Linux the peak memory of a child starts at that of its parent, so this process imports nothing large.
+    """
     from benchmarks.process import timed
 
-    done = timed([sys.executable, "-m", "benchmarks.data", *words], PYTHONPATH=str(Path(__file__).parents[1]))
-    return json.loads(done.output.splitlines()[-1]) | {"peak_megabytes": done.megabytes}
+    process = timed([sys.executable, "-m", "benchmarks.data", *arguments], PYTHONPATH=str(Path(__file__).parents[1]))
+    return json.loads(process.output.splitlines()[-1]) | {"peak_megabytes": process.megabytes}
 
 
 def prepare(data: str, folder: Path, megabytes: float, vocab_size: int) -> dict[str, float]:
-    """A tokenizer, and the text at both sizes."""
+    """Train the tokenizer and write the text in both sizes. Returns the size of the smaller one."""
     from minigpt_hf.data.corpus import load_corpus
     from minigpt_hf.data.tokenizer import byte_level_bpe
 
@@ -80,28 +84,28 @@ def prepare(data: str, folder: Path, megabytes: float, vocab_size: int) -> dict[
 
 
 def write_text(folder: Path, text: str, megabytes: float) -> float:
-    """Files of about half a megabyte, each with a first line of its own; return how many megabytes they are."""
+    """Write files of about half a megabyte, each with a distinct first line. Returns their total size in MB."""
     folder.mkdir()
     size, number = 0, 0
     characters = min(FILE_BYTES, len(text))
     while size < megabytes * 1e6:
         start = number * characters % max(1, len(text) - characters)
-        written = f"file {number}\n{text[start : start + characters]}"
-        (folder / f"{number:06}.txt").write_text(written, encoding="utf-8")
-        size, number = size + len(written.encode()), number + 1
+        content = f"file {number}\n{text[start : start + characters]}"
+        (folder / f"{number:06}.txt").write_text(content, encoding="utf-8")
+        size, number = size + len(content.encode()), number + 1
     return size / 1e6
 
 
-def our_way(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int:
-    """What `minigpt train` does."""
+def minigpt_pipeline(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int:
+    """Tokenize as `minigpt train` does. Returns the number of tokens."""
     from minigpt_hf.data.corpus import load_corpus
     from minigpt_hf.data.stream import build_stream
 
     return len(build_stream(load_corpus(str(folder), 0.0).train, tokenizer, cache, num_proc))
 
 
-def run_clm_way(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int:
-    """What `run_clm.py` does: two passes of `map`, a thousand lines at a time."""
+def run_clm_pipeline(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int:
+    """Tokenize as `run_clm.py` does, with two passes of `map`. Returns the number of tokens."""
     from itertools import chain
 
     from datasets import load_dataset
@@ -120,30 +124,31 @@ def run_clm_way(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int
     return len(tokens.map(group, batched=True, num_proc=processes)) * BLOCK_SIZE
 
 
-WAYS = {"ours": our_way, "run_clm": run_clm_way}
+PIPELINES = {"minigpt": minigpt_pipeline, "run_clm": run_clm_pipeline}
 
 
 def main() -> None:
-    """One of the processes that `run` measures."""
+    """Entry point of the processes started by `run`."""
     import datasets
     from transformers import AutoTokenizer
 
     from minigpt_hf.cli.parser import quiet
-    from minigpt_hf.data import stream  # noqa: F401 (what is imported is not measured)
+    from minigpt_hf.data import stream  # noqa: F401 (imports are not measured)
 
     quiet()
-    what, *words = sys.argv[1:]
-    if what == "prepare":
-        print(json.dumps(prepare(words[0], Path(words[1]), float(words[2]), int(words[3]))))
+    name, *arguments = sys.argv[1:]
+    if name == "prepare":
+        data, folder, megabytes, vocab_size = arguments
+        print(json.dumps(prepare(data, Path(folder), float(megabytes), int(vocab_size))))
         return
-    folder, num_proc = Path(words[1]), int(words[2])
+    text, folder, num_proc = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        datasets.config.HF_DATASETS_CACHE = Path(cache) / "datasets"  # nothing is found again
-        began, busy = time.perf_counter(), sum(os.times()[:4])
-        tokens = WAYS[what](Path(words[0]), tokenizer, Path(cache), num_proc)
-        took = {"seconds": time.perf_counter() - began, "cpu_seconds": sum(os.times()[:4]) - busy, "tokens": tokens}
-    print(json.dumps(took))
+        datasets.config.HF_DATASETS_CACHE = Path(cache) / "datasets"  # no cached result is reused
+        start, cpu_start = time.perf_counter(), sum(os.times()[:4])
+        tokens = PIPELINES[name](text, tokenizer, Path(cache), num_proc)
+        result = {"seconds": time.perf_counter() - start, "cpu_seconds": sum(os.times()[:4]) - cpu_start}
+    print(json.dumps(result | {"tokens": tokens}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A model of transformers trained from scratch as its `run_clm.py` does it: blocks cut once, AdamW, the stock Trainer.
+"""Train GPT-2 or Llama from scratch as transformers' `run_clm.py` does: fixed blocks, AdamW, the stock Trainer.
 
     python scripts/benchmarks/hf_peer.py gpt2 tuned --data tinyshakespeare.txt --output_dir runs/gpt2
 
-In: an architecture (`gpt2` or `llama`, at the size of `shakespeare-char`) and its settings, `stock` or `tuned`. Out: a
-model folder, and a line of JSON with what it took. One of the processes of `benchmark.py learn --peer hf`.
+The model has the size of the recipe `shakespeare-char`; the settings are the defaults (`stock`) or `tuned`. Saves a
+model folder and prints the training time as a line of JSON. Started by `benchmark.py learn --peer hf`.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.tokenizer import character_tokenizer
 
 BLOCK_SIZE, BATCH, WIDTH, LAYERS, HEADS = 64, 12, 128, 4, 4
-# Stock is what `TrainingArguments` and the configurations have. Tuned is the best of a search over rates, weight decay and
-# beta2, in docs/log.md.
+# Stock: the defaults of `TrainingArguments` and of the configurations. Tuned: the best of a search over learning rate,
+# weight decay and beta2 (docs/log.md).
 TUNED = {
     "gpt2": {"learning_rate": 4e-3, "weight_decay": 0.1, "adam_beta2": 0.99, "warmup_steps": 100},
     "llama": {"learning_rate": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.99, "warmup_steps": 100},
@@ -36,7 +36,7 @@ TUNED = {
 
 
 def make_model(architecture: str, settings: str, vocab_size: int) -> PreTrainedModel:
-    """The same width, depth and number of parameters as `shakespeare-char`, within one hundredth."""
+    """Create a model of the hidden size, depth and, within 2 %, the number of parameters of `shakespeare-char`."""
     if architecture == "gpt2":
         dropout = {} if settings == "stock" else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         config = GPT2Config(
@@ -56,7 +56,7 @@ def make_model(architecture: str, settings: str, vocab_size: int) -> PreTrainedM
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        intermediate_size=344,  # 8/3 of the width, to a multiple of 8
+        intermediate_size=344,  # 8/3 · 128 = 341.3, rounded up to a multiple of 8
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -65,20 +65,20 @@ def make_model(architecture: str, settings: str, vocab_size: int) -> PreTrainedM
 
 
 def main() -> None:
-    """Train, save, and say what it took."""
-    parser = argparse.ArgumentParser(description="A model of transformers, trained as run_clm.py does it.")
+    """Train and save the model, and print the training time."""
+    parser = argparse.ArgumentParser(description="Train GPT-2 or Llama as run_clm.py does.")
     parser.add_argument("architecture", choices=["gpt2", "llama"])
     parser.add_argument("settings", choices=["stock", "tuned"])
     parser.add_argument("--data", required=True)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--max_steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", type=json.loads, default={}, help="TrainingArguments that differ, as JSON")
+    parser.add_argument("--set", type=json.loads, default={}, help="overrides of TrainingArguments, as JSON")
     args = parser.parse_args()
 
     set_seed(args.seed)
     corpus = load_corpus(args.data)
-    tokenizer = character_tokenizer(text for part in (corpus.train, corpus.validation) for text in part)
+    tokenizer = character_tokenizer(text for split in (corpus.train, corpus.validation) for text in split)
     texts = Dataset.from_dict({"text": list(corpus.train)})
     tokens = texts.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns=["text"])
     blocks = tokens.map(group_texts, batched=True)
@@ -100,11 +100,11 @@ def main() -> None:
 
 
 def group_texts(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-    """Join all texts and cut them into blocks, the same in each epoch; the labels are the inputs, shifted in the model."""
-    joined = {name: list(chain.from_iterable(lists)) for name, lists in rows.items()}
-    whole = len(joined["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
+    """Concatenate all texts and split them into blocks; the labels equal the inputs and are shifted in the model."""
+    concatenated = {name: list(chain.from_iterable(lists)) for name, lists in rows.items()}
+    total = len(concatenated["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
     blocks = {
-        name: [values[i : i + BLOCK_SIZE] for i in range(0, whole, BLOCK_SIZE)] for name, values in joined.items()
+        name: [values[i : i + BLOCK_SIZE] for i in range(0, total, BLOCK_SIZE)] for name, values in concatenated.items()
     }
     return {**blocks, "labels": [list(block) for block in blocks["input_ids"]]}
 

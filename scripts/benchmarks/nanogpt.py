@@ -1,13 +1,12 @@
-"""A clone of karpathy/nanoGPT, to be run as it is.
+"""Copy a clone of karpathy/nanoGPT, together with the text, into a temporary folder, to run it unmodified.
 
-In: a clone that the user names, and the text. Out: a copy of it in a temporary folder, with the text where nanoGPT's
-`prepare.py` looks for it. The clone itself is not written to; nothing is downloaded.
+The clone itself is not modified and nothing is downloaded.
 """
 
 import shutil
 from pathlib import Path
 
-# Its README's example for a laptop without a GPU. (The README's figure is 1.88.)
+# The example of nanoGPT's README for a laptop without a GPU, where it reports a validation loss of 1.88.
 CPU_EXAMPLE = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --block_size=64 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -16,13 +15,13 @@ DATA = Path("data", "shakespeare_char")
 
 
 def copy(clone: Path, text: Path, target: Path) -> None:
-    """Copy the program and the text.
+    """Copy nanoGPT without its outputs, and the text to where `prepare.py` reads it.
 
     Raises:
-        SystemExit: if there is no nanoGPT there.
+        SystemExit: if `clone` is not a clone of nanoGPT.
     """
     if not (clone / "train.py").is_file():
-        raise SystemExit(f"{clone}: no train.py there; name a clone of https://github.com/karpathy/nanoGPT")
+        raise SystemExit(f"{clone} has no train.py: give a clone of https://github.com/karpathy/nanoGPT")
     shutil.copytree(clone, target, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl", "out*", "assets"))
     shutil.copy(text, target / DATA / "input.txt")
-    (target / DATA / "requests.py").touch()  # prepare.py imports it for a download, which it skips if the text is there
+    (target / DATA / "requests.py").touch()  # imported by prepare.py for a download that it skips if input.txt exists

@@ -1,8 +1,4 @@
-"""A command run as a process of its own, and what it took.
-
-In: a command. Out: its output, wall-clock and processor seconds, and the most memory that it or one of its processes held.
-It refuses a command that fails, and shows the end of what it said.
-"""
+"""Run a command in a subprocess and measure its wall time, CPU time and peak memory."""
 
 import os
 import subprocess
@@ -14,8 +10,15 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Done:
-    """`seconds` by the clock, `cpu_seconds` of this process and those it waited for, `megabytes` of the largest one."""
+class CompletedProcess:
+    """Output and resource usage of a finished process.
+
+    Args:
+        output: Standard output and standard error.
+        seconds: Wall time.
+        cpu_seconds: User and system time of the process and of those it waited for.
+        megabytes: Peak resident memory of the largest of these processes, in MiB.
+    """
 
     output: str
     seconds: float
@@ -23,29 +26,31 @@ class Done:
     megabytes: float
 
 
-def timed(argv: Sequence[str | Path], cwd: Path | None = None, **environment: str) -> Done:
-    """Run a command to its end.
+def timed(argv: Sequence[str | Path], cwd: Path | None = None, **environment: str) -> CompletedProcess:
+    """Run a command and wait for it.
 
-    Processor seconds leave out the time in which other programs had the core: on a busy machine they tell what a quiet
-    one would need, the clock does not.
+    CPU time excludes the time in which other processes had the core, so it is comparable on a loaded machine.
+
+    Args:
+        environment: Additional environment variables.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if the exit code is not 0; the message ends with the last 2,000 characters of the output.
     """
     with tempfile.TemporaryFile() as output:
-        began = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen(
-            [str(word) for word in argv],
+            [str(argument) for argument in argv],
             cwd=cwd,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
         )
-        _, status, usage = os.wait4(process.pid, 0)  # the one call that tells what this very process used
-        seconds = time.perf_counter() - began
+        _, status, usage = os.wait4(process.pid, 0)  # unlike `getrusage`, reports the usage of this one process
+        seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read().decode(errors="replace")
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, argv))} failed with exit code {process.returncode}:\n{text[-2000:]}")
-    return Done(text, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return CompletedProcess(text, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)

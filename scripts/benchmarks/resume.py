@@ -1,4 +1,4 @@
-"""How long a training takes to start at step 10 and at step 1,000,000: whole processes, and their memory."""
+"""Time to the first step and peak memory of processes that resume at step 10 and at step 1,000,000."""
 
 import argparse
 import json
@@ -13,29 +13,29 @@ TOKENS, BLOCK_SIZE, BATCH = 10**9, 64, 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
-    parser.add_argument("--repeats", type=int, default=3, help="starts of each kind (default: 3)")
+    """Add the options of this benchmark."""
+    parser.add_argument("--repeats", type=int, default=3, help="starts per step (default: 3)")
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds and memory of whole processes that start at step 10 and at step 10⁶ of a stream of 10⁹ tokens."""
+    """Measure processes that resume in a stream of 10⁹ tokens; step 0 stands for the imports alone."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "tokens.bin").open("wb") as file:
-            file.truncate(2 * TOKENS)  # sparse: it takes no room on the disk
+            file.truncate(2 * TOKENS)  # a sparse file: occupies no disk space
         np.save(folder / "documents.npy", np.zeros(1, dtype=np.int64))
-        about = {"dtype": "<u2", "end_of_text": 1, "characters": TOKENS, "bytes": TOKENS, "fingerprint": ""}
-        (folder / "stream.json").write_text(json.dumps(about))
+        metadata = {"dtype": "<u2", "end_of_text": 1, "characters": TOKENS, "bytes": TOKENS, "fingerprint": ""}
+        (folder / "stream.json").write_text(json.dumps(metadata))
         starts = {0: [], 10: [], 10**6: []}
         for repeat in range(args.repeats):
-            for step, done in starts.items():
+            for step, processes in starts.items():
                 argv = [sys.executable, "-m", "benchmarks.resume", str(step), name]
-                done.append(timed(argv, cwd=Path(__file__).parents[1]))
+                processes.append(timed(argv, cwd=Path(__file__).parents[1]))
             print(f"round {repeat + 1} of {args.repeats}", file=sys.stderr)
-    seconds = {step: statistics.median(each.seconds for each in done) for step, done in starts.items()}
-    memory = {step: statistics.median(each.megabytes for each in done) for step, done in starts.items()}
+    seconds = {step: statistics.median(process.seconds for process in starts[step]) for step in starts}
+    memory = {step: statistics.median(process.megabytes for process in starts[step]) for step in starts}
     return {
         "seconds_at_step_10": round(seconds[10], 2),
         "seconds_at_step_1000000": round(seconds[10**6], 2),
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def start_at(step: int, folder: Path) -> None:
-    """What a resumed training does before its first step: map the stream, pass the batches behind it, read the next."""
+def resume_at(step: int, folder: Path) -> None:
+    """Do what resuming does before its first step: map the stream, skip the batches seen, load the next batch."""
     from accelerate import Accelerator, skip_first_batches
     from torch.utils.data import DataLoader
 
-    import minigpt_hf  # noqa: F401 (part of what a start takes)
+    import minigpt_hf  # noqa: F401 (part of the start-up time)
     from minigpt_hf.data.blocks import Blocks, BlockSampler
     from minigpt_hf.data.stream import TokenStream
 
@@ -61,5 +61,5 @@ def start_at(step: int, folder: Path) -> None:
         assert next(iter(skip_first_batches(loader, step)))["input_ids"].shape == (BATCH, BLOCK_SIZE)
 
 
-if __name__ == "__main__":  # one of the processes that `run` measures
-    start_at(int(sys.argv[1]), Path(sys.argv[2]))
+if __name__ == "__main__":  # started by `run`
+    resume_at(int(sys.argv[1]), Path(sys.argv[2]))

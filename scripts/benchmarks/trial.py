@@ -1,7 +1,6 @@
-"""A recipe with some settings changed, trained by `bare_loop.learn` and scored on the validation text.
+"""Train a recipe with modified settings in `bare_loop.py`, and evaluate it on the validation split.
 
-In: flags of `minigpt train`, and what no flag can say. Out: the validation loss, exactly that of `minigpt evaluate`. It
-writes nothing but the token streams in the cache.
+The loss equals that of `minigpt evaluate`. Nothing is saved except the token streams in the cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ QUIET = ("--output_dir", "unused", "--eval_strategy", "no", "--save_strategy", "
 
 @dataclass
 class Trial:
-    """A training that is ready to start."""
+    """A prepared training run."""
 
     arguments: Arguments
     model: MiniGPTForCausalLM
@@ -31,11 +30,12 @@ class Trial:
     validation: TokenStream
 
     def run(self) -> float:
-        """Train, and return the validation loss in nats per token."""
+        """Train and return the validation loss, in nats per token."""
         data, _, training = self.arguments
-        bare_loop.learn(self.model, self.blocks, training)
-        opening = self.validation.end_of_text
-        nats, tokens, _ = score_documents(self.model, self.validation.texts(), opening, data.block_size, batch_size=32)
+        bare_loop.train_model(self.model, self.blocks, training)
+        bos_token_id = self.validation.end_of_text
+        documents = self.validation.texts()
+        nats, tokens, _ = score_documents(self.model, documents, bos_token_id, data.block_size, batch_size=32)
         return nats / tokens
 
 
@@ -43,19 +43,21 @@ def prepare(
     recipe: str,
     flags: Sequence[str],
     *,
-    start: Callable[[MiniGPTForCausalLM], None] = lambda model: None,
-    cut: type[Blocks] = Blocks,
+    initialize: Callable[[MiniGPTForCausalLM], None] = lambda model: None,
+    dataset_class: type[Blocks] = Blocks,
 ) -> Trial:
-    """Read settings and text, and make the model.
+    """Resolve the settings, prepare the data and initialize the model.
 
     Args:
-        start: Changes the fresh weights.
-        cut: How the stream is cut into blocks.
+        recipe: Name or path of a recipe.
+        flags: Flags of `minigpt train` that override it.
+        initialize: Modifies the initialized weights in place.
+        dataset_class: The dataset that splits the token stream into blocks.
     """
     arguments = data, architecture, training = parse_arguments([*QUIET, *flags], recipe)
     set_seed(training.seed)
     text = prepare_text(data)
     config = make_config(architecture, data.block_size, text.tokenizer)
     model = make_model(config, architecture).to(training.device)
-    start(model)
-    return Trial(arguments, model, cut(text.train, data.block_size, training.seed), text.validation)
+    initialize(model)
+    return Trial(arguments, model, dataset_class(text.train, data.block_size, training.seed), text.validation)

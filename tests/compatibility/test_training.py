@@ -1,4 +1,4 @@
-"""What training asks of a model: memory savers, compilation, half precision, losses, odd ways of loading and saving."""
+"""Training features of transformers: checkpointing, compilation, autocast, losses, loading, saving and export."""
 
 import pytest
 import torch
@@ -16,23 +16,23 @@ from transformers.trainer_pt_utils import LabelSmoother
 from minigpt_hf import MiniGPTForCausalLM
 from tests.conftest import random_ids, tiny_model
 
-STAY = ["model.embed_tokens", "model.dropout", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"]
+CPU_MODULES = ["model.embed_tokens", "model.dropout", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"]
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 @pytest.fixture
 def mixed() -> MiniGPTForCausalLM:
-    """Its first layer sees everything, its second a window of eight tokens; nothing compiled is left over."""
+    """A model with one full and one sliding attention layer; compiled graphs are discarded before and after."""
     torch._dynamo.reset()
     yield tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
     torch._dynamo.reset()
 
 
-# -- memory and speed ---------------------------------------------------------------------------------------------------
+# -- memory and speed --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations_are_recomputed_and_give_equal_gradients(reentrant):
+def test_activation_checkpointing_recomputes_activations_and_gives_equal_gradients(reentrant):
     ids, gradients, passes = random_ids(2, 20), [], []
     for checkpointing in (False, True):
         model, count = tiny_model().train(), []
@@ -46,7 +46,7 @@ def test_checkpointed_activations_are_recomputed_and_give_equal_gradients(reentr
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_training_step_compiles_without_a_break_and_gives_equal_gradients(mixed):
+def test_a_training_step_compiles_without_graph_breaks_and_gives_equal_gradients(mixed):
     ids, gradients = random_ids(2, 20), []
     for forward in (mixed.train(), torch.compile(mixed, fullgraph=True, backend="aot_eager")):
         forward(ids, labels=ids, use_cache=False).loss.backward()
@@ -56,7 +56,7 @@ def test_a_training_step_compiles_without_a_break_and_gives_equal_gradients(mixe
 
 
 @torch.no_grad()
-def test_decoding_with_a_static_cache_compiles_once_and_without_a_break():
+def test_decoding_with_a_static_cache_compiles_once_without_graph_breaks():
     torch._dynamo.reset()
     model, graphs = tiny_model(), []
 
@@ -75,7 +75,7 @@ def test_decoding_with_a_static_cache_compiles_once_and_without_a_break():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gives_the_twins_loss_and_gradients_and_keeps_weights_whole(dtype, pair):
+def test_autocast_gives_the_loss_and_gradients_of_the_twin_and_float32_weights(dtype, pair):
     ids, losses, gradients = random_ids(2, 20), [], []
     for model in pair:
         with torch.autocast("cpu", dtype=dtype):
@@ -92,75 +92,75 @@ def test_autocast_gives_the_twins_loss_and_gradients_and_keeps_weights_whole(dty
     torch.testing.assert_close(losses[0].float(), full, atol=0.05, rtol=0)
 
 
-# -- losses -------------------------------------------------------------------------------------------------------------
+# -- losses ------------------------------------------------------------------------------------------------------------
 
 
-def test_four_small_batches_with_num_items_in_batch_are_one_large_batch():
-    """Texts of different lengths: a mean of means would weigh the tokens of short texts more."""
+def test_gradient_accumulation_with_num_items_in_batch_equals_one_large_batch():
+    """Sequences have different lengths, so that a mean of means would differ."""
     model, ids = tiny_model().train(), random_ids(4, 20)
     labels = ids.clone()
     for row, length in enumerate((20, 5, 11, 3)):
         labels[row, length:] = -100
     model(ids, labels=labels, use_cache=False).loss.backward()
-    whole = [p.grad.clone() for p in model.parameters()]
+    expected_gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    items = (labels[:, 1:] != -100).sum()
+    num_items = (labels[:, 1:] != -100).sum()
     for row in range(4):
         model(
-            ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=items, use_cache=False
+            ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=num_items, use_cache=False
         ).loss.backward()
-    for parameter, expected in zip(model.parameters(), whole, strict=True):
+    for parameter, expected in zip(model.parameters(), expected_gradients, strict=True):
         torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_the_trainer_smooths_labels_that_are_shifted(tmp_path):
-    """0.9 of the next token's negative log-likelihood and 0.1 of the mean over the vocabulary."""
+def test_label_smoothing_of_the_trainer_uses_shifted_labels(tmp_path):
+    """The loss is 0.9 · NLL of the next token + 0.1 · mean NLL over the vocabulary."""
     model, ids = tiny_model(), random_ids(2, 20)
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
     trainer = Trainer(model, arguments)
     assert isinstance(trainer.label_smoother, LabelSmoother)
-    logs = model(ids).logits[:, :-1].log_softmax(-1)
-    nll = -logs.gather(-1, ids[:, 1:, None]).mean()
+    log_probabilities = model(ids).logits[:, :-1].log_softmax(-1)
+    nll = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
     loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
-    torch.testing.assert_close(loss, 0.9 * nll - 0.1 * logs.mean())
+    torch.testing.assert_close(loss, 0.9 * nll - 0.1 * log_probabilities.mean())
 
 
-# -- loading and saving -------------------------------------------------------------------------------------------------
+# -- loading and saving ------------------------------------------------------------------------------------------------
 
 
 @TIED
 @pytest.mark.parametrize(
-    "placed",
+    "options",
     [
         {"device_map": "cpu"},
         {"device_map": "auto"},
-        {"device_map": {**dict.fromkeys(STAY, "cpu"), "model.layers.1": "disk"}},
+        {"device_map": {**dict.fromkeys(CPU_MODULES, "cpu"), "model.layers.1": "disk"}},
         {"dtype": "auto"},
         {"state_dict": None},
     ],
-    ids=["cpu", "auto", "a layer on disk", "auto dtype", "plain"],
+    ids=["cpu", "auto", "layer on disk", "auto dtype", "default"],
 )
-def test_a_folder_loads_onto_any_device_map(placed, tied, tmp_path):
+def test_a_model_loads_with_any_device_map(options, tied, tmp_path):
     model, ids = tiny_model(tie_word_embeddings=tied), random_ids(2, 20)
     model.save_pretrained(tmp_path / "folder")
-    if isinstance(placed.get("device_map"), dict):
-        placed = {**placed, "offload_folder": str(tmp_path / "offload")}
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", **placed)
+    if isinstance(options.get("device_map"), dict):
+        options = {**options, "offload_folder": str(tmp_path / "offload")}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", **options)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
 @TIED
-def test_a_model_without_memory_becomes_the_one_in_the_folder(tied, tmp_path):
-    """On the meta device weights take no memory; those of the folder fill them, and buffers are computed anew."""
+def test_a_model_on_the_meta_device_can_be_materialized(tied, tmp_path):
+    """Weights are loaded from the state dict; non-persistent buffers are recomputed."""
     model, ids = tiny_model(tie_word_embeddings=tied), random_ids(2, 20)
     with torch.device("meta"):
         empty = MiniGPTForCausalLM(model.config)
     assert {p.device.type for p in (*empty.parameters(), *empty.buffers())} == {"meta"}
     model.save_pretrained(tmp_path)
-    loaded = MiniGPTForCausalLM.from_pretrained(tmp_path)  # which goes this way inside
-    for (name, ours), (_, theirs) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
-        assert torch.equal(ours, theirs), name
+    loaded = MiniGPTForCausalLM.from_pretrained(tmp_path)  # initializes on the meta device as well
+    for (name, expected), (_, buffer) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
     empty.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
     empty._init_weights(empty.model.rotary_emb)
@@ -168,7 +168,7 @@ def test_a_model_without_memory_becomes_the_one_in_the_folder(tied, tmp_path):
 
 
 @TIED
-def test_a_sharded_folder_is_the_same_model(tied, tmp_path):
+def test_a_sharded_checkpoint_loads_the_same_model(tied, tmp_path):
     model, ids = tiny_model(tie_word_embeddings=tied), random_ids(2, 20)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -177,15 +177,15 @@ def test_a_sharded_folder_is_the_same_model(tied, tmp_path):
 
 
 @TIED
-def test_a_vocabulary_grows_and_shrinks_and_keeps_what_it_knew(tied, tmp_path):
+def test_resizing_the_embeddings_preserves_the_logits_of_existing_tokens(tied, tmp_path):
     model, ids = tiny_model(tie_word_embeddings=tied), random_ids(2, 20).clamp(max=79)
     before = model(ids).logits
     for size in (120, 80):
         model.resize_token_embeddings(size)
         assert model.config.vocab_size == model.vocab_size == model.lm_head.out_features == size
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        known = min(size, 99)
-        torch.testing.assert_close(model(ids).logits[..., :known], before[..., :known])
+        common = min(size, 99)
+        torch.testing.assert_close(model(ids).logits[..., :common], before[..., :common])
         loss = model(ids, labels=ids).loss
         expected = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         torch.testing.assert_close(loss, expected)
@@ -194,11 +194,11 @@ def test_a_vocabulary_grows_and_shrinks_and_keeps_what_it_knew(tied, tmp_path):
         assert torch.equal(reloaded(ids).logits, model(ids).logits)
 
 
-# -- export -------------------------------------------------------------------------------------------------------------
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_an_exported_graph_computes_the_same_for_any_length(mixed):
+def test_an_exported_graph_gives_equal_logits_for_any_length(mixed):
     shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None}
     inputs = {"input_ids": random_ids(2, 20), "use_cache": False}
     program = torch.export.export(mixed, (), inputs, dynamic_shapes=shapes, strict=False).module()
@@ -208,7 +208,7 @@ def test_an_exported_graph_computes_the_same_for_any_length(mixed):
 
 
 @torch.no_grad()
-def test_an_exported_decoder_with_its_cache_inside_writes_what_generate_writes():
+def test_an_exported_decoder_with_a_static_cache_generates_the_greedy_tokens():
     model, ids = tiny_model(), random_ids(1, 6)
     expected = model.generate(ids, max_new_tokens=10, do_sample=False)
     model.generation_config = GenerationConfig(
@@ -220,9 +220,9 @@ def test_an_exported_decoder_with_its_cache_inside_writes_what_generate_writes()
     program = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=32).export(
         input_ids=ids[:, :1], cache_position=torch.tensor([0])
     )
-    step, written = program.module(), ids
+    step, generated = program.module(), ids
     for position in range(15):
-        logits = step(input_ids=written[:, position : position + 1], cache_position=torch.tensor([position]))
+        logits = step(input_ids=generated[:, position : position + 1], cache_position=torch.tensor([position]))
         if position >= 5:
-            written = torch.cat([written, logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(written[:, : expected.shape[1]], expected)
+            generated = torch.cat([generated, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated[:, : expected.shape[1]], expected)

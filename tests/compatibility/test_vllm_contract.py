@@ -1,7 +1,7 @@
-"""What vLLM's transformers backend asks of a model (read from vLLM 0.32), checked without vLLM.
+"""Requirements of vLLM's transformers backend (as of vLLM 0.32), tested without vLLM.
 
-It loads the body through `auto_map.AutoModel`, finds the attention by its source, puts a paged kernel of its own in its
-place, and splits the model by its plans. `make neighbours` runs vLLM itself.
+vLLM loads the base model through `auto_map.AutoModel`, locates the attention by inspecting its source, replaces it by a
+paged attention function and shards the model by its parallelism plans. `make neighbours` runs vLLM itself.
 """
 
 import ast
@@ -24,29 +24,29 @@ def calls(tree: ast.AST, name: str) -> list[ast.Call]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
 
 
-def test_the_body_is_found_without_the_package():
+def test_auto_map_names_the_base_model():
     auto_map = tiny_config().auto_map
     assert auto_map["AutoConfig"].endswith(MiniGPTConfig.__name__)
     assert auto_map["AutoModel"].endswith(MiniGPTModel.__name__)
     assert MiniGPTModel.is_backend_compatible()
 
 
-def test_the_attention_is_found_by_its_source():
-    """One look-up of the interface, bound to a local name; one call of that name; `scaling` an attribute of self."""
+def test_the_attention_call_is_recognizable_in_the_source():
+    """One lookup of the attention interface, assigned to a name, and one call with `scaling=self.…` and `**kwargs`."""
     source = ast.parse(textwrap.dedent(inspect.getsource(MiniGPTAttention.forward)))
     (lookup,) = calls(source, "ALL_ATTENTION_FUNCTIONS.get_interface")
     assert ast.unparse(lookup.args[0]) == "self.config._attn_implementation"
-    bound = [n for n in ast.walk(source) if isinstance(n, ast.AnnAssign | ast.Assign) and n.value is lookup]
-    (name,) = [ast.unparse(node.target) for node in bound]
+    assignments = [n for n in ast.walk(source) if isinstance(n, ast.AnnAssign | ast.Assign) and n.value is lookup]
+    (name,) = [ast.unparse(node.target) for node in assignments]
     (call,) = calls(source, name)
     (scaling,) = [keyword.value for keyword in call.keywords if keyword.arg == "scaling"]
     assert ast.unparse(scaling).startswith("self.")
-    assert any(keyword.arg is None for keyword in call.keywords)  # **kwargs go on to the kernel
-    whole = ast.parse(inspect.getsource(modeling_minigpt))
-    assert len(calls(whole, "ALL_ATTENTION_FUNCTIONS.get_interface")) == 1
+    assert any(keyword.arg is None for keyword in call.keywords)  # **kwargs are passed on to the attention function
+    module = ast.parse(inspect.getsource(modeling_minigpt))
+    assert len(calls(module, "ALL_ATTENTION_FUNCTIONS.get_interface")) == 1
 
 
-def test_each_attention_says_where_it_stands():
+def test_each_attention_layer_has_the_attributes_that_vllm_reads():
     model = tiny_model()
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
@@ -59,35 +59,35 @@ def test_each_attention_says_where_it_stands():
     ]
 
 
-def test_a_kernel_of_another_makes_gets_heads_first_and_whatever_the_caller_gave():
-    """As vLLM calls it: one flat row of tokens, positions of its own, keywords that only its kernel understands."""
-    model, ids, seen = tiny_model(), random_ids(1, 12), []
+def test_a_registered_attention_function_receives_head_first_tensors_and_extra_arguments():
+    """As vLLM calls it: one flattened sequence, explicit positions, and arguments for the attention function."""
+    model, ids, received = tiny_model(), random_ids(1, 12), []
 
-    def kernel(module, query, key, value, attention_mask, scaling, **kwargs):
-        seen.append((module.layer_idx, query.shape, key.shape, value.shape, scaling, kwargs["engine"]))
+    def attention(module, query, key, value, attention_mask, scaling, **kwargs):
+        received.append((module.layer_idx, query.shape, key.shape, value.shape, scaling, kwargs["engine"]))
         mask = torch.full((12, 12), -torch.inf).triu(1)
         return eager_attention_forward(module, query, key, value, mask, scaling)
 
     positions = torch.arange(12)[None] + 5
     expected = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
-    AttentionInterface.register("another", kernel)
-    body = AutoModel.from_config(model.config, attn_implementation="another")
-    body.load_state_dict(model.model.state_dict())
-    hidden = body.eval()(
+    AttentionInterface.register("custom", attention)
+    base_model = AutoModel.from_config(model.config, attn_implementation="custom")
+    base_model.load_state_dict(model.model.state_dict())
+    hidden = base_model.eval()(
         input_ids=None,
-        inputs_embeds=body.get_input_embeddings()(ids),
+        inputs_embeds=base_model.get_input_embeddings()(ids),
         position_ids=positions,
         use_cache=False,
         return_dict=False,
-        engine="at work",
+        engine="vllm",
     )[0]
     queries, keys = torch.Size([1, 4, 12, 8]), torch.Size([1, 2, 12, 8])
-    assert seen == [(layer, queries, keys, keys, 8**-0.5, "at work") for layer in range(2)]
+    assert received == [(layer, queries, keys, keys, 8**-0.5, "vllm") for layer in range(2)]
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_pp_plan"])
-def test_the_plans_are_of_the_kinds_that_vllm_splits_by(plan):
+def test_vllm_supports_the_styles_and_order_of_the_parallelism_plans(plan):
     rules = getattr(MiniGPTConfig, plan)
     if plan == "base_model_pp_plan":
         assert list(rules) == [name for name, _ in MiniGPTModel(tiny_config()).named_children() if name in rules]
@@ -97,7 +97,7 @@ def test_the_plans_are_of_the_kinds_that_vllm_splits_by(plan):
         assert len(projections) == 7
 
 
-def test_vllm_finds_the_plugin_of_the_installed_package():
+def test_the_vllm_plugin_is_an_entry_point_of_the_package():
     (entry,) = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "minigpt"]
     assert entry.load() is vllm_plugin.register
     assert f'"{MiniGPTForCausalLM.__name__}"' in inspect.getsource(vllm_plugin.register)

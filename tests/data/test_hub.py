@@ -28,7 +28,7 @@ def plays(hub, tmp_path) -> str:
         content[name] = (tmp_path / "rows.parquet").read_bytes()
     configs = "\n".join(f"- config_name: {name}\n  data_dir: {name}" for name in ("long", "short"))
     content["README.md"] = f"---\nconfigs:\n{configs}\n---\n".encode()
-    hub.put("user/plays", content, kind="datasets")
+    hub.put("user/plays", content, repo_type="datasets")
     return "user/plays"
 
 
@@ -61,7 +61,7 @@ def test_a_stream_is_cut_by_content_and_ends_at_so_many_tokens(plays, tmp_path):
 
 def test_a_mixture_of_streams_keeps_its_shares(plays, hub, tmp_path):
     datasets.Dataset.from_dict({"text": ["x" * 40] * 500}).to_parquet(tmp_path / "x.parquet")
-    hub.put("user/x", {"train.parquet": (tmp_path / "x.parquet").read_bytes()}, kind="datasets")
+    hub.put("user/x", {"train.parquet": (tmp_path / "x.parquet").read_bytes()}, repo_type="datasets")
     corpus = load_corpus(f"{plays}:long:0.75,user/x:0.25", 0, streaming=True)
     text = "".join(corpus.train.head(8000))
     assert text.count("x") / len(text) == pytest.approx(0.25, abs=0.02)
@@ -77,7 +77,7 @@ def test_training_on_a_streamed_dataset(plays, hub, recipe_file, tmp_path, capsy
 
 
 def test_what_the_hub_refuses_is_told_in_a_line(hub):
-    hub.put("user/empty", {"README.md": b"nothing"}, kind="datasets")
+    hub.put("user/empty", {"README.md": b"nothing"}, repo_type="datasets")
     with pytest.raises(ValueError, match="user/absent: is no file or folder here, and cannot be had from the Hub"):
         load_corpus("user/absent")
     with pytest.raises(ValueError, match="user/empty"):

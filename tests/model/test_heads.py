@@ -1,4 +1,4 @@
-"""The other heads read the same body, and their gradients reach it."""
+"""The classification and question answering heads use the base model, and their gradients reach it."""
 
 import pytest
 import torch
@@ -23,15 +23,15 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("auto_class", "labels", "head"), HEADS)
-def test_a_head_sits_on_the_body_that_was_trained(auto_class, labels, head, tmp_path):
+def test_a_head_loads_the_pretrained_base_model(auto_class, labels, head, tmp_path):
     language_model = tiny_model()
     language_model.save_pretrained(tmp_path)
     model = auto_class.from_pretrained(tmp_path, num_labels=3)
-    body = language_model.model(IDS).last_hidden_state
-    torch.testing.assert_close(model.model(IDS).last_hidden_state, body)
+    hidden_states = language_model.model(IDS).last_hidden_state
+    torch.testing.assert_close(model.model(IDS).last_hidden_state, hidden_states)
 
     output = model(IDS, **labels)
-    scores = getattr(model, head)(body)
+    scores = getattr(model, head)(hidden_states)
     if auto_class is AutoModelForSequenceClassification:
         torch.testing.assert_close(output.logits, scores[:, -1])
     elif auto_class is AutoModelForTokenClassification:

@@ -1,4 +1,4 @@
-"""The model computes what it says: against references, identities and hand calculations."""
+"""The model: against references, identities and hand calculations."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.conftest import random_ids, tiny_config, tiny_model
 ATTENTION = ["eager", "sdpa"]
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- modules ----------------------------------------------------------------------------------------------------------
 
 
 def test_rms_norm_equals_torch():
@@ -24,33 +24,33 @@ def test_rms_norm_equals_torch():
     torch.testing.assert_close(norm(x), reference(x))
 
 
-def test_rotate_half_turns_each_pair_by_a_quarter():
+def test_rotate_half_rotates_each_pair_by_90_degrees():
     assert rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [-3.0, -4.0, 1.0, 2.0]
 
 
-def test_rotary_scores_depend_on_distance_alone():
+def test_scores_with_rope_depend_only_on_the_distance():
     rotary = tiny_model().model.rotary_emb
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
-    def score(query_at: int, key_at: int) -> float:
-        turned, _ = apply_rotary_pos_emb(query, query, *rotary(query, torch.tensor([[query_at]])))
-        _, other = apply_rotary_pos_emb(key, key, *rotary(key, torch.tensor([[key_at]])))
-        return (turned * other).sum().item()
+    def score(query_position: int, key_position: int) -> float:
+        rotated_query, _ = apply_rotary_pos_emb(query, query, *rotary(query, torch.tensor([[query_position]])))
+        _, rotated_key = apply_rotary_pos_emb(key, key, *rotary(key, torch.tensor([[key_position]])))
+        return (rotated_query * rotated_key).sum().item()
 
     assert score(7, 3) == pytest.approx(score(24, 20), abs=1e-5)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
-def test_repeat_kv_gives_each_query_head_its_group():
+def test_repeat_kv_repeats_each_head_for_its_group():
     x = torch.arange(2.0).view(1, 2, 1, 1).expand(1, 2, 3, 4)
     assert repeat_kv(x, 2)[0, :, 0, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- forward pass -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_token_cannot_see_those_after_it(attention):
+def test_attention_is_causal(attention):
     model, ids = tiny_model(attn_implementation=attention), random_ids(1, 20)
     changed = ids.clone()
     changed[0, 12:] = random_ids(1, 30)[0, -8:]
@@ -59,7 +59,7 @@ def test_a_token_cannot_see_those_after_it(attention):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_first_loss_is_that_of_a_uniform_guess(tied):
+def test_the_initial_loss_is_that_of_a_uniform_distribution(tied):
     model, ids = MiniGPTForCausalLM(tiny_config(tie_word_embeddings=tied)), random_ids(8, 32)
     assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(99), abs=0.1)
 
@@ -69,13 +69,13 @@ def test_the_first_loss_is_that_of_a_uniform_guess(tied):
 def test_cached_equals_uncached(attention, window):
     model = tiny_model(attn_implementation=attention, use_sliding_window=window is not None, sliding_window=window)
     ids, cache, logits = random_ids(2, 24), DynamicCache(config=model.config), []
-    for part in ids.split([9, 1, 1, 5, 8], dim=1):
-        logits.append(model(part, past_key_values=cache, use_cache=True).logits)
+    for chunk in ids.split([9, 1, 1, 5, 8], dim=1):
+        logits.append(model(chunk, past_key_values=cache, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_left_padded_batch_equals_single_texts(attention):
+def test_a_left_padded_batch_equals_single_sequences(attention):
     model, ids = tiny_model(attn_implementation=attention), random_ids(1, 12)
     padded = torch.cat([torch.full((1, 5), model.config.pad_token_id), ids], dim=1)
     batch = torch.cat([padded, random_ids(1, 17)])
@@ -89,7 +89,7 @@ def test_a_left_padded_batch_equals_single_texts(attention):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("window", [None, 8])
-def test_a_document_never_sees_the_one_before_it(attention, window):
+def test_a_document_does_not_attend_to_the_previous_one(attention, window):
     model = tiny_model(attn_implementation=attention, use_sliding_window=window is not None, sliding_window=window)
     ids = random_ids(1, 20)
     positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
@@ -100,7 +100,7 @@ def test_a_document_never_sees_the_one_before_it(attention, window):
     torch.testing.assert_close(packed[:, 9:], model(ids[:, 9:]).logits, atol=1e-5, rtol=0)
 
 
-def test_within_its_window_a_sliding_model_equals_a_full_one():
+def test_sliding_attention_equals_full_attention_within_the_window():
     full, sliding = tiny_model(), tiny_model(use_sliding_window=True, sliding_window=17)
     ids = random_ids(2, 40)
     assert torch.equal(full(ids[:, :16]).logits, sliding(ids[:, :16]).logits)
@@ -114,13 +114,13 @@ def test_attention_implementations_agree(attention):
     torch.testing.assert_close(tiny_model(attn_implementation=attention)(ids).logits, reference, atol=1e-5, rtol=0)
 
 
-def test_embeddings_can_stand_in_for_ids_and_logits_be_kept_in_part():
+def test_inputs_embeds_and_logits_to_keep():
     model, ids = tiny_model(), random_ids(2, 10)
     logits = model(ids).logits
     assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, logits)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
-    kept = torch.tensor([1, 4])
-    torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, logits[:, kept])
+    positions = torch.tensor([1, 4])
+    torch.testing.assert_close(model(ids, logits_to_keep=positions).logits, logits[:, positions])
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         model(ids, inputs_embeds=model.model.embed_tokens(ids))
 
@@ -136,7 +136,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
     torch.testing.assert_close(summed, expected)
 
 
-def test_the_model_can_return_hidden_states_and_attentions():
+def test_hidden_states_and_attentions_are_returned():
     model, ids = tiny_model(attn_implementation="eager"), random_ids(2, 10)
     output = model(ids, output_hidden_states=True, output_attentions=True)
     assert [tuple(h.shape) for h in output.hidden_states] == [(2, 10, 32)] * 3
@@ -145,16 +145,14 @@ def test_the_model_can_return_hidden_states_and_attentions():
     torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
 
 
-# -- the twin ---------------------------------------------------------------------------------------------------------
+# -- Qwen3 twin -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_qwen3_loads_the_weights_untouched_and_gives_the_same_logits_bit_for_bit(
-    tied, kv_heads, window, attention, tmp_path
-):
+def test_qwen3_loads_the_unchanged_weights_and_gives_bit_identical_logits(tied, kv_heads, window, attention, tmp_path):
     model = tiny_model(
         tie_word_embeddings=tied,
         num_key_value_heads=kv_heads,
@@ -164,8 +162,8 @@ def test_qwen3_loads_the_weights_untouched_and_gives_the_same_logits_bit_for_bit
         attn_implementation=attention,
     )
     model.save_pretrained(tmp_path)
-    ours = model.config.to_dict()
-    shared = {name: ours[name] for name in Qwen3Config().to_dict() if name in ours and name != "model_type"}
+    config = model.config.to_dict()
+    shared = {name: config[name] for name in Qwen3Config().to_dict() if name in config and name != "model_type"}
     qwen3, report = Qwen3ForCausalLM.from_pretrained(
         tmp_path, config=Qwen3Config(**shared), attn_implementation=attention, output_loading_info=True
     )
@@ -181,26 +179,26 @@ def test_qwen3_loads_the_weights_untouched_and_gives_the_same_logits_bit_for_bit
 # -- initialisation ---------------------------------------------------------------------------------------------------
 
 
-def test_fresh_weights_are_as_the_table_says():
-    """The table in the docstring of MiniGPTPreTrainedModel, line by line; r = 0.05 and L = 2."""
+def test_initial_weights_have_the_documented_distributions():
+    """Each row of the table in the docstring of MiniGPTPreTrainedModel, with r = 0.05 and L = 2."""
     model = MiniGPTForCausalLM(
         tiny_config(vocab_size=4000, hidden_size=256, head_dim=64, tie_word_embeddings=False, initializer_range=0.05)
     )
-    seen = set()
+    modules = set()
     for name, weight in model.named_parameters():
-        kind = name.split(".")[-2]
-        seen.add(kind)
-        if "norm" in kind:
+        module = name.split(".")[-2]
+        modules.add(module)
+        if "norm" in module:
             assert (weight == 1).all(), name
             continue
-        if kind == "embed_tokens":
+        if module == "embed_tokens":
             assert not weight[model.config.pad_token_id].any()
-        expected = 0.05 / 2 if kind in ("o_proj", "down_proj") else 0.05
+        expected = 0.05 / 2 if module in ("o_proj", "down_proj") else 0.05
         assert weight.mean().item() == pytest.approx(0, abs=2e-3), name
         assert weight.std().item() == pytest.approx(expected, rel=0.03), name
     projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head"
     norms = "norm q_norm k_norm input_layernorm post_attention_layernorm"
-    assert seen == {*projections.split(), *norms.split()}
+    assert modules == {*projections.split(), *norms.split()}
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -208,18 +206,18 @@ def test_fresh_weights_are_as_the_table_says():
 
 @pytest.mark.parametrize("name", ["embedding_dropout", "residual_dropout", "attention_dropout"])
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_each_dropout_acts_in_training_only(name, attention):
+def test_each_dropout_is_active_only_in_training(name, attention):
     model, ids = tiny_model(**{name: 0.5}, attn_implementation=attention), random_ids(2, 20)
-    plain = tiny_model(attn_implementation=attention)(ids).logits
-    assert torch.equal(model.eval()(ids).logits, plain)
-    assert not torch.allclose(model.train()(ids).logits, plain, atol=1e-2)
+    expected = tiny_model(attn_implementation=attention)(ids).logits
+    assert torch.equal(model.eval()(ids).logits, expected)
+    assert not torch.allclose(model.train()(ids).logits, expected, atol=1e-2)
 
 
-def test_every_parameter_moves():
+def test_a_training_step_changes_every_parameter():
     model, ids = MiniGPTForCausalLM(tiny_config(tie_word_embeddings=False)).train(), random_ids(8, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     model(ids, labels=ids).loss.backward()
     optimizer.step()
-    still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
-    assert still == []
+    unchanged = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
+    assert unchanged == []

@@ -1,6 +1,6 @@
-"""Other people's programs, run for real on a folder that `minigpt train` made, each compared with a reference.
+"""Integration tests with third-party programs, which run on a model folder trained by `minigpt train`.
 
-`make neighbours` makes the environments (`requirements*.txt` here) and runs this folder; `make test` leaves it out.
+`make neighbours` creates their environments (from `requirements*.txt` here) and runs this folder; `make test` does not.
 """
 
 import email
@@ -15,10 +15,10 @@ from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from tests.conftest import ROOT
 
-KEPT = ROOT / ".neighbours"
-EMAIL = Path(email.__file__).parent  # a package of the standard library: real text, on every machine
-# 4 layers of width 128; 300 steps of 12 · 64 tokens: 230,400 tokens.
-TRAINING = f"""
+CACHE = ROOT / ".neighbours"  # environments and the trained model
+EMAIL = Path(email.__file__).parent  # a package of the standard library, as text that every machine has
+# 4 layers, hidden size 128; 300 steps of 12 · 64 = 768 tokens: 230,400 tokens.
+RECIPE = f"""
 data: {EMAIL}
 tokenizer: bpe
 vocab_size: 512
@@ -46,12 +46,12 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def trained() -> Path:
-    """A trained model folder, made once; the code that it carries is always that of today."""
-    run = KEPT / f"run-{zlib.crc32(TRAINING.encode()):08x}"
+    """A model folder, trained once; its model code is replaced by the current one."""
+    run = CACHE / f"run-{zlib.crc32(RECIPE.encode()):08x}"
     if not (run / "model").is_dir():
-        KEPT.mkdir(exist_ok=True)
-        (KEPT / "recipe.yaml").write_text(TRAINING, encoding="utf-8")
-        assert main(["train", "--recipe", str(KEPT / "recipe.yaml"), "--output_dir", str(run)]) == 0
+        CACHE.mkdir(exist_ok=True)
+        (CACHE / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+        assert main(["train", "--recipe", str(CACHE / "recipe.yaml"), "--output_dir", str(run)]) == 0
     for file in (ROOT / "minigpt_hf" / "model").glob("*_minigpt.py"):
         shutil.copy(file, run / "model")
     return run / "model"
@@ -69,7 +69,7 @@ def model(trained) -> MiniGPTForCausalLM:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """Twenty beginnings of lines that the model may have seen, of different lengths."""
+    """Twenty prefixes of lines of the training text, of different lengths."""
     lines = (EMAIL / "message.py").read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if len(line) > 30]
-    return [line[: 8 + place] for place, line in enumerate(lines[:: len(lines) // 20][:20])]
+    return [line[: 8 + index] for index, line in enumerate(lines[:: len(lines) // 20][:20])]

@@ -1,6 +1,6 @@
-"""`accelerate launch` with the files of `scripts/launch/`: two CPU processes for real; what needs GPUs is parsed.
+"""`accelerate launch` with the configurations in `scripts/launch/`.
 
-Parsed by the programs that the files are for, down to what they would do with this model.
+Training runs on two CPU processes. Configurations that require GPUs are parsed by accelerate and applied to a model.
 """
 
 import json
@@ -17,8 +17,8 @@ from minigpt_hf.model.modeling_minigpt import MiniGPTDecoderLayer
 from tests.conftest import ROOT, tiny_model
 
 LAUNCH = ROOT / "scripts" / "launch"
-# Without dropout and with AdamW, as in tests/training/test_two_processes.py: then two processes equal one.
-PLAIN = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0 --muon false --max_steps 6 --logging_steps 1"
+# Without dropout and with AdamW, as in tests/training/test_two_processes.py, so that two processes equal one.
+FLAGS = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0 --muon false --max_steps 6 --logging_steps 1"
 
 
 def losses(run) -> list[float]:
@@ -26,37 +26,37 @@ def losses(run) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_two_cpu_processes_start_and_learn_what_one_learns(recipe_file, text_file, tmp_path):
-    """Gradients are averaged in another order, so sums differ in their last bits: 1e-5 in a loss of 5 (float32)."""
-    flags = ["--recipe", str(recipe_file), "--data", str(text_file), "--use_cpu", "true", *PLAIN.split()]
+def test_two_cpu_processes_give_the_losses_of_one(recipe_file, text_file, tmp_path):
+    """Gradients are summed in another order: 1e-5 in a loss of 5 (float32)."""
+    flags = ["--recipe", str(recipe_file), "--data", str(text_file), "--use_cpu", "true", *FLAGS.split()]
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     config = ["--config_file", str(LAUNCH / "two_cpu_processes.yaml"), "--main_process_port", "0"]
-    starts = {
+    commands = {
         2: [*launch, *config, ROOT / "scripts" / "train.py", "--per_device_train_batch_size", "2"],
         1: [sys.executable, ROOT / "scripts" / "train.py", "--per_device_train_batch_size", "4"],
     }
-    for processes, start in starts.items():
+    for processes, command in commands.items():
         run = tmp_path / f"on_{processes}"
-        argv = [str(word) for word in [*start, *flags, "--output_dir", run]]
+        argv = [str(argument) for argument in [*command, *flags, "--output_dir", run]]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
         assert json.loads((run / "fingerprint.json").read_text())["world_size"] == processes
         assert (run / "model" / "model.safetensors").is_file()
     assert losses(tmp_path / "on_2") == pytest.approx(losses(tmp_path / "on_1"), abs=1e-5)
     assert len(losses(tmp_path / "on_1")) == 6
 
 
-def launched_with(file: str):
-    """What `accelerate launch` makes of a configuration file."""
+def launch_arguments(file: str):
+    """Parse a configuration file as `accelerate launch` does."""
     parsed = launch_command_parser().parse_args(
         ["--config_file", str(LAUNCH / file), "--num_processes", "8", "train.py"]
     )
     return _validate_launch_command(parsed)[0]
 
 
-def test_the_fsdp_file_wraps_each_block_of_this_model(monkeypatch):
-    arguments = launched_with("fsdp.yaml")
+def test_the_fsdp_configuration_wraps_each_decoder_layer(monkeypatch):
+    arguments = launch_arguments("fsdp.yaml")
     assert arguments.use_fsdp
     for name, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(name, value)

@@ -1,7 +1,7 @@
-"""Real llama.cpp reads our GGUF files: the same ids for every text, and the same text greedily.
+"""llama.cpp: an exported GGUF file gives the same token ids, logits and greedy text.
 
-Needs llama-cpp-python, which is compiled on installation (about 15 minutes on one core, once):
-`pip install llama-cpp-python`. Skipped where it is not installed.
+Requires llama-cpp-python, which is compiled on installation (about 15 minutes on one core): `pip install
+llama-cpp-python`. Skipped if it is not installed.
 """
 
 import re
@@ -17,26 +17,26 @@ from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import tiny_model
 from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: its build takes 15 minutes")
-F32 = 0  # ggml's number of the type: keys and values as torch keeps them (llama.cpp's default is float16)
-BLOCK = 64
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+F32 = 0  # ggml type of the key/value cache (llama.cpp's default is float16)
+BLOCK_SIZE = 64
 
 
-def open_in_llama_cpp(out, n_ctx=256):
-    (file,) = out.glob("*.gguf")
+def load_gguf(folder, n_ctx=256):
+    (file,) = folder.glob("*.gguf")
     return llama_cpp.Llama(str(file), n_ctx=n_ctx, n_threads=1, type_k=F32, type_v=F32, logits_all=True, verbose=False)
 
 
 @pytest.fixture(scope="module", params=["bpe", "characters"])
 def trained(request, recipe_file, text_file, tmp_path_factory):
-    """A model that has learnt something, so that its greedy text is no accident."""
+    """A trained model, so that its greedy text does not depend on near-equal probabilities."""
     run = tmp_path_factory.mktemp("trained") / request.param
     argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", run, "--tokenizer", request.param]
     argv += [
         "--vocab_size",
         600,
         "--block_size",
-        BLOCK,
+        BLOCK_SIZE,
         "--hidden_size",
         64,
         "--max_steps",
@@ -50,82 +50,83 @@ def trained(request, recipe_file, text_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    return export_gguf(trained, tmp_path_factory.mktemp("gguf") / "out", context=BLOCK + 1)
+    return export_gguf(trained, tmp_path_factory.mktemp("gguf") / "out", context=BLOCK_SIZE + 1)
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def differing(tokenizer, folder) -> list[str]:
-    """The strings of which llama.cpp makes other ids, with special tokens read as such or as text."""
+    """Return the strings that llama.cpp encodes to other ids, with special tokens parsed or treated as text."""
     save_suitcase(tiny_model(vocab_size=len(tokenizer)), tokenizer, folder / "model")
-    llama = open_in_llama_cpp(export_gguf(folder / "model", folder / "out"))
-    backend, found = tokenizer.backend_tokenizer, []
+    llama = load_gguf(export_gguf(folder / "model", folder / "out"))
+    backend, differences = tokenizer.backend_tokenizer, []
     for special in (True, False):
         backend.encode_special_tokens = not special
         for text in strings():
-            ours = backend.encode(text, add_special_tokens=False).ids
-            theirs = llama.tokenize(text.encode(), add_bos=False, special=special)
-            found += [text] * (ours != theirs)
+            expected = backend.encode(text, add_special_tokens=False).ids
+            ids = llama.tokenize(text.encode(), add_bos=False, special=special)
+            differences += [text] * (ids != expected)
             if not special:
-                assert llama.detokenize(theirs) == text.encode()
-    return found
+                assert llama.detokenize(ids) == text.encode()
+    return differences
 
 
-@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_200_strings_have_the_same_ids(make, tmp_path):
+@pytest.mark.parametrize("make_tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_200_strings_have_the_same_ids(make_tokenizer, tmp_path):
     assert len(strings()) == 200
-    assert differing(make(), tmp_path) == []
+    assert differing(make_tokenizer(), tmp_path) == []
 
 
-def test_a_wrong_name_of_the_words_is_seen_on_the_adversarial_tokenizer(tmp_path, monkeypatch):
-    """So the test above can fail: the same file, but for the name of the pre-tokenizer."""
+def test_a_wrong_pre_tokenizer_changes_ids(tmp_path, monkeypatch):
+    """Shows that the test above detects a file that differs only in the name of the pre-tokenizer."""
     words = gguf_vocabulary.WORDS
     monkeypatch.setattr(gguf_vocabulary, "WORDS", {"llama-bpe": words["qwen2"]})
     assert len(differing(adversarial_tokenizer(), tmp_path)) > 5
 
 
-def test_an_ordinary_token_named_eos_is_refused_for_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_vocabulary, "SPECIAL_NAME", re.compile("(?!)"))  # nothing is refused
+def test_an_ordinary_token_named_eos_would_change_ids(tmp_path, monkeypatch):
+    """The reason why the export rejects such tokenizers."""
+    monkeypatch.setattr(gguf_vocabulary, "SPECIAL_NAME", re.compile("(?!)"))  # disables the check of the export
     assert any("<eos>" in text for text in differing(adversarial_tokenizer(["<eos>"] * 20), tmp_path))
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
+# -- logits and text --------------------------------------------------------------------------------------------------
 
 
-def test_twenty_prompts_go_on_by_the_same_text(trained, exported, text):
-    llama = open_in_llama_cpp(exported)
+def test_twenty_greedy_texts_equal_those_of_generate(trained, exported, text):
+    llama = load_gguf(exported)
     model, tokenizer = (auto.from_pretrained(trained) for auto in (AutoModelForCausalLM, AutoTokenizer))
     for start in range(0, 40_000, 2000):
         prompt = text[start : start + 20]
         inputs = tokenizer(prompt, return_tensors="pt")
-        room = BLOCK + 1 - inputs.input_ids.shape[1]
-        ours = model.generate(**inputs, do_sample=False, max_new_tokens=room)[0, -room:]
-        theirs = llama.create_completion(prompt, max_tokens=room, temperature=0.0, top_k=1, repeat_penalty=1.0)
-        assert theirs["choices"][0]["text"] == tokenizer.decode(ours, skip_special_tokens=True)
+        new_tokens = BLOCK_SIZE + 1 - inputs.input_ids.shape[1]
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)[0, -new_tokens:]
+        output = llama.create_completion(prompt, max_tokens=new_tokens, temperature=0.0, top_k=1, repeat_penalty=1.0)
+        assert output["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 2e-5), ("float16", 0.016), ("bfloat16", 0.11), ("q8_0", 0.4)]
 )
-def test_logits_are_near_as_the_dtype_allows(trained, text, dtype, tolerance, tmp_path):
-    """The tolerances are three times what was seen: 6e-6, 0.0053, 0.037, 0.13."""
-    llama = open_in_llama_cpp(export_gguf(trained, tmp_path / "out", dtype, BLOCK + 1))
+def test_logits_agree_within_the_precision_of_the_dtype(trained, text, dtype, tolerance, tmp_path):
+    """The tolerances are three times the measured differences: 6e-6, 0.0053, 0.037, 0.13."""
+    llama = load_gguf(export_gguf(trained, tmp_path / "out", dtype, BLOCK_SIZE + 1))
     model, tokenizer = (auto.from_pretrained(trained) for auto in (AutoModelForCausalLM, AutoTokenizer))
-    ids = tokenizer(text[:500]).input_ids[: BLOCK + 1]
+    ids = tokenizer(text[:500]).input_ids[: BLOCK_SIZE + 1]
     llama.eval(ids)
     with torch.no_grad():
         difference = (torch.tensor(llama.scores[: len(ids)]) - model(torch.tensor([ids])).logits[0]).abs().max()
     assert difference <= tolerance
 
 
-def test_beyond_the_window_llama_cpp_is_another_model(trained, exported, text):
-    """Why windows are refused without a `--context`."""
-    llama = open_in_llama_cpp(exported)
+def test_llama_cpp_ignores_the_sliding_window(trained, exported, text):
+    """The reason why models with a sliding window require `--context`."""
+    llama = load_gguf(exported)
     model, tokenizer = (auto.from_pretrained(trained) for auto in (AutoModelForCausalLM, AutoTokenizer))
-    ids = tokenizer(text[:1000]).input_ids[: 3 * BLOCK]
+    ids = tokenizer(text[:1000]).input_ids[: 3 * BLOCK_SIZE]
     llama.eval(ids)
     with torch.no_grad():
         difference = (torch.tensor(llama.scores[: len(ids)]) - model(torch.tensor([ids])).logits[0]).abs().amax(dim=1)
-    assert difference[: BLOCK + 1].max() <= 1e-4
-    assert difference[BLOCK + 1 :].max() > 0.1
+    assert difference[: BLOCK_SIZE + 1].max() <= 1e-4
+    assert difference[BLOCK_SIZE + 1 :].max() > 0.1

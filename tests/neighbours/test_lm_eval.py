@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, by its command and with remote code, gets the figures that this package gets."""
+"""lm-evaluation-harness with remote code reports the metrics that this package computes."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from minigpt_hf.evaluation import evaluate_texts
 from tests.neighbours.conftest import EMAIL
 
 WINDOW = 64
-TASKS = """
+TASK = """
 task: {name}
 dataset_path: json
 dataset_kwargs:
@@ -31,9 +31,9 @@ metric_list:
 """
 CHOICE = """
 output_type: multiple_choice
-doc_to_text: "{{beginning}}"
+doc_to_text: "{{prefix}}"
 doc_to_choice: "{{endings}}"
-doc_to_target: "{{right}}"
+doc_to_target: "{{answer}}"
 target_delimiter: ""
 metric_list:
   - metric: acc
@@ -41,59 +41,64 @@ metric_list:
 """
 
 
-def texts_of_whole_windows(tokenizer) -> list[str]:
-    """Texts of one, two and three windows: in a last window that is not full, the harness looks back, and we do not."""
+def texts_of_full_windows(tokenizer) -> list[str]:
+    """Return texts of exactly one, two and three windows.
+
+    For a partial last window, the harness extends the context to the left, unlike `minigpt evaluate`.
+    """
     source = (EMAIL / "generator.py").read_text(encoding="utf-8")
-    texts, begin = [], 0
+    texts, start = [], 0
     for windows in (1, 2, 3):
-        end = begin + 1
-        while len(tokenizer(source[begin:end]).input_ids) < windows * WINDOW or source[end - 1].isspace():
+        end = start + 1
+        while len(tokenizer(source[start:end]).input_ids) < windows * WINDOW or source[end - 1].isspace():
             end += 1
-        texts.append(source[begin:end])
-        begin = end
+        texts.append(source[start:end])
+        start = end
     return texts
 
 
 def questions() -> list[dict]:
-    """Which of four endings does a line of source have?"""
+    """Return multiple-choice questions: which of four endings does a line of source code have?"""
     lines = (EMAIL / "header.py").read_text(encoding="utf-8").splitlines()
     lines = [line.strip() for line in lines if len(line.strip()) > 40][:24]
-    cuts = [len(line[: line.rindex(" ", 0, 25)].rstrip()) for line in lines]  # the harness wants spaces in the ending
-    endings = [line[cut:] for line, cut in zip(lines, cuts, strict=True)]
+    splits = [len(line[: line.rindex(" ", 0, 25)].rstrip()) for line in lines]  # endings must start with the space
+    endings = [line[split:] for line, split in zip(lines, splits, strict=True)]
     return [
         {
-            "beginning": lines[i][: cuts[i]],
+            "prefix": lines[i][: splits[i]],
             "endings": [endings[(i - i % 4 + k) % len(lines)] for k in range(4)],
-            "right": i % 4,
+            "answer": i % 4,
         }
         for i in range(len(lines))
     ]
 
 
 @torch.no_grad()
-def log_likelihood(model, tokenizer, beginning: str, ending: str) -> float:
-    ids = tokenizer(beginning + ending, return_tensors="pt").input_ids
-    known = len(tokenizer(beginning).input_ids)
-    chances = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
-    return chances[known - 1 :].sum().item()
+def log_likelihood(model, tokenizer, prefix: str, ending: str) -> float:
+    """Return the log-likelihood of `ending` after `prefix`, in nats."""
+    ids = tokenizer(prefix + ending, return_tensors="pt").input_ids
+    prefix_length = len(tokenizer(prefix).input_ids)
+    log_probabilities = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+    return log_probabilities[prefix_length - 1 :].sum().item()
 
 
 @pytest.fixture(scope="module")
 def results(trained, tokenizer, tmp_path_factory):
-    """What the harness reports and, row by row, what it saw."""
+    """The metrics of the harness, and its samples of the multiple-choice task."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    rows = {"minigpt_rolling": [{"text": text} for text in texts_of_whole_windows(tokenizer)]}
+    rows = {"minigpt_rolling": [{"text": text} for text in texts_of_full_windows(tokenizer)]}
     rows["minigpt_choice"] = questions()
     for name, task in (("minigpt_rolling", ROLLING), ("minigpt_choice", CHOICE)):
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(TASKS.format(name=name, file=file) + task, encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + task, encoding="utf-8")
     argv = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
     argv += ["--model_args", f"pretrained={trained},trust_remote_code=True,dtype=float32,max_length={WINDOW}"]
     argv += ["--tasks", "minigpt_rolling,minigpt_choice", "--include_path", folder, "--output_path", folder / "out"]
     env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run([*argv, "--log_samples"], env=env, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+    argv += ["--log_samples"]
+    process = subprocess.run(argv, env=env, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-5000:]
     (summary,) = (folder / "out").rglob("results_*.json")
     (samples,) = (folder / "out").rglob("samples_minigpt_choice_*.jsonl")
     return (
@@ -102,21 +107,21 @@ def results(trained, tokenizer, tmp_path_factory):
     )
 
 
-def test_rolling_likelihood_is_the_figure_of_minigpt_evaluate(results, model, tokenizer):
-    ours = evaluate_texts(model, tokenizer, texts_of_whole_windows(tokenizer), block_size=WINDOW)
-    theirs = results[0]["minigpt_rolling"]
-    assert theirs["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, abs=1e-5)
-    assert math.log2(theirs["byte_perplexity,none"]) == pytest.approx(ours.bits_per_byte, abs=1e-5)
+def test_rolling_log_likelihood_equals_minigpt_evaluate(results, model, tokenizer):
+    expected = evaluate_texts(model, tokenizer, texts_of_full_windows(tokenizer), block_size=WINDOW)
+    metrics = results[0]["minigpt_rolling"]
+    assert metrics["bits_per_byte,none"] == pytest.approx(expected.bits_per_byte, abs=1e-5)
+    assert math.log2(metrics["byte_perplexity,none"]) == pytest.approx(expected.bits_per_byte, abs=1e-5)
 
 
-def test_multiple_choice_scores_each_ending_as_the_model_does(results, model, tokenizer):
-    best, best_by_length = [], []
+def test_multiple_choice_scores_and_accuracies_equal_those_of_the_model(results, model, tokenizer):
+    correct, correct_normalized = [], []
     for question, row in zip(questions(), results[1], strict=True):
-        ours = [log_likelihood(model, tokenizer, question["beginning"], ending) for ending in question["endings"]]
-        theirs = [float(answer[0][0]) for answer in row["resps"]]
-        assert theirs == pytest.approx(ours, abs=1e-3)
-        by_length = [score / len(ending) for score, ending in zip(ours, question["endings"], strict=True)]
-        best.append(ours.index(max(ours)) == question["right"])
-        best_by_length.append(by_length.index(max(by_length)) == question["right"])
-    assert results[0]["minigpt_choice"]["acc,none"] == pytest.approx(sum(best) / len(best))
-    assert results[0]["minigpt_choice"]["acc_norm,none"] == pytest.approx(sum(best_by_length) / len(best))
+        scores = [log_likelihood(model, tokenizer, question["prefix"], ending) for ending in question["endings"]]
+        assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(scores, abs=1e-3)
+        normalized = [score / len(ending) for score, ending in zip(scores, question["endings"], strict=True)]
+        correct.append(scores.index(max(scores)) == question["answer"])
+        correct_normalized.append(normalized.index(max(normalized)) == question["answer"])
+    assert results[0]["minigpt_choice"]["acc,none"] == pytest.approx(sum(correct) / len(correct))
+    expected = sum(correct_normalized) / len(correct)
+    assert results[0]["minigpt_choice"]["acc_norm,none"] == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""PEFT: LoRA finds by itself what to adapt, learns, is saved, loaded and merged, and says the same all the way."""
+"""PEFT: LoRA with default target modules trains, and gives equal logits after saving, loading and merging."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from minigpt_hf.publish.export.native import export_native
 PROMPT = "def get_payload(self, i=None, decode=False):"
 
 
-def learn(model: nn.Module, ids: torch.Tensor, steps: int = 20) -> list[float]:
+def train(model: nn.Module, ids: torch.Tensor, steps: int = 20) -> list[float]:
     optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -32,17 +32,17 @@ def base(request, trained, tmp_path):
     return trained if request.param == "package" else export_native(trained, tmp_path / "twin")
 
 
-def test_lora_without_target_modules_learns_and_is_the_same_saved_loaded_and_merged(base, tokenizer, tmp_path):
+def test_lora_without_target_modules_trains_saves_loads_and_merges(base, tokenizer, tmp_path):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
-    logits = plain(ids).logits
-    tuned = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4))
+    base_model = AutoModelForCausalLM.from_pretrained(base).eval()
+    before = {name: weight.clone() for name, weight in base_model.state_dict().items()}
+    logits = base_model(ids).logits
+    tuned = get_peft_model(base_model, LoraConfig(task_type="CAUSAL_LM", r=4))
     adapted = {name.rsplit(".", 1)[-1] for name in tuned.base_model.targeted_module_names}
     assert adapted == {"q_proj", "v_proj"}
-    assert torch.equal(tuned(input_ids=ids).logits, logits)  # B is 0: nothing is changed yet
+    assert torch.equal(tuned(input_ids=ids).logits, logits)  # B is initialized to 0
 
-    losses = learn(tuned, ids)
+    losses = train(tuned, ids)
     assert losses[-1] < losses[0] - 0.1
     tuned.eval()
     after = tuned(input_ids=ids).logits
@@ -50,13 +50,13 @@ def test_lora_without_target_modules_learns_and_is_the_same_saved_loaded_and_mer
     tuned.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 100_000
 
-    fresh = AutoModelForCausalLM.from_pretrained(base).eval()
-    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    base_model = AutoModelForCausalLM.from_pretrained(base).eval()
+    loaded = PeftModel.from_pretrained(base_model, tmp_path / "adapter").eval()
     assert torch.equal(loaded(input_ids=ids).logits, after)
     with loaded.disable_adapter():
         assert torch.equal(loaded(input_ids=ids).logits, logits)
 
-    # W + BA in one matrix rounds otherwise than Wx + B(Ax): 1e-4 in logits of about 10 (float32).
+    # (W + BA)x and Wx + B(Ax) are rounded differently: 1e-4 in logits of about 10 (float32).
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids).logits, after, atol=1e-4, rtol=0)
     merged.save_pretrained(tmp_path / "merged")
@@ -66,10 +66,10 @@ def test_lora_without_target_modules_learns_and_is_the_same_saved_loaded_and_mer
     assert {name.rsplit(".", 2)[1] for name in changed} == {"q_proj", "v_proj"}
 
 
-def test_a_folder_with_an_adapter_loads_through_the_auto_class(trained, tokenizer, tmp_path):
+def test_an_adapter_folder_loads_through_the_auto_class(trained, tokenizer, tmp_path):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(trained), LoraConfig(task_type="CAUSAL_LM", r=4))
-    learn(tuned, ids, 3)
+    train(tuned, ids, 3)
     tuned.eval().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids).logits, tuned(input_ids=ids).logits)
@@ -80,14 +80,14 @@ import sys
 sys.modules["minigpt_hf"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-from peft import LoraConfig, get_peft_model  # after the model: the order of imports does not matter
+from peft import LoraConfig, get_peft_model  # imported after the model, to test that the order does not matter
 tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
 print(sorted({name.rsplit(".", 1)[-1] for name in tuned.base_model.targeted_module_names}))
 """
 
 
-def test_remote_code_needs_no_target_modules_either(trained, tmp_path):
+def test_remote_code_defines_default_target_modules(trained, tmp_path):
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     argv = [sys.executable, "-c", WITHOUT_THE_PACKAGE, trained]
-    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "['q_proj', 'v_proj']\n", done.stderr
+    process = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert process.stdout == "['q_proj', 'v_proj']\n", process.stderr

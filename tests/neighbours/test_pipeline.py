@@ -1,4 +1,4 @@
-"""`pipeline` gives what the model gives, for text generation and for each head that the library has a pipeline for."""
+"""`transformers.pipeline` for text generation, and for each head for which a pipeline exists."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LABELS = {0: "header", 1: "body", 2: "other"}
 
 @pytest.fixture
 def head(trained, tokenizer, tmp_path):
-    """A fresh head on the trained body, as a folder."""
+    """Function that saves the trained base model with a new head, and returns the model and its folder."""
 
     def make(model_class):
         torch.manual_seed(0)
@@ -24,24 +24,24 @@ def head(trained, tokenizer, tmp_path):
     return make
 
 
-def test_text_generation_writes_what_generate_writes_one_by_one_and_batched(trained, model, tokenizer, prompts):
+def test_text_generation_equals_generate_single_and_batched(trained, model, tokenizer, prompts):
     options = {"max_new_tokens": 20, "do_sample": False}
     expected = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")
         expected.append(tokenizer.decode(model.generate(**ids, **options)[0], skip_special_tokens=True))
-    write = pipeline("text-generation", str(trained))
+    generator = pipeline("text-generation", str(trained))
     for batch_size in (1, 8):
-        written = write(prompts, batch_size=batch_size, **options)
-        assert [row[0]["generated_text"] for row in written] == expected
+        rows = generator(prompts, batch_size=batch_size, **options)
+        assert [row[0]["generated_text"] for row in rows] == expected
     assert len(set(expected)) == 20
 
 
-def test_text_generation_samples_by_default_as_the_folder_says(trained):
-    write = pipeline("text-generation", str(trained))
-    settings = write.model.generation_config
+def test_text_generation_samples_by_default_with_the_saved_generation_config(trained):
+    generator = pipeline("text-generation", str(trained))
+    settings = generator.model.generation_config
     assert (settings.do_sample, settings.temperature) == (True, 0.8)
-    assert len({write("def ", max_new_tokens=20)[0]["generated_text"] for _ in range(5)}) > 1
+    assert len({generator("def ", max_new_tokens=20)[0]["generated_text"] for _ in range(5)}) > 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -49,28 +49,28 @@ def test_text_classification_gives_the_probabilities_of_the_head(head, tokenizer
     model, folder = head(MiniGPTForSequenceClassification)
     rows = pipeline("text-classification", folder)(prompts, batch_size=batch_size, top_k=None)
     for prompt, row in zip(prompts, rows, strict=True):
-        chances = model(**tokenizer(prompt, return_tensors="pt")).logits[0].softmax(-1)
-        given = {entry["label"]: entry["score"] for entry in row}
-        assert given == pytest.approx({LABELS[place]: chance.item() for place, chance in enumerate(chances)}, abs=1e-5)
+        probabilities = model(**tokenizer(prompt, return_tensors="pt")).logits[0].softmax(-1)
+        scores = {entry["label"]: entry["score"] for entry in row}
+        assert scores == pytest.approx({LABELS[i]: p.item() for i, p in enumerate(probabilities)}, abs=1e-5)
 
 
 def test_token_classification_labels_each_token(head, tokenizer, prompts):
     model, folder = head(MiniGPTForTokenClassification)
     for prompt, row in zip(prompts, pipeline("token-classification", folder)(prompts), strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        chances, labels = model(ids).logits[0].softmax(-1).max(-1)
+        probabilities, labels = model(ids).logits[0].softmax(-1).max(-1)
         assert [entry["entity"] for entry in row] == [LABELS[label.item()] for label in labels]
-        assert [entry["score"] for entry in row] == pytest.approx(chances.tolist(), abs=1e-5)
+        assert [entry["score"] for entry in row] == pytest.approx(probabilities.tolist(), abs=1e-5)
         assert [entry["word"] for entry in row] == tokenizer.convert_ids_to_tokens(ids[0].tolist())
 
 
-def test_feature_extraction_gives_the_hidden_states_of_the_body(trained, tokenizer, prompts):
-    body = MiniGPTModel.from_pretrained(trained).eval()
+def test_feature_extraction_gives_the_hidden_states_of_the_base_model(trained, tokenizer, prompts):
+    base_model = MiniGPTModel.from_pretrained(trained).eval()
     for prompt, features in zip(prompts, pipeline("feature-extraction", str(trained))(prompts), strict=True):
-        expected = body(**tokenizer(prompt, return_tensors="pt")).last_hidden_state
+        expected = base_model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state
         torch.testing.assert_close(torch.tensor(features), expected, atol=1e-5, rtol=0)
 
 
-def test_the_library_has_no_pipeline_for_the_fourth_head():
-    """transformers 5 took `question-answering` out; when it comes back, it wants a test here."""
+def test_question_answering_has_no_pipeline():
+    """transformers 5 removed `question-answering`. If this fails, add a test for it."""
     assert "question-answering" not in SUPPORTED_TASKS

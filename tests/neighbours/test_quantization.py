@@ -1,7 +1,8 @@
-"""Fewer bits, on CPU: torchao, bitsandbytes and the quantized cache stay within a stated distance of the float32 logits.
+"""Quantization on CPU with torchao, bitsandbytes and a quantized cache: distance from the float32 logits.
 
-The distance is the root mean square of the difference of two models' logits, each relative to the mean of its position,
-over the standard deviation of the float32 ones: 0 is equal, 1 is as far as the logits differ among themselves.
+The distance is the root mean square of the difference of the logits, after subtracting the mean of each position,
+divided by the standard deviation of the float32 logits: 0 means equal logits, 1 a difference as large as their standard
+deviation.
 """
 
 import pytest
@@ -11,11 +12,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantizedCach
 
 from minigpt_hf import MiniGPTForCausalLM
 
-# method -> (settings, largest distance, largest share of the float32 bytes of the matrices)
+# method -> (configuration, maximum distance, maximum size of the matrices relative to float32)
 METHODS = {
     "torchao int8 weight-only": (lambda: TorchAoConfig(Int8WeightOnlyConfig()), 0.01, 0.30),
     "bitsandbytes int8": (lambda: BitsAndBytesConfig(load_in_8bit=True), 0.015, 0.30),
-    # bitsandbytes 0.50 cannot take a width on CPU that is not a multiple of 64, its block: here `down_proj`, of 352.
+    # bitsandbytes 0.50 on CPU requires widths that are multiples of its block size, 64: exclude `down_proj` (352).
     "bitsandbytes nf4": (
         lambda: BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "down_proj"]
@@ -26,9 +27,9 @@ METHODS = {
 }
 
 
-def distance(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    logits, exact = (part - part.mean(-1, keepdim=True) for part in (logits.float(), exact))
-    return ((logits - exact).pow(2).mean().sqrt() / exact.std()).item()
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    logits, reference = (values - values.mean(-1, keepdim=True) for values in (logits.float(), reference))
+    return ((logits - reference).pow(2).mean().sqrt() / reference.std()).item()
 
 
 @pytest.fixture
@@ -38,56 +39,61 @@ def ids(tokenizer, prompts) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_quantized_weights_are_near_and_the_same_after_saving(method, trained, model, ids, tmp_path):
-    make, limit, share = METHODS[method]
-    exact = model(ids).logits
-    small = AutoModelForCausalLM.from_pretrained(
-        trained, quantization_config=make(), dtype=torch.float32, device_map="cpu"
+def test_quantized_weights_stay_within_the_distance_and_load_equal(method, trained, model, ids, tmp_path):
+    make_config, limit, size_limit = METHODS[method]
+    reference = model(ids).logits
+    quantized = AutoModelForCausalLM.from_pretrained(
+        trained, quantization_config=make_config(), dtype=torch.float32, device_map="cpu"
     ).eval()
-    small.save_pretrained(tmp_path)  # before it computes: bitsandbytes 0.50 repacks 4 bits at the first use on CPU
-    logits = small(ids).logits
-    far = distance(logits, exact)
-    agree = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
-    print(f"{method}: distance {far:.4f}, same best token at {agree:.1%} of the positions")
-    assert 0 < far < limit
+    # Save before inference: on CPU, bitsandbytes 0.50 repacks 4-bit weights at the first use.
+    quantized.save_pretrained(tmp_path)
+    logits = quantized(ids).logits
+    difference = distance(logits, reference)
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    print(f"{method}: distance {difference:.4f}, equal top-1 tokens at {agreement:.1%} of the positions")
+    assert 0 < difference < limit
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu").eval()
     assert torch.equal(reloaded(ids).logits, logits)
-    # What is not quantized (embeddings, norms) stays as large as it was; the matrices shrink.
-    kept = sum(
+    # Only the matrices are quantized; embeddings and norm weights keep their size.
+    unquantized = sum(
         weight.nbytes for name, weight in model.state_dict().items() if "proj" not in name and "lm_head" not in name
     )
-    full = sum(weight.nbytes for name, weight in model.state_dict().items() if "proj" in name)
+    matrices = sum(weight.nbytes for name, weight in model.state_dict().items() if "proj" in name)
     saved = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    print(f"saved {saved:,} bytes; whole {kept:,}; matrices {full:,} in float32")
-    assert saved < kept + share * full + 50_000
+    print(f"saved {saved:,} bytes; not quantized {unquantized:,}; matrices {matrices:,} in float32")
+    assert saved < unquantized + size_limit * matrices + 50_000
     greedy = reloaded.generate(ids[:, :20], max_new_tokens=5, do_sample=False)
     assert greedy.shape == (1, 25)
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.003), (4, 0.04)])
 @torch.no_grad()
-def test_a_cache_quantized_by_hqq_is_near(bits, limit, trained, tokenizer, prompts):
-    """transformers quantizes caches of full attention only. Within the window of 65 tokens it is the same function."""
+def test_a_cache_quantized_by_hqq_stays_within_the_distance(bits, limit, trained, tokenizer, prompts):
+    """transformers quantizes only full attention caches; within the window of 65 tokens full attention is equal."""
     model = MiniGPTForCausalLM.from_pretrained(
         trained, use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 4
     ).eval()
     ids = tokenizer("\n".join(prompts), return_tensors="pt").input_ids[:, :64]
-    exact = model(ids).logits
+    reference = model(ids).logits
     settings = {"nbits": bits, "q_group_size": 32, "residual_length": 8, "axis_key": 1, "axis_value": 1}
     cache = QuantizedCache("hqq", model.config, **settings)
     logits = [model(ids[:, :20], past_key_values=cache).logits]
-    logits += [model(ids[:, [place]], past_key_values=cache).logits for place in range(20, 64)]
+    logits += [model(ids[:, [position]], past_key_values=cache).logits for position in range(20, 64)]
     logits = torch.cat(logits, dim=1)
-    far = distance(logits[:, 20:], exact[:, 20:])
-    agree = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
-    print(f"hqq cache, {bits} bits: distance {far:.4f}, same best token at {agree:.1%} of the positions")
-    assert 0 < far < limit
+    difference = distance(logits[:, 20:], reference[:, 20:])
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    print(f"hqq cache, {bits} bits: distance {difference:.4f}, equal top-1 tokens at {agreement:.1%} of the positions")
+    assert 0 < difference < limit
 
-    # And `generate` takes it by name: the first token is computed before anything is quantized.
+    # `generate` accepts the cache by name. The prefill does not use quantized keys and values, so the first logits are
+    # equal.
     options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    by_name = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", **settings}}
-    quantized, plain = model.generate(ids[:, :20], **by_name, **options), model.generate(ids[:, :20], **options)
+    cache_options = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", **settings}}
+    quantized, unquantized = (
+        model.generate(ids[:, :20], **cache_options, **options),
+        model.generate(ids[:, :20], **options),
+    )
     assert type(quantized.past_key_values) is QuantizedCache
-    assert torch.equal(quantized.logits[0], plain.logits[0])
-    assert 0 < distance(quantized.logits[1], plain.logits[1]) < limit
+    assert torch.equal(quantized.logits[0], unquantized.logits[0])
+    assert 0 < distance(quantized.logits[1], unquantized.logits[1]) < limit

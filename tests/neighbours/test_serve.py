@@ -1,4 +1,4 @@
-"""`transformers serve FOLDER` and the OpenAI client: completions and chat, plain and streamed, sixteen at once."""
+"""`transformers serve` and the OpenAI client: concurrent completions and chat completions, also streamed."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ GREEDY = {"temperature": 0, "max_tokens": TOKENS}
 
 @pytest.fixture(scope="module")
 def folder(trained, tokenizer, tmp_path_factory) -> Path:
-    """The trained folder with a chat template, as its maker would publish it for chats."""
+    """The trained model folder with a chat template."""
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return folder
@@ -30,10 +30,10 @@ def folder(trained, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder):
-    """The server runs the code that the folder carries: it does not import this package."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Client of a server that runs the remote code of the folder and does not import this package."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     argv = [Path(sys.executable).with_name("transformers"), "serve", folder, "--port", str(port), "--device", "cpu"]
     argv += ["--host", "127.0.0.1", "--trust-remote-code"]
     env = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "OMP_NUM_THREADS": "1"}
@@ -44,8 +44,8 @@ def client(folder):
     while True:
         assert server.poll() is None, (folder.parent / "server.log").read_text()
         try:
-            with urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                assert answer.status == 200
+            with urlopen(f"http://127.0.0.1:{port}/health") as response:
+                assert response.status == 200
             break
         except URLError:
             assert time.monotonic() < deadline, (folder.parent / "server.log").read_text()
@@ -57,48 +57,50 @@ def client(folder):
 
 def greedy(model, tokenizer, text: str) -> str:
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    written = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
-    return tokenizer.decode(written, skip_special_tokens=True)
+    continuation = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(continuation, skip_special_tokens=True)
 
 
-def joined(stream, text_of) -> str:
-    return "".join(text_of(part.choices[0]) or "" for part in stream if part.choices)
+def join_stream(stream, text_of) -> str:
+    return "".join(text_of(chunk.choices[0]) or "" for chunk in stream if chunk.choices)
 
 
-def at_once(ask, questions: list[str]) -> list[str]:
-    assert len(questions) == 16
+def concurrently(complete, prompts: list[str]) -> list[str]:
+    assert len(prompts) == 16
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(ask, questions))
+        return list(pool.map(complete, prompts))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_sixteen_completions_at_once_are_what_generate_writes(streamed, client, folder, model, tokenizer, prompts):
-    def ask(prompt: str) -> str:
-        answer = client.completions.create(model=str(folder), prompt=prompt, stream=streamed, **GREEDY)
-        return joined(answer, lambda choice: choice.text) if streamed else answer.choices[0].text
+def test_sixteen_concurrent_completions_equal_generate(streamed, client, folder, model, tokenizer, prompts):
+    def complete(prompt: str) -> str:
+        response = client.completions.create(model=str(folder), prompt=prompt, stream=streamed, **GREEDY)
+        return join_stream(response, lambda choice: choice.text) if streamed else response.choices[0].text
 
-    assert at_once(ask, prompts[:16]) == [greedy(model, tokenizer, prompt) for prompt in prompts[:16]]
+    assert concurrently(complete, prompts[:16]) == [greedy(model, tokenizer, prompt) for prompt in prompts[:16]]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_sixteen_chats_at_once_are_what_generate_writes(streamed, client, folder, model, tokenizer, prompts):
-    def ask(prompt: str) -> str:
+def test_sixteen_concurrent_chat_completions_equal_generate(streamed, client, folder, model, tokenizer, prompts):
+    def complete(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        answer = client.chat.completions.create(model=str(folder), messages=messages, stream=streamed, **GREEDY)
+        response = client.chat.completions.create(model=str(folder), messages=messages, stream=streamed, **GREEDY)
         if streamed:
-            return joined(answer, lambda choice: choice.delta.content)
-        assert answer.usage.prompt_tokens == len(tokenizer(f"user: {prompt}\nassistant:").input_ids)
-        return answer.choices[0].message.content
+            return join_stream(response, lambda choice: choice.delta.content)
+        assert response.usage.prompt_tokens == len(tokenizer(f"user: {prompt}\nassistant:").input_ids)
+        return response.choices[0].message.content
 
     expected = [greedy(model, tokenizer, f"user: {prompt}\nassistant:") for prompt in prompts[:16]]
-    assert at_once(ask, prompts[:16]) == expected
+    assert concurrently(complete, prompts[:16]) == expected
 
 
-def test_the_server_heeds_temperature_and_seed_because_the_folder_samples(client, folder):
-    def ask(temperature: float, seed: int) -> str:
+def test_the_server_applies_temperature_and_seed(client, folder):
+    """The generation config of the folder enables sampling."""
+
+    def complete(temperature: float, seed: int) -> str:
         options = {"temperature": temperature, "seed": seed, "max_tokens": TOKENS}
         return client.completions.create(model=str(folder), prompt="def ", **options).choices[0].text
 
-    assert ask(1.0, 1) == ask(1.0, 1)
-    assert len({ask(1.0, seed) for seed in range(4)}) > 1
-    assert len({ask(0.01, seed) for seed in range(4)}) == 1
+    assert complete(1.0, 1) == complete(1.0, 1)
+    assert len({complete(1.0, seed) for seed in range(4)}) > 1
+    assert len({complete(0.01, seed) for seed in range(4)}) == 1

@@ -1,6 +1,8 @@
-"""Run by the Python of vLLM's own environment: folder, prompts (token ids) -> greedy tokens, and what ran them.
+"""Generate greedily with vLLM; run by the Python interpreter of its own environment.
 
-python vllm_writes.py FOLDER PROMPTS.json OUT.json --tokens N --tensor_parallel_size N [--trust_remote_code]
+Reads prompts as lists of token ids, and saves the generated ids, the model class and the number of workers.
+
+    python vllm_writes.py FOLDER PROMPTS.json OUT.json --tokens N --tensor_parallel_size N [--trust_remote_code]
 """
 
 import argparse
@@ -30,13 +32,13 @@ def main() -> None:
     prompts = [{"prompt_token_ids": ids} for ids in json.loads(arguments.prompts.read_text())]
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=arguments.tokens))
     model = engine.llm_engine.vllm_config.model_config
-    runs, _ = model.registry.resolve_model_cls(model.architectures, model_config=model)
-    written = {
+    model_class, _ = model.registry.resolve_model_cls(model.architectures, model_config=model)
+    results = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "class": runs.__name__,
+        "class": model_class.__name__,
         "workers": len(engine.collective_rpc("check_health")),
     }
-    arguments.out.write_text(json.dumps(written))
+    arguments.out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

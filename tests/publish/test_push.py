@@ -254,9 +254,9 @@ FAULTS = {
     "500 in the storage": ("PUT", "/lfs/", 500, "answered 500 .*try again later"),
     "500 at the commit": ("POST", "/commit/", 500, "answered 500 .*try again later"),
     "503 at the card": ("POST", "/validate-yaml", 503, "answered 503 .*try again later"),
-    "dies within the weights": ("PUT", "/lfs/", "dies", "the connection to .* broke"),
-    "dies within the commit": ("POST", "/commit/", "dies", "the connection to .* broke"),
-    "dies at the door": ("POST", "/repos/create", "dies", "the connection to .* broke"),
+    "dies within the weights": ("PUT", "/lfs/", "disconnect", "the connection to .* broke"),
+    "dies within the commit": ("POST", "/commit/", "disconnect", "the connection to .* broke"),
+    "dies at the door": ("POST", "/repos/create", "disconnect", "the connection to .* broke"),
     "the answer is lost": ("POST", "/commit/", "lost", "the connection to .* broke.*what is there is whole"),
 }
 
@@ -357,7 +357,7 @@ def test_a_training_pushes_a_whole_model_with_each_save_and_the_best_at_the_end(
 
 
 def test_a_hub_that_dies_while_it_trains_costs_a_line_and_no_step(recipe_file, text_file, hub, tmp_path, capsys):
-    hub.fail("PUT", "/lfs/", "dies")
+    hub.fail("PUT", "/lfs/", "disconnect")
     run = tmp_path / "run"
     flags = ["--hub_model_id", "user/tiny", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2"]
     assert train(recipe_file, text_file, run, *flags) == 2
