@@ -113,6 +113,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def opening_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that opens a document and separates documents: BOS, or EOS of a tokenizer without BOS."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides which ids a text gets."""
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()

@@ -63,7 +63,7 @@ def test_a_stream_is_whole_or_absent(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_encode_piece", fail)
     with pytest.raises(ValueError, match="no"):
         build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache" / "streams").iterdir()) == []
 
 
 def test_opening_a_stream_gives_what_was_built(corpus, tmp_path):
