@@ -102,7 +102,7 @@ def test_each_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, wh
                 assert said[0].startswith(f"{damaged.parent}: the cached ")
                 assert said[0].endswith("it is rebuilt")
                 assert file.name in said[0] or file.name == "manifest.json"  # a damaged sum tells of the file it is of
-        assert sorted(os.listdir(cache / kind)) == sorted(os.listdir(original / kind))
+        assert {path.name for path in (cache / kind).iterdir()} == {path.name for path in (original / kind).iterdir()}
 
 
 def test_a_flipped_byte_is_noticed_though_size_and_modification_time_are_as_before(whole, texts, tmp_path):
