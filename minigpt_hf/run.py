@@ -117,7 +117,7 @@ def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None]
     """Text, tokenizer and token streams; what was prepared before is found again."""
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
     if is_prepared(data.data):
-        text = PreparedText.open(Path(data.data))
+        text = PreparedText.open(Path(data.data), cache_dir)
         data.tokenizer, data.vocab_size = text.kind, vocabulary_size(text.tokenizer)
         return text
     corpus = load_corpus(
@@ -187,11 +187,13 @@ def make_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTraine
     """Fresh weights, or those to go on from; and how `generate` samples unless it is told otherwise."""
     folder = architecture.init_from
     model = existing_model(folder, config) if folder else MiniGPTForCausalLM(config)
+    bos, eos = config.bos_token_id, config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.8,
         bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
+        # Where BOS is a token of its own, it is what the training text has between documents.
+        eos_token_id=eos if bos in (None, eos) or isinstance(eos, list) else [eos, bos],
         pad_token_id=config.pad_token_id,
     )
     return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model

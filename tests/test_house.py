@@ -22,6 +22,7 @@ EVERYTHING = {
     "evaluation",
     "generation",
     "network",
+    "atomic",
     "fast",
     "publish",
     "doctor",
@@ -35,7 +36,8 @@ EVERYTHING = {
 MAY_IMPORT = {
     "model": set(),
     "network": set(),
-    "data": {"network"},
+    "atomic": set(),
+    "data": {"network", "atomic"},
     "evaluation": set(),
     "generation": {"network"},
     "fast": {"generation"},

@@ -1,6 +1,11 @@
 """`minigpt tokenize`: a text and a recipe -> a folder of token streams that `minigpt train --data` takes, on any machine."""
 
 import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .parser import quiet
@@ -13,8 +18,40 @@ def parser() -> argparse.ArgumentParser:
     return parser_of_train("tokenize")
 
 
-def run(argv: list[str]) -> None:
-    """Prepare the text and keep it."""
+class Terminated(BaseException):
+    """SIGTERM arrived. As a `BaseException` it passes every handler of errors, and everything is cleaned up."""
+
+
+@contextmanager
+def raising_on_sigterm() -> Iterator[None]:
+    """Raise `Terminated` where SIGTERM would end the process at once; a second one does."""
+
+    def terminate(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Python cannot set a handler there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(argv: list[str]) -> int | None:
+    """Prepare the text and save it; return an exit code if it was interrupted."""
+    try:
+        with raising_on_sigterm():
+            _run(argv)
+    except Terminated:
+        print("minigpt tokenize: stopped by SIGTERM; nothing was saved", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    return None
+
+
+def _run(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser().print_help()
         return

@@ -3,20 +3,22 @@
 In: a `Corpus`, and which tokenizer. Out: a `PreparedText`. Tokenizers and streams are found again by what they were made
 from, so a second start takes a blink. It refuses nothing that `tokenizer` does not.
 
-A prepared text can be kept as a folder, which needs the corpus no more and may be shared by several machines:
-    prepared.json    name, cut and kind of tokenizer
+A prepared text can be saved as a folder, which does not need the corpus and may be shared by several machines:
+    prepared.json    version of this format; name, cut and kind of tokenizer
     tokenizer/       as `from_pretrained` reads it
     train/           a stream
     validation/      a stream, if there is validation
+    manifest.json    size and SHA-256 of each file
 """
 
+import errno
 import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +26,19 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import Corpus
+from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
+from .cache import cached, damage
+from .corpus import CACHE, Corpus
 from .stream import TokenStream, build_stream
 from .texts import Texts
-from .tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer, load_tokenizer, with_special_tokens
+from .tokenizer import (
+    byte_level_bpe,
+    byte_tokenizer,
+    character_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    with_special_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +49,7 @@ STANDARD_DEVIATION_OF_A_TOKEN = 3.0
 
 # Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
 BPE_CHARACTERS = 100_000_000
+VERSION = 2  # of the format of a prepared text; 1 had no manifest
 
 
 @dataclass(frozen=True)
@@ -78,16 +90,28 @@ class PreparedText:
     scored: ValidationSample | None
 
     @classmethod
-    def open(cls, folder: Path) -> "PreparedText":
-        """One that `keep` wrote.
+    def open(cls, folder: Path, cache_dir: Path = CACHE) -> "PreparedText":
+        """One that `keep` wrote, verified against its manifest.
+
+        Args:
+            cache_dir: Remembers which files have been verified.
 
         Raises:
-            ValueError: if it is not whole.
+            ValueError: if it is damaged, or of another version of the format.
         """
+        remedy = "create it again with `minigpt tokenize`"
         try:
             about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+            version = about.pop("version", 1)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {remedy}") from error
+        if version != VERSION:
+            raise ValueError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {remedy}")
+        if (fault := damage(folder, cache_dir)) is not None:
+            raise ValueError(f"{folder}: this prepared text is damaged ({fault}): {remedy}")
+        try:
             scored = about.pop("scored")
-            return cls(
+            text = cls(
                 **about,
                 scored=None if scored is None else ValidationSample(**scored),
                 train=TokenStream.open(folder / "train"),
@@ -95,29 +119,48 @@ class PreparedText:
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder}: this prepared text cannot be read ({error}): make it anew with `minigpt tokenize`"
-            ) from error
+            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {remedy}") from error
+        ours = tokenizer_fingerprint(text.tokenizer)[:16]
+        for stream in (text.train, text.validation):
+            if stream is not None and ours not in stream.fingerprint.split("-"):
+                raise ValueError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {remedy}")
+        return text
 
     def keep(self, folder: Path) -> None:
-        """Write it as a folder, whole or not at all.
+        """Save it as a folder, atomically.
 
         Raises:
-            ValueError: if there is something in its place.
+            ValueError: if `folder` exists.
+            OSError: if it cannot be written; nothing is left of it.
         """
+        exists = ValueError(f"{folder}: exists already; name another folder, or remove it")
         if folder.exists():
-            raise ValueError(f"{folder}: is there already; name another folder, or remove it")
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        self.tokenizer.save_pretrained(unfinished / "tokenizer")
-        shutil.copytree(self.train.folder, unfinished / "train")
-        if self.validation is not None:
-            shutil.copytree(self.validation.folder, unfinished / "validation")
-        about = {"name": self.name, "cut": self.cut, "kind": self.kind}
+            raise exists
+        about = {"version": VERSION, "name": self.name, "cut": self.cut, "kind": self.kind}
         about["scored"] = None if self.scored is None else asdict(self.scored)
-        (unfinished / "prepared.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        unfinished.rename(folder)
+        created = [parent for parent in folder.absolute().parents if not parent.exists()]
+        try:
+            remove_abandoned(folder.parent)
+            with temporary_directory(folder.parent) as temporary:
+                content = temporary / "content"
+                content.mkdir()
+                self.tokenizer.save_pretrained(content / "tokenizer")
+                for name, stream in (("train", self.train), ("validation", self.validation)):
+                    if stream is not None:
+                        shutil.copytree(stream.folder, content / name, ignore=shutil.ignore_patterns(MANIFEST))
+                (content / "prepared.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                seal(content)
+                if not publish(content, folder):
+                    raise exists
+        except OSError as error:
+            for parent in created:  # innermost first
+                with suppress(OSError):  # another process may use it, too
+                    parent.rmdir()
+            if error.errno != errno.ENOSPC and "No space left" not in str(error):
+                raise
+            raise OSError(
+                errno.ENOSPC, f"{folder}: no space left on this disk; free some, or name another folder"
+            ) from error
 
 
 def is_prepared(data: str) -> bool:
@@ -148,16 +191,15 @@ def prepare(
         max_tokens: Take no more of the training text than that.
     """
     chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
-    streams = cache_dir / "streams"
     with tqdm(
         total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
     ) as bar:
-        train = build_stream(corpus.train, chosen, streams, num_proc, bar.update, max_tokens)
+        train = build_stream(corpus.train, chosen, cache_dir, num_proc, bar.update, max_tokens)
     validation = scored = None
     if corpus.validation is not None:
         window = max(1, round(block_size * train.characters / (len(train) - len(train.documents))))
         sampled = corpus.validation.sample(validation_characters, window)
-        validation = build_stream(sampled, chosen, streams, num_proc)
+        validation = build_stream(sampled, chosen, cache_dir, num_proc)
         if not len(validation):
             raise ValueError(
                 f"{corpus.name}: nothing of it is held out for validation; raise --validation_fraction, or 0"
@@ -206,11 +248,10 @@ def _kept(
 ) -> PreTrainedTokenizerBase:
     """What was learnt from the same text before, or else now."""
     name = hashlib.sha256(" ".join([kind, *(text.fingerprint for text in texts)]).encode()).hexdigest()[:32]
-    file = cache_dir / "tokenizers" / f"{name}.json"
-    if not file.is_file():
-        tokenizer = learn()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{name}.{os.getpid()}.json")  # others may be learning the same
-        tokenizer.backend_tokenizer.save(str(unfinished))
-        unfinished.replace(file)
-    return with_special_tokens(Tokenizer.from_file(str(file)))
+    return cached(
+        cache_dir / "tokenizers" / name,
+        lambda folder: learn().backend_tokenizer.save(str(folder / "tokenizer.json")),
+        lambda folder: with_special_tokens(Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())),
+        cache_dir,
+        "tokenizer",
+    )

@@ -1,30 +1,39 @@
 """Documents + tokenizer -> one flat stream of token ids on disk.
 
-    E d₁ E d₂ … E dₙ      E = <|endoftext|>
+    E d₁ E d₂ … E dₙ      E = the token that opens a document: BOS, or EOS of a tokenizer without BOS
 
 Each document is opened by an E, which as the label of the last token before it also closes that one; read in a circle,
 the first E closes the last document. In: `Documents`. Out: a `TokenStream`, memory-mapped, found again by the content of
 the text and the tokenizer. It refuses nothing that the tokenizer can encode.
 
-A stream is a folder:
-    tokens.bin      ids, little-endian, uint16 if the vocabulary allows and else uint32
-    documents.npy   where each document's E stands, int64
+A stream is a directory, written atomically and verified before it is used (see `cache`):
+    tokens.bin      ids, little-endian, uint16 up to a vocabulary of 65,536 and else uint32
+    documents.npy   offset of each document's E, int64
     stream.json     counts, and what the stream was made from
+    manifest.json   size and SHA-256 of each file
 """
 
 import json
 import multiprocessing
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .cache import cached
 from .texts import Texts
-from .tokenizer import Encoder, tokenizer_fingerprint, vocabulary_size
+from .tokenizer import Encoder, opening_token, tokenizer_fingerprint, vocabulary_size
+
+SAMPLED_DOCUMENTS = 1000  # of so many it is checked at every start that an E opens them
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,32 @@ class TokenStream:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStream":
-        """Map a stream that `build_stream` wrote."""
+        """Map a stream that `build_stream` wrote.
+
+        Raises:
+            ValueError: if its files do not fit together.
+        """
         about = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
+        size = (folder / "tokens.bin").stat().st_size
+        tokens = (
+            np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r") if size else np.zeros(0, about["dtype"])
+        )
+        documents = np.load(folder / "documents.npy", mmap_mode="r")
+        counts = (len(tokens), len(documents))
+        if counts != (about["tokens"], about["documents"]):
+            raise ValueError(f"{counts} tokens and documents instead of {about['tokens'], about['documents']}")
+        sample = documents[:: -(-len(documents) // SAMPLED_DOCUMENTS) or 1]
+        if len(documents) and (
+            documents[0] != 0
+            or documents[-1] >= len(tokens)
+            or not (np.diff(documents) > 0).all()
+            or not (tokens[sample] == about["end_of_text"]).all()
+        ):
+            raise ValueError("the offsets of the documents do not point to the tokens that open them")
         return cls(
             folder=folder,
-            tokens=np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r"),
-            documents=np.load(folder / "documents.npy", mmap_mode="r"),
+            tokens=tokens,
+            documents=documents,
             end_of_text=about["end_of_text"],
             characters=about["characters"],
             bytes=about["bytes"],
@@ -77,27 +106,29 @@ def build_stream(
     """Encode documents into a stream, or find the one that was made from the same text with the same tokenizer.
 
     Args:
-        cache_dir: Folder that holds streams, each under its fingerprint.
+        cache_dir: Root of the cache; streams are in `streams/`, each under its fingerprint.
         num_proc: Processes that encode; default: one for each core, at most 16. Text goes to them in pieces and comes
             back in order, so the memory in use does not depend on the size of the corpus.
-        progress: Told the number of characters of each piece as it is done.
-        max_tokens: End the stream after the piece in which it gets that long.
+        progress: Called with the number of characters of each piece that is done.
+        max_tokens: End the stream after the piece in which it reaches this length.
     """
-    fingerprint = f"{texts.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}"
+    fingerprint = stream_fingerprint(texts, tokenizer)
     if max_tokens is not None:
         fingerprint += f"-{max_tokens}"
-    folder = cache_dir / fingerprint
-    if not (folder / "stream.json").is_file():
-        # Whole or absent: written beside its place, and moved there when complete.
-        unfinished = cache_dir / f".{fingerprint}.{os.getpid()}"
-        unfinished.mkdir(parents=True)
-        try:
-            _write_stream(unfinished, fingerprint, texts, tokenizer, num_proc, progress, max_tokens)
-            if not folder.exists():  # another process may have been faster; its stream is the same
-                unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return TokenStream.open(folder)
+    return cached(
+        cache_dir / "streams" / fingerprint,
+        lambda folder: _write_stream(folder, fingerprint, texts, tokenizer, num_proc, progress, max_tokens),
+        TokenStream.open,
+        cache_dir,
+        "token stream",
+    )
+
+
+def stream_fingerprint(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of a stream: hashes of the text and of all that decides which ids it gets."""
+    opening = opening_token(tokenizer)
+    other = "" if opening == tokenizer.eos_token_id else f"-{opening}"
+    return f"{texts.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}{other}"
 
 
 def _write_stream(
@@ -110,7 +141,7 @@ def _write_stream(
     max_tokens: int | None,
 ) -> None:
     dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
-    end_of_text = np.array([tokenizer.eos_token_id], dtype=dtype)
+    end_of_text = np.array([opening_token(tokenizer)], dtype=dtype)
     starts, written, characters, size = [], 0, 0, 0
     with (folder / "tokens.bin").open("wb") as file:
         for opens_document, ids, text_length, byte_length in _encode(texts, tokenizer, dtype, num_proc):
@@ -128,7 +159,7 @@ def _write_stream(
     np.save(folder / "documents.npy", np.array(starts, dtype=np.int64))
     about = {
         "dtype": dtype.str,
-        "end_of_text": tokenizer.eos_token_id,
+        "end_of_text": opening_token(tokenizer),
         "tokens": written,
         "documents": len(starts),
         "characters": characters,
@@ -152,15 +183,44 @@ def _encode(
     if num_proc == 1 or is_little:
         _start(tokenizer_json, dtype)
         yield from map(_encode_piece, jobs)
-    else:
-        with multiprocessing.Pool(num_proc, _start_process, (tokenizer_json, dtype)) as pool:
-            yield from pool.imap(_encode_piece, jobs, chunksize=8)
+        return
+    pool = ProcessPoolExecutor(num_proc, initializer=_start_process, initargs=(tokenizer_json, dtype))
+    try:
+        for pieces in _in_order(pool, jobs, 2 * num_proc):
+            yield from pieces
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenizes was killed, perhaps because memory ran out; use fewer processes (--num_proc) or "
+            "free memory"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[tuple[bool, str]], ahead: int) -> Iterator[list[Encoded]]:
+    """Encode eight pieces at a time in the processes of a pool; no more than `ahead` times eight are under way."""
+    jobs, under_way = iter(jobs), deque()
+    while batch := list(islice(jobs, 8)):
+        under_way.append(pool.submit(_encode_pieces, batch))
+        if len(under_way) >= ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def _start_process(tokenizer_json: str, dtype: np.dtype) -> None:
-    """The same in a process of the pool, which is one of as many as there are cores."""
+    """Prepare a process of the pool: one thread, and its parent alone decides when it ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the whole process group by the terminal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process inherits its parent's handler
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _start(tokenizer_json, dtype)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent was killed: it would wait for work, and keep its memory and locks, for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _start(tokenizer_json: str, dtype: np.dtype) -> None:
@@ -169,6 +229,10 @@ def _start(tokenizer_json: str, dtype: np.dtype) -> None:
     _encoder, _dtype = Encoder(tokenizer_json), dtype
 
 
+def _encode_pieces(jobs: list[tuple[bool, str]]) -> list[Encoded]:
+    return [_encode_piece(job) for job in jobs]
+
+
 def _encode_piece(job: tuple[bool, str]) -> Encoded:
     opens_document, piece = job
-    return opens_document, np.array(_encoder(piece), dtype=_dtype), len(piece), len(piece.encode())
+    return opens_document, np.asarray(_encoder(piece), dtype=_dtype), len(piece), len(piece.encode())

@@ -6,7 +6,6 @@ what is no text has been refused by `sources`.
 """
 
 import hashlib
-import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from .cache import cached
 
 PART_CHARACTERS = 1_000_000
 # A sample consists of at least this many excerpts, so that no single passage of a long document decides a score.
@@ -239,13 +240,13 @@ def index_kept(rows: datasets.Dataset, make, cache_dir: Path) -> np.ndarray:
     """`make(rows)`, or what it gave for the same rows before: a gigabyte need not be hashed at each start."""
     # `datasets` names what it loads after the files' paths, sizes and times, or their revision.
     name = hashlib.sha256(f"{rows._fingerprint} {make.__name__}".encode()).hexdigest()[:32]
-    file = cache_dir / "documents" / f"{name}.npy"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{name}.{os.getpid()}.npy")
-        np.save(unfinished, make(rows))
-        unfinished.rename(file)
-    return np.load(file)
+    return cached(
+        cache_dir / "documents" / name,
+        lambda folder: np.save(folder / "index.npy", make(rows)),
+        lambda folder: np.load(folder / "index.npy"),
+        cache_dir,
+        "index of documents",
+    )
 
 
 @dataclass(frozen=True)

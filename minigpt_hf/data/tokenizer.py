@@ -8,15 +8,20 @@ mistakes the end of a text for padding.
 """
 
 import hashlib
-import re
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..network import cache_alone_if_unreachable
+from .cuts import PIECE_CHARACTERS, RUN, pieces
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -34,10 +39,11 @@ WORDS_OF_BYTES = pre_tokenizers.Sequence(
 )
 EACH_CHARACTER = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
 
-# No match of PATTERN reaches from a line end into the next line, unless that is blank. So a text may be cut there, and its
-# pieces encoded one by one, with the same result.
-SAFE_CUT = re.compile(r"\n(?=[^\S\r\n]*\S)")
-PIECE_CHARACTERS = 100_000  # long enough to keep a process busy for some 50 ms, short enough to keep memory flat
+# A word longer than this, such as DNA without line ends, is encoded in windows, and its merges are learned from a sample.
+LONG_WORD = 3 * PIECE_CHARACTERS
+SAMPLED_CHARACTERS = 1000  # of a long word, in one place
+SAMPLES = 1000  # at most, of all long words together: the trainer's time grows faster than the length of a word
+OVERLAP = 1000  # characters of two windows in common
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -63,8 +69,32 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for _, piece in pieces((True, text) for text in texts)), trainer=trainer)
+    tokenizer.train_from_iterator(_for_training(texts), trainer=trainer)
     return with_special_tokens(tokenizer)
+
+
+def _for_training(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of all texts; of words longer than `LONG_WORD`, a sample in equal distances."""
+    sample, every, number, characters = [], 1, 0, 0
+    for _, piece in pieces((True, text) for text in texts):
+        if len(piece) <= LONG_WORD:
+            yield piece
+            continue
+        characters += len(piece)
+        for place in range(0, len(piece), SAMPLED_CHARACTERS):
+            if number % every == 0:
+                sample.append(piece[place : place + SAMPLED_CHARACTERS])
+            if len(sample) > SAMPLES:
+                sample, every = sample[::2], 2 * every
+            number += 1
+    yield from sample
+    if characters:
+        logger.info(
+            "the text has words of more than %s characters: merges are learned from %s of their %s characters",
+            f"{LONG_WORD:,}",
+            f"{sum(map(len, sample)):,}",
+            f"{characters:,}",
+        )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -113,34 +143,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def opening_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that opens a document and separates documents: BOS, or EOS of a tokenizer without BOS."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides which ids a text gets."""
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
-
-
-def pieces(
-    parts: Iterable[tuple[bool, str]], anywhere: bool = False, whole: bool = False
-) -> Iterator[tuple[bool, str]]:
-    """Cut (or join) parts of documents where that changes no token: after a line end, or anywhere if each token is one unit.
-
-    In and out come (does it open a document?, text); documents without text are left out. `whole` only joins.
-    """
-    opens, rest = True, ""
-    for opens_document, text in parts:
-        if opens_document and rest:
-            yield opens, rest
-        opens, rest = (True, text) if opens_document else (opens, rest + text)
-        while len(rest) > PIECE_CHARACTERS and not whole:
-            stop = PIECE_CHARACTERS
-            if not anywhere:
-                safe = SAFE_CUT.search(rest, stop)
-                if safe is None:
-                    break
-                stop = safe.end()
-            yield opens, rest[:stop]
-            opens, rest = False, rest[stop:]
-    if rest:
-        yield opens, rest
 
 
 class Encoder:
@@ -154,10 +164,18 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        cutters = {_described(EACH_CHARACTER): "anywhere", _described(WORDS_OF_BYTES): "at line ends"}
+        cutters = {_described(EACH_CHARACTER): "anywhere", _described(WORDS_OF_BYTES): "at words"}
         self.may_cut = None
-        if self.tokenizer.normalizer is None and self.tokenizer.pre_tokenizer is not None:
+        # A token that was added to the vocabulary is looked for before the text is split into words, even across them.
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        if (
+            self.tokenizer.normalizer is None
+            and self.tokenizer.pre_tokenizer is not None
+            and all(token.special for token in added)
+        ):
             self.may_cut = cutters.get(_described(self.tokenizer.pre_tokenizer))
+        model = self.tokenizer.model
+        self.has_windows = self.may_cut == "at words" and isinstance(model, models.BPE) and not model.dropout
 
     def pieces(self, parts: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
         """The text in parts that can be encoded one by one; documents whole, if this tokenizer is not one of ours."""
@@ -165,7 +183,12 @@ class Encoder:
             return pieces(parts, anywhere=self.may_cut == "anywhere")
         return pieces(parts, whole=True)
 
-    def __call__(self, piece: str) -> list[int]:
+    def __call__(self, piece: str) -> list[int] | np.ndarray:
+        if len(piece) > LONG_WORD and self.has_windows:
+            return self._in_windows(piece)
+        return self._encode(piece)
+
+    def _encode(self, piece: str) -> list[int]:
         try:
             # Not `encode`, which also computes where in the text each token stands, and takes twice as long.
             return self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
@@ -177,6 +200,63 @@ class Encoder:
                         "from text that has none; leave it out, or use `--tokenizer bpe` or `bytes`, which know all"
                     ) from error
             raise
+
+    def _in_windows(self, text: str) -> np.ndarray:
+        """The ids of a long text, in memory that does not depend on the length of its words.
+
+        BPE applies the merge of lowest rank, of equal ones the leftmost. Whether a merge crosses a position depends on
+        nothing but the two tokens that meet there and how they came about. So if two windows of a word have one token in
+        common, at the same place, then the tokens of the first up to it and those of the second from it on are the tokens
+        of the word: at its begin the first window shows that no merge crosses, at its end the second. A window begins at
+        a token of the window before, and this token is compared. If it differs, the window before is enlarged; if that
+        changes the token which that one in turn has in common with the one before it, so is the one before.
+        """
+        # Of each earlier window: its ids up to the token in common with the next, that token, its start and size.
+        done: list[tuple[np.ndarray, int, int, int]] = []
+        start, size = 0, PIECE_CHARACTERS
+        ids, stop = self._window(text, start, size)
+        while True:
+            if done and ids[0] != done[-1][1]:
+                _, _, start, size = done.pop()
+            elif stop == len(text):
+                return np.concatenate([*(before for before, *_ in done), ids])
+            else:
+                place, begin = self._resume_at(text, ids, start, stop)
+                following, end = self._window(text, begin, PIECE_CHARACTERS) if place else (ids, stop)
+                if place and following[0] == ids[place]:
+                    done.append((ids[:place], ids[place], start, size))
+                    ids, stop, start, size = following, end, begin, PIECE_CHARACTERS
+                    continue
+            size *= 2
+            ids, stop = self._window(text, start, size)
+
+    def _window(self, text: str, start: int, size: int) -> tuple[np.ndarray, int]:
+        """Ids of a window of at least `size` characters, and where it ends: inside a run, or with the text."""
+        end = RUN.search(text, start + size)
+        stop = end.end() if end else len(text)
+        return np.array(self._encode(text[start:stop]), dtype=np.uint32), stop
+
+    def _resume_at(self, text: str, ids: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+        """The last token of a window that begins inside a run, `OVERLAP` before the end: its index and its place; or 0."""
+        window = np.frombuffer(text[start:stop].encode(), dtype=np.uint8)
+        begins_character = (window & 0xC0) != 0x80  # UTF-8: other bytes continue one
+        characters = np.cumsum(begins_character) - 1  # of each byte, the index of its character
+        begins = np.cumsum(self._bytes_of_tokens[ids])[:-1]  # of each token but the first, its first byte
+        candidates = np.flatnonzero(begins_character[begins] & (characters[begins] < stop - start - OVERLAP))
+        for candidate in candidates[::-1]:
+            place = start + int(characters[begins[candidate]])
+            if RUN.match(text, place):
+                return int(candidate) + 1, place
+        return 0, 0
+
+    @cached_property
+    def _bytes_of_tokens(self) -> np.ndarray:
+        """Id -> number of bytes: the byte-level alphabet has one character for each."""
+        vocabulary = self.tokenizer.get_vocab()
+        sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for token, number in vocabulary.items():
+            sizes[number] = len(token)
+        return sizes
 
 
 def _byte_level(model: models.Model) -> Tokenizer:

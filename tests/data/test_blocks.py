@@ -1,6 +1,7 @@
 """Over an epoch each token is predicted exactly once, but for a tail shorter than a block."""
 
 import pickle
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -59,6 +60,40 @@ def test_each_token_is_predicted_once_but_for_a_tail_shorter_than_a_block(length
 def test_the_order_is_a_permutation(size, seed, epoch):
     keys = permutation_keys(seed, epoch)
     assert sorted(permute(i, size, keys) for i in range(size)) == list(range(size))
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(4, 60), block_size=st.integers(1, 10), seed=st.integers(0, 99), epoch=st.integers(0, 5))
+def test_an_epoch_is_the_circle_cut_at_its_shift(size, block_size, seed, epoch):
+    """Against a reference that turns the circle: block i is tokens shift + i·T up to and with shift + (i + 1)·T."""
+    tokens = np.arange(size) + 100
+    stream = TokenStream(Path(), tokens, np.array([0]), 0, 1, 1, "")
+    if size <= block_size:
+        return
+    blocks = Blocks(stream, block_size, seed)
+    shift = random.Random(f"shift {seed} {epoch}").randrange(size)
+    turned = np.concatenate([np.roll(tokens, -shift), np.roll(tokens, -shift)[:1]]).tolist()
+    for index in range(len(blocks)):
+        block, begin = blocks[epoch, index], index * block_size
+        assert block["input_ids"].tolist() == turned[begin : begin + block_size]
+        assert block["shift_labels"].tolist() == turned[begin + 1 : begin + block_size + 1]
+
+
+def test_shifts_take_every_value():
+    """Also 0 and the last one."""
+    blocks = Blocks(stream_of([4]), 2, seed=0)
+    assert {blocks.shift(epoch) for epoch in range(200)} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_positions_restart_at_each_place_of_a_block(place):
+    blocks = Blocks(stream_of([20]), 8, seed=0)
+    row = np.arange(1, 9)
+    row[place] = 0
+    batch = blocks.collate([{"input_ids": row, "shift_labels": row}])
+    expected = [*range(place), *range(8 - place)]
+    assert batch.get("position_ids", torch.arange(8)[None]).tolist() == [expected]
+    assert ("position_ids" in batch) == (place > 0)
 
 
 def test_the_order_looks_random():

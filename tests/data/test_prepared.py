@@ -29,9 +29,9 @@ def test_a_tokenizer_is_learnt_once_and_again_for_other_text(kind, text, tmp_pat
 
 
 def test_no_more_tokens_are_taken_than_asked_for(text_file, tmp_path, monkeypatch):
-    from minigpt_hf.data import tokenizer
+    from minigpt_hf.data import cuts
 
-    monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(cuts, "PIECE_CHARACTERS", 200)
     corpus = load_corpus(str(text_file), cache_dir=tmp_path)
     streams = [
         prepare(corpus, "bytes", 0, tmp_path, block_size=16, validation_characters=100, max_tokens=most).train

@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from minigpt_hf import evaluate, train
 from minigpt_hf.data import stream as module
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.stream import TokenStream, build_stream
@@ -47,6 +51,65 @@ def test_a_stream_is_found_again_by_content(corpus, tmp_path, monkeypatch):
     assert build_stream(moved.train, byte_tokenizer(), tmp_path / "cache").folder == first.folder
 
 
+def tokenizer_of_size(size: int, bos: str | None = None) -> PreTrainedTokenizerFast:
+    """Words `w0`, `w1`, …, ids up to `size` - 1, and `</s>`, which closes a text, before them."""
+    vocabulary = {"</s>": 0, "<s>": 1, **{f"w{number}": number for number in range(2, size)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>")
+
+
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1])
+def test_the_largest_id_survives_at_the_limit_of_two_bytes(size, tmp_path):
+    (tmp_path / "text.txt").write_text(f"w{size - 1} w5")
+    texts = load_corpus(str(tmp_path / "text.txt"), 0).train
+    stream = build_stream(texts, tokenizer_of_size(size), tmp_path / "cache")
+    assert stream.tokens.tolist() == [0, size - 1, 5]
+    assert stream.tokens.dtype == (np.uint16 if size <= 2**16 else np.uint32)
+    assert (stream.folder / "tokens.bin").stat().st_size == 3 * (2 if size <= 2**16 else 4)
+
+
+def test_documents_are_opened_by_bos_where_it_differs_from_eos(tmp_path):
+    """As `evaluate` and `generate` open a text; without BOS all of them take EOS."""
+    folder = write_files(tmp_path / "text", {"a.txt": "w5 w6", "b.txt": "w7"})
+    texts = load_corpus(folder, 0).train
+    both, eos = (build_stream(texts, tokenizer_of_size(9, bos), tmp_path / "cache") for bos in ("<s>", None))
+    assert (both.tokens.tolist(), both.end_of_text) == ([1, 5, 6, 1, 7], 1)
+    assert (eos.tokens.tolist(), eos.end_of_text) == ([0, 5, 6, 0, 7], 0)
+    assert both.folder != eos.folder
+
+
+def test_validation_while_training_equals_evaluation_where_bos_differs_from_eos(tmp_path, recipe_file):
+    """The figure that is published is that of `minigpt evaluate`, with the same opening token."""
+    words = " ".join(f"w{2 + number * number % 37}" for number in range(3000))
+    (tmp_path / "text.txt").write_text(words)
+    tokenizer_of_size(40, "<s>").save_pretrained(tmp_path / "tokenizer")
+    folder = train(
+        str(tmp_path / "text.txt"),
+        str(recipe_file),
+        tmp_path / "run",
+        tokenizer=str(tmp_path / "tokenizer"),
+        max_steps=10,
+        eval_steps=10,
+        save_steps=10,
+        learning_rate=0.01,
+    )
+    scored = evaluate(folder, str(tmp_path / "text.txt"), split="validation")
+    assert scored.loss == pytest.approx(folder.results["loss"], rel=1e-6)
+    model, tokenizer = folder.load()
+    held_out = load_corpus(str(tmp_path / "text.txt")).validation
+    (text,) = held_out.head(20_000)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    block_size = scored.block_size
+    sequence, nats = [1, *ids], 0.0
+    for begin in range(0, len(ids), block_size):
+        window = torch.tensor(sequence[begin : begin + block_size + 1])
+        logits = model(window[None, :-1]).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert scored.loss == pytest.approx(nats / len(ids), rel=1e-5)
+    assert {0, 1} <= set(model.generation_config.eos_token_id)  # either token ends a text that is generated
+
+
 def test_other_text_or_another_tokenizer_makes_another_stream(corpus, tmp_path):
     folders = {
         build_stream(documents, tokenizer, tmp_path / "cache").folder
@@ -63,7 +126,7 @@ def test_a_stream_is_whole_or_absent(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_encode_piece", fail)
     with pytest.raises(ValueError, match="no"):
         build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache" / "streams").iterdir()) == []
 
 
 def test_opening_a_stream_gives_what_was_built(corpus, tmp_path):

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
+from minigpt_hf.data import cuts
 from minigpt_hf.data import tokenizer as module
+from minigpt_hf.data.cuts import pieces
 from minigpt_hf.data.tokenizer import (
     END_OF_TEXT,
     PAD,
@@ -16,7 +18,6 @@ from minigpt_hf.data.tokenizer import (
     byte_tokenizer,
     character_tokenizer,
     load_tokenizer,
-    pieces,
     tokenizer_fingerprint,
 )
 from minigpt_hf.publish.folder import save_suitcase
@@ -69,7 +70,7 @@ def test_pieces_encode_to_the_same_tokens_as_the_whole(bpe, text, size):
 
 def _pieces_of_size(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE_CHARACTERS", size)
+        patch.setattr(cuts, "PIECE_CHARACTERS", size)
         yield from (piece for _, piece in pieces([(True, text[: size * 3]), (False, text[size * 3 :])]))
 
 

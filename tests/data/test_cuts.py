@@ -1,0 +1,231 @@
+"""Text is encoded in pieces of bounded size, whatever the length of its lines and words, to the same tokens."""
+
+import logging
+import random
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt_hf.data import cuts
+from minigpt_hf.data import tokenizer as module
+from minigpt_hf.data.cuts import LETTER, PUNCTUATION, pieces
+from minigpt_hf.data.tokenizer import Encoder, byte_level_bpe, byte_tokenizer, character_tokenizer
+from tests.conftest import ROOT
+
+# Each class of characters that the pattern knows, and what lies at their borders.
+NASTY = [
+    *"aZzſK'’\"=;.-_(){}0179²Ⅷ٣½",
+    *" \t\n\r\v\f\0\x1c\x1f\x85\xa0\xad\u2028\u200b\u200d\u3000\ufeff\u0301\u0300éßñяא中々〇、。！ア",
+    *[
+        "'s",
+        "'S",
+        "'re",
+        "'LL",
+        "'ſ",
+        "''",
+        "\r\n",
+        "\n\n",
+        "  ",
+        "   ",
+        "\n  ",
+        "  \n",
+        " '",
+        "e\u0301",
+        "👍🏽",
+        "🇩🇪",
+        "𝐀",
+        "\U0001e030",
+        "\U000323af",
+    ],
+    *["<|endoftext|>", "don't", "x=1;", "AAAAAAAA", "========"],
+]
+
+
+@pytest.fixture(scope="module")
+def bpe(text):
+    """Merges of code, of runs, and of everything nasty."""
+    source = random.Random(1)
+    nasty = "".join(source.choices(NASTY, k=20_000))
+    return byte_level_bpe([text[:30_000], nasty, "A" * 1000, "=" * 999, "ACGT" * 300, "中文" * 300], 900)
+
+
+@pytest.fixture(scope="module")
+def encoder(bpe):
+    return Encoder(bpe.backend_tokenizer.to_str())
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces and windows of some characters, so that a short text has many."""
+
+    def sizes(piece: int, long: int = 10**9, overlap: int = 8) -> None:
+        monkeypatch.setattr(cuts, "PIECE_CHARACTERS", piece)
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", piece)
+        monkeypatch.setattr(module, "LONG_WORD", long)
+        monkeypatch.setattr(module, "OVERLAP", overlap)
+
+    return sizes
+
+
+def in_parts(text: str, bounds: list[int]) -> list[tuple[bool, str]]:
+    bounds = [0, *sorted(min(bound, len(text)) for bound in bounds), len(text)]
+    return [(number == 0, text[a:b]) for number, (a, b) in enumerate(pairwise(bounds))]
+
+
+def check_pieces(encoder, bpe, text: str, bounds: list[int]) -> int:
+    cut = [piece for _, piece in pieces(in_parts(text, bounds))]
+    assert "".join(cut) == text
+    ids = [i for piece in cut for i in encoder(piece)]
+    assert ids == bpe(text, split_special_tokens=True).input_ids, repr(text)
+    assert cut == [piece for _, piece in pieces([(True, text)])]  # however the text comes in parts
+    return len(cut)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.sampled_from(NASTY), max_size=60).map("".join), size=st.integers(1, 9), data=st.data())
+def test_pieces_of_nasty_text_give_the_tokens_of_the_whole(encoder, bpe, text, size, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuts, "PIECE_CHARACTERS", size)
+        check_pieces(encoder, bpe, text, data.draw(st.lists(st.integers(0, 60), max_size=4)))
+
+
+@pytest.mark.parametrize("alphabet", ["nasty", "any character"])
+def test_pieces_of_thousands_of_random_texts_give_the_tokens_of_the_whole(alphabet, encoder, bpe, small):
+    small(2)
+    source, cut = random.Random(0), 0
+    for _ in range(2000):
+        if alphabet == "nasty":
+            text = "".join(source.choices(NASTY, k=source.randint(1, 30)))
+        else:
+            others = [chr(number) for number in source.choices(range(0x30000), k=20) if not 0xD800 <= number < 0xE000]
+            text = "".join(source.choices([*others, *others, *NASTY], k=40))
+        cut += check_pieces(encoder, bpe, text, [source.randint(0, 40) for _ in range(2)])
+    assert cut > 2 * 2000
+
+
+def test_the_classes_of_characters_are_those_of_the_tokenizer():
+    """Each character that a cut relies on, against the regular expressions of the tokenizer itself."""
+    import re
+
+    from tokenizers import Regex, pre_tokenizers
+
+    def matched(pattern: str, characters: str) -> set[str]:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="removed")
+        return set(characters) - set("".join(word for word, _ in split.pre_tokenize_str(characters)))
+
+    everything = "".join(chr(number) for number in range(0x32000) if not 0xD800 <= number < 0xE000)
+    letters = "".join(re.findall(f"[{LETTER}]", everything))
+    punctuation = "".join(re.findall(f"[{PUNCTUATION}]", everything))
+    assert matched(r"\p{L}", letters) == set(letters)
+    assert matched(r"[^\s\p{L}\p{N}]", punctuation) == set(punctuation)
+    assert matched(r"\p{N}", "0123456789") == set("0123456789")
+    no_space = "".join(re.findall(r"[^\s\x1c-\x1f\x85\u180e\u200b]", everything))
+    assert matched(r"\S", no_space) == set(no_space)
+
+
+LONG = {
+    "one word": lambda source: "".join(source.choices("ACGT", k=3000)),
+    "one letter": lambda source: "A" * 3000,
+    "a token longer than a window": lambda source: "A" * source.randint(250, 600) + "=" * source.randint(250, 600),
+    "letters of three bytes": lambda source: "".join(source.choices("中文字", k=3000)),
+    "punctuation": lambda source: "".join(source.choices("=-=#", k=3000)),
+    "smileys": lambda source: "".join(source.choices("😀😁!", k=3000)),
+    "white space": lambda source: " " * 1500 + "\t" * 1500,
+    "blank lines": lambda source: "\n" * 1500 + " \n" * 700,
+    "words between": lambda source: "x = 1; " * 50 + "A" * 900 + " don't " + "=" * 900 + "don't\n\n" + "A" * 999 + "'s",
+    "everything": lambda source: "".join(
+        character * source.choice([1, 2, 50, 300]) for character in source.choices(NASTY, k=60)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("size", [40, 150])
+def test_long_words_are_encoded_in_windows_to_the_same_tokens(kind, size, encoder, bpe, small):
+    small(size, long=size, overlap=12)
+    source = random.Random(2)
+    for _ in range(6):
+        text = LONG[kind](source)
+        assert list(encoder(text)) == bpe(text, split_special_tokens=True).input_ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(word=st.text(alphabet="AB", min_size=30, max_size=400), overlap=st.integers(1, 20))
+def test_windows_that_do_not_agree_are_enlarged(word, overlap):
+    """Merges of two letters of all lengths, so that where a token ends depends on letters far away."""
+    tokenizer = byte_level_bpe(["AB" * 64, "A" * 128, "BA" * 30, "AAB" * 40], 300)
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("PIECE_CHARACTERS", 20), ("LONG_WORD", 20), ("OVERLAP", overlap)):
+            patch.setattr(module, name, value)
+        assert list(encoder(word)) == tokenizer(word).input_ids
+
+
+def test_a_tokenizer_with_added_tokens_that_are_text_gets_documents_whole(bpe):
+    """Such a token is found before the text is split into words, even across what would be a cut."""
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("tool_call 1;", special=False)])
+    encoder = Encoder(backend.to_str())
+    text = "a tool_call 1; b\n" * 20_000
+    assert [text] == [piece for _, piece in encoder.pieces([(True, text)])]
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["ab"])], ids=["bytes", "characters"])
+def test_one_long_line_comes_in_pieces_for_tokenizers_without_merges(tokenizer, small):
+    small(100, long=300)
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    text = "ab" * 5000
+    cut = [piece for _, piece in encoder.pieces([(True, text[:7000]), (False, text[7000:])])]
+    assert [i for piece in cut for i in encoder(piece)] == tokenizer(text).input_ids
+    if tokenizer.convert_ids_to_tokens(2) == "a":
+        assert {len(piece) for piece in cut} == {100}
+
+
+MEASURE = """
+import random, resource, string
+from minigpt_hf.data.tokenizer import Encoder, byte_level_bpe
+
+source = random.Random(0)
+words = ["".join(source.choices(string.ascii_lowercase, k=source.randint(1, 10))) for _ in range(2000)]
+
+def line(between):
+    return "".join(word + source.choice(between) for word in source.choices(words, k=320_000))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+lines = {
+    "text8": line([" "]),
+    "minified": line(["(", ");", "{", "==", "&&", ".", ",", '"']),
+    "DNA": "".join(source.choices("ACGT", k=2_000_000)),
+}
+before = peak()
+for text in lines.values():
+    encoder = Encoder(byte_level_bpe([text], 300).backend_tokenizer.to_str())
+    assert sum(len(encoder(piece)) for _, piece in encoder.pieces([(True, text)])) > 500_000
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_depend_on_the_length_of_a_line():
+    """Lines of two million characters took some 400 MB, and the merges of DNA hours."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300
+    )
+    assert float(done.stdout) < 120
+
+
+def test_it_is_said_that_merges_of_long_words_are_learned_from_a_sample(small, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    monkeypatch.setattr(module, "SAMPLES", 10)
+    small(1000, long=3000)
+    tokenizer = byte_level_bpe(["ACGT" * 25_000, "plain words"], 262)
+    assert "words of more than 3,000 characters: merges are learned from" in caplog.text
+    assert "of their 100,000 characters" in caplog.text
+    assert "ACGT" in tokenizer.get_vocab()

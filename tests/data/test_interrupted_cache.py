@@ -1,0 +1,208 @@
+"""Tokenizing can be killed, interrupted, started several times at once and run out of disk: the cache stays correct."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from minigpt_hf.atomic import PREFIX
+from minigpt_hf.cli import main
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+
+# Each piece takes so much longer, and that the first one is being encoded is told by a file.
+SLOW = """
+import sys, time
+from pathlib import Path
+from minigpt_hf.data import tokenizer
+
+cache, slow = Path(sys.argv[1]), float(sys.argv[2])
+encode = tokenizer.Encoder.__call__
+
+def slowly(self, piece):
+    if slow:
+        Path(f"{cache}.began").touch()
+        time.sleep(slow)
+    return encode(self, piece)
+
+tokenizer.Encoder.__call__ = slowly
+"""
+PREPARE = (
+    SLOW
+    + """
+import hashlib
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.prepared import prepare
+
+text = prepare(load_corpus(sys.argv[3], cache_dir=cache), "bpe", 300, cache, validation_characters=1000, num_proc=2)
+print("sum", hashlib.sha256(text.train.tokens.tobytes() + text.validation.tokens.tobytes()).hexdigest())
+"""
+)
+TOKENIZE = (
+    SLOW
+    + """
+from minigpt_hf.cli import main
+
+sys.exit(main(["tokenize", "--tokenizer", "bytes", "--num_proc", "2", "--cache_dir", sys.argv[1], *sys.argv[3:]]))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def large(text, tmp_path_factory) -> Path:
+    """Enough for a pool of processes: 2.4 million characters, a tenth of which are held out."""
+    folder = tmp_path_factory.mktemp("large")
+    for number in range(24):
+        (folder / f"{number:02}.txt").write_text((text * 2)[number : 100_000 + number])
+    return folder
+
+
+def start(program: str, cache: Path, slow: float, *argv: str | Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, [cache, slow, *argv])],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def result(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    (line,) = [line for line in out.splitlines() if line.startswith("sum")]
+    return line
+
+
+def wait_for(what, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def leftovers(cache: Path) -> list[str]:
+    return [str(path) for path in cache.rglob(f"{PREFIX}*")]
+
+
+@pytest.fixture(scope="module")
+def expected(large, tmp_path_factory) -> str:
+    return result(start(PREPARE, tmp_path_factory.mktemp("expected") / "cache", 0, large))
+
+
+def test_processes_that_start_at_once_use_one_result(large, expected, tmp_path):
+    processes = [start(PREPARE, tmp_path / "cache", 0, large) for _ in range(4)]
+    assert [result(process) for process in processes] == [expected] * 4
+    assert leftovers(tmp_path / "cache") == []
+    assert len(list((tmp_path / "cache" / "streams").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
+
+
+def test_a_killed_start_leaves_no_process_and_the_next_removes_what_it_left(large, expected, tmp_path):
+    """SIGKILL while two processes tokenize; while another start is at work, its directory is not touched."""
+    cache = tmp_path / "cache"
+    killed = start(PREPARE, cache, 0.2, large)
+    wait_for(Path(f"{cache}.began").exists)
+    workers = wait_for(lambda: psutil.Process(killed.pid).children(recursive=True))
+    (dead,) = wait_for(lambda: [path for path in leftovers(cache) if not path.endswith(".lock")])
+    alive = start(PREPARE, cache, 0.2, large)
+    (living,) = wait_for(lambda: [path for path in leftovers(cache) if not path.endswith(".lock") and path != dead])
+    killed.kill()
+    killed.communicate()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert result(start(PREPARE, cache, 0, large)) == expected
+    assert not Path(dead).exists()
+    assert alive.poll() is not None or Path(living).exists()
+    assert result(alive) == expected
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)], ids=str
+)
+def test_a_signal_while_tokenizing_ends_all_processes_and_leaves_nothing(number, group, large, tmp_path):
+    """`minigpt tokenize` in a process group of its own; Ctrl+C reaches the whole group."""
+    flags = ["--data", large, "--output_dir", tmp_path / "kept"]
+    process = start(TOKENIZE, tmp_path / "cache", 0.2, *flags)
+    wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    (os.killpg if group else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("minigpt")]) == 1
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_worker_that_is_killed_ends_the_start_with_one_line(large, tmp_path):
+    """As the kernel does when memory runs out; a pool of `multiprocessing` would wait for ever."""
+    process = start(PREPARE, tmp_path / "cache", 0.2, large)
+    wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
+    os.kill(wait_for(lambda: psutil.Process(process.pid).children())[-1].pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ValueError: a process that tokenizes was killed" in err
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["cache", "prepared text"])
+def test_a_full_disk_ends_with_code_28_and_leaves_nothing(kind, text_file, recipe_file, tmp_path, capsys, monkeypatch):
+    from minigpt_hf import atomic
+
+    real, place = atomic.to_disk, tmp_path / ("cache" if kind == "cache" else "kept")
+
+    def full(path):
+        if path.name == "tokens.bin" and (kind == "cache") == path.is_relative_to(tmp_path / "cache"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(atomic, "to_disk", full)
+    argv = ["tokenize", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "kept" / "text"]
+    argv = [str(word) for word in [*argv, "--cache_dir", tmp_path / "cache"]]
+    assert main(argv) == 28
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
+    assert str(place) in said
+    assert "MB are free" in said or "no space left" in said
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "kept").exists()
+    monkeypatch.setattr(atomic, "to_disk", real)
+    assert main(argv) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_read(text_file, recipe_file, tmp_path, capsys, monkeypatch):
+    """A read-only file system; what is not in the cache is refused with the remedy."""
+    argv = ["tokenize", "--recipe", recipe_file, "--data", text_file, "--cache_dir", tmp_path / "cache"]
+    assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "one"]]) == 0
+    real = os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if str(path).startswith(str(tmp_path / "cache")) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "two"]]) == 0
+    capsys.readouterr()
+    flags = ["--output_dir", tmp_path / "three", "--tokenizer", "bytes"]
+    assert main([str(word) for word in [*argv, *flags]]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
+    assert f"{tmp_path / 'cache'}: the token stream cannot be written" in said
+    assert "--cache_dir" in said
+
+
+def test_more_processes_than_pieces(large, tmp_path):
+    """The pool starts no more than there is work for."""
+    argv = ["tokenize", "--tokenizer", "bytes", "--data", large, "--num_proc", "16", "--cache_dir", tmp_path / "cache"]
+    assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "kept"]]) == 0
