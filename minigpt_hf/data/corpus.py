@@ -83,9 +83,9 @@ def load_corpus(
         raise ValueError(f"newline {newline!r}: there are {', '.join(NEWLINES)}")
     try:
         codecs.lookup(encoding)
-        b"".decode(encoding)  # refuses codecs that do not decode bytes to text, such as rot13 and base64
+        b"a".decode(encoding, "replace")  # refuses codecs that do not decode bytes to text, such as rot13 and base64
     except (LookupError, ValueError) as error:
-        what = "is unknown" if "unknown encoding" in str(error) else f"cannot be used ({error})"
+        what = "is unknown" if "unknown encoding" in str(error) else "does not decode bytes to text"
         raise ValueError(f"encoding {encoding!r} {what}; try utf-8, latin-1, cp1252 or utf-16") from error
 
     decoding = Decoding(encoding, encoding_errors, newline)

@@ -7,7 +7,7 @@ import os
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -39,8 +39,11 @@ def is_url(name: str) -> bool:
 
 def ending_of(file: str) -> str:
     """notes.TXT -> .txt; https://…/rows.jsonl.gz?x=1 -> .jsonl; README -> ''."""
-    path = Path(urlparse(file).path if is_url(file) else file)
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+    name = os.path.basename(urlparse(file).path if is_url(file) else file)
+    stem, ending = os.path.splitext(name.lower())
+    if ending in COMPRESSED:
+        ending = os.path.splitext(stem)[1]
+    return ending if ending != "." else ""
 
 
 @dataclass
@@ -58,7 +61,9 @@ class Found:
 
     @property
     def read_of_all(self) -> str:
-        """E.g. "read 620 of 1,800 files"."""
+        """E.g. "read 620 of 1,800 files", or "read 9 files"."""
+        if not self.skipped.total():
+            return f"read {len(self.files):,} files"
         return f"read {len(self.files):,} of {len(self.files) + self.skipped.total():,} files"
 
     @property
@@ -92,14 +97,17 @@ def files_matching(pattern: str) -> Found:
     return found
 
 
-def files_below(folder: Path, endings=FORMAT_OF) -> Found:
+def files_below(folder: Path, endings: Iterable[str] | None = FORMAT_OF, without: Iterable[str] = ()) -> Found:
     """All files with these endings (None: with any), in order; hidden files and folders are left out.
+
+    Args:
+        without: Names of folders that are not looked into, nor reported.
 
     Raises:
         ValueError: for a folder below it that cannot be read.
     """
     found = Found()
-    for file, is_hidden in _walk(str(folder)):
+    for file, is_hidden in _walk(str(folder), set(without)):
         if reason := "hidden" if is_hidden else _reason_to_skip(file, endings):
             found.skipped[reason] += 1
         else:
@@ -109,7 +117,7 @@ def files_below(folder: Path, endings=FORMAT_OF) -> Found:
     return found
 
 
-def _walk(folder: str) -> Iterator[tuple[str, bool]]:
+def _walk(folder: str, without: set[str]) -> Iterator[tuple[str, bool]]:
     """(path, is it hidden?) of everything below a folder that is not itself a folder to look into."""
 
     def refuse(error: OSError) -> None:
@@ -118,6 +126,7 @@ def _walk(folder: str) -> Iterator[tuple[str, bool]]:
         ) from error
 
     for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name not in without]
         links = [name for name in folders if name.startswith(".") or os.path.islink(os.path.join(place, name))]
         for name in [*files, *links]:
             yield os.path.join(place, name), name.startswith(".")
@@ -135,8 +144,8 @@ def _reason_to_skip(file: str, endings) -> str | None:
         return "links to folders" if stat.S_ISDIR(mode) else "not regular files"
     if os.path.islink(file) and os.path.isdir(file):
         return "links to folders"
-    suffix = Path(file).suffix.lower()
-    if not suffix:
+    suffix = os.path.splitext(file)[1].lower()
+    if len(suffix) < 2:
         return "without extension"
     return f"*{shown(suffix)}{' of unknown kind' if suffix in COMPRESSED else ''}"
 
@@ -150,7 +159,6 @@ def standard_library() -> list[str]:
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
     return [
         file
-        for file in files_below(folder, (".py",)).files
-        if left_out.isdisjoint(Path(file).relative_to(folder).parts)
-        and not Path(file).name.startswith("_sysconfigdata")
+        for file in files_below(folder, (".py",), left_out).files
+        if not os.path.basename(file).startswith("_sysconfigdata")
     ]

@@ -183,17 +183,15 @@ def decoded(path: str, name: str, decoding: Decoding, size: int, seen: Seen | No
             yield text
 
 
-def pieces(path: str, name: str, decoding: Decoding, size: int, seen: Seen | None = None) -> Iterator[str]:
-    """The text of a file in pieces of at most about `size` characters, which end after a line if one ends there."""
+def pieces(path: str, name: str, decoding: Decoding, size: int) -> Iterator[str]:
+    """The text of a file in pieces of at most `size` characters, which end after a line if one ends near."""
     rest = ""
-    for text in decoded(path, name, decoding, max(1, size // 2), seen):
-        text = rest + text
-        if len(text) <= size // 2:
-            rest = text
-            continue
-        line_ends = list(LINE_END.finditer(text, max(0, len(text) - LINE_END_WITHIN)))
-        cut = line_ends[-1].end() if line_ends else len(text)
-        yield text[:cut]
-        rest = text[cut:]
+    for text in decoded(path, name, decoding, max(1, size // 4)):
+        rest += text
+        while len(rest) > size:
+            line_ends = list(LINE_END.finditer(rest, size - min(LINE_END_WITHIN, size // 2), size))
+            cut = line_ends[-1].end() if line_ends else size
+            yield rest[:cut]
+            rest = rest[cut:]
     if rest:
         yield rest
