@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 
 from .files import FORMATS, is_url
-from .reading import NEWLINES, Decoding
+from .reading import NEWLINES, Decoding, shown
 from .sources import Reading, Source, has_split
 from .texts import Documents, Mixture, StreamedDocuments, Texts
 
@@ -124,7 +124,7 @@ def _mixed(data: str, corpora: list[Corpus], weights: list[float]) -> Corpus:
     if held_out:
         texts, shares = zip(*held_out, strict=True)
         validation = Mixture.of(texts, [share / sum(shares) for share in shares])
-    return Corpus(data, train, validation, "; ".join(f"of {corpus.name}: {corpus.cut}" for corpus in corpora))
+    return Corpus(data, train, validation, "; ".join(f"of {public(corpus.name)}: {corpus.cut}" for corpus in corpora))
 
 
 def mixture(data: str) -> dict[str, float] | None:
@@ -160,6 +160,15 @@ def mixture(data: str) -> dict[str, float] | None:
     return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
+def public(data: str | None) -> str | None:
+    """What may be published of where a text lies: a file without the folders above it, all of a URL or a name."""
+    if data is None:
+        return None
+    if (shares := mixture(data)) is not None:
+        return ",".join(f"{public(name)}:{share:g}" for name, share in shares.items())
+    return shown(Path(data).absolute().name) if os.path.exists(data) else data
+
+
 def _cut(readings: list[tuple[str, Reading]], fraction: float) -> list[Corpus]:
     """Hold out a share of each text, by one threshold for all, so that no document is on both sides."""
     for name, reading in readings:
@@ -192,9 +201,7 @@ def _is_cut_by_hash(text: Texts) -> bool:
     return isinstance(text, Documents) and len(text) >= FEWEST_DOCUMENTS_TO_CHOOSE_FROM
 
 
-def _cut_one(
-    name: str, reading: Reading, fraction: float, is_held_out: Callable[[np.ndarray], np.ndarray]
-) -> Corpus:
+def _cut_one(name: str, reading: Reading, fraction: float, is_held_out: Callable[[np.ndarray], np.ndarray]) -> Corpus:
     whole = reading.train
     if reading.validation is not None:
         return Corpus(name, whole, reading.validation, "the validation split that comes with it")

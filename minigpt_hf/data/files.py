@@ -79,7 +79,7 @@ class Found:
     @property
     def reasons(self) -> str:
         """E.g. "skipped 1,180: 900 without extension, 270 *.png, 10 others"."""
-        most = (+self.skipped).most_common(REASONS_SHOWN)
+        most = sorted((+self.skipped).items(), key=lambda item: (-item[1], item[0]))[:REASONS_SHOWN]
         named = [f"{number:,} {reason}" for reason, number in most]
         if rest := self.skipped.total() - sum(number for _, number in most):
             named.append(f"{rest:,} others")

@@ -24,9 +24,39 @@ import pyarrow as pa
 # A file that expands more than this many times is refused once it has produced this many bytes. Text compresses about
 # 4-fold, logs 20-fold; gzip reaches at most 1,032, zstd 32,000.
 MAX_EXPANSION, EXPANSION_CHECKED_ABOVE_BYTES = 100, 100_000_000
+
+
+class _Xz:
+    """The streams of an .xz file. Unlike `lzma.open`, which ends at a damaged header, it reads all or raises an error."""
+
+    def __init__(self, path: str):
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
+        self.decompressor: lzma.LZMADecompressor | None = None
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while not data:
+            if self.decompressor is None or self.decompressor.eof:
+                packed = self.decompressor.unused_data if self.decompressor else b""
+                while not (packed := packed.lstrip(b"\0")):  # padding between streams
+                    if not (packed := self.file.read(1 << 16)):
+                        return b""
+                self.decompressor = lzma.LZMADecompressor()
+            elif self.decompressor.needs_input:
+                if not (packed := self.file.read(1 << 16)):
+                    raise EOFError("it ends in the middle of a stream")
+            else:
+                packed = b""
+            data = self.decompressor.decompress(packed, size)
+        return data
+
+    def close(self) -> None:
+        self.file.close()
+
+
 READERS = {
     ".gz": lambda file: gzip.open(file, "rb"),
-    ".xz": lambda file: lzma.open(file, "rb"),
+    ".xz": _Xz,
     # Unlike `zstandard`, pyarrow reads all frames of a file and reports a truncated one.
     ".zst": lambda file: pa.CompressedInputStream(pa.OSFile(file), "zstd"),
 }
@@ -104,7 +134,7 @@ def open_bytes(path: str, name: str) -> BinaryIO:
     try:
         if packing in COMPRESSED:
             return io.BufferedReader(_Unpacked(path, name, packing), buffer_size=1 << 16)
-        return open(path, "rb")  # noqa: SIM115: the caller closes it
+        return open(path, "rb")
     except OSError as error:
         raise UnreadableFile(f"{shown(name)}: cannot be read: {error.strerror or error}") from error
 

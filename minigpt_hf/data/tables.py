@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -52,11 +53,11 @@ def read_tables(
     """All rows and columns of tables in a format of `BUILDERS`."""
     before = [os.stat(path) for path in paths]
     sources = [_as_datasets_reads(builder, path, names.get(path, path), decoding, cache_dir) for path in paths]
-    found = DataFilesDict(
-        {"train": DataFilesList([path for path, _ in sources], [(digest,) for _, digest in sources])}
-    )
+    found = DataFilesDict({"train": DataFilesList([path for path, _ in sources], [(digest,) for _, digest in sources])})
     reader = BUILDERS[builder](data_files=found)
     reader.download_and_prepare()
+    if not reader.info.splits["train"].num_examples:
+        raise UnreadableFile(f"{shown(names.get(paths[0], paths[0]))}: there is no text in it: the table has no rows")
     rows = reader.as_dataset(split="train")
     for path, stat in zip(paths, before, strict=True):
         after = os.stat(path)
@@ -66,9 +67,7 @@ def read_tables(
     return rows
 
 
-def _as_datasets_reads(
-    builder: str, path: str, name: str, decoding: Decoding, cache_dir: Path
-) -> tuple[str, str]:
+def _as_datasets_reads(builder: str, path: str, name: str, decoding: Decoding, cache_dir: Path) -> tuple[str, str]:
     """A file that `datasets` can read as it stands, and the SHA-256 of its content.
 
     The file itself, or a copy in the cache: of a compressed file, of JSON in another encoding, or under a name without
@@ -103,16 +102,21 @@ def read_csv(paths: list[str], names: dict[str, str], decoding: Decoding, choose
         choose_column: From the names of all columns, and of those that are taken for text, to the name of one.
     """
     decoding = replace(decoding, newline="preserve")
-    columns = {}
+    columns, has_rows = {}, False
     for path in paths:
         name = names.get(path, path)
-        header, of_text = _columns(path, name, decoding)
+        header, of_text, number = _columns(path, name, decoding)
+        has_rows = has_rows or number > 0
         columns.setdefault(choose_column(header, of_text), name)
         if header.count(column := next(reversed(columns))) > 1:
-            raise UnreadableFile(f"{shown(name)}: {header.count(column)} columns are named {column!r}; rename all but one")
+            raise UnreadableFile(
+                f"{shown(name)}: {header.count(column)} columns are named {column!r}; rename all but one"
+            )
     if len(columns) > 1:
         texts = ", ".join(f"{column!r} in {shown(name)}" for column, name in columns.items())
         raise UnreadableFile(f"the text is in different columns, {texts}; say which: --text_column")
+    if not has_rows:
+        raise UnreadableFile(f"{shown(names.get(paths[0], paths[0]))}: there is no text in it: the table has no rows")
     kwargs = {
         "paths": tuple(os.path.abspath(path) for path in paths),
         "names": tuple(names.get(path, path) for path in paths),
@@ -135,17 +139,16 @@ def _rows(paths: tuple[str], names: tuple[str], digests: tuple[str], column: str
             raise has_changed(name)
 
 
-def _columns(path: str, name: str, decoding: Decoding) -> tuple[list[str], list[str]]:
-    """The header, and which of its columns are taken for text."""
+def _columns(path: str, name: str, decoding: Decoding) -> tuple[list[str], list[str], int]:
+    """The header, which of its columns are taken for text, and how many rows that was decided by."""
     rows = _fields(path, name, decoding)
     _, header = next(rows, (0, []))
-    of_text = dict.fromkeys(header, False)
-    for number, (_, row) in enumerate(rows):
-        if number == ROWS_LOOKED_AT:
-            break
+    of_text, number = dict.fromkeys(header, False), 0
+    for _, row in islice(rows, ROWS_LOOKED_AT):
+        number += 1
         for column, value in zip(header, row, strict=False):
             of_text[column] = of_text[column] or _is_text(value)
-    return header, [column for column, is_text in of_text.items() if is_text]
+    return header, [column for column, is_text in of_text.items() if is_text], number
 
 
 def _is_text(value: str) -> bool:

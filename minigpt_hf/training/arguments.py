@@ -107,7 +107,9 @@ class DataArguments:
 
     def __post_init__(self):
         if not self.data.strip():
-            raise ValueError(f"data is {self.data!r}: it names no text; give a file, a folder (`.` for this one) or a URL")
+            raise ValueError(
+                f"data is {self.data!r}: it names no text; give a file, a folder (`.` for this one) or a URL"
+            )
         for name in ("block_size", "validation_characters", "num_proc", "max_tokens"):
             if (value := vars(self)[name]) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
