@@ -5,16 +5,15 @@ In: what `--data` says; `sources` reads it. Out: a `Corpus`. It refuses an empty
 
 import codecs
 import logging
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 
-from .files import FORMATS, is_url
+from .files import FORMATS, exists, is_url
 from .reading import NEWLINES, Decoding, shown
 from .sources import Reading, Source, has_split
 from .texts import Documents, Mixture, StreamedDocuments, Texts
@@ -132,7 +131,7 @@ def mixture(data: str) -> dict[str, float] | None:
 
     A name may have commas and colons in it if something of that name exists.
     """
-    if "," not in data or os.path.exists(data):
+    if "," not in data or exists(data):
         return None
     shares, rest = {}, data
     while rest:
@@ -142,7 +141,7 @@ def mixture(data: str) -> dict[str, float] | None:
             for end in re.finditer(r",|$", rest)
             if (match := re.fullmatch(r"\s*(.+):([0-9.eE+-]+)\s*", rest[: end.start()]))
         ]
-        named = next((match for match in found if "," in match[1] and os.path.exists(match[1])), None)
+        named = next((match for match in found if "," in match[1] and exists(match[1])), None)
         one = named or next((match for match in found if "," not in match[1] or is_url(match[1])), None)
         part = one[0] if one else rest.partition(",")[0]
         try:
@@ -166,7 +165,7 @@ def public(data: str | None) -> str | None:
         return None
     if (shares := mixture(data)) is not None:
         return ",".join(f"{public(name)}:{share:g}" for name, share in shares.items())
-    return shown(Path(data).absolute().name) if os.path.exists(data) else data
+    return shown(Path(data).absolute().name) if exists(data) else data
 
 
 def _cut(readings: list[tuple[str, Reading]], fraction: float) -> list[Corpus]:
@@ -188,9 +187,7 @@ def _cut(readings: list[tuple[str, Reading]], fraction: float) -> list[Corpus]:
 
 
 def _threshold(readings: list[Reading], fraction: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Which documents are held out, by their keys: the same of every text."""
-    if any(isinstance(reading.train, StreamedDocuments) for reading in readings):
-        return lambda keys: keys / 2**64 < fraction  # as a stream does, whose documents are not known beforehand
+    """Which documents are held out, by their keys: the same of every text. Streams have a threshold of their own."""
     texts = [reading.train for reading in readings if reading.validation is None and _is_cut_by_hash(reading.train)]
     ranked = np.unique(np.concatenate([np.empty(0, np.uint64), *(text.keys for text in texts)]))
     last = ranked[max(1, round(len(ranked) * fraction)) - 1] if len(ranked) else 0
@@ -241,7 +238,10 @@ def _without_copies(corpora: list[Corpus], is_published: list[bool]) -> list[Cor
     cleaned = []
     for number, corpus in enumerate(corpora):
         if isinstance(corpus.train, StreamedDocuments):
-            cleaned.append(_stream_without_copies(number, corpora))
+            # Streams are cut by the same share of hashes; what comes with a split of its own is not known beforehand.
+            if is_published[number] and len(corpora) > 1:
+                logger.warning("%s: a streamed validation split is not compared with the other texts", corpus.name)
+            cleaned.append(corpus)
             continue
         is_copy = np.zeros(len(corpus.train), dtype=bool)
         copies_as_published = 0
@@ -275,17 +275,3 @@ def _without_copies(corpora: list[Corpus], is_published: list[bool]) -> list[Cor
             corpus = replace(corpus, train=train, cut=cut)
         cleaned.append(corpus)
     return cleaned
-
-
-def _stream_without_copies(number: int, corpora: list[Corpus]) -> Corpus:
-    """A stream whose documents are left out as they arrive, if they are on the other side of another text."""
-    corpus, others = corpora[number], [other for place, other in enumerate(corpora) if place != number]
-
-    def digests(texts: Iterable[Texts | None]) -> frozenset[bytes]:
-        return frozenset(digest for text in texts if isinstance(text, Documents) for digest in text.digests)
-
-    train = replace(corpus.train, excluded=digests(other.validation for other in others))
-    validation = corpus.validation
-    if isinstance(validation, StreamedDocuments):
-        validation = replace(validation, excluded=digests(other.train for other in others))
-    return replace(corpus, train=train, validation=validation)

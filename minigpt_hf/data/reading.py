@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import lzma
-import os
 import re
 import tempfile
 import zlib
@@ -18,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlparse
 
 import pyarrow as pa
 
@@ -30,7 +30,7 @@ class _Xz:
     """The streams of an .xz file. Unlike `lzma.open`, which ends at a damaged header, it reads all or raises an error."""
 
     def __init__(self, path: str):
-        self.file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
+        self.file = Path(path).open("rb")  # noqa: SIM115 (closed by `close`)
         self.decompressor: lzma.LZMADecompressor | None = None
 
     def read(self, size: int) -> bytes:
@@ -55,7 +55,7 @@ class _Xz:
 
 
 READERS = {
-    ".gz": lambda file: gzip.open(file, "rb"),
+    ".gz": gzip.GzipFile,
     ".xz": _Xz,
     # Unlike `zstandard`, pyarrow reads all frames of a file and reports a truncated one.
     ".zst": lambda file: pa.CompressedInputStream(pa.OSFile(file), "zstd"),
@@ -99,7 +99,7 @@ class _Unpacked(io.RawIOBase):
     """The bytes of a compressed file; its errors name the file."""
 
     def __init__(self, path: str, name: str, packing: str):
-        self.name, self.packed, self.produced = shown(name), os.stat(path).st_size, 0
+        self.name, self.packed, self.produced = shown(name), Path(path).stat().st_size, 0
         self.stream = READERS[packing](path)
 
     def readable(self) -> bool:
@@ -124,17 +124,22 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
+def packing_of(name: str) -> str:
+    """notes.txt.GZ or https://…/notes.txt.gz?x=1 -> .gz; '' for a file that is not compressed."""
+    ending = Path(urlparse(name).path if "://" in name else name).suffix.lower()
+    return ending if ending in COMPRESSED else ""
+
+
 def open_bytes(path: str, name: str) -> BinaryIO:
     """Open a file for reading; one whose name ends in .gz, .zst or .xz is unpacked.
 
     Raises:
         UnreadableFile: if it cannot be opened.
     """
-    packing = os.path.splitext(name)[1].lower()
     try:
-        if packing in COMPRESSED:
+        if packing := packing_of(name):
             return io.BufferedReader(_Unpacked(path, name, packing), buffer_size=1 << 16)
-        return open(path, "rb")
+        return Path(path).open("rb")
     except OSError as error:
         raise UnreadableFile(f"{shown(name)}: cannot be read: {error.strerror or error}") from error
 
@@ -165,9 +170,9 @@ def keep(content: Iterable[bytes], folder: Path, ending: str) -> tuple[Path, str
                 file.write(data)
             file.flush()
             kept = (folder / f"{digest.hexdigest()[:32]}{ending}").absolute()
-            os.replace(file.name, kept)
+            Path(file.name).replace(kept)
         except BaseException:
-            os.unlink(file.name)
+            Path(file.name).unlink()
             raise
     return kept, digest.hexdigest()
 

@@ -11,7 +11,6 @@ import codecs
 import csv
 import hashlib
 import io
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from .files import ending_of
 from .reading import (
     BYTE_ORDER_MARK,
-    COMPRESSED,
     Decoding,
     UnreadableFile,
     chunks,
@@ -37,6 +35,7 @@ from .reading import (
     has_changed,
     keep,
     open_bytes,
+    packing_of,
     shown,
 )
 
@@ -51,7 +50,7 @@ def read_tables(
     builder: str, paths: list[str], names: dict[str, str], decoding: Decoding, cache_dir: Path
 ) -> datasets.Dataset:
     """All rows and columns of tables in a format of `BUILDERS`."""
-    before = [os.stat(path) for path in paths]
+    before = [Path(path).stat() for path in paths]
     sources = [_as_datasets_reads(builder, path, names.get(path, path), decoding, cache_dir) for path in paths]
     found = DataFilesDict({"train": DataFilesList([path for path, _ in sources], [(digest,) for _, digest in sources])})
     reader = BUILDERS[builder](data_files=found)
@@ -60,7 +59,7 @@ def read_tables(
         raise UnreadableFile(f"{shown(names.get(paths[0], paths[0]))}: there is no text in it: the table has no rows")
     rows = reader.as_dataset(split="train")
     for path, stat in zip(paths, before, strict=True):
-        after = os.stat(path)
+        after = Path(path).stat()
         if (after.st_size, after.st_mtime_ns, after.st_ctime_ns) != (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
             shutil.rmtree(reader.cache_dir)
             raise has_changed(names.get(path, path))
@@ -75,7 +74,7 @@ def _as_datasets_reads(builder: str, path: str, name: str, decoding: Decoding, c
     """
     is_text = builder == "json"
     is_utf8 = codecs.lookup(decoding.encoding).name == "utf-8" and decoding.errors == "strict"
-    is_copied = name.lower().endswith(COMPRESSED) or "::" in path or (is_text and not is_utf8)
+    is_copied = packing_of(name) != "" or "::" in path or (is_text and not is_utf8)
     preserving = replace(decoding, newline="preserve")
 
     def content() -> Iterator[bytes]:
@@ -89,7 +88,7 @@ def _as_datasets_reads(builder: str, path: str, name: str, decoding: Decoding, c
     digest = hashlib.sha256()
     for data in content():
         digest.update(data)
-    return os.path.abspath(path), digest.hexdigest()
+    return str(Path(path).absolute()), digest.hexdigest()
 
 
 # -- csv --------------------------------------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def read_csv(paths: list[str], names: dict[str, str], decoding: Decoding, choose
     if not has_rows:
         raise UnreadableFile(f"{shown(names.get(paths[0], paths[0]))}: there is no text in it: the table has no rows")
     kwargs = {
-        "paths": tuple(os.path.abspath(path) for path in paths),
+        "paths": tuple(str(Path(path).absolute()) for path in paths),
         "names": tuple(names.get(path, path) for path in paths),
         "digests": tuple(digest_of(path, names.get(path, path)) for path in paths),
         "column": next(iter(columns)),

@@ -301,17 +301,12 @@ def _read_document(files: Files, one: np.void) -> Iterator[str]:
         raise has_changed(files.name(path))
 
 
-def share_of(digest: bytes) -> float:
-    """Where a hash lies among all hashes, in [0, 1)."""
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
 @dataclass(frozen=True)
 class StreamedDocuments(Texts):
     """Documents that arrive over the network while they are read, and are never kept.
 
     Which part of them this is, is decided by their content: those whose hash, as a share of all hashes, lies in
-    [`low`, `high`), without those whose SHA-256 is `excluded`.
+    [`low`, `high`).
     """
 
     rows: datasets.IterableDataset
@@ -319,7 +314,6 @@ class StreamedDocuments(Texts):
     low: float = 0.0
     high: float = 1.0
     most: int | None = None
-    excluded: frozenset[bytes] = frozenset()
 
     @property
     def characters(self) -> None:
@@ -327,8 +321,7 @@ class StreamedDocuments(Texts):
 
     @property
     def fingerprint(self) -> str:
-        identity = f"{self.identity} {self.low} {self.high} {self.most}".encode()
-        return hashlib.sha256(b"".join([identity, *sorted(self.excluded)])).hexdigest()
+        return hashlib.sha256(f"{self.identity} {self.low} {self.high} {self.most}".encode()).hexdigest()
 
     def head(self, characters: int) -> "StreamedDocuments":
         return replace(self, most=characters)
@@ -337,8 +330,8 @@ class StreamedDocuments(Texts):
         left = self.most
         for row in self.rows:
             text = row["text"] or ""
-            digest = hashlib.sha256(text.encode()).digest()
-            if not text or not self.low <= share_of(digest) < self.high or digest in self.excluded:
+            share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+            if not text or not self.low <= share < self.high:
                 continue
             yield True, text[:left]
             if left is not None and (left := left - len(text)) <= 0:

@@ -46,8 +46,8 @@ class DataArguments:
     data_format: str | None = field(
         default=None,
         metadata={
-            "help": "Read files as text, json, csv, parquet or arrow, whatever their endings; of a folder, all files that are "
-            "not hidden."
+            "help": "Read files as text, json, csv, parquet or arrow, whatever their endings; of a folder, all files that "
+            "are not hidden."
         },
     )
     streaming: bool = field(
