@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
-from .data.corpus import mixture
+from .data.corpus import public
 from .data.prepared import PreparedText
 from .data.sources import names_hub_dataset
 from .data.stream import TokenStream
@@ -105,15 +105,6 @@ def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size
     )
     tokens = len(validation) - len(validation.documents)
     return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
-
-
-def public(data: str | None) -> str | None:
-    """What may be published of where a text lies: a file without the folders above it, all of a URL or a name."""
-    if data is None:
-        return None
-    if (shares := mixture(data)) is not None:
-        return ",".join(f"{public(name)}:{share:g}" for name, share in shares.items())
-    return Path(data).absolute().name if Path(data).exists() else data
 
 
 def describe_validation(text: PreparedText) -> dict[str, Any]:

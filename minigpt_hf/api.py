@@ -96,6 +96,8 @@ def evaluate(
     split: Literal["all", "train", "validation"] = "all",
     validation_fraction: float | None = None,
     encoding: str | None = None,
+    encoding_errors: str | None = None,
+    newline: str | None = None,
     data_split: str | None = None,
     text_column: str | None = None,
     data_format: str | None = None,
@@ -111,8 +113,8 @@ def evaluate(
         model: A model folder or Hub id.
         data: The text, see `load_corpus`.
         split: Which part of it, as training cuts it.
-        validation_fraction, encoding, data_split, text_column, data_format: How it is read and cut; default: as the
-            model's training did.
+        validation_fraction, encoding, encoding_errors, newline, data_split, text_column, data_format: How it is read and
+            cut; default: as the model's training did.
         max_characters: Score a sample of about this many characters from all documents; default: for the validation part
             the sample that training scored, otherwise everything.
         block_size: Inputs in a window, in tokens; default: what the model was trained on.
@@ -125,6 +127,7 @@ def evaluate(
     """
     from .data.corpus import load_corpus
     from .data.prepared import ValidationSample
+    from .data.sources import has_split
     from .evaluation import evaluate_texts
 
     loaded, tokenizer = load(model, trust_remote_code)
@@ -133,12 +136,16 @@ def evaluate(
     def given_or_as_trained(name: str, value: Any, default: Any = None) -> Any:
         return recipe.get(name, default) if value is None else value
 
+    trained_split = recipe.get("data_split")
+    if data_split is None and trained_split and has_split(data, trained_split):
+        data_split = trained_split
     corpus = load_corpus(
         data,
         0.0 if split == "all" else given_or_as_trained("validation_fraction", validation_fraction, 0.1),
         given_or_as_trained("encoding", encoding, "utf-8"),
-        encoding_errors=recipe.get("encoding_errors", "strict"),
-        split=given_or_as_trained("data_split", data_split),
+        encoding_errors=given_or_as_trained("encoding_errors", encoding_errors, "strict"),
+        newline=given_or_as_trained("newline", newline, "preserve"),
+        split=data_split,
         text_column=given_or_as_trained("text_column", text_column),
         data_format=given_or_as_trained("data_format", data_format),
     )

@@ -125,6 +125,7 @@ def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None]
         data.validation_fraction,
         data.encoding,
         encoding_errors=data.encoding_errors,
+        newline=data.newline,
         split=data.data_split,
         text_column=data.text_column,
         data_format=data.data_format,

@@ -5,6 +5,7 @@
 
 import gzip
 import io
+import os
 import re
 import shutil
 import sys
@@ -57,7 +58,24 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a table without text": (data("numbers.csv"), "numbers.csv: no column holds text … --data_format text"),
         "two columns of text": (data("two.csv"), "two.csv: which column is the text? say --text_column … a, b"),
         "no such column": (data("two.csv", "--text_column", "c"), "--text_column c: there is no such column … a, b"),
-        "a column of numbers": (data("numbers.csv", "--text_column", "n"), "--text_column n: holds no text"),
+        "a column of numbers": (data("numbers.jsonl", "--text_column", "n"), "--text_column n: holds no text"),
+        "a row with more fields than columns": (
+            data("comma.csv"),
+            "comma.csv: the row that ends on line 2 has 2 fields and the header 1; put text",
+        ),
+        "an open quotation in csv": (data("quote.csv"), "quote.csv: line 2: unexpected end of data"),
+        "an empty name": (data(""), "data is '': it names no text"),
+        "a blank name in a mixture": (data(" :0.5,text.txt:0.5"), "data is ' ': it names no text"),
+        "a part named twice": (data("text.txt:0.5,text.txt:0.5"), "text.txt is named twice in this mixture"),
+        "a device": (data("/dev/zero"), "/dev/zero: is a device, not a regular file"),
+        "a named pipe": (data("pipe.txt"), "pipe.txt: is a named pipe, not a regular file"),
+        "a link to nothing": (data("link.txt"), "link.txt: cannot be read: … No such file"),
+        "a split of a file": (data("text.txt", "--data_split", "train"), "--data_split train: splits are of datasets"),
+        "an encoding that is not of text": (
+            train("--encoding", "rot13"),
+            "encoding 'rot13' does not decode bytes to text; try utf-8",
+        ),
+        "unknown line ends": (train("--newline", "unix"), "argument --newline … invalid choice: 'unix'"),
         "an unknown format": (train("--data_format", "yaml"), "data_format 'yaml': there are text, json, csv"),
         "a mixture without a share": (data("text.txt:0.5,two.csv"), "'two.csv' is no part of a mixture"),
         "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be more than 0"),
@@ -251,6 +269,11 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("half.txt.xz", __import__("lzma").compress(text.encode())[:5000])
     write("broken.jsonl", '{"text": "one"}\n{"text": \n')
     write("numbers.csv", "n,m\n1,2\n3,4\n")
+    write("numbers.jsonl", '{"n": 1, "t": "text"}')
+    write("comma.csv", "text\nhello, world\n")
+    write("quote.csv", 'text\n"hello')
+    os.mkfifo(here / "pipe.txt")
+    (here / "link.txt").symlink_to("absent")
     write("two.csv", "a,b\nx,y\nz,w\n")
     rows = datasets.Dataset.from_dict({"text": [text[:500], text[500:1000]]})
     rows.to_parquet(here / "half.parquet")

@@ -17,6 +17,8 @@ def parser() -> Parser:
     how = "(default: as the model's training did)"
     parser.add_argument("--validation_fraction", type=float, help=f"how it is cut {how}")
     parser.add_argument("--encoding", help=f"of text, csv and json files {how}")
+    parser.add_argument("--encoding_errors", help=f"strict, replace or ignore: bytes that are not text in it {how}")
+    parser.add_argument("--newline", choices=["preserve", "universal"], help=f"line ends of text files {how}")
     parser.add_argument("--data_split", help=f"split of a dataset {how}")
     parser.add_argument("--text_column", help=f"column of a table that is text {how}")
     parser.add_argument("--data_format", help=f"read files as text, json, csv, parquet or arrow {how}")

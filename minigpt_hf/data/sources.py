@@ -6,35 +6,39 @@ its own if it has one. It refuses, in one line, what is not there, what has no r
 A document is a file, if it is text, or a row, if it is a table.
 """
 
-import codecs
-import hashlib
+import logging
 import os
 import re
+import stat
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
 
 import datasets
-import numpy as np
+import fsspec
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
 
 from ..network import cache_alone_if_unreachable
-from .files import (
-    ABOUT,
-    BUILDERS,
-    COMPRESSED,
-    ending_of,
-    files_below,
-    files_matching,
-    is_large,
-    is_url,
-    raise_if_undecodable,
-    standard_library,
-)
-from .texts import Documents, StreamedDocuments, Texts, index_kept, rows_as_documents, rows_as_one_document
+from .files import ABOUT, FORMAT_OF, Found, ending_of, files_below, files_matching, is_url, standard_library
+from .reading import COMPRESSED, Decoding, UnreadableFile, keep, shown
+from .tables import read_csv, read_tables
+from .texts import Documents, Files, Rows, StreamedDocuments, Texts
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a source holds: the text, the validation split that comes with it, and which share of its files was read."""
+
+    train: Texts
+    validation: Texts | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,21 @@ class Source:
     """What to read, and how; the fields are those of `load_corpus`."""
 
     data: str
-    encoding: str
-    encoding_errors: str
+    decoding: Decoding
     split: str | None
     text_column: str | None
     data_format: str | None
     streaming: bool
     cache_dir: Path
+    names: dict[str, str] = field(default_factory=dict)  # of paths that the user does not know
 
-    def read(self) -> tuple[Texts, Texts | None]:
+    def read(self) -> Reading:
         """The text to learn from, and the validation split that comes with it, if one does and no split was asked for."""
+        if not self.data.strip():
+            raise ValueError(
+                f"data is {self.data!r}: it names no text; give a file, a folder (`.` for this one), a URL, a Hub dataset, "
+                "`stdlib`, or - for standard input"
+            )
         path = Path(self.data)
         if self.streaming and not names_hub_dataset(self.data):
             raise ValueError(f"--streaming reads datasets of the Hub as they arrive; {self.data} is none: leave it out")
@@ -59,22 +68,27 @@ class Source:
             raise ValueError(f"{self.data}: is a prepared text, tokens which only training takes; give the text itself")
         try:
             if self.data == "stdlib":
-                return self._texts(standard_library(), "text"), None
+                if path.exists():
+                    logger.warning("stdlib is the Python standard library; the file or folder of that name is ./stdlib")
+                return Reading(self._read(standard_library()))
             if self.data == "-":
-                return self._texts([self._standard_input()], self.data_format or "text"), None
+                return self._of_files([self._spooled("standard input", sys.stdin.buffer.read)])
             if is_url(self.data):
-                return self._of_files([self.data]), None
+                return self._of_files(self._downloaded())
             if path.is_dir():
                 return self._of_saved(path) if is_saved(path) else self._of_folder(path)
-            if path.is_file():
-                return self._of_files([self.data]), None
-            if files := files_matching(self.data):
-                return self._of_files(files), None
+            if os.path.lexists(path):
+                return self._of_files([self._regular(path)])
+            if (found := files_matching(self.data)).files:
+                self._report(found, "read as a pattern, since no file has that name: ")
+                return self._of_files(found.files)
             if names_hub_dataset(self.data):
                 with cache_alone_if_unreachable():
                     return self._of_hub()
+        except UnreadableFile:
+            raise
         except DatasetGenerationError as error:
-            raise ValueError(f"{self.data}: cannot be read: {_reason(error)}") from error
+            raise _unreadable(self.data, error) from error
         except (OSError, pa.ArrowException) as error:  # a URL that does not answer, no permission, half a file
             raise ValueError(f"{self.data}: cannot be read: {_first_line(error)}") from error
         raise ValueError(
@@ -84,102 +98,150 @@ class Source:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _of_folder(self, folder: Path) -> tuple[Texts, Texts | None]:
-        """All files below it that have a reader; hidden ones are left out."""
-        files = files_below(folder)
-        if self.data_format is None:
-            tables = [file for file in files if BUILDERS[ending_of(file)][0] != "text"]
-            if tables:
-                files = [file for file in files if not Path(file).stem.lower().startswith(ABOUT)]
-            kinds = {BUILDERS[ending_of(file)][0]: ending_of(file) for file in files}
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"{folder}: holds {len(files) - len(tables):,} files of text and {len(tables):,} tables "
-                    f"({', '.join(sorted(kinds.values()))}), of which the documents would not be alike; name one kind, "
-                    f"--data '{folder}/**/*{ending_of(tables[0])}', or learn all as text: --data_format text"
-                )
-        if not files:
-            raise ValueError(f"{folder}: no text file or table in this folder; looked for {' '.join(BUILDERS)}")
-        kept = [file for file in files if Path(file).stem.lower() in VALIDATION_SPLITS]
-        rest = [file for file in files if Path(file).stem.lower() not in (*VALIDATION_SPLITS, "test")]
-        if not kept or not rest or self.split or self._builder_of(files[0])[0] == "text":
-            return self._of_files(files), None
-        return self._of_files(rest), self._of_files(kept)
-
-    def _of_files(self, files: list[str]) -> Texts:
-        builders = {self._builder_of(file)[0]: file for file in files}
-        if len(builders) > 1:
+    def _of_folder(self, folder: Path) -> Reading:
+        """All files below it that have a reader, or all files if a format was named; hidden ones are left out."""
+        found = files_below(folder, FORMAT_OF if self.data_format is None else None)
+        formats = {file: self._format_of(file) for file in found.files}
+        tables = [file for file in found.files if formats[file] != "text"]
+        if tables:
+            found.keep(lambda file: not Path(file).stem.lower().startswith(ABOUT), "named README or LICENSE")
+        kinds = {formats[file]: ending_of(file) for file in found.files}
+        if len(kinds) > 1:
             raise ValueError(
-                f"{self.data}: holds files of different kinds ({', '.join(builders.values())}); name one kind"
+                f"{folder}: holds {len(found.files) - len(tables):,} files of text and {len(tables):,} tables "
+                f"({', '.join(sorted(kinds.values()))}), of which the documents would not be alike; name one kind, "
+                f"--data '{folder}/**/*{ending_of(tables[0])}', or learn all as text: --data_format text"
             )
-        return self._texts(files, *self._builder_of(files[0]))
-
-    def _builder_of(self, file: str) -> tuple[str, dict[str, str]]:
-        if self.data_format is not None:
-            return self.data_format, {}
-        ending = ending_of(file)
-        if ending and ending not in BUILDERS:
+        if not found.files:
+            skipped = f" ({found.reasons}); --data_format text reads every file" if found.skipped else ""
             raise ValueError(
-                f"{file}: nothing here reads {ending} files; known are {' '.join(BUILDERS)}, plain or "
+                f"{folder}: no text file or table in this folder; looked for {' '.join(FORMAT_OF)}{skipped}"
+            )
+        if not tables:
+            self._report(found)
+            return self._of_files(found.files, found)
+        return self._of_tables(folder, found)
+
+    def _of_tables(self, folder: Path, found: Found) -> Reading:
+        """A folder of tables, in which `validation.jsonl` is the validation split and `test.jsonl` is left out."""
+
+        def of_split(*names: str) -> list[str]:
+            return [file for file in found.files if Path(file).stem.lower() in names]
+
+        if self.split:
+            if not (asked := of_split(self.split.lower())):
+                stems = sorted({shown(Path(file).stem) for file in found.files})
+                raise ValueError(f"{folder}: has no file for --data_split {self.split}; there are {', '.join(stems)}")
+            found.keep(asked.__contains__, "of other splits")
+            self._report(found)
+            return Reading(self._read(found.files), note=found.note)
+        kept = of_split(*VALIDATION_SPLITS)
+        if len(of_split("test", *VALIDATION_SPLITS)) == len(found.files):
+            kept = []  # there is nothing else: these are not splits
+        else:
+            tests = set(of_split("test"))
+            found.keep(lambda file: file not in tests, "of the test split")
+        self._report(found)
+        held_out = set(kept)
+        train = self._read([file for file in found.files if file not in held_out])
+        return Reading(train, self._read(kept) if kept else None, found.note)
+
+    def _of_files(self, files: list[str], found: Found | None = None) -> Reading:
+        if self.split:
+            raise ValueError(
+                f"--data_split {self.split}: splits are of datasets, and {shown(self.data)} is not one; leave it out"
+            )
+        return Reading(self._read(files), note=found.note if found else "")
+
+    def _report(self, found: Found, how: str = "") -> None:
+        """Log how many files are read, and which are not."""
+        skipped = f"; {found.reasons}" if found.skipped.total() else ""
+        hint = "; --data_format text reads every file that is not hidden" if found.of_other_kinds else ""
+        logger.info("%s: %s%s%s%s", shown(self.data), how, found.read_of_all, skipped, hint)
+
+    def _format_of(self, file: str) -> str:
+        if self.data_format is not None:
+            return self.data_format
+        ending = ending_of(name := self.names.get(file, file))
+        if ending and ending not in FORMAT_OF:
+            raise ValueError(
+                f"{name}: nothing here reads {ending} files; known are {' '.join(FORMAT_OF)}, plain or "
                 f"{' '.join(COMPRESSED)}; if it is text, say --data_format text"
             )
-        return BUILDERS[ending] if ending else ("text", {})
+        return FORMAT_OF[ending] if ending else "text"
 
-    def _texts(self, files: list[str], builder: str, options: dict[str, str] | None = None) -> Documents:
-        """Let `datasets` read files: each is one document, if they are text; each row is one, if they are tables."""
+    def _read(self, files: list[str]) -> Documents:
+        """Each file is a document, if they are text; each row is one, if they are tables."""
+        formats = {self._format_of(file): file for file in files}
+        if len(formats) > 1:
+            raise ValueError(
+                f"{self.data}: holds files of different kinds ({', '.join(formats.values())}); name one kind"
+            )
         for file in files:
-            if not is_url(file) and not os.access(file, os.R_OK):
+            if not os.access(file, os.R_OK):
                 raise ValueError(f"{file}: you may not read this file; change its permissions, or leave it out")
-        if builder != "text":
-            encoding = {"encoding": self.encoding} if builder in ("csv", "json") else {}
-            return self._documents(self._load(builder, files, **encoding, **(options or {})))
-        large = [file for file in files if is_large(file)]
-        small = [file for file in files if not is_large(file)]
-        # The mark that some editors put before the first character is no part of the text.
-        read_as = "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
-        decode = {"encoding": read_as, "encoding_errors": self.encoding_errors}
-        found = []
-        try:
-            if small:
-                found.append(self._documents(self._load("text", small, sample_by="document", **decode)))
-            for file in large:
-                lines = self._load("text", [file], sample_by="line", keep_linebreaks=True, **decode)
-                found.append(self._documents(lines, rows_as_one_document))
-        except DatasetGenerationError:
-            # `datasets` hands `encoding_errors` to plain files alone.
-            strict = self.encoding_errors == "strict"
-            raise_if_undecodable([file for file in files if strict or file.endswith(COMPRESSED)], self.encoding)
-            raise
-        return joined(found)
+        (kind,) = formats
+        if kind == "text":
+            if self.text_column:
+                logger.warning("--text_column %s has no effect: %s is text", self.text_column, shown(self.data))
+            return Files(tuple(files), self.decoding, self.names).documents()
+        if self.decoding.newline != "preserve":
+            logger.warning("--newline has no effect on tables such as %s", shown(self.names.get(files[0], files[0])))
+        if kind == "csv":
+            rows = read_csv(files, self.names, self.decoding, lambda header, text: self._column(header, text, header))
+            return Rows(rows).documents(self.cache_dir)
+        return self._documents(read_tables(kind, files, self.names, self.decoding, self.cache_dir))
 
-    def _load(self, builder: str, files: list[str], **options) -> datasets.Dataset:
-        return datasets.load_dataset(builder, data_files={"train": files}, split="train", **options)
+    def _regular(self, path: Path) -> str:
+        """The file itself; what arrives through a descriptor of this process, as `<(command)` does, is spooled."""
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return self.data
+        if stat.S_ISFIFO(mode) and self.data.startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):
+            with path.open("rb") as file:
+                return self._spooled(self.data, file.read)
+        kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+        raise ValueError(
+            f"{self.data}: is a {kinds.get(stat.S_IFMT(mode), 'special file')}, not a regular file; write its content to a "
+            "file, or pipe it in: … | minigpt … --data -"
+        )
 
-    def _standard_input(self) -> str:
-        """Kept as a file under the hash of its content, so that the same text is the same corpus again."""
+    def _spooled(self, name: str, read: Callable[[int], bytes]) -> str:
+        """Kept as a file under the hash of its content: it can be read once, and a text is read several times."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--data -: standard input reaches one process of several; write it to a file")
-        content = sys.stdin.buffer.read()
-        file = self.cache_dir / "stdin" / f"{hashlib.sha256(content).hexdigest()[:32]}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-        return str(file)
+            raise ValueError(f"--data {self.data}: {name} reaches one process of several; write it to a file")
+        path, _ = keep(iter(lambda: read(1 << 20), b""), self.cache_dir / "stdin", ".txt")
+        self.names[str(path)] = name
+        return str(path)
+
+    def _downloaded(self) -> list[str]:
+        """The files of a URL, in the cache of `datasets`; a pattern may name several of the Hub."""
+        system, place = fsspec.core.url_to_fs(self.data)
+        urls = [self.data]
+        if self.data.startswith("hf://") and has_magic(self.data):
+            urls = sorted(f"hf://{file}" for file in system.glob(place))
+        # Without an ETag there is no telling whether what was downloaded before is still what is there.
+        is_known = self.data.startswith("hf://") or {"ETag", "etag"} & system.info(place).keys()
+        download = datasets.DownloadManager(download_config=datasets.DownloadConfig(force_download=not is_known))
+        paths = [str(path) for path in download.download(urls)]
+        self.names.update(zip(paths, urls, strict=True))
+        return paths
 
     # -- datasets -----------------------------------------------------------------------------------------------------
 
-    def _of_saved(self, folder: Path) -> tuple[Texts, Texts | None]:
+    def _of_saved(self, folder: Path) -> Reading:
         """A folder that `save_to_disk` wrote."""
         found = datasets.load_from_disk(str(folder))
         splits = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict({"train": found})
         return self._of_splits(splits)
 
-    def _of_hub(self) -> tuple[Texts, Texts | None]:
+    def _of_hub(self) -> Reading:
         """`user/name` or `user/name:config`."""
         name, _, config = self.data.partition(":")
         try:
             if not self.streaming:
                 if self.split:
-                    return self._of_rows(datasets.load_dataset(name, config or None, split=self.split)), None
+                    return Reading(self._of_rows(datasets.load_dataset(name, config or None, split=self.split)))
                 return self._of_splits(datasets.load_dataset(name, config or None))
             builder = datasets.load_dataset_builder(name, config or None)
             # Its folder is named after repository, configuration, version and revision.
@@ -190,62 +252,62 @@ class Source:
                 f"{self.data}: is no file or folder here, and cannot be had from the Hub: {_first_line(error)}"
             ) from error
 
-    def _of_splits(self, splits: dict, identity: str = "") -> tuple[Texts, Texts | None]:
+    def _of_splits(self, splits: dict, identity: str = "") -> Reading:
         asked = self.split or "train"
         if asked not in splits:
             raise ValueError(f"{self.data}: has no split {asked!r}; say --data_split, one of {', '.join(splits)}")
         own = next((name for name in VALIDATION_SPLITS if name in splits), None) if self.split is None else None
         texts = [self._of_rows(splits[name], f"{identity} {name}") for name in (asked, own) if name is not None]
-        return texts[0], texts[1] if own else None
+        return Reading(*texts)
 
     def _of_rows(self, rows: datasets.Dataset | datasets.IterableDataset, identity: str = "") -> Texts:
         if isinstance(rows, datasets.IterableDataset):
-            column = self._column({name: str for name, value in next(iter(rows)).items() if isinstance(value, str)})
+            of_text = [name for name, value in next(iter(rows), {}).items() if isinstance(value, str)]
+            column = self._column(of_text, of_text, of_text)
             rows = rows.select_columns([column])
             rows = rows if column == "text" else rows.rename_column(column, "text")
             return StreamedDocuments(rows, f"{identity} {column}")
         return self._documents(rows)
 
-    def _documents(self, rows: datasets.Dataset, make=rows_as_documents) -> Documents:
-        column = self._column(rows.features)
+    def _documents(self, rows: datasets.Dataset) -> Documents:
+        of_text = [name for name, kind in rows.features.items() if _is_text(kind)]
+        column = self._column(list(rows.features), of_text, of_text)
         if len(rows.column_names) > 1:
             rows = rows.select_columns([column])
         if column != "text":
             rows = rows.rename_column(column, "text")
-        return Documents(rows, index_kept(rows, make, self.cache_dir))
+        return Rows(rows).documents(self.cache_dir)
 
-    def _column(self, features: dict) -> str:
-        """The column that holds the text."""
-        of_text = [name for name, kind in features.items() if kind is str or _is_text(kind)]
-        asked = self.text_column or ("text" if "text" in of_text else None)
+    def _column(self, columns: list[str], of_text: list[str], possible: list[str]) -> str:
+        """The column that holds the text: the one asked for or called `text`, if that is possible, or the only one."""
+        asked = self.text_column or ("text" if "text" in possible else None)
         if asked is None and len(of_text) == 1:
+            logger.info("%s: the text is the column %r, the only one that holds text", shown(self.data), of_text[0])
             return of_text[0]
-        if asked in of_text:
+        if asked in possible:
             return asked
-        columns = ", ".join(of_text) or "none"
+        names = ", ".join(of_text) or "none"
         if asked is None:
             what = "which column is the text? say --text_column" if of_text else "no column holds text"
         else:
-            what = f"--text_column {asked}: " + ("holds no text" if asked in features else "there is no such column")
+            what = f"--text_column {asked}: " + ("holds no text" if asked in columns else "there is no such column")
         also = "" if names_hub_dataset(self.data) else "; to learn the file as it stands, say --data_format text"
-        raise ValueError(f"{self.data}: {what}; columns of text: {columns}{also}")
+        raise ValueError(f"{self.data}: {what}; columns of text: {names}{also}")
 
 
 def _is_text(kind) -> bool:
     return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
 
 
-def joined(found: list[Documents]) -> Documents:
-    """Several as one, in order."""
-    if len(found) == 1:
-        return found[0]
-    offset, indices = 0, []
-    for one in found:
-        index = one.index.copy()
-        index["row"] += offset
-        indices.append(index)
-        offset += len(one.rows)
-    return Documents(datasets.concatenate_datasets([one.rows for one in found]), np.concatenate(indices))
+def has_split(data: str, split: str) -> bool:
+    """Whether `--data_split` can choose this split of it."""
+    path = Path(data)
+    if names_hub_dataset(data) or is_saved(path):
+        return True
+    if not path.is_dir():
+        return False
+    files = files_below(path).files
+    return any(Path(file).stem.lower() == split.lower() and FORMAT_OF[ending_of(file)] != "text" for file in files)
 
 
 def names_hub_dataset(data: str) -> bool:
@@ -253,7 +315,7 @@ def names_hub_dataset(data: str) -> bool:
     name = data.partition(":")[0]
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
-        and ending_of(name) not in BUILDERS
+        and ending_of(name) not in FORMAT_OF
         and not Path(data).exists()
     )
 
@@ -261,6 +323,16 @@ def names_hub_dataset(data: str) -> bool:
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote it."""
     return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
+
+
+def _unreadable(data: str, error: BaseException) -> ValueError:
+    """The error of ours that `datasets` has wrapped, or else one that names what could not be read."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UnreadableFile):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return ValueError(f"{data}: cannot be read: {_reason(error)}")
 
 
 def _reason(error: DatasetGenerationError) -> str:

@@ -5,27 +5,32 @@ number of times, in parts of about a million characters, so that a corpus may be
 what is no text has been refused by `sources`.
 """
 
+import codecs
 import hashlib
+import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from .cache import cached
+from .reading import Decoding, Seen, UnreadableFile, decoded, digest_of, has_changed, pieces, shown
+
+logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
 # A sample consists of at least this many excerpts, so that no single passage of a long document decides a score.
 EXCERPTS = 20
 
-# Where a document stands: its first row and number of rows, which characters of it are meant, and the hash of all of it.
-INDEX = np.dtype([("row", "<i8"), ("rows", "<i8"), ("begin", "<i8"), ("end", "<i8"), ("digest", "V32")])
+# A document: its row in the table or place in the list of files, which characters of it are meant, and the SHA-256 of the
+# UTF-8 of all of it.
+INDEX = np.dtype([("row", "<i8"), ("begin", "<i8"), ("end", "<i8"), ("digest", "V32")])
 
 
 class Texts(ABC):
@@ -78,9 +83,9 @@ class Texts(ABC):
 
 @dataclass(frozen=True)
 class Documents(Texts):
-    """Rows of a memory-mapped dataset with the column `text`; `index` [number of documents] says which."""
+    """Documents of `source`; `index` [number of documents] says which, and which characters of each."""
 
-    rows: datasets.Dataset
+    source: "Rows | Files"
     index: np.ndarray
 
     def __len__(self) -> int:
@@ -101,6 +106,11 @@ class Documents(Texts):
     def keys(self) -> np.ndarray:
         """The first 64 bits of each document's hash: copies have the same."""
         return np.ascontiguousarray(self.index["digest"]).view(">u8").reshape(-1, 4)[:, 0]
+
+    @property
+    def digests(self) -> list[bytes]:
+        """The SHA-256 of the whole of each document."""
+        return [digest.tobytes() for digest in self.index["digest"]]
 
     def select(self, places: np.ndarray) -> "Documents":
         """Some of the documents, by place or by mask."""
@@ -159,94 +169,184 @@ class Documents(Texts):
         return replace(self, index=np.array(excerpts, dtype=INDEX))
 
     def parts(self) -> Iterator[tuple[bool, str]]:
-        return chain.from_iterable(self._batches())
+        return self.source.parts(self.index, 1)
 
     def evenly(self, characters: int) -> Iterator[str]:
-        every = -(-self.characters // characters)
-        return (text for batch in self._batches(every) for _, text in batch)
-
-    def _batches(self, every: int = 1) -> Iterator[list[tuple[bool, str]]]:
-        """The parts, in batches of about `PART_CHARACTERS`: every first, second, third … of them."""
-        table, place, number = self.rows.with_format("arrow"), 0, 0
-        # Bounds of batches: runs of short documents of one row each, or a document alone.
-        lengths = self.index["end"] - self.index["begin"]
-        while place < len(self.index):
-            if self.index["rows"][place] > 1:
-                for opens, lines, kept in self._slices(table, self.index[place]):
-                    if number % every == 0:
-                        yield [(opens, "".join(lines.to_pylist())[kept])]
-                    number += 1
-                place += 1
-                continue
-            stop, room = place + 1, PART_CHARACTERS - lengths[place]
-            while stop < len(self.index) and self.index["rows"][stop] == 1 and lengths[stop] <= room:
-                room -= lengths[stop]
-                stop += 1
-            if number % every == 0:
-                few = self.index[place:stop]
-                texts = table[few["row"]]["text"].to_pylist()
-                yield [(True, text[one["begin"] : one["end"]]) for one, text in zip(few, texts, strict=True)]
-            number += 1
-            place = stop
-
-    @staticmethod
-    def _slices(table: datasets.Dataset, one: np.void) -> Iterator[tuple[bool, pa.ChunkedArray, slice]]:
-        """(is it the first?, lines, which characters of them): a document of many rows, some rows at a time."""
-        row, rows, begin, end = (int(one[name]) for name in ("row", "rows", "begin", "end"))
-        step = max(1, int(rows * PART_CHARACTERS / max(end, 1)))
-        position = 0
-        for first in range(row, row + rows, step):
-            lines = table[first : min(first + step, row + rows)]["text"]
-            size = pc.sum(pc.utf8_length(lines)).as_py() or 0
-            if position < end and position + size > begin:
-                yield position <= begin, lines, slice(max(begin - position, 0), end - position)
-            position += size
+        return (text for _, text in self.source.parts(self.index, -(-self.characters // characters)))
 
 
-def rows_as_documents(rows: datasets.Dataset) -> np.ndarray:
-    """The index of a dataset each of whose rows is a document; empty ones are left out."""
+def runs(index: np.ndarray) -> Iterator[np.ndarray]:
+    """Runs of documents of at most `PART_CHARACTERS` together, or one document that is longer."""
+    lengths, place = index["end"] - index["begin"], 0
+    while place < len(index):
+        stop, room = place + 1, PART_CHARACTERS - lengths[place]
+        while stop < len(index) and lengths[stop] <= room:
+            room -= lengths[stop]
+            stop += 1
+        yield index[place:stop]
+        place = stop
+
+
+def with_text(index: np.ndarray, kind: str) -> np.ndarray:
+    """The documents that have text; the others are reported."""
+    if without := int((index["end"] == 0).sum()):
+        logger.info("%s of %s %s have no text and are left out", f"{without:,}", f"{len(index):,}", kind)
+    return index[index["end"] > 0]
+
+
+# -- rows of a table --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A memory-mapped dataset with the column `text`: each row is a document."""
+
+    rows: datasets.Dataset
+
+    def parts(self, index: np.ndarray, every: int) -> Iterator[tuple[bool, str]]:
+        """The documents in parts, but of all runs of documents only the first of `every`."""
+        table = self.rows.with_format("arrow")
+        for few in islice(runs(index), 0, None, every):
+            for one, text in zip(few, table[few["row"]]["text"].to_pylist(), strict=True):
+                for begin in range(one["begin"], one["end"], PART_CHARACTERS):
+                    yield begin == one["begin"], text[begin : min(begin + PART_CHARACTERS, one["end"])]
+
+    def documents(self, cache_dir: Path) -> "Documents":
+        """All of them; rows without text are left out."""
+        return Documents(self, with_text(index_kept(self.rows, cache_dir), "rows"))
+
+
+def index_of_rows(rows: datasets.Dataset) -> np.ndarray:
+    """The index of a dataset each of whose rows is a document."""
     digests, lengths = [], []
     for table in rows.with_format("arrow").iter(10_000):
         column = table["text"]
         lengths.append(pc.fill_null(pc.utf8_length(column), 0).to_numpy())
         digests += [hashlib.sha256(text.as_buffer()).digest() if text.is_valid else bytes(32) for text in column]
     index = np.zeros(len(rows), dtype=INDEX)
-    index["row"], index["rows"] = np.arange(len(rows)), 1
+    index["row"] = np.arange(len(rows))
     index["end"] = np.concatenate(lengths) if lengths else 0
     index["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
-    return index[index["end"] > 0]
+    return index
 
 
-def rows_as_one_document(rows: datasets.Dataset) -> np.ndarray:
-    """The index of a dataset whose rows are the lines of a single document."""
-    digest, length = hashlib.sha256(), 0
-    for table in rows.with_format("arrow").iter(100_000):
-        for chunk in table["text"].chunks:
-            length += pc.sum(pc.utf8_length(chunk)).as_py()
-            digest.update(_bytes_of(chunk))
-    index = np.zeros(1, dtype=INDEX)
-    index["rows"], index["end"], index["digest"] = len(rows), length, np.void(digest.digest())
-    return index[index["end"] > 0]
-
-
-def _bytes_of(lines: pa.StringArray) -> memoryview:
-    """The UTF-8 of an array of strings, one after the other: Arrow keeps them so."""
-    _, offsets, data = lines.buffers()
-    bounds = np.frombuffer(offsets, dtype=np.int32)[[lines.offset, lines.offset + len(lines)]]
-    return memoryview(data)[bounds[0] : bounds[1]]
-
-
-def index_kept(rows: datasets.Dataset, make, cache_dir: Path) -> np.ndarray:
-    """`make(rows)`, or what it gave for the same rows before: a gigabyte need not be hashed at each start."""
-    # `datasets` names what it loads after the files' paths, sizes and times, or their revision.
-    name = hashlib.sha256(f"{rows._fingerprint} {make.__name__}".encode()).hexdigest()[:32]
+def index_kept(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
+    """`index_of_rows(rows)`, or what it gave for the same content before: hashing each of many rows takes a while."""
+    digest = hashlib.sha256(f"{rows._fingerprint} {rows.num_rows} {rows.column_names}".encode())
+    for file in rows.cache_files:
+        digest.update(digest_of(file["filename"], file["filename"]).encode())
     return cached(
-        cache_dir / "documents" / name,
-        lambda folder: np.save(folder / "index.npy", make(rows)),
+        cache_dir / "documents" / digest.hexdigest()[:32],
+        lambda folder: np.save(folder / "index.npy", index_of_rows(rows)),
         lambda folder: np.load(folder / "index.npy"),
         cache_dir,
         "index of documents",
     )
+
+
+# -- files of text ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of text, each a document. `names` gives the name to show for a path that has another."""
+
+    paths: tuple[str, ...]
+    decoding: Decoding
+    names: dict[str, str] = field(default_factory=dict)
+
+    def parts(self, index: np.ndarray, every: int) -> Iterator[tuple[bool, str]]:
+        """As for `Rows`; of a document longer than a part, only each `every`-th part.
+
+        Raises:
+            UnreadableFile: for a file whose content is not that of its hash in the index.
+        """
+        kwargs = {"files": self, "index": index, "every": every}
+        last = None
+        for row in datasets.IterableDataset.from_generator(read_parts, gen_kwargs=kwargs):
+            yield row["document"] != last, row["text"]
+            last = row["document"]
+
+    def documents(self) -> "Documents":
+        """All of them; files without text are left out.
+
+        Raises:
+            UnreadableFile: for what is not text, see `reading`.
+        """
+        index, seen = np.zeros(len(self.paths), dtype=INDEX), []
+        for place, path in enumerate(self.paths):
+            seen.append(Seen())
+            digest, length = hashlib.sha256(), 0
+            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, seen[-1]):
+                digest.update(self.encode(path, text))
+                length += len(text)
+            index[place] = (place, 0, length, digest.digest())
+        self._report(seen)
+        return Documents(self, with_text(index, "files"))
+
+    def name(self, path: str) -> str:
+        return self.names.get(path, path)
+
+    def encode(self, path: str, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:  # some encodings, `unicode_escape` for one, can spell it
+            raise UnreadableFile(
+                f"{shown(self.name(path))}: holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is not "
+                "a character; name another encoding, or leave this file out"
+            ) from error
+
+    def _report(self, seen: list[Seen]) -> None:
+        """Log what a user may not expect of these files."""
+        with_mark = [path for path, one in zip(self.paths, seen, strict=True) if one.byte_order_mark]
+        if with_mark:
+            without = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
+            name = without.get(codecs.lookup(self.decoding.encoding).name, "utf-8-sig")
+            logger.warning(
+                "%s with a byte order mark, kept as the character U+FEFF; --encoding %s drops it",
+                self._some(with_mark, "begins", "begin"),
+                name,
+            )
+        with_zeros = [path for path, one in zip(self.paths, seen, strict=True) if one.zeros]
+        if with_zeros:
+            logger.warning(
+                "%s zero characters (U+0000): UTF-16 text, which --encoding utf-16 reads, or not text at all?",
+                self._some(with_zeros, "holds", "hold"),
+            )
+        if self.decoding.newline == "universal":
+            logger.info("converted %s line ends (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in seen):,}")
+
+    def _some(self, paths: list[str], verb: str, verb_of_many: str) -> str:
+        first = shown(self.name(paths[0]))
+        return f"{first} {verb}" if len(paths) == 1 else f"{len(paths):,} files ({first}, …) {verb_of_many}"
+
+
+def read_parts(files: Files, index: np.ndarray, every: int) -> Iterator[dict]:
+    """Rows {document, text}; see `Files.parts`. `document` is a place in the index."""
+    place = number = 0
+    for few in runs(index):
+        is_long = len(few) == 1 and few["end"][0] - few["begin"][0] > PART_CHARACTERS
+        for excerpts in np.split(few, np.flatnonzero(np.diff(few["row"])) + 1):  # those of one file: it is read once
+            if is_long or number % every == 0:
+                for offset, text in _read_excerpts(files, excerpts):
+                    if number % every == 0:
+                        yield {"document": place + offset, "text": text}
+                    number += is_long
+            place += len(excerpts)
+        number += not is_long
+
+
+def _read_excerpts(files: Files, excerpts: np.ndarray) -> Iterator[tuple[int, str]]:
+    """(place, text) of the characters `begin` to `end` of each excerpt of one file. Reads all of it, to verify its hash."""
+    path, digest, position = files.paths[excerpts["row"][0]], hashlib.sha256(), 0
+    for text in pieces(path, files.name(path), files.decoding, PART_CHARACTERS):
+        digest.update(files.encode(path, text))
+        for place, (begin, end) in enumerate(zip(excerpts["begin"].tolist(), excerpts["end"].tolist(), strict=True)):
+            if found := text[max(begin - position, 0) : max(end - position, 0)]:
+                yield place, found
+        position += len(text)
+    if digest.digest() != excerpts["digest"][0].tobytes():
+        raise has_changed(files.name(path))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class DataArguments:
             "help": "What to learn from: a file, folder, glob or URL of text (each file is a document) or of tables (jsonl, "
             "json, csv, tsv, parquet, arrow: each row is one), plain or gz, zst, xz; a folder that `save_to_disk` or "
             "`minigpt tokenize` wrote; a Hub dataset, user/name or user/name:config; `stdlib`, the Python standard "
-            "library's source on this disk; - for standard input; or a mixture by characters, one:0.7,other:0.3."
+            "library's source on this disk; - for standard input; or a mixture by characters, one:0.7,other:0.3. A name is "
+            "a pattern (* ? [ ] **) only if no file or folder has exactly that name."
         },
     )
     data_split: str | None = field(
@@ -44,7 +45,10 @@ class DataArguments:
     )
     data_format: str | None = field(
         default=None,
-        metadata={"help": "Read files as text, json, csv, parquet or arrow, whatever their endings say."},
+        metadata={
+            "help": "Read files as text, json, csv, parquet or arrow, whatever their endings; of a folder, all files that "
+            "are not hidden."
+        },
     )
     streaming: bool = field(
         default=False,
@@ -53,10 +57,17 @@ class DataArguments:
     max_tokens: int | None = field(
         default=None, metadata={"help": "Take so many tokens of the training text, no more."}
     )
-    encoding: str = field(default="utf-8", metadata={"help": "Encoding of text, csv and json files."})
+    encoding: str = field(
+        default="utf-8",
+        metadata={"help": "Encoding of text, csv and json files; utf-8-sig is UTF-8 without its byte order mark."},
+    )
     encoding_errors: str = field(
         default="strict",
         metadata={"help": "Bytes that are no text in it: `strict` refuses their file; or `replace` or `ignore` them."},
+    )
+    newline: Literal["preserve", "universal"] = field(
+        default="preserve",
+        metadata={"help": "Line ends of text files: `preserve` every byte, or `universal`: CRLF and CR become LF."},
     )
     language: list[str] = field(
         default_factory=list,
@@ -97,6 +108,10 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if not self.data.strip():
+            raise ValueError(
+                f"data is {self.data!r}: it names no text; give a file, a folder (`.` for this one) or a URL"
+            )
         for name in ("block_size", "validation_characters", "num_proc", "max_tokens"):
             if (value := vars(self)[name]) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")

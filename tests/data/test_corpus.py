@@ -1,7 +1,9 @@
 """Text is read as documents, and cut into train and validation that share none."""
 
 import functools
+import gzip
 import http.server
+import json
 import threading
 
 import datasets
@@ -91,6 +93,25 @@ def test_a_url_is_read_like_a_file(text, text_file, monkeypatch):
             load_corpus(f"http://127.0.0.1:{server.server_port}/absent.txt")
         server.shutdown()
     assert "".join([*corpus.train, *corpus.validation]) == text
+
+
+def test_what_a_url_names_is_as_its_ending_says_and_new_when_it_has_changed(tmp_path, monkeypatch):
+    """This server sends no ETag, so nothing but the content tells."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # loopback is no network
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for text in ("one\r\n", "two\r\n"):
+            (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+            (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+            (tmp_path / "c.csv").write_bytes(f'text\n"{text}"\n'.encode())
+            for name in ("a.txt.gz?download=1", "b.jsonl.gz", "c.csv"):
+                assert list(load_corpus(f"{url}/{name}", 0, cache_dir=tmp_path / "cache").train) == [text]
+        (tmp_path / "bad.txt").write_bytes(b"\xff")
+        with pytest.raises(ValueError, match=f"{url}/bad.txt: not utf-8 text: byte 0xff at position 0"):
+            load_corpus(f"{url}/bad.txt")
+        server.shutdown()
 
 
 def test_another_encoding_can_be_named(tmp_path):

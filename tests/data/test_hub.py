@@ -76,6 +76,13 @@ def test_training_on_a_streamed_dataset(plays, hub, recipe_file, tmp_path, capsy
     assert about["data"]["train"]["tokens"] >= 2000
 
 
+def test_files_of_a_repository_are_read_by_their_urls(plays, tmp_path):
+    url = f"hf://datasets/{plays}/long"
+    assert list(load_corpus(f"{url}/train.parquet", 0, cache_dir=tmp_path).train) == ROWS
+    assert len(load_corpus(f"{url}/*.parquet", 0, cache_dir=tmp_path).train) == len(ROWS) + 3
+    assert "config_name: long" in "".join(load_corpus(f"hf://datasets/{plays}/README.md", 0).train)
+
+
 def test_what_the_hub_refuses_is_told_in_a_line(hub):
     hub.put("user/empty", {"README.md": b"nothing"}, repo_type="datasets")
     with pytest.raises(ValueError, match="user/absent: is no file or folder here, and cannot be had from the Hub"):

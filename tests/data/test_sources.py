@@ -9,9 +9,9 @@ import datasets
 import pytest
 import zstandard
 
-from minigpt_hf.data import files, texts
+from minigpt_hf.data import texts
 from minigpt_hf.data.corpus import load_corpus, mixture
-from minigpt_hf.data.files import BUILDERS
+from minigpt_hf.data.files import FORMAT_OF, FORMATS
 from tests.data.test_corpus import write_files
 
 ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
@@ -63,9 +63,8 @@ def test_packed_files_are_unpacked(table, ending, packing, tmp_path):
     assert texts_of(packed) == (["".join(ROWS)] if ending == ".txt" else ROWS)
 
 
-def test_every_ending_of_the_table_names_a_builder_of_datasets():
-    for builder, _ in BUILDERS.values():
-        assert builder in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+def test_every_ending_has_a_known_format():
+    assert set(FORMAT_OF.values()) == set(FORMATS)
 
 
 def test_a_glob_stands_for_the_files_it_matches_in_order(tmp_path, monkeypatch):
@@ -144,25 +143,30 @@ def test_standard_input_is_a_document(monkeypatch, tmp_path):
     assert texts_of("-", cache_dir=tmp_path) == ["über\nalles"]
 
 
-# -- large files ------------------------------------------------------------------------------------------------------
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_large_file_is_read_by_lines_and_is_the_same_corpus(text, tmp_path, monkeypatch):
-    """Line ends of every kind, blank lines, a mark at the beginning, no line end at the end."""
+def test_a_text_in_parts_is_the_same_corpus(text, tmp_path, monkeypatch):
+    """Line ends of every kind, blank lines, a byte order mark, no line end at the end; as files and as a table."""
     spiteful = "\ufeff" + text.replace("\n\n", "\r\n\x0b\u2028\n", 5) + "end"
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_bytes((spiteful + name).encode())
-    whole = load_corpus(str(tmp_path), 0.3, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(files, "LINES_ABOVE_BYTES", 1000)
+    contents = [spiteful + "a", spiteful + "日本" * 400]
+    for name, content in zip("ab", contents, strict=True):
+        (tmp_path / f"{name}.txt").write_bytes(content.encode())
+    (tmp_path / "cache").mkdir()
+    datasets.Dataset.from_dict({"text": contents}).to_parquet(tmp_path / "cache" / "rows.parquet")
+    whole = load_corpus(str(tmp_path / "*.txt"), 0.3, cache_dir=tmp_path / "cache")
+    assert "".join([*whole.train, *whole.validation]) == "".join(contents)
     monkeypatch.setattr(texts, "PART_CHARACTERS", 700)
-    by_lines = load_corpus(str(tmp_path), 0.3, cache_dir=tmp_path / "cache")
-    assert by_lines.train.index["rows"].max() > 1000
-    assert len(list(by_lines.train.parts())) > 100
-    for one, other in ((whole.train, by_lines.train), (whole.validation, by_lines.validation)):
-        assert list(one) == list(other)
-        assert one.fingerprint == other.fingerprint
-        for characters in (1, 699, 701, 5000):
-            assert "".join(other.head(characters)) == "".join(one)[:characters]
+    in_parts = load_corpus(str(tmp_path / "*.txt"), 0.3, cache_dir=tmp_path / "cache")
+    rows = load_corpus(str(tmp_path / "cache" / "rows.parquet"), 0.3, cache_dir=tmp_path / "cache")
+    for other in (in_parts, rows):
+        assert len(list(other.train.parts())) > 100
+        assert max(len(part) for _, part in other.train.parts()) <= 700
+        for one, again in ((whole.train, other.train), (whole.validation, other.validation)):
+            assert list(one) == list(again)
+            assert one.fingerprint == again.fingerprint
+            for characters in (1, 699, 701, 5000):
+                assert "".join(again.head(characters)) == "".join(one)[:characters]
 
 
 def test_text_from_all_over_is_some_of_it_in_order(text, tmp_path, monkeypatch):
@@ -177,19 +181,20 @@ def test_text_from_all_over_is_some_of_it_in_order(text, tmp_path, monkeypatch):
     assert "".join(train.evenly(10**9)) == "".join(train)
 
 
-def test_what_is_known_of_a_text_is_not_computed_again(text_file, tmp_path, monkeypatch):
-    first = load_corpus(str(text_file), cache_dir=tmp_path)
-    monkeypatch.setattr(texts.hashlib, "sha256", _refuse_large(texts.hashlib.sha256))
-    again = load_corpus(str(text_file), cache_dir=tmp_path)
-    assert again.train.fingerprint == first.train.fingerprint
-
-
-def _refuse_large(sha256):
-    def hashed(data=b""):
-        assert len(data) < 1000, "the text is hashed again"
-        return sha256(data)
-
-    return hashed
+def test_the_index_of_a_table_is_kept_and_made_anew_if_it_is_damaged(table, tmp_path, monkeypatch):
+    write_table(table, tmp_path / "rows.parquet")
+    cache = tmp_path / "cache"
+    first = load_corpus(str(tmp_path / "rows.parquet"), 0, cache_dir=cache).train
+    (kept,) = (cache / "documents").iterdir()
+    made = []
+    monkeypatch.setattr(texts, "index_of_rows", lambda rows, make=texts.index_of_rows: made.append(1) or make(rows))
+    assert load_corpus(str(tmp_path / "rows.parquet"), 0, cache_dir=cache).train.fingerprint == first.fingerprint
+    assert not made
+    content = kept.read_bytes()
+    for damaged in (b"", content[:-40], content[:200] + b"\xff" * 8 + content[208:]):
+        kept.write_bytes(damaged)
+        assert load_corpus(str(tmp_path / "rows.parquet"), 0, cache_dir=cache).train.fingerprint == first.fingerprint
+    assert len(made) == 3
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------
