@@ -25,6 +25,7 @@ from .publish.folder import save_suitcase
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+LARGEST = 10_000_000  # of any size in `model_args`
 TOLERANCE = 1e-4  # of logits, relative to the largest: float32 sums in another order differ by some 1e-6
 
 
@@ -77,22 +78,39 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str
         raise ValueError(f"{checkpoint}: not a file that `torch.save` wrote, or half of one")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except Exception as error:  # a malformed pickle may raise anything (documentation of `pickle.UnpicklingError`)
         raise ValueError(
-            f"{checkpoint}: cannot be read as tensors and plain values ({str(error).splitlines()[0]}); a pickle with code "
-            "in it is not opened"
+            f"{checkpoint}: cannot be read as tensors and plain values ({type(error).__name__}: "
+            f"{(str(error).strip() or 'no message').splitlines()[0]}); a pickle with code in it is not opened"
         ) from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{checkpoint}: no checkpoint of nanoGPT, which holds `model` and `model_args`")
-    missing = [name for name in ARCHITECTURE if name not in content["model_args"]]
-    if missing:
+    weights, architecture = content["model"], content["model_args"]
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ValueError(f"{checkpoint}: no checkpoint of nanoGPT, in which `model` holds tensors by name")
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{checkpoint}: no checkpoint of nanoGPT, in which `model_args` is a dictionary")
+    if missing := [name for name in ARCHITECTURE if name not in architecture]:
         raise ValueError(f"{checkpoint}: `model_args` says nothing of {', '.join(missing)}")
+    for name in set(ARCHITECTURE) - {"bias"}:
+        if type(size := architecture[name]) is not int or not 1 <= size <= LARGEST:
+            raise ValueError(
+                f"{checkpoint}: `model_args` has {name} {size!r}: a number from 1 to {LARGEST:,} is required"
+            )
     weights = {
-        name.removeprefix("_orig_mod."): tensor.float()  # torch.compile puts that before each name
-        for name, tensor in content["model"].items()
-        if not name.endswith(".attn.bias")  # the causal mask of torch versions without its own attention
+        str(name).removeprefix("_orig_mod."): tensor.float()  # torch.compile puts that before each name
+        for name, tensor in weights.items()
+        if not str(name).endswith(".attn.bias")  # the causal mask of torch versions without its own attention
     }
-    return weights, content["model_args"]
+    width, shapes = architecture["n_embd"], {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    tables = {"wte": (architecture["vocab_size"], width), "wpe": (architecture["block_size"], width)}
+    if (
+        any(shapes.get(f"transformer.{name}.weight") != shape for name, shape in tables.items())
+        or architecture["n_layer"] > len(weights)
+        or width % architecture["n_head"]
+    ):
+        raise ValueError(f"{checkpoint}: `model_args` does not describe the weights beside it")
+    return weights, architecture
 
 
 def to_gpt2(
@@ -182,9 +200,11 @@ def character_vocabulary(meta: Path) -> PreTrainedTokenizerFast:
         with meta.open("rb") as file:
             content = _PlainValues(file).load()
         stoi = dict(content["stoi"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{meta}: not a vocabulary of nanoGPT ({error})") from error
-    if sorted(stoi.values()) != list(range(len(stoi))) or not all(isinstance(c, str) and len(c) == 1 for c in stoi):
+    except Exception as error:  # a malformed pickle may raise anything (documentation of `pickle.UnpicklingError`)
+        raise ValueError(f"{meta}: not a vocabulary of nanoGPT ({' '.join(str(error).split())})") from error
+    ids = set(stoi.values()) if all(type(number) is int for number in stoi.values()) else set()
+    characters = all(isinstance(c, str) and len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in stoi)
+    if ids != set(range(len(stoi))) or not characters:
         raise ValueError(f"{meta}: `stoi` does not give each character one of the ids 0 to {len(stoi) - 1}")
     tokenizer = Tokenizer(models.WordLevel(vocab=stoi))
     tokenizer.pre_tokenizer = EACH_CHARACTER

@@ -88,7 +88,8 @@ def _verify(twin: Path, folder: Path, model: MiniGPTForCausalLM, context: int | 
     ids = probe(model.config, context)
     with torch.no_grad():
         check(torch.equal(theirs.eval()(ids).logits, model(ids).logits), "its logits are the model's, bit for bit")
-    encoders = [AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str() for place in (folder, twin)]
+    loaded = [AutoTokenizer.from_pretrained(place, trust_remote_code=False) for place in (folder, twin)]
+    encoders = [tokenizer.backend_tokenizer.to_str() for tokenizer in loaded]
     check(encoders[0] == encoders[1], "transformers loads the same tokenizer from it")
 
 
