@@ -35,10 +35,11 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
         ValueError: if there is no model there, it is incomplete, or it brings code that is not trusted.
     """
     path = checked_folder(folder, trust_remote_code)
-    with loading(folder):
+    with loading(folder, trust_remote_code=trust_remote_code):
         model, report = AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
+    with loading(folder, "tokenizer", trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if missing := sorted(map(str, report["missing_keys"])):  # transformers would fill them with random numbers
         raise ValueError(f"{folder}: its weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing")

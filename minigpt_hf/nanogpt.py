@@ -102,14 +102,6 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str
         for name, tensor in weights.items()
         if not str(name).endswith(".attn.bias")  # the causal mask of torch versions without its own attention
     }
-    width, shapes = architecture["n_embd"], {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    tables = {"wte": (architecture["vocab_size"], width), "wpe": (architecture["block_size"], width)}
-    if (
-        any(shapes.get(f"transformer.{name}.weight") != shape for name, shape in tables.items())
-        or architecture["n_layer"] > len(weights)
-        or width % architecture["n_head"]
-    ):
-        raise ValueError(f"{checkpoint}: `model_args` does not describe the weights beside it")
     return weights, architecture
 
 
@@ -121,6 +113,11 @@ def to_gpt2(
     Raises:
         ValueError: if a weight is missing, left over, or of another shape.
     """
+    sizes = {"wte": "vocab_size", "wpe": "block_size"}
+    shapes = {name: (architecture[size], architecture["n_embd"]) for name, size in sizes.items()}
+    found = {name: tuple(weights.get(f"transformer.{name}.weight", torch.empty(0)).shape) for name in shapes}
+    if found != shapes or architecture["n_layer"] > len(weights) or architecture["n_embd"] % architecture["n_head"]:
+        raise ValueError("the weights are not those of nanoGPT's model: they do not have the sizes of `model_args`")
     # nanoGPT has no token that opens a document; its own samples begin with a line end.
     opening = vocabulary.eos_token_id
     if opening is None:

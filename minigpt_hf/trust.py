@@ -6,6 +6,7 @@ folder, downloads nothing and runs no code. It refuses a folder for which that d
 and one whose settings, sizes or weights index are malformed.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .doctor.config import leads_outside, size, size_faults
 from .doctor.files import INDEX, WEIGHTS
@@ -25,6 +29,7 @@ from .network import cache_alone_if_unreachable
 # What the loaders of transformers read by its name; only `.py` files are left out unless they are trusted.
 SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX)
+TRUST = ", or add --trust_remote_code if you trust whoever made it"
 DTYPES = re.compile(r"(torch\.)?(float|double|half|bfloat16|float(16|32|64)|float8_\w+)|auto")
 # Settings of generation that multiply the memory of each step.
 MULTIPLIERS = ("num_beams", "num_return_sequences", "num_beam_groups")
@@ -57,13 +62,11 @@ def checked_folder(
         folder = Folder(path, follow=True)
         fault = next(_malformed(folder, with_weights), None)
         if fault is None and not trust_remote_code and (fault := next(leads_outside(folder), None)):
-            remedy = "remove this setting"
-            if trust_remote_code is not None:
-                remedy += ", or add --trust_remote_code if you trust whoever made the folder"
+            remedy = f"remove this setting{TRUST if trust_remote_code is not None else ''}"
     except (Unreadable, Unsound, SafetensorError) as error:
-        raise ValueError(f"{name}: {plain(str(error))}; {remedy}") from error
+        raise ValueError(f"{name}: no {what} can be loaded from it ({plain(str(error))}); {remedy}") from error
     if fault:
-        raise ValueError(f"{name}: {plain(fault)}; {remedy}")
+        raise ValueError(f"{name}: no {what} can be loaded from it ({plain(fault)}); {remedy}")
     return path
 
 
@@ -82,8 +85,17 @@ def about_of(folder: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def loading(name: str, what: str = "model", advice: str = "give a folder or a Hub id") -> Iterator[None]:
+def loading(
+    name: str,
+    what: str = "model",
+    advice: str = "give a folder or a Hub id",
+    trust_remote_code: bool | None = None,
+) -> Iterator[None]:
     """Turn whatever a loader raises within the block into a `ValueError` of one line.
+
+    Args:
+        name, what, trust_remote_code: As for `checked_folder`.
+        advice: What to give instead.
 
     What loaders raise over malformed files is not documented: `tokenizers` raises a bare `Exception`, or panics; `KeyError`,
     `AttributeError` and `RecursionError` of transformers were seen.
@@ -93,22 +105,24 @@ def loading(name: str, what: str = "model", advice: str = "give a folder or a Hu
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        if not isinstance(error, OSError | ValueError):
+        reason = " ".join((str(error).strip() or "no message").split("\n\n")[0].split())
+        if "trust_remote_code" in str(error):
+            reason = "it needs custom code of its own, which is not run"
+            advice += TRUST if trust_remote_code is not None else ""
+        elif not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{name}: no {what} can be loaded from it ({plain(reason)}); {advice}") from error
 
 
 def _snapshot(name: str, what: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     try:
-        with cache_alone_if_unreachable():
-            return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # of the network, of the Hub, or of a name that cannot be an id
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        validate_repo_id(name)
+    except HFValidationError as error:
         raise ValueError(
-            f"{name}: no {what} can be loaded from it: no such folder, and not available from the Hub ({reason}); "
-            "give a folder or a Hub id"
+            f"{name}: no {what} can be loaded from it (no such folder); give a folder or a Hub id"
         ) from error
+    with loading(name, what), cache_alone_if_unreachable():
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 def _weights(folder: Folder) -> tuple[str, ...]:
@@ -128,6 +142,16 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
     if "model_type" in config and not isinstance(config["model_type"], str):
         yield f"config.json: `model_type` is {config['model_type']!r}, not text"
     yield from (f"config.json: {fault}" for fault in size_faults(config))
+    rope = config.get("rope_parameters", config.get("rope_scaling"))
+    if rope is not None and not isinstance(rope, dict):
+        yield f"config.json: the rotary positions are {rope!r}, not an object"
+    for part in (rope, *rope.values()) if rope else ():  # one for all layers, or one for each type of layer
+        kind = part.get("rope_type", part.get("type", "default")) if isinstance(part, dict) else "default"
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            yield f"config.json: the rotary positions are of type {kind!r}, which is unknown"
+        theta = part.get("rope_theta") if isinstance(part, dict) else None
+        if theta is not None and not (type(theta) in (int, float) and 1 < theta < math.inf):
+            yield f"config.json: `rope_theta` is {theta!r}: a number above 1 is required"
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
         if value is not None and not (isinstance(value, str) and DTYPES.fullmatch(value)):

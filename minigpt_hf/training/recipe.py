@@ -118,9 +118,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(str(key), known)}")
-        if isinstance(value, list | dict) and known[key] in (int, float, str, bool):
-            raise ValueError(f"recipe {name}: {key} is {reprlib.repr(value)}: expected one {known[key].__name__}")
-        if known[key] is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
+        kind = next((kind for kind in (bool, int, float, str) if known[key] in (kind, kind | None)), None)
+        allowed = {bool: bool | str, int: int | float | str, float: int | float | str, str: str}
+        if kind and value is not None:
+            right = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
+            if not right:
+                raise ValueError(f"recipe {name}: {key} is {reprlib.repr(value)}: expected one {kind.__name__}")
+        if kind is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
             try:
                 value = settings[key] = float(value)
             except ValueError as error:
@@ -128,7 +132,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         if isinstance(value, float):
             if not math.isfinite(value):
                 raise ValueError(f"recipe {name}: {key} is {value}: expected a finite number")
-            if known[key] in (int, int | None):
+            if kind is int:
                 raise ValueError(f"recipe {name}: {key} is {value}: expected a whole number")
         if isinstance(value, int) and abs(value) >= 1 << 63:
             raise ValueError(f"recipe {name}: {key} is a number of {value.bit_length()} bits; at most 63 are possible")

@@ -81,7 +81,11 @@ def _verify(twin: Path, folder: Path, model: MiniGPTForCausalLM, context: int | 
     for file in folder.glob("*.safetensors"):
         check(filecmp.cmp(file, twin / file.name, shallow=False), f"{file.name} is the same file")
     theirs, report = AutoModelForCausalLM.from_pretrained(
-        twin, trust_remote_code=False, output_loading_info=True, attn_implementation="eager"
+        twin,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        attn_implementation="eager",
     )
     check(type(theirs) is Qwen3ForCausalLM, "transformers loads it with its own Qwen3")
     check(not any(report[fault] for fault in report), "its weights are those of a Qwen3, no more and no fewer")
