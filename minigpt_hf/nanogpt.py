@@ -97,6 +97,11 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str
             raise ValueError(
                 f"{checkpoint}: `model_args` has {name} {size!r}: a number from 1 to {LARGEST:,} is required"
             )
+    if architecture["n_embd"] % architecture["n_head"]:
+        raise ValueError(
+            f"{checkpoint}: `model_args` has n_head {architecture['n_head']}, which does not divide n_embd "
+            f"{architecture['n_embd']}"
+        )
     weights = {
         str(name).removeprefix("_orig_mod."): tensor.float()  # torch.compile puts that before each name
         for name, tensor in weights.items()
@@ -116,7 +121,7 @@ def to_gpt2(
     sizes = {"wte": "vocab_size", "wpe": "block_size"}
     shapes = {name: (architecture[size], architecture["n_embd"]) for name, size in sizes.items()}
     found = {name: tuple(weights.get(f"transformer.{name}.weight", torch.empty(0)).shape) for name in shapes}
-    if found != shapes or architecture["n_layer"] > len(weights) or architecture["n_embd"] % architecture["n_head"]:
+    if found != shapes or architecture["n_layer"] > len(weights):
         raise ValueError("the weights are not those of nanoGPT's model: they do not have the sizes of `model_args`")
     # nanoGPT has no token that opens a document; its own samples begin with a line end.
     opening = vocabulary.eos_token_id
