@@ -142,15 +142,14 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
     if "model_type" in config and not isinstance(config["model_type"], str):
         yield f"config.json: `model_type` is {config['model_type']!r}, not text"
     yield from (f"config.json: {fault}" for fault in size_faults(config))
-    rope = config.get("rope_parameters", config.get("rope_scaling"))
+    rope = config.get("rope_parameters")
     if rope is not None and not isinstance(rope, dict):
-        yield f"config.json: the rotary positions are {rope!r}, not an object"
-    for part in (rope, *rope.values()) if rope else ():  # one for all layers, or one for each type of layer
-        kind = part.get("rope_type", part.get("type", "default")) if isinstance(part, dict) else "default"
-        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            yield f"config.json: the rotary positions are of type {kind!r}, which is unknown"
-        theta = part.get("rope_theta") if isinstance(part, dict) else None
-        if theta is not None and not (type(theta) in (int, float) and 1 < theta < math.inf):
+        yield f"config.json: `rope_parameters` is {rope!r}, not an object"
+    if rope and config.get("model_type") in ("minigpt", "qwen3"):  # other architectures have types of their own
+        kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 10_000)
+        if str(kind) not in ("default", *ROPE_INIT_FUNCTIONS):
+            yield f"config.json: `rope_type` is {kind!r}, which is unknown"
+        if not (type(theta) in (int, float) and 1 < theta < math.inf):
             yield f"config.json: `rope_theta` is {theta!r}: a number above 1 is required"
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)

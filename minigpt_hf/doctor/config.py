@@ -180,19 +180,23 @@ def leads_outside(folder: Folder) -> Iterator[str]:
         base = folder.json("adapter_config.json").get("base_model_name_or_path")
         yield f"adapter_config.json takes its model from {base!r}"
     for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        for name, value in _nested(folder.json_if_there(file)):
+        settings = folder.json_if_there(file)
+        for name, value in settings.items():
             if name == "transformers_weights" or (name.endswith(("_file", "_files")) and name not in LEFTOVERS):
                 for entry in value if isinstance(value, list) else [value]:
                     if not _is_here(folder, entry):
                         yield f"{file}: `{name}` is {entry!r}, which is no file of the folder"
-            elif name in IMPLEMENTATIONS:
+        for name, value in _nested(settings) if file != "tokenizer_config.json" else ():
+            if value is None:
+                continue
+            if name in IMPLEMENTATIONS:
                 # One for the whole model, or one for each part of a model.
                 for entry in value.values() if isinstance(value, dict) else [value]:
                     if entry is not None and str(entry) not in IMPLEMENTATIONS[name]:
                         yield f"{file}: `{name}` is {entry!r}, which is not part of transformers"
-            elif name in ELSEWHERE and value is not None:
+            elif name in ELSEWHERE:
                 yield f"{file}: `{name}` leads to code outside the folder"
-            elif name == "quantization_config" and value is not None:
+            elif name == "quantization_config":
                 method = value.get("quant_method") if isinstance(value, dict) else value
                 if str(method) not in QUANTIZATION:
                     yield f"{file}: `quantization_config` names {method!r}, which may download kernels"
