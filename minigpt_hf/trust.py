@@ -153,8 +153,9 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
             yield f"config.json: `rope_theta` is {theta!r}: a number above 1 is required"
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
-        if value is not None and not (isinstance(value, str) and DTYPES.fullmatch(value)):
-            yield f"config.json: `{key}` is {value!r}, not a floating-point type"
+        for each in value.values() if isinstance(value, dict) else [value]:  # one for each part, or for all
+            if each is not None and not (isinstance(each, str) and DTYPES.fullmatch(each)):
+                yield f"config.json: `{key}` is {each!r}, not a floating-point type"
     for file in ("generation_config.json", "config.json"):
         for key in MULTIPLIERS:
             value = settings[file].get(key)

@@ -196,7 +196,12 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
         "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
-        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "generation options cannot be used"),
+        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "many: a whole number of at least 1"),
+        "an option of a wrong type": (["generate", "MODEL", "--do_sample", "[]", "--top_k", "many"], "top_k"),
+        "words for a room": (
+            ["generate", "MODEL", "--fast", "--max_cache_len", "x"],
+            "--max_cache_len x: a whole number",
+        ),
         "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); leave it out"),
         "a prompt longer than the context": (
             ["generate", "MODEL", "--prompt", "x y " * 2000],

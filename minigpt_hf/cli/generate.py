@@ -18,7 +18,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--special_tokens",
         action="store_true",
-        help="let a prompt that spells a special token, such as <|endoftext|>, stand for that token (default: it is text)",
+        help="let text of a prompt that spells a special token stand for that token (default: it is text, as in training)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     parser.add_argument(
@@ -34,6 +34,9 @@ def run(argv: list[str]) -> None:
     """Load, and write after each prompt."""
     args, rest = parser().parse_known_args(argv)
     options = _options(rest)
+    for name in ("max_new_tokens", "max_length", "max_cache_len", "num_return_sequences", "num_beams"):
+        if name in options and (type(options[name]) is not int or options[name] < 1):
+            raise ValueError(f"--{name} {options[name]}: a whole number of at least 1 is required")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
 
