@@ -135,7 +135,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
                     f"the prompt has a character that this model's tokenizer does not know: {character!r} "
                     f"(U+{ord(character):04X}); leave it out"
                 ) from error
-        raise
+        raise ValueError(
+            f"the prompt cannot be encoded by this model's tokenizer ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); give another prompt"
+        ) from error
 
 
 def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:

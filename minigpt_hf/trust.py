@@ -156,6 +156,9 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
         for each in value.values() if isinstance(value, dict) else [value]:  # one for each part, or for all
             if each is not None and not (isinstance(each, str) and DTYPES.fullmatch(each)):
                 yield f"config.json: `{key}` is {each!r}, not a floating-point type"
+    longest = settings["tokenizer_config.json"].get("model_max_length")
+    if longest is not None and type(longest) not in (int, float):
+        yield f"tokenizer_config.json: `model_max_length` is {longest!r}, not a number"
     for file in ("generation_config.json", "config.json"):
         for key in MULTIPLIERS:
             value = settings[file].get(key)

@@ -424,6 +424,11 @@ def a_tokenizer_config_that_is_a_list(folder):
     folder.write("tokenizer_config.json", "[]")
 
 
+@hostile("`model_max_length` is 'x', not a number", *VERBS)
+def a_length_of_words(folder):
+    folder.json("tokenizer_config.json", model_max_length="x")
+
+
 @hostile("tokenizer", "export", "tokenizer")
 def no_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
