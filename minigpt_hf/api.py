@@ -7,9 +7,9 @@ In: folders and texts by name. Out: model folders, figures, texts. What a user c
 one line what was given, why it cannot be, and what to do.
 """
 
-import json
 import logging
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 # Estimates the length of a window in characters for a model that does not state it: about 4 for English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
+# The settings of a model's recipe that `evaluate` uses, and their types.
+USED_OF_A_RECIPE = {
+    ("validation_characters", "block_size", "per_device_eval_batch_size"): int,
+    ("validation_fraction",): int | float,
+    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format"): str,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,11 @@ class ModelFolder(os.PathLike):
     @property
     def about(self) -> dict[str, Any]:
         """The content of `minigpt.json`: recipe, data, tokenizer, training, results, sample."""
-        return json.loads((self.path / "minigpt.json").read_text(encoding="utf-8"))
+        from .trust import about_of
+
+        if not (self.path / "minigpt.json").is_file():
+            raise ValueError(f"{self.path}: there is no minigpt.json in it; give a model folder")
+        return about_of(self.path)
 
     @property
     def results(self) -> dict[str, float]:
@@ -172,7 +182,13 @@ def evaluate(
 
 
 def generate(
-    model: str | os.PathLike, prompt: str = "", *, seed: int | None = None, trust_remote_code: bool = False, **options
+    model: str | os.PathLike,
+    prompt: str = "",
+    *,
+    seed: int | None = None,
+    special_tokens: bool = False,
+    trust_remote_code: bool = False,
+    **options,
 ) -> list[str]:
     """Continue a prompt with any causal LM, or begin a document if there is none.
 
@@ -180,6 +196,9 @@ def generate(
         model: A model folder or Hub id.
         prompt: What the text starts with.
         seed: Makes sampling repeatable.
+        special_tokens: Whether a prompt that spells a special token such as `<|endoftext|>` stands for that token; by
+            default it is text, as in training.
+        trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
         options: Any attribute of `GenerationConfig`: `max_new_tokens` (default 200), `temperature`, `top_k`, …
 
     Returns:
@@ -193,7 +212,7 @@ def generate(
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
     loaded, tokenizer = load(model, trust_remote_code)
-    return generate(loaded, tokenizer, prompt, seed=seed, **options)
+    return generate(loaded, tokenizer, prompt, seed=seed, special_tokens=special_tokens, **options)
 
 
 def load(
@@ -211,12 +230,30 @@ def load(
 
 def window_characters_of(model: str | os.PathLike) -> int | None:
     """Length in characters of the windows that the validation sample of a training consisted of; `None` if unknown."""
-    file = Path(model) / "minigpt.json"
-    validation = json.loads(file.read_text(encoding="utf-8"))["data"]["validation"] if file.is_file() else None
-    return None if validation is None else validation["window_characters"]
+    from .trust import about_of
+
+    found: Any = about_of(model)
+    for key in ("data", "validation", "window_characters"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
-    """What `minigpt.json` says of how a model folder was trained; nothing, if it is not one of ours."""
-    file = Path(model) / "minigpt.json"
-    return json.loads(file.read_text(encoding="utf-8"))["recipe"] if file.is_file() else {}
+    """What `minigpt.json` says of how a model folder was trained; nothing, if it is not one of ours.
+
+    Raises:
+        ValueError: if it is malformed, or a setting that evaluation uses is of another type.
+    """
+    from .trust import about_of
+
+    about = about_of(model)
+    recipe = about.get("recipe", {} if not about else None)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{model}: minigpt.json has no `recipe`; restore it from where the model was trained")
+    for names, kind in USED_OF_A_RECIPE.items():
+        for name in names:
+            if (value := recipe.get(name)) is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ValueError(
+                    f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from where the model was trained"
+                )
+    return recipe

@@ -25,6 +25,7 @@ from .publish.folder import save_suitcase
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+LARGEST = 10_000_000  # of any size in `model_args`
 TOLERANCE = 1e-4  # of logits, relative to the largest: float32 sums in another order differ by some 1e-6
 
 
@@ -77,22 +78,36 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str
         raise ValueError(f"{checkpoint}: not a file that `torch.save` wrote, or half of one")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except Exception as error:  # a malformed pickle may raise anything (documentation of `pickle.UnpicklingError`)
         raise ValueError(
-            f"{checkpoint}: cannot be read as tensors and plain values ({str(error).splitlines()[0]}); a pickle with code "
-            "in it is not opened"
+            f"{checkpoint}: cannot be read as tensors and plain values ({type(error).__name__}: "
+            f"{(str(error).strip() or 'no message').splitlines()[0]}); a pickle with code in it is not opened"
         ) from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{checkpoint}: no checkpoint of nanoGPT, which holds `model` and `model_args`")
-    missing = [name for name in ARCHITECTURE if name not in content["model_args"]]
-    if missing:
+    weights, architecture = content["model"], content["model_args"]
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ValueError(f"{checkpoint}: no checkpoint of nanoGPT, in which `model` holds tensors by name")
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{checkpoint}: no checkpoint of nanoGPT, in which `model_args` is a dictionary")
+    if missing := [name for name in ARCHITECTURE if name not in architecture]:
         raise ValueError(f"{checkpoint}: `model_args` says nothing of {', '.join(missing)}")
+    for name in set(ARCHITECTURE) - {"bias"}:
+        if type(size := architecture[name]) is not int or not 1 <= size <= LARGEST:
+            raise ValueError(
+                f"{checkpoint}: `model_args` has {name} {size!r}: a number from 1 to {LARGEST:,} is required"
+            )
+    if architecture["n_embd"] % architecture["n_head"]:
+        raise ValueError(
+            f"{checkpoint}: `model_args` has n_head {architecture['n_head']}, which does not divide n_embd "
+            f"{architecture['n_embd']}"
+        )
     weights = {
-        name.removeprefix("_orig_mod."): tensor.float()  # torch.compile puts that before each name
-        for name, tensor in content["model"].items()
-        if not name.endswith(".attn.bias")  # the causal mask of torch versions without its own attention
+        str(name).removeprefix("_orig_mod."): tensor.float()  # torch.compile puts that before each name
+        for name, tensor in weights.items()
+        if not str(name).endswith(".attn.bias")  # the causal mask of torch versions without its own attention
     }
-    return weights, content["model_args"]
+    return weights, architecture
 
 
 def to_gpt2(
@@ -103,6 +118,11 @@ def to_gpt2(
     Raises:
         ValueError: if a weight is missing, left over, or of another shape.
     """
+    sizes = {"wte": "vocab_size", "wpe": "block_size"}
+    shapes = {name: (architecture[size], architecture["n_embd"]) for name, size in sizes.items()}
+    found = {name: tuple(weights.get(f"transformer.{name}.weight", torch.empty(0)).shape) for name in shapes}
+    if found != shapes or architecture["n_layer"] > len(weights):
+        raise ValueError("the weights are not those of nanoGPT's model: they do not have the sizes of `model_args`")
     # nanoGPT has no token that opens a document; its own samples begin with a line end.
     opening = vocabulary.eos_token_id
     if opening is None:
@@ -182,9 +202,11 @@ def character_vocabulary(meta: Path) -> PreTrainedTokenizerFast:
         with meta.open("rb") as file:
             content = _PlainValues(file).load()
         stoi = dict(content["stoi"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{meta}: not a vocabulary of nanoGPT ({error})") from error
-    if sorted(stoi.values()) != list(range(len(stoi))) or not all(isinstance(c, str) and len(c) == 1 for c in stoi):
+    except Exception as error:  # a malformed pickle may raise anything (documentation of `pickle.UnpicklingError`)
+        raise ValueError(f"{meta}: not a vocabulary of nanoGPT ({' '.join(str(error).split())})") from error
+    ids = set(stoi.values()) if all(type(number) is int for number in stoi.values()) else set()
+    characters = all(isinstance(c, str) and len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in stoi)
+    if ids != set(range(len(stoi))) or not characters:
         raise ValueError(f"{meta}: `stoi` does not give each character one of the ids 0 to {len(stoi) - 1}")
     tokenizer = Tokenizer(models.WordLevel(vocab=stoi))
     tokenizer.pre_tokenizer = EACH_CHARACTER

@@ -7,12 +7,12 @@ architectures, weights that are missing, and settings that MiniGPT does not have
 from dataclasses import fields
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .training.arguments import OF_THE_MODEL, ModelArguments
+from .trust import checked_folder, loading
 
 
 def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
@@ -22,10 +22,9 @@ def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
         ValueError: if there is no model there, or it is neither a MiniGPT nor a Qwen3.
     """
     folder = architecture.init_from
-    try:
-        found = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--init_from {folder}: no model there ({str(error).splitlines()[0]})") from error
+    path = checked_folder(folder)
+    with loading(folder):
+        found = AutoConfig.from_pretrained(path, trust_remote_code=False)
     settings = found.to_dict()
     if found.model_type not in ("minigpt", "qwen3") or settings.get("attention_bias") or found.hidden_act != "silu":
         raise ValueError(
@@ -48,12 +47,11 @@ def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
 
 def existing_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
     """The weights of a folder or Hub id, in float32, whatever they were saved in."""
-    try:
+    path = checked_folder(folder)
+    with loading(folder):
         model, about = MiniGPTForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
+            path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"--init_from {folder}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     if wrong := sorted([*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]):
         raise ValueError(f"--init_from {folder}: its weights are not those of its configuration ({wrong[0]}, …)")
     return model

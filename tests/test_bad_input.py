@@ -166,7 +166,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a negative block": (train("--block_size", "-3"), "block_size is -3"),
         "too small a vocabulary": (train("--vocab_size", "5"), "vocab_size is 5: byte-level BPE needs at least 258"),
-        "no such tokenizer": (train("--tokenizer", "absent"), "tokenizer absent: cannot be loaded"),
+        "no such tokenizer": (train("--tokenizer", "absent"), "absent: no tokenizer can be loaded from it"),
         "a model shorter than its blocks": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
         "a checkpoint that is not there": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
     },
@@ -198,7 +198,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "weights cut short": (["generate", "cut-model"], "cut-model: no model can be loaded"),
         "an architecture that is not ours": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),
         "no model to go on from": (train("--recipe", "finetune"), "name a folder or a Hub id with --init_from"),
-        "no such model to go on from": (train("--init_from", "absent", "--recipe", "finetune"), "no model there"),
+        "no such model to go on from": (
+            train("--init_from", "absent", "--recipe", "finetune"),
+            "absent: no model can be",
+        ),
         "weights cut short, to go on from": (
             train("--init_from", "cut-model", "--recipe", "finetune", "--block_size", "32"),
             "cut-model",
@@ -214,7 +217,12 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
         "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
-        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "generation options cannot be used"),
+        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "many: a whole number of at least 1"),
+        "an option of a wrong type": (["generate", "MODEL", "--do_sample", "[]", "--top_k", "many"], "top_k"),
+        "words for a room": (
+            ["generate", "MODEL", "--fast", "--max_cache_len", "x"],
+            "--max_cache_len x: a whole number",
+        ),
         "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); leave it out"),
         "a prompt longer than the context": (
             ["generate", "MODEL", "--prompt", "x y " * 2000],

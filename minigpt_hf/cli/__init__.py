@@ -82,8 +82,16 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
             raise
         if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__  # the sentence of the check, without the name of the checker
-        print(f"minigpt {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"minigpt {verb}: {_printable(str(error))}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return errno.ENOSPC  # as DiskFull: the log, too, needs room
         return error.exit_code if isinstance(error, RunStopped) else 2
     return code or 0
+
+
+def _printable(message: str) -> str:
+    """A message in one line, with control characters as escapes: what it quotes of a file must not act on the terminal."""
+    from ..doctor.row import is_invisible
+
+    line = " ".join(message.split())
+    return "".join(c.encode("unicode_escape").decode() if is_invisible(c) else c for c in line)

@@ -15,6 +15,11 @@ def parser() -> Parser:
     parser.add_argument("model", help="a model folder or Hub id")
     parser.add_argument("--prompt", default="", help="what the text starts with (default: nothing: a new document)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument(
+        "--special_tokens",
+        action="store_true",
+        help="let text of a prompt that spells a special token stand for that token (default: it is text, as in training)",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
     parser.add_argument(
         "--fast",
@@ -29,6 +34,9 @@ def run(argv: list[str]) -> None:
     """Load, and write after each prompt."""
     args, rest = parser().parse_known_args(argv)
     options = _options(rest)
+    for name in ("max_new_tokens", "max_length", "max_cache_len", "num_return_sequences", "num_beams"):
+        if name in options and (type(options[name]) is not int or options[name] < 1):
+            raise ValueError(f"--{name} {options[name]}: a whole number of at least 1 is required")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
 
@@ -53,15 +61,17 @@ def run(argv: list[str]) -> None:
         print(f"compiled: {compiled}", file=sys.stderr, flush=True)
         extra = {"extra_options": compiled.generation_options}
 
+    settings = {"seed": args.seed, "special_tokens": args.special_tokens, **extra, **options}
+
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
-            encode_prompt(tokenizer, prompt)  # one that cannot be encoded is not printed
+            encode_prompt(tokenizer, prompt, args.special_tokens)  # one that cannot be encoded is not printed
             # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
             print(prompt, end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            write(model, tokenizer, prompt, seed=args.seed, streamer=streamer, **extra, **options)
+            write(model, tokenizer, prompt, streamer=streamer, **settings)
         else:
-            for text in write(model, tokenizer, prompt, seed=args.seed, **extra, **options):
+            for text in write(model, tokenizer, prompt, **settings):
                 print(text, end="\n---\n", flush=True)
 
     if not args.interactive:
@@ -82,7 +92,7 @@ def run(argv: list[str]) -> None:
 
 def _options(flags: list[str]) -> dict:
     """["--top_k", "50", "--do_sample", "false"] -> {"top_k": 50, "do_sample": False}."""
-    import yaml
+    from ..training.recipe import load_yaml
 
     options = {}
     while flags:
@@ -92,5 +102,8 @@ def _options(flags: list[str]) -> dict:
         name, is_joined, value = flag[2:].partition("=")
         if not is_joined:
             value, flags = (flags[0], flags[1:]) if flags and not flags[0].startswith("--") else ("true", flags)
-        options[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            options[name.replace("-", "_")] = load_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"--{name} {value}: not a value: {error}") from error
     return options

@@ -1,8 +1,11 @@
 """`minigpt plot RUN [RUN …]`: how runs learnt, in one picture."""
 
+import logging
 from pathlib import Path
 
 from .parser import Parser
+
+logger = logging.getLogger(__name__)
 
 
 def parser() -> Parser:
@@ -17,16 +20,26 @@ def run(argv: list[str]) -> None:
     """Read the logs and draw."""
     args = parser().parse_args(argv)
 
-    from ..publish.figures import draw_comparison
+    from ..publish.figures import draw_comparison, is_number
     from ..training.resume import read_log
 
     output, logs = Path(args.output), {}
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--output {output}: pictures are written as .png, .svg or .pdf")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"--output {output}: is there already and is not a file; name another one")
     for name in args.runs:
         if not (Path(name) / "log.jsonl").is_file():
             raise ValueError(f"{name}: no run there (it has no log.jsonl); name what --output_dir was")
-        logs[name] = read_log(Path(name) / "log.jsonl")
+        try:
+            log = read_log(Path(name) / "log.jsonl")
+        except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
+            raise ValueError(f"{name}: its log.jsonl cannot be read ({error}); name another run") from error
+        rows = [row for row in log if isinstance(row, dict)]
+        drawn = [row[key] for row in rows for key in ("bits_per_byte", "eval_bits_per_byte") if key in row]
+        if odd := len(log) - len(rows) + sum(not is_number(value) for value in drawn):
+            logger.warning("%s: %d values of log.jsonl are not finite numbers and are not drawn", name, odd)
+        logs[name] = log
     names = {name: Path(name).name for name in logs}
     if len(set(names.values())) < len(names):
         names = {name: name for name in logs}  # runs of one name in different folders

@@ -24,15 +24,19 @@ def run(argv: list[str]) -> None:
     """Look the folder over, upload it, and print where it is."""
     args = parser().parse_args(argv)
 
+    from huggingface_hub.utils import validate_repo_id
+
     from ..doctor import examine, failures
-    from ..publish.push import check_whole, push_folder
+    from ..publish.push import check_whole, push_folder, state_of
 
     quiet()
     folder = Path(args.folder)
+    validate_repo_id(args.repo_id)
     check_whole(folder)
+    checked = state_of(folder)
     if found := failures(examine(folder)):
         faults = "; ".join(f"{row.name}: {row.reason}" for row in found)
         raise ValueError(
             f"{folder}: is not pushed, the doctor found {faults}; `minigpt doctor {folder}` says what to do"
         )
-    print(*push_folder(folder, args.repo_id, args.revision, args.private, args.native), sep="\n")
+    print(*push_folder(folder, args.repo_id, args.revision, args.private, args.native, checked), sep="\n")

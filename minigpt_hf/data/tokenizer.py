@@ -10,15 +10,13 @@ mistakes the end of a text for padding.
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..network import cache_alone_if_unreachable
+from ..trust import checked_folder, loading
 from .cuts import PIECE_CHARACTERS, RUN, pieces
 
 logger = logging.getLogger(__name__)
@@ -120,19 +118,16 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """An existing tokenizer: a folder, or a Hub id.
+    """An existing tokenizer: a folder, or a Hub id. No code of the folder is run.
 
     Raises:
-        ValueError: if there is none, if it is not a fast one, or if it has no end-of-text token.
+        ValueError: if there is none, if it needs code of its own, if it is not a fast one, or if it has no end-of-text token.
     """
-    try:
-        with nullcontext() if Path(folder).is_dir() else cache_alone_if_unreachable():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer {folder}: cannot be loaded ({str(error).splitlines()[0]}); "
-            "give `bpe`, `characters`, `bytes`, or a folder or Hub id that holds a tokenizer"
-        ) from error
+    path = checked_folder(folder, what="tokenizer", with_weights=False)
+    with loading(
+        folder, "tokenizer", "give `bpe`, `characters`, `bytes`, or a folder or Hub id that holds a tokenizer"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {folder}: it needs a `tokenizer.json` and an `eos_token` to separate documents")
     return tokenizer

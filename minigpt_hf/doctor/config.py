@@ -6,6 +6,7 @@ In: a `Folder`. Out: rows. Only JSON is read; no class of the model is needed.
 import math
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from .folder import Folder, is_minigpt
@@ -24,6 +25,21 @@ SIZES = {
     "max_position_embeddings": (("max_position_embeddings", "n_positions"), 100_000_000),
 }
 ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers")
+# Implementations that are part of transformers. Other names are addresses of kernels: code that is downloaded from the Hub
+# and run. With the package `kernels`, so are the names of flash attention, unless its own package is installed.
+ATTENTION = {"eager", "sdpa", "flex_attention"}
+if find_spec("kernels") is None or find_spec("flash_attn") is not None:
+    ATTENTION |= {"flash_attention_2", "flash_attention_3", "flash_attention_4"}
+ATTENTION |= {f"paged|{name}" for name in ATTENTION}
+EXPERTS = {"eager", "batched_mm", "grouped_mm"}
+IMPLEMENTATIONS = {
+    **dict.fromkeys(("attn_implementation", "_attn_implementation", "_attn_implementation_internal"), ATTENTION),
+    **dict.fromkeys(("experts_implementation", "_experts_implementation", "_experts_implementation_internal"), EXPERTS),
+}
+ELSEWHERE = ("fusion_config", "kernel_config", "custom_generate", "compile_config", "cache_config")
+# Methods whose code is an installed package; others download kernels from the Hub.
+QUANTIZATION = {"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "awq", "torchao", "hqq", "quanto"}
+QUANTIZATION |= {"compressed-tensors", "aqlm", "eetq", "vptq", "bitnet"}
 LEFTOVERS = ("special_tokens_map_file",)  # of older versions; nothing reads it
 OURS = (*SIZES, "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_sliding_window")
 
@@ -34,15 +50,20 @@ def size(config: dict[str, Any], name: str) -> int | None:
     return None if isinstance(found, list) else found
 
 
-def faults(config: dict[str, Any]) -> Iterator[str]:
-    """What keeps a configuration from being built, or makes another model of it than was trained."""
+def size_faults(config: dict[str, Any]) -> Iterator[str]:
+    """Sizes that are no numbers, or that no model has."""
     for name, (_, most) in SIZES.items():
         number = size(config, name)
-        if number is None and name in ALWAYS:
-            yield f"no `{name}`"
-        elif number is not None and (type(number) is not int or not 1 <= number <= most):
+        if number is not None and (type(number) is not int or not 1 <= number <= most):
             yield f"`{name}` is {number!r}: a whole number from 1 to {most:,} is wanted"
-            return  # the arithmetic below needs numbers
+
+
+def faults(config: dict[str, Any]) -> Iterator[str]:
+    """What keeps a configuration from being built, or makes another model of it than was trained."""
+    if wrong := next(size_faults(config), None):
+        yield wrong
+        return  # the arithmetic below needs numbers
+    yield from (f"no `{name}`" for name in ALWAYS if size(config, name) is None)
     heads, groups, width = (
         size(config, "num_attention_heads"),
         size(config, "num_key_value_heads"),
@@ -148,20 +169,47 @@ def recipe(folder: Folder) -> Row:
 @check("settings stay inside")
 def inside(folder: Folder) -> Row:
     """Every setting that makes a loader open another file: it has to be one of this folder, by its bare name."""
-    outside = []
-    if "adapter_config.json" in folder.files:
-        base = folder.json("adapter_config.json").get("base_model_name_or_path")
-        outside.append(f"adapter_config.json takes its model from {base!r}")
-    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        for name, value in folder.json_if_there(file).items():
-            if name == "transformers_weights" or (name.endswith(("_file", "_files")) and name not in LEFTOVERS):
-                opened = value if isinstance(value, list) else [value]
-                outside += [f"{file}: `{name}` is {entry!r}" for entry in opened if not _is_here(folder, entry)]
-            elif name in ("attn_implementation", "_attn_implementation") and "/" in str(value):
-                outside.append(f"{file}: `{name}` is {value!r}, a kernel from elsewhere")
-    if outside:
+    if outside := list(leads_outside(folder)):
         return failed(some(outside), "take these settings out: a model folder names its own files only")
     return passed("no setting leads out of the folder")
+
+
+def leads_outside(folder: Folder) -> Iterator[str]:
+    """Settings that make a loader open, download or run what is not one of the folder's own files."""
+    if "adapter_config.json" in folder.files:
+        base = folder.json("adapter_config.json").get("base_model_name_or_path")
+        yield f"adapter_config.json takes its model from {base!r}"
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        settings = folder.json_if_there(file)
+        for name, value in settings.items():
+            if name == "transformers_weights" or (name.endswith(("_file", "_files")) and name not in LEFTOVERS):
+                for entry in value if isinstance(value, list) else [value]:
+                    if not _is_here(folder, entry):
+                        yield f"{file}: `{name}` is {entry!r}, which is no file of the folder"
+        for name, value in _nested(settings) if file != "tokenizer_config.json" else ():
+            if value is None:
+                continue
+            if name in IMPLEMENTATIONS:
+                # One for the whole model, or one for each part of a model.
+                for entry in value.values() if isinstance(value, dict) else [value]:
+                    if entry is not None and str(entry) not in IMPLEMENTATIONS[name]:
+                        yield f"{file}: `{name}` is {entry!r}, which is not part of transformers"
+            elif name in ELSEWHERE:
+                yield f"{file}: `{name}` leads to code outside the folder"
+            elif name == "quantization_config":
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                if str(method) not in QUANTIZATION:
+                    yield f"{file}: `quantization_config` names {method!r}, which may download kernels"
+
+
+def _nested(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All settings by name, those of the parts of a composite configuration included."""
+    queue = [settings]
+    while queue:
+        for name, value in queue.pop().items():
+            yield name, value
+            if isinstance(value, dict):
+                queue.append(value)
 
 
 def _is_here(folder: Folder, entry: Any) -> bool:

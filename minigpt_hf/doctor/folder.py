@@ -30,12 +30,14 @@ class Folder:
 
     Args:
         path: The folder itself may be reached through a link; nothing in it may.
+        follow: Count a link as the file it stands for if that file lies in the folder, or, for a snapshot in the cache of
+            the Hub, among the blobs of its repository. Other links stay in `others`.
 
     Raises:
         ValueError: if there is no such folder, or it cannot be a model folder.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, follow: bool = False):
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(
@@ -44,6 +46,10 @@ class Folder:
         self.files: dict[str, int] = {}  # path in the folder -> bytes
         self.others: dict[str, str] = {}  # what is neither file nor folder -> what it is
         self._parsed: dict[str, dict[str, Any]] = {}
+        self._homes: list[Path] = []  # where the target of a link may lie
+        if follow:
+            home = self.path.resolve()
+            self._homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
         self._list(self.path, "")
         if "config.json" not in self.files and "model/config.json" in self.files:
             raise ValueError(f"{path}: this is a run; its model is in {self.path / 'model'}")
@@ -54,7 +60,11 @@ class Folder:
                 name = prefix + entry.name
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISLNK(status.st_mode):
-                    self.others[name] = "a link"
+                    target = Path(entry.path).resolve()
+                    if target.is_file() and any(target.is_relative_to(home) for home in self._homes):
+                        self.files[name] = target.stat().st_size
+                    else:
+                        self.others[name] = "a link"
                 elif stat.S_ISREG(status.st_mode):
                     self.files[name] = status.st_size
                 elif stat.S_ISDIR(status.st_mode):
@@ -71,7 +81,8 @@ class Folder:
         """A regular file of the folder, for reading."""
         if name not in self.files:
             raise Unreadable(f"{name} is {self.others.get(name, 'missing')}")
-        file = open(self.path / name, "rb", opener=lambda path, flags: os.open(path, flags | NO_FOLLOW))  # noqa: SIM115
+        path = (self.path / name).resolve() if self._homes else self.path / name
+        file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | NO_FOLLOW))  # noqa: SIM115
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
             raise Unreadable(f"{name} is no regular file")

@@ -136,12 +136,11 @@ def index(folder: Folder) -> Row:
         if files != [WEIGHTS]:
             return failed(f"no {INDEX}, and the weights are {some(files)}", RENEW)
         raise NotApplicable("one file, no index")
-    places = folder.json(INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        return failed(f"{INDEX} has no `weight_map`", RENEW)
+    try:
+        places = places_of(folder)
+    except Unsound as error:
+        return failed(str(error), RENEW)
     shards = set(places.values())
-    if outside := sorted(shard for shard in shards if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII)):
-        return failed(f"{INDEX} leads out of the folder: {some(outside)}", RENEW)
     if missing := sorted(shards - set(files)):
         return failed(f"{INDEX} names {some(missing)}, which is not there", RENEW)
     if extra := sorted(set(files) - shards):
@@ -152,6 +151,21 @@ def index(folder: Folder) -> Row:
     if wrong := sorted(name for name in kept.keys() | places.keys() if kept.get(name) != places.get(name)):
         return failed(f"{INDEX} and the shards disagree about {some(wrong)}", RENEW)
     return passed(f"{len(shards)} shards")
+
+
+def places_of(folder: Folder) -> dict[str, str]:
+    """What the index says: the name of a tensor -> the name of the file in the folder that holds it.
+
+    Raises:
+        Unsound: if there is no such map, or if it leads out of the folder.
+    """
+    places = folder.json(INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise Unsound(f"{INDEX} has no `weight_map`")
+    shards = set(places.values())
+    if outside := sorted(shard for shard in shards if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII)):
+        raise Unsound(f"{INDEX} leads out of the folder: {some(outside)}")
+    return places
 
 
 def is_tied(config: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The logs of trainings -> pictures.
 
-In: the rows of `log.jsonl`. Out: PNG files. They refuse nothing: an empty log gives an empty picture.
+In: the rows of `log.jsonl`. Out: PNG files. They refuse nothing: an empty log gives an empty picture, and values that are not
+finite numbers are left out.
 """
 
 from pathlib import Path
@@ -57,19 +58,30 @@ def draw_comparison(logs: dict[str, Log], file: Path) -> None:
     """Validation and training of several runs against tokens seen, in bits per byte, which tokenizers do not change."""
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
+    labels = []
     for (name, log), colour in zip(logs.items(), (COLOURS * len(logs))[: len(logs)], strict=True):
         axes.plot(*columns(log, "bits_per_byte"), color=colour, linewidth=0.8, alpha=0.4)
         tokens, values = columns(log, "eval_bits_per_byte")
-        label = f"{name} ({min(values):.3f})" if values else f"{name} (not validated)"
-        axes.plot(tokens, values, color=colour, linewidth=1.6, marker="o", markersize=4, label=label)
+        labels.append(f"{name} ({min(values):.3f})" if values else f"{name} (not validated)")
+        axes.plot(tokens, values, color=colour, linewidth=1.6, marker="o", markersize=4, label="run")
     _finish(axes, "bits per byte (thin: training)")
+    if labels:
+        # Names are text: matplotlib would leave out labels that begin with `_`, and typeset what stands between two `$`.
+        for text, label in zip(axes.get_legend().get_texts(), labels, strict=True):
+            text.set_parse_math(False)
+            text.set_text("".join(c if c.isprintable() else repr(c)[1:-1] for c in label))
     figure.savefig(file)
 
 
 def columns(log: Log, name: str) -> tuple[list[float], list[float]]:
-    """Tokens seen, and what `name` was then."""
-    rows = [row for row in log if name in row]
+    """Tokens seen, and what `name` was then, where both are finite numbers."""
+    rows = [row for row in log if isinstance(row, dict) and is_number(row.get("tokens")) and is_number(row.get(name))]
     return [row["tokens"] for row in rows], [row[name] for row in rows]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a log can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300  # NaN and infinity are not
 
 
 def _finish(axes: Axes, unit: str) -> None:

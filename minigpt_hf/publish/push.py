@@ -5,7 +5,6 @@ folder travel, and a branch moves when all of them have arrived, or not at all. 
 file. The token is a matter between huggingface_hub and the Hub (`hf auth login` or HF_TOKEN): it is never kept here.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..model.configuration_minigpt import MiniGPTConfig
+from ..trust import about_of
 from .card import render_card
 from .folder import OPTIONAL, REQUIRED, published_files
 
@@ -32,7 +32,12 @@ REMEDIES = {
 
 
 def push_folder(
-    folder: Path, repo_id: str, revision: str | None = None, private: bool = False, native: bool = False
+    folder: Path,
+    repo_id: str,
+    revision: str | None = None,
+    private: bool = False,
+    native: bool = False,
+    checked: dict[Path, tuple[int, ...]] | None = None,
 ) -> list[str]:
     """Publish a model folder, and with `native` its twin without code on the branch of that name.
 
@@ -40,6 +45,7 @@ def push_folder(
         repo_id: USER/NAME; made if it is not there.
         revision: The branch; made if it is not there. Default: `main`.
         private: Nobody else may see the repository.
+        checked: What `state_of` returned before the folder was examined: a file that has changed since is not uploaded.
 
     Returns:
         An address for each branch.
@@ -61,6 +67,10 @@ def push_folder(
             branches.append(("native", export_native(folder, Path(scratch) / "native")))
         repo_id = open_repository(repo_id, private)
         card = card_for(folder, repo_id)
+        if checked is not None and state_of(folder) != checked:
+            raise ValueError(
+                f"{folder}: has changed since it was examined: wait until nothing writes there, and push again"
+            )
         return [commit_folder(each, repo_id, branch, card=card) for branch, each in branches]
 
 
@@ -149,10 +159,16 @@ def check_whole(folder: Path) -> None:
         raise ValueError(f"{links[0]}: is a link; put the file itself there")
 
 
+def state_of(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Size, modification time and inode of each file that would be uploaded."""
+    states = {file: file.stat() for file in published_files(folder)}
+    return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
+
+
 def card_for(folder: Path, repo_id: str) -> str:
     """The card of a folder as it goes up: with the name of the repository, unless somebody has written in it."""
     card = (folder / "README.md").read_text(encoding="utf-8")
-    about = json.loads((folder / "minigpt.json").read_text(encoding="utf-8"))
+    about = about_of(folder)
     config = MiniGPTConfig.from_pretrained(folder)
     return render_card({**about, "name": repo_id}, config) if card == render_card(about, config) else card
 

@@ -5,7 +5,9 @@ or, of a training, the recipe that gives it again. It refuses unknown recipes, k
 """
 
 import difflib
+import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib.resources import files
@@ -17,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .arguments import GROUPS, OF_THE_MODEL, Arguments, settings_known
 
+LONGEST = 1 << 16  # bytes of a recipe
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
@@ -96,6 +99,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         source = Path(name)
         if not source.is_file():
             raise ValueError(f"recipe {name}: no such file")
+        if source.stat().st_size > LONGEST:
+            raise ValueError(f"recipe {name}: has more than {LONGEST:,} bytes; a recipe has some hundred")
     else:
         source = RECIPES / f"{name}.yaml"
         if not source.is_file():
@@ -103,20 +108,70 @@ def read_recipe(name: str) -> dict[str, Any]:
                 f"unknown recipe {name!r}{_nearest(name, recipe_names())}; known: {', '.join(recipe_names())}"
             )
     try:
-        settings = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = load_yaml(source.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError included
         raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
     known = settings_known()
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(key, known)}")
-        if isinstance(value, list | dict) and known[key] in (int, float, str, bool):
-            raise ValueError(f"recipe {name}: {key} is {value}: expected one {known[key].__name__}")
-        if known[key] is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
-            settings[key] = float(value)
+            raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(str(key), known)}")
+        kind = next((kind for kind in (bool, int, float, str) if known[key] in (kind, kind | None)), None)
+        allowed = {bool: bool | str, int: int | float | str, float: int | float | str, str: str}
+        if kind and value is not None:
+            right = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
+            if not right:
+                raise ValueError(f"recipe {name}: {key} is {reprlib.repr(value)}: expected one {kind.__name__}")
+        if kind is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
+            try:
+                value = settings[key] = float(value)
+            except ValueError as error:
+                raise ValueError(f"recipe {name}: {key} is {reprlib.repr(value)}: expected a number") from error
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise ValueError(f"recipe {name}: {key} is {value}: expected a finite number")
+            if kind is int:
+                raise ValueError(f"recipe {name}: {key} is {value}: expected a whole number")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(f"recipe {name}: {key} is a number of {value.bit_length()} bits; at most 63 are possible")
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only: a key that is there twice and references, which can multiply without end, are refused."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "references (&, *) are not taken", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for each, _ in node.value:
+            key = self.construct_object(each, deep=True)
+            if key in seen:
+                problem = f"the key {reprlib.repr(key)} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, each.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """YAML -> plain values.
+
+    Raises:
+        ValueError: in one line, if it is not YAML, is nested too deeply, names a key twice, or holds references or objects.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the latter of numbers and dates
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def recipe_names() -> list[str]:

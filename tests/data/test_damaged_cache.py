@@ -48,7 +48,7 @@ def texts(tmp_path_factory, text):
 
 
 def prepared(file: Path, cache: Path, kind: str = "bpe") -> PreparedText:
-    return prepare(load_corpus(str(file), cache_dir=cache), kind, 300, cache, validation_characters=1000)
+    return prepare(load_corpus(str(file), cache_dir=cache), kind, 300, cache, block_size=16, validation_characters=1000)
 
 
 def content(text: PreparedText) -> tuple:

@@ -167,7 +167,7 @@ def weights_of_another_name_elsewhere(folder: Broken):
     folder.json("config.json", transformers_weights="../outside/model.safetensors")
 
 
-@attack("settings stay inside", says="`attn_implementation` is 'someone/kernel', a kernel from elsewhere")
+@attack("settings stay inside", says="`attn_implementation` is 'someone/kernel', which is not part of transformers")
 def a_kernel_from_elsewhere(folder: Broken):
     folder.json("config.json", attn_implementation="someone/kernel")
 

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from ...model.configuration_minigpt import MiniGPTConfig
 from ...model.modeling_minigpt import MiniGPTForCausalLM
+from ...trust import checked_folder, loading
 
 
 def load_model(folder: Path) -> MiniGPTForCausalLM:
@@ -29,10 +31,16 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         if (folder / "model" / "config.json").is_file():
             raise ValueError(f"{folder}: this is a run; its model is in {folder / 'model'}")
         raise ValueError(f"{folder}: there is no config.json in it; give a model folder")
+    checked_folder(str(folder))
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != MiniGPTConfig.model_type:
         raise ValueError(f"{folder}: a model of type {model_type!r}; only MiniGPT folders are exported")
-    model, report = MiniGPTForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    with loading(str(folder)):
+        model, report = MiniGPTForCausalLM.from_pretrained(
+            folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
+        )
+    with loading(str(folder), "tokenizer", "an export needs the tokenizer of the model"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[fault]:
             raise ValueError(f"{folder}: {fault.replace('_', ' ')} in its weights: {sorted(map(str, report[fault]))}")
@@ -65,8 +73,10 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: if `out` is there already.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out}: is there already; remove it, or name another place with --output_dir")
+    if (out.resolve().parent / "config.json").is_file():
+        raise ValueError(f"{out}: lies in a model folder; name a place outside of it with --output_dir")
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # what an export that was killed left
     unfinished.mkdir(parents=True)

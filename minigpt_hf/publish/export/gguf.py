@@ -30,6 +30,7 @@ from transformers import (
 
 from ...model.configuration_minigpt import MiniGPTConfig
 from ...model.modeling_minigpt import MiniGPTForCausalLM
+from ...trust import about_of
 from . import check, check_context, load_model, longest_context, whole_or_absent
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
@@ -62,7 +63,7 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
         raise ValueError(f"--dtype {dtype}: GGUF files are written in {', '.join(KINDS)}")
     _refuse_what_qwen3_cannot_say(folder, model.config, context)
     check_context(model.config, context)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
     context = context or model.config.max_position_embeddings
     name = _name(folder)
@@ -174,7 +175,7 @@ def _verify(
     file: Path, model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str, context: int
 ) -> None:
     """Read the file as a stranger does, with the readers of transformers and of `gguf`, and compare."""
-    read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+    read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).to_dict()
     settings = {**qwen3_settings(model), "max_position_embeddings": context}
     for name in (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -229,6 +230,7 @@ def _read_vocabulary(file: Path) -> Vocabulary:
 
 def _name(folder: Path) -> str:
     """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder; fit for a file name."""
-    file = folder / "minigpt.json"
-    name = json.loads(file.read_text(encoding="utf-8"))["name"] if file.is_file() else folder.resolve().name
+    name = about_of(folder).get("name")
+    if not isinstance(name, str) or not name:
+        name = folder.resolve().name
     return re.sub(r"[^\w.-]+", "-", name)

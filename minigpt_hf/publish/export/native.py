@@ -81,14 +81,19 @@ def _verify(twin: Path, folder: Path, model: MiniGPTForCausalLM, context: int | 
     for file in folder.glob("*.safetensors"):
         check(filecmp.cmp(file, twin / file.name, shallow=False), f"{file.name} is the same file")
     theirs, report = AutoModelForCausalLM.from_pretrained(
-        twin, trust_remote_code=False, output_loading_info=True, attn_implementation="eager"
+        twin,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        attn_implementation="eager",
     )
     check(type(theirs) is Qwen3ForCausalLM, "transformers loads it with its own Qwen3")
     check(not any(report[fault] for fault in report), "its weights are those of a Qwen3, no more and no fewer")
     ids = probe(model.config, context)
     with torch.no_grad():
         check(torch.equal(theirs.eval()(ids).logits, model(ids).logits), "its logits are the model's, bit for bit")
-    encoders = [AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str() for place in (folder, twin)]
+    loaded = [AutoTokenizer.from_pretrained(place, trust_remote_code=False) for place in (folder, twin)]
+    encoders = [tokenizer.backend_tokenizer.to_str() for tokenizer in loaded]
     check(encoders[0] == encoders[1], "transformers loads the same tokenizer from it")
 
 
