@@ -89,10 +89,11 @@ class MiniGPTTrainer(Trainer):
         resumed run does, too; but persistent workers only once, which a resumed run would do in another epoch.
         """
         loader = super().get_train_dataloader()
+        torch_loader = loader.base_dataloader  # accelerate's loader takes its batches from this one
         if self.args.dataloader_num_workers:
-            loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+            torch_loader.worker_init_fn = partial(ignore_signals, torch_loader.worker_init_fn)
         if self.args.dataloader_persistent_workers:
-            loader.generator = torch.Generator()
+            torch_loader.generator = torch.Generator()
         return loader
 
     def check_batches(self) -> None:
@@ -165,7 +166,8 @@ class MiniGPTTrainer(Trainer):
 
         If the best one was removed or is broken, the best of the others takes its place, and a warning says so.
         """
-        if self.state.best_global_step is None:
+        if self.state.best_global_step is None or self.args.metric_for_best_model is None:
+            self.state.best_model_checkpoint = None
             return
         metric, folders = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}", {}
         for row in self.state.log_history:
