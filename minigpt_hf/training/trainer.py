@@ -399,9 +399,10 @@ class MiniGPTTrainer(Trainer):
 
     def disk_full(self, what: str) -> DiskFull:
         """What to raise where there is no room for `what`."""
+        it = "it" if what.startswith("checkpoint") else "a checkpoint"
         needed, free = self.bytes_of_a_checkpoint(), shutil.disk_usage(self.args.output_dir).free
         return DiskFull(
-            f"no room for {what}: a checkpoint needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier "
+            f"no room for {what}: {it} needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier "
             "checkpoints are whole; make room, and the same command goes on from there"
         )
 

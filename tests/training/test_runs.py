@@ -1,5 +1,6 @@
-"""A run folder has one owner, a run ends in order whatever happens around it, and a resumed run says what the straight one does."""
+"""One training in a run folder, an orderly end whatever happens around it, and resumes that log what a straight run logs."""
 
+import io
 import json
 import math
 import os
@@ -8,16 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from minigpt_hf.cli import main
-from minigpt_hf.training import callbacks, checkpoint, resume
+from minigpt_hf.training import checkpoint
 from minigpt_hf.training.trainer import MiniGPTTrainer
-from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 
 
@@ -103,7 +104,7 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
         process.communicate()
     log = log_of(folder)
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
-    assert all(a["seconds"] <= b["seconds"] for a, b in zip(log, log[1:], strict=False))
+    assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
     # Killed: the lock is free, and the run is resumed, to a nearer end.
     newest = checkpoint.checkpoints(folder)[-1]
     steps = str(int(newest.name.split("-")[1]) + 1)
@@ -143,7 +144,9 @@ def test_a_file_system_without_locks_is_warned_of(recipe, words, tmp_path, monke
     assert "this file system does not support locks (No locks available)" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(recipe, words, finished, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(
+    recipe, words, finished, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "run"
     go_back(finished, folder, 4)
 
@@ -217,7 +220,9 @@ def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, f
     (folder / "log.jsonl").write_bytes(b"".join(lines[:5]) + b'{"step": 4, "tok')
     assert main(["plot", str(folder), "--output", str(tmp_path / "a.png")]) == 0
     assert train(recipe, words, folder) == 0
-    assert "removed what is not a complete row, as an interruption leaves it (line 3, line 6)" in capsys.readouterr().err
+    assert (
+        "removed what is not a complete row, as an interruption leaves it (line 3, line 6)" in capsys.readouterr().err
+    )
     assert rows(folder) == rows(finished)
 
 
@@ -263,7 +268,9 @@ class _FullFile:
         raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_while_logging_is_told_with_figures_and_leaves_whole_lines(recipe, words, finished, tmp_path, capsys):
+def test_a_full_disk_while_logging_is_told_with_figures_and_leaves_whole_lines(
+    recipe, words, finished, tmp_path, capsys
+):
     folder, disk, patch = tmp_path / "run", FullDisk(6), pytest.MonkeyPatch()
     patch.setattr(Path, "open", lambda path, *args, **kwargs: disk.open(path, *args, **kwargs))
     try:
@@ -359,9 +366,7 @@ def test_intervals_as_shares_are_resumed_without_a_warning_and_new_ones_are_take
     err = capfd.readouterr().err
     assert "do not match" not in err
     assert "save_steps was 2 and is 3 from here on" in err
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
-        f"checkpoint-{step}" for step in (2, 4, 6, 8)
-    ]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
     assert json.loads((folder / "model" / "minigpt.json").read_text())["recipe"]["eval_steps"] == 0.25
 
 
@@ -450,11 +455,20 @@ def test_only_checkpoints_that_a_run_wrote_are_taken_and_deleted(recipe, words, 
     """Sorted as numbers; copies, links and folders with like names are neither resumed from nor deleted nor counted."""
     folder = tmp_path / "run"
     go_back(finished, folder, 4)
-    ours = ["checkpoint-10-old", "checkpoint-3.aside-1", "checkpoint-٣", "checkpoint-010", "checkpoint-", "checkpoint-9x"]
+    ours = [
+        "checkpoint-10-old",
+        "checkpoint-3.aside-1",
+        "checkpoint-٣",
+        "checkpoint-010",
+        "checkpoint-",
+        "checkpoint-9x",
+    ]
     for name in ours:
         shutil.copytree(finished / "checkpoint-8", folder / name)
     (folder / "checkpoint-99999").mkdir()
-    assert train(recipe, words, folder, "--max_steps", "12", "--allow_change", "max_steps", "--save_total_limit", "1") == 0
+    assert (
+        train(recipe, words, folder, "--max_steps", "12", "--allow_change", "max_steps", "--save_total_limit", "1") == 0
+    )
     assert "going on from step 4" in capsys.readouterr().out
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(
         [*ours, "checkpoint-12", "checkpoint-99999.aside-1"]
@@ -515,7 +529,9 @@ def test_a_run_stopped_where_it_would_be_evaluated_is_evaluated_when_it_resumes(
 
 
 @pytest.mark.parametrize("where", ["prepare_text", "show_plan"])
-def test_a_signal_before_training_ends_the_command_and_leaves_nothing(where, recipe, words, tmp_path, capsys, monkeypatch):
+def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
+    where, recipe, words, tmp_path, capsys, monkeypatch
+):
     import minigpt_hf.run
 
     real = getattr(minigpt_hf.run, where)
@@ -546,3 +562,81 @@ def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monke
     assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
     assert main(["doctor", str(tmp_path / "run" / "model"), "--quick"]) in (0, 2)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+# -- around a run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_outlasts_its_output_and_saves_when_its_process_group_is_stopped(recipe, words, tmp_path):
+    """`minigpt train … <&- 2>&1 | head -3`, with loader workers; then SIGTERM to the process group, twice at once."""
+    folder = tmp_path / "run"
+    flags = ["--max_steps", "100000", "--save_steps", "50000", "--dataloader_num_workers", "2"]
+    process = start(
+        recipe, words, folder, *flags, stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        process.stdin.close()
+        for _ in range(3):
+            assert process.stdout.readline()
+        process.stdout.close()
+        wait_for(lambda: steps_logged(folder) > 20, process)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) >= 2
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (saved,) = checkpoint.checkpoints(folder)
+    assert checkpoint.what_is_wrong(saved) is None
+    assert int(saved.name.split("-")[1]) == rows(folder)[-1]["step"]
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_text_that_standard_output_cannot_encode_is_escaped(recipe, tmp_path, monkeypatch):
+    """Samples, scores and generated text on a stdout in ASCII."""
+    data, folder = tmp_path / "é.txt", tmp_path / "run"
+    data.write_text("é→ü " * 200, encoding="utf-8")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    flags = ["--tokenizer", "characters", "--sample_tokens", "8", "--max_steps", "2", "--validation_fraction", "0.2"]
+    assert train(recipe, data, folder, *flags) == 0
+    assert main(["generate", str(folder / "model"), "--prompt", "é→", "--max_new_tokens", "3"]) == 0
+    assert main(["evaluate", str(folder / "model"), "--data", str(data)]) == 0
+    stdout.flush()
+    written = stdout.buffer.getvalue().decode("ascii")
+    assert "\\xe9\\u2192" in written
+    assert "\\xe9.txt" in written
+
+
+def test_times_are_sane_when_the_clock_is_set(recipe, words, tmp_path, monkeypatch):
+    """A day back at step 3, two days forward at step 6."""
+    real, step, clock = MiniGPTTrainer.training_step, [0], time.time
+
+    def training_step(self, *args, **kwargs):
+        step[0] = self.state.global_step + 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", training_step)
+    monkeypatch.setattr(time, "time", lambda: clock() + 86400 * (-1 if 3 <= step[0] < 6 else step[0] >= 6))
+    began = time.perf_counter()
+    assert train(recipe, words, tmp_path / "run") == 0
+    seconds = time.perf_counter() - began
+    log = log_of(tmp_path / "run")
+    assert all(0 <= a["seconds"] <= b["seconds"] <= seconds for a, b in pairwise(log))
+    assert 0 < log[-1]["train_runtime"] <= seconds
+    assert all(row["tokens_per_second"] > 0 for row in log if "loss" in row)
+
+
+def test_a_compiled_run_is_resumed_exactly_and_not_as_another_one(recipe, words, tmp_path, capsys):
+    """Compiled with AOT autograd; `make torture` does not compile, and inductor takes a minute."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager", "--max_steps", "4"]
+    assert train(recipe, words, straight, *flags) == 0
+    go_back(straight, resumed, 2)
+    assert train(recipe, words, resumed, "--max_steps", "4") == 2
+    assert "torch_compile was True and is False" in capsys.readouterr().err
+    assert train(recipe, words, resumed, *flags) == 0
+    assert rows(resumed) == rows(straight)
+    assert_equal(state_of(resumed / "checkpoint-4"), state_of(straight / "checkpoint-4"))
