@@ -74,6 +74,7 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
     """Run a verb and return its exit code; tell an error that a user can put right in one line."""
     try:
         code = import_module(f"{__name__}.{verb}").run(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"minigpt {verb}: interrupted", file=sys.stderr)
         return 130

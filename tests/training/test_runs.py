@@ -16,6 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from minigpt_hf import generate
 from minigpt_hf.cli import main
 from minigpt_hf.training import checkpoint
 from minigpt_hf.training.trainer import MiniGPTTrainer
@@ -111,6 +112,18 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
     assert train(recipe, words, folder, "--max_steps", steps, "--save_steps", "20", "--allow_change", "max_steps") == 0
     assert f"going on from step {int(steps) - 1}" in capsys.readouterr().out
     assert not (folder / ".lock").exists()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(recipe, words, finished, tmp_path, capsys):
+    precious, folder = tmp_path / "precious", shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "model")
+    precious.write_text("precious")
+    (folder / ".lock").symlink_to(precious)
+    before = files_of(folder)
+    assert train(recipe, words, folder) == 2
+    assert f"--output_dir {folder}: cannot be written (" in capsys.readouterr().err
+    assert files_of(folder) == before
+    assert precious.read_text() == "precious"
 
 
 def test_a_folder_that_was_created_for_a_refused_run_is_removed(recipe, tmp_path):
@@ -549,6 +562,17 @@ def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
     assert train(recipe, words, tmp_path / "run") == 0
 
 
+def test_a_signal_that_was_ignored_stays_ignored(recipe, words, tmp_path, monkeypatch):
+    """As `nohup` does with SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        asked_at(2, signal.SIGHUP, monkeypatch)
+        assert train(recipe, words, tmp_path / "run", "--max_steps", "3") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monkeypatch):
     import minigpt_hf.run
 
@@ -560,8 +584,7 @@ def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monke
 
     monkeypatch.setattr(minigpt_hf.run, "write_model_folder", asked)
     assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
-    assert main(["doctor", str(tmp_path / "run" / "model"), "--quick"]) in (0, 2)
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert generate(tmp_path / "run" / "model", "a", max_new_tokens=1)
 
 
 # -- around a run -----------------------------------------------------------------------------------------------------
@@ -608,6 +631,16 @@ def test_text_that_standard_output_cannot_encode_is_escaped(recipe, tmp_path, mo
     written = stdout.buffer.getvalue().decode("ascii")
     assert "\\xe9\\u2192" in written
     assert "\\xe9.txt" in written
+
+
+def test_other_commands_end_when_nobody_reads_them(monkeypatch, capfd):
+    """As after `| head`: the code of SIGPIPE, and no message."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["recipes"]) == 141
+    assert capfd.readouterr().err == ""
 
 
 def test_times_are_sane_when_the_clock_is_set(recipe, words, tmp_path, monkeypatch):
