@@ -116,7 +116,7 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
             write_atomically({run / "recipe.yaml": recipe, run / FINGERPRINT: json.dumps(fingerprint, indent=2) + "\n"})
             show_plan(trainer, text, done)
 
-        stop.training, trainer.announced_step = True, done if checkpoint else None
+        trainer.announced_step = done if checkpoint else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if training.world_size > 1:
         atexit.register(leave_the_group)

@@ -77,7 +77,7 @@ class StopAtBoundary(TrainerCallback):
     def __init__(self):
         self.number: int | None = None  # the signal that came
         self.stopped = False  # whether training was ended for it
-        self.training = False  # set when training begins; from then on a signal waits for a boundary
+        self.training = False  # whether training has begun: from then on a signal waits for a boundary
         self.came = -1.0  # when the signal came
         self.process = 0
 
@@ -102,6 +102,9 @@ class StopAtBoundary(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
 
     def on_step_end(self, args, state, control, **kwargs):
         self._stop_if_asked(args, control)

@@ -105,6 +105,7 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(m
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with stop.listening():
+            stop.on_train_begin(args, None, TrainerControl())
             monkeypatch.setattr(torch.distributed, "all_reduce", interrupted)
             stop.on_step_end(args, None, first := TrainerControl())
             monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
