@@ -100,9 +100,9 @@ def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size
         evaluations = [row for row in evaluations if row["step"] == trainer.state.global_step]
     if validation is None or not evaluations:
         return None
-    best = (
-        min(evaluations, key=lambda row: row["eval_loss"]) if trainer.args.load_best_model_at_end else evaluations[-1]
-    )
+    best = evaluations[-1]
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        best = next((row for row in evaluations if row["step"] == trainer.state.best_global_step), best)
     tokens = len(validation) - len(validation.documents)
     return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
 

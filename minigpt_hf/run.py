@@ -7,7 +7,8 @@ the folder that is published. It refuses to write into a folder that holds anyth
 import atexit
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,17 +25,28 @@ from .data.prepared import PreparedText, is_prepared, prepare
 from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
+from .output import guarded_output
 from .pretrained import existing_config, existing_model, merged, with_lora
 from .publish.folder import write_model_folder
 from .publish.push import push_folder
 from .training.arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments
 from .training.callbacks import Lines, Samples
-from .training.checkpoint import FINGERPRINT
+from .training.checkpoint import FINGERPRINT, write_atomically
 from .training.dial import Dial
+from .training.lock import FolderLock
 from .training.plan import check_memory, show_plan, tokens_per_step
 from .training.recipe import resolved
-from .training.resume import checkpoint_to_resume, claim_run_folder, fingerprint_of, read_log, say_that_it_is_finished
-from .training.stops import Interrupted, StopAtBoundary, StopWhenNoBetter
+from .training.resume import (
+    checkpoint_to_resume,
+    fingerprint_of,
+    from_main_process,
+    read_log,
+    run_folder,
+    say_that_it_is_finished,
+    start_over,
+    step_of,
+)
+from .training.stops import Interrupted, RunStopped, StopAtBoundary, StopWhenNoBetter, StorageFailed, is_disk_full
 from .training.trainer import MiniGPTTrainer
 
 
@@ -46,15 +58,23 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
 
     Raises:
         ValueError: if the text, the configuration or the output folder cannot be used, or settings have changed.
-        RunStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
+        RunStopped: if the run ended early: by a signal, a full disk, or a non-finite loss.
     """
+    stop, began = StopAtBoundary(), began or time.perf_counter()
+    with guarded_output(lasting=True), stop.listening(), run_folder(arguments[2]) as lock:
+        return train_in(lock, arguments, stop, began)
+
+
+def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began: float) -> Path:
+    """Train in a folder that is locked; see `train`."""
     data, architecture, training = arguments
-    run = claim_run_folder(training)
+    run = lock.folder
+    starts_over = training.fresh and (run / FINGERPRINT).is_file()
     set_seed(training.seed)
 
     if architecture.init_from:
         existing_config(architecture)  # what cannot be gone on from is said before the text is read
-    dial = Dial(arguments, run, began or time.perf_counter())  # does nothing without --minutes or --size
+    dial = Dial(arguments, run, began)  # does nothing without --minutes or --size
     with training.main_process_first(desc="text"):  # the other processes find what the first one made
         text = prepare_text(data, dial.choose_tokenizer)
     dial.choose_the_rest(
@@ -67,11 +87,13 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
     check_memory(config, architecture, training)
     blocks = Blocks(text.train, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
-    if (run / "model").exists():
+    if (run / "model").exists() and not starts_over:
         say_that_it_is_finished(run, fingerprint)
         return run / "model"
-    with training.main_process_first(desc="checkpoint"):
-        checkpoint = checkpoint_to_resume(run, fingerprint, training)
+    checkpoint = None
+    if not starts_over:
+        checkpoint = from_main_process(training, lambda: checkpoint_to_resume(run, fingerprint, training))
+    done = step_of(checkpoint) if checkpoint else 0
     model = make_model(config, architecture)
 
     lines = Lines(
@@ -80,31 +102,58 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
         len(text.train) / text.train.bytes,
         is_in_notebook(),
     )
-    stop = StopAtBoundary()
     samples = Samples(run / "log.jsonl", text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
     callbacks = [lines, samples, stop, StopWhenNoBetter(patience(training, blocks))]
     story = partial(describe, arguments, text, lines, samples)
     trainer = MiniGPTTrainer(model, training, blocks, text.validation, text.tokenizer, callbacks, fingerprint, story)
-    if trainer.is_world_process_zero():
-        trainer.check_room()
-        (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(arguments), sort_keys=False), encoding="utf-8")
-        (run / FINGERPRINT).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
-        show_plan(trainer, text)
+    trainer.check_batches()
+    with storage_errors(trainer):
+        if trainer.is_world_process_zero():
+            trainer.check_room()
+            if starts_over:
+                start_over(lock)
+            recipe = yaml.safe_dump(resolved(arguments), sort_keys=False)
+            write_atomically({run / "recipe.yaml": recipe, run / FINGERPRINT: json.dumps(fingerprint, indent=2) + "\n"})
+            show_plan(trainer, text, done)
 
-    with stop.listening():
+        trainer.announced_step = done if checkpoint else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if training.world_size > 1:
         atexit.register(leave_the_group)
-    if stop.number is not None:
-        raise Interrupted(stop.number, trainer.state.global_step)
+    if stop.stopped:
+        step = trainer.state.global_step
+        where = f"and saved at step {step}; the same command goes on from there" if step else "before the first step"
+        raise Interrupted(stop.number, where)
+    trainer.check_trained()
     if trainer.is_world_process_zero():
-        model = merged(trainer.model) if architecture.lora_rank else trainer.model
-        about = story(trainer, finished=model)
-        write_model_folder(run / "model", model, text.tokenizer, about, read_log(run / "log.jsonl"))
+        with storage_errors(trainer):
+            model = merged(trainer.model) if architecture.lora_rank else trainer.model
+            about = story(trainer, finished=model)
+            write_model_folder(run / "model", model, text.tokenizer, about, read_log(run / "log.jsonl"))
         print(f"the model is in {run / 'model'}", flush=True)
         if training.push_to_hub:
+            if stop.number is not None:
+                raise Interrupted(stop.number, f"before the push; push with `minigpt push {run / 'model'} USER/NAME`")
             print(*push_folder(run / "model", trainer.hub_model_id, training.hub_revision), flush=True)
     return run / "model"
+
+
+@contextmanager
+def storage_errors(trainer: MiniGPTTrainer) -> Iterator[None]:
+    """Say what a full disk, or a run folder that cannot be written any more, means for the run."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunStopped):
+            raise
+        if is_disk_full(error):
+            raise trainer.disk_full(f"what a run writes ({error})") from error
+        if isinstance(error, OSError):
+            raise StorageFailed(
+                f"{error} (after step {trainer.state.global_step}); once {trainer.args.output_dir} can be written again, the "
+                "same command resumes from the newest checkpoint in it"
+            ) from error
+        raise
 
 
 def leave_the_group() -> None:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..output import discard, guarded_output, open_standard_descriptors
+
 VERBS = {
     "train": "train a GPT from scratch on a text, and write a model folder",
     "tokenize": "prepare a text ahead of time, for one machine or several",
@@ -41,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minigpt: unknown verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
     debug = "--debug" in rest
-    _log_to_stderr()
-    return _in_one_line(verb, [flag for flag in rest if flag != "--debug"], debug)
+    open_standard_descriptors()
+    with guarded_output(lasting=verb == "train"):
+        _log_to_stderr()
+        return _in_one_line(verb, [flag for flag in rest if flag != "--debug"], debug)
 
 
 def usage() -> str:
@@ -70,9 +74,13 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
     """Run a verb and return its exit code; tell an error that a user can put right in one line."""
     try:
         code = import_module(f"{__name__}.{verb}").run(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"minigpt {verb}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has what it wanted; the code is that of a program that SIGPIPE ended
+        discard(sys.stdout)
+        return 141
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassError
 

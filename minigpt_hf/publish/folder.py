@@ -87,9 +87,13 @@ def write_model_folder(
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_suitcase(model, tokenizer, unfinished)
-    write_story(unfinished, about, model.config, log)
-    unfinished.rename(folder)
+    try:
+        save_suitcase(model, tokenizer, unfinished)
+        write_story(unfinished, about, model.config, log)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
+        raise
 
 
 def write_story(folder: Path, about: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:

@@ -5,7 +5,6 @@ everything. It refuses to touch the training: samples leave all random states as
 """
 
 import html
-import json
 import math
 import random
 import time
@@ -20,8 +19,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..generation import encode_prompt, generate
+from .checkpoint import write_atomically
 from .plan import duration
-from .resume import read_log
+from .resume import append_to_log, read_log
 from .stops import StopAtBoundary
 
 SAMPLE_TEMPERATURE = 0.8
@@ -98,8 +98,7 @@ class Lines(TrainerCallback):
                 self.bar.set_postfix_str(said)
             else:
                 print(f"{place}   {said}   {duration(left)} left", flush=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_to_log(self.file, row)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -134,7 +133,7 @@ class Samples(TrainerCallback):
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        if self.stop.number is None:  # else who stopped it is waiting
+        if not self.stop.stopped:  # else who stopped it is waiting
             self._show("after training", state, model)
 
     def first_seeds(self, model: PreTrainedModel) -> list[str]:
@@ -153,9 +152,8 @@ class Samples(TrainerCallback):
                 sep="\n",
                 flush=True,
             )
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "sample": self.latest}) + "\n")
-            self.log.with_name("samples.md").write_text(side_by_side(read_log(self.log)), encoding="utf-8")
+            append_to_log(self.log, {"step": state.global_step, "sample": self.latest})
+            write_atomically({self.log.with_name("samples.md"): side_by_side(read_log(self.log))})
 
 
 def side_by_side(log: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ Why the promises hold, in the order of events:
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+DESCRIBED = "described"  # entry of a fingerprint: names and sizes for messages, no part of the comparison
 
 
 @contextmanager
@@ -29,7 +31,8 @@ def whole_or_absent(checkpoint: Path) -> Iterator[Path]:
     """Yield a folder to fill; when the block ends without an error, it becomes `checkpoint`, sealed."""
     folder = unfinished(checkpoint)
     shutil.rmtree(folder.parent, ignore_errors=True)  # what a killed run left
-    folder.mkdir(parents=True)
+    folder.parent.mkdir()  # fails if the run folder was removed: a checkpoint alone could not be resumed
+    folder.mkdir()
     try:
         yield folder
         seal(folder)
@@ -78,9 +81,25 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """`checkpoint-N` folders of a run, oldest first, by step."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[1].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    """`checkpoint-N` folders of a run, by step in ascending order; `checkpoint-10-old` and `checkpoint-010` are not ours."""
+    steps = {path: re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name) for path in run.glob("checkpoint-*")}
+    return sorted(
+        (path for path, step in steps.items() if step and path.is_dir()), key=lambda path: int(steps[path][1])
+    )
+
+
+def remove_old_checkpoints(run: Path, limit: int | None, newest: Path, best: Path | None) -> None:
+    """Delete the oldest checkpoints until `limit` are left; never `newest`, `best`, a link, or any other folder.
+
+    transformers' `rotate_checkpoints` also counts and deletes `checkpoint-10-old` and `checkpoint-6.aside-1`.
+    """
+    if not limit:
+        return
+    kept = {newest} | ({best} if best else set())
+    found = [path for path in checkpoints(run) if not path.is_symlink()]
+    old = [path for path in found if path not in kept]
+    for path in old[: max(0, len(found) - max(limit, len(kept)))]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
@@ -105,8 +124,26 @@ def set_aside(path: Path) -> Path:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Entries of two fingerprints that differ: name -> (old, new)."""
-    names = sorted({*old, *new})
+    names = sorted({*old, *new} - {DESCRIBED})
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def write_atomically(contents: dict[Path, str]) -> None:
+    """Write files by temporary files, fsync and rename: each is the old one or the new one, never a part of it.
+
+    All of them are on disk before the first is renamed; they are renamed in the order given.
+    """
+    for file, content in contents.items():
+        temporary(file).write_text(content, encoding="utf-8")
+        _to_disk(temporary(file))
+    for file in contents:
+        temporary(file).replace(file)
+        _to_disk(file.parent)
+
+
+def temporary(file: Path) -> Path:
+    """Where a file lies until it is complete."""
+    return file.with_name(f".{file.name}.unfinished")
 
 
 def _sha256(file: Path) -> str:

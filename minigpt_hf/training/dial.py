@@ -74,7 +74,7 @@ class Dial:
                 )
         if self.training.world_size > 1:
             raise ValueError("--minutes and --size measure one process: name the settings themselves for several")
-        if (run / FINGERPRINT).is_file():
+        if (run / FINGERPRINT).is_file() and not self.training.fresh:
             chosen = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
             for group in arguments:
                 self._fill_in(group, {name: chosen[name] for name in vars(group) if name in chosen})

@@ -43,14 +43,19 @@ def check_memory(config: PreTrainedConfig, architecture: ModelArguments, trainin
         )
 
 
-def show_plan(trainer: Trainer, text: PreparedText) -> None:
-    """What is about to happen, before it does."""
+def show_plan(trainer: Trainer, text: PreparedText, done: int = 0) -> None:
+    """What is about to happen, before it does.
+
+    Args:
+        done: Steps that were taken before, if a run is resumed: the time is that of the rest.
+    """
     args, model, stream = trainer.args, trainer.model, text.train
     steps = args.max_steps
     if steps <= 0:
         steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
         steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     step = tokens_per_step(args, trainer.train_dataset.block_size)
+    rest = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     print(
         f"device        {device_name(args)}, {precision}\n"
@@ -61,7 +66,7 @@ def show_plan(trainer: Trainer, text: PreparedText) -> None:
         f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{learnt(model)}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
         f"{steps * step / len(stream):.2f} times the text\n"
-        f"time          about {duration(steps * seconds_per_step(trainer))}, evaluations left out",
+        f"time          about {duration((steps - done) * seconds_per_step(trainer))}{rest}, evaluations left out",
         flush=True,
     )
 

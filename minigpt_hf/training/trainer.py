@@ -4,21 +4,24 @@ In: a model, training blocks, a validation stream. Out: `checkpoint-N/` folders 
 loop, devices, accumulation, mixed precision, schedules and logging are the Trainer's own.
 """
 
+import dataclasses
 import json
+import logging
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from ..data.blocks import Blocks, BlockSampler
@@ -27,10 +30,15 @@ from ..evaluation import score_documents, summarize
 from ..publish.folder import published_files, save_suitcase, write_story
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments
-from .checkpoint import FINGERPRINT, unfinished, whole_or_absent
+from .checkpoint import FINGERPRINT, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
 from .optimizer import muon_adamw
-from .resume import read_log
-from .stops import BadLoss, DiskFull
+from .resume import read_json, read_log
+from .stops import BadLoss, DiskFull, Untrained, ignore_signals, is_disk_full
+
+logger = logging.getLogger(__name__)
+
+TOTALS = "MiniGPTTrainer"  # entry of the state's `stateful_callbacks`
+CADENCE = ("logging_steps", "eval_steps", "save_steps")
 
 
 class MiniGPTTrainer(Trainer):
@@ -64,6 +72,8 @@ class MiniGPTTrainer(Trainer):
         self.step_batches: list[torch.Tensor] = []  # input ids of this step, kept until it is known to be good
         self.loss_before_step = 0.0
         self.skipped_steps = self.skipped_since_log = 0
+        self.announced_step: int | None = None  # at which the user was told that training resumes
+        self.add_callback(_RestoreTotals(self))
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -72,15 +82,175 @@ class MiniGPTTrainer(Trainer):
         self.block_sampler = BlockSampler(len(self.train_dataset), self.train_dataset.seed)
         return self.block_sampler
 
-    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, *args, **kwargs) -> tuple[int, int]:
-        """Because the Trainer resumes by throwing batches away, and takes one step too many after the last one.
+    def get_train_dataloader(self) -> DataLoader:
+        """Because loader workers are to survive a signal to their process group, and not to change the random state.
 
-        Here passed batches cost nothing, and at the last step no epoch is left.
+        A loader draws the seed of its workers from the global random state when it creates them: at each epoch, as a
+        resumed run does, too; but persistent workers only once, which a resumed run would do in another epoch.
         """
-        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, *args, **kwargs)
+        loader = super().get_train_dataloader()
+        torch_loader = loader.base_dataloader  # accelerate's loader takes its batches from this one
+        if self.args.dataloader_num_workers:
+            torch_loader.worker_init_fn = partial(ignore_signals, torch_loader.worker_init_fn)
+        if self.args.dataloader_persistent_workers:
+            torch_loader.generator = torch.Generator()
+        return loader
+
+    def check_batches(self) -> None:
+        """Whether an epoch has at least one full batch for each process, where incomplete ones are left out.
+
+        Raises:
+            ValueError: if it does not: no step would be taken.
+        """
+        if len(self.get_train_dataloader()) == 0:
+            size, processes, blocks = self._train_batch_size, self.args.world_size, self.train_dataset
+            raise ValueError(
+                f"the training text has {len(blocks):,} blocks of {blocks.block_size:,} tokens, and a step needs "
+                f"{size * processes:,}: per_device_train_batch_size {size} × {processes} processes; lower "
+                "--per_device_train_batch_size or --block_size, start fewer processes, or give more text"
+            )
+
+    def check_trained(self) -> None:
+        """Whether at least one optimizer step was taken.
+
+        Raises:
+            Untrained: if not: such a model is never published.
+        """
+        if self.state.global_step <= self.skipped_steps:
+            raise Untrained(
+                f"no optimizer step was taken: {self.skipped_steps} of {self.state.global_step} steps were skipped for their "
+                "loss or gradient; no model is published; lower --learning_rate and --muon_learning_rate, or look at the text"
+            )
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def _init_training_state(
+        self, max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        """Because the Trainer resumes by throwing batches away, by paths of the time of saving, and with old intervals.
+
+        Here passed batches cost nothing, the best checkpoint is looked for where the run is now, and the intervals
+        (`logging_steps`, `eval_steps`, `save_steps`) are those of the arguments.
+        """
+        self.began = time.perf_counter()
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        given = {name: getattr(self.args, name) for name in CADENCE}
+        if self.resumed_from:
+            # The Trainer compares the arguments, which may be shares of all steps, with the steps in the state, and warns.
+            saved = read_json(self.resumed_from / "trainer_state.json")
+            for name in CADENCE:
+                setattr(self.args, name, saved[name])
+        epochs, batches = super()._init_training_state(
+            max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        for name, value in given.items():
+            setattr(self.args, name, value)
+        if self.resumed_from:
+            self.state.compute_steps(self.args, max_steps)
+            for name in CADENCE:
+                if (new := getattr(self.state, name)) != saved[name]:
+                    logger.info(f"{name} was {saved[name]} and is {new} from here on")
+            self._find_best_checkpoint()
+            if self.announced_step not in (None, self.state.global_step):
+                raise ValueError(
+                    f"{self.resumed_from}: was saved at step {self.announced_step}, and is loaded at step "
+                    f"{self.state.global_step}: it was changed meanwhile; run the same command again"
+                )
         self.block_sampler.passed = batches * self._train_batch_size * self.args.world_size
         self.steps_logged = self.state.global_step
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
+        # At the last step no epoch is left; `_run_epoch` is to be called once all the same.
+        return (num_train_epochs - 1, 0) if self.state.global_step >= max_steps else (epochs, batches)
+
+    def _find_best_checkpoint(self) -> None:
+        """Set the state's best checkpoint to one that is in the run folder, and whole.
+
+        If the best one was removed or is broken, the best of the others takes its place, and a warning says so.
+        """
+        if self.state.best_global_step is None or self.args.metric_for_best_model is None:
+            self.state.best_model_checkpoint = None
+            return
+        metric, folders = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}", {}
+        for row in self.state.log_history:
+            for run in (Path(self.args.output_dir), *([self.resumed_from.parent] if self.resumed_from else [])):
+                if metric in row and (run / f"checkpoint-{row['step']}").is_dir():
+                    folders.setdefault(row["step"], (row[metric], run / f"checkpoint-{row['step']}"))
+        order = sorted(folders, key=lambda step: (folders[step][0] * (-1 if self.args.greater_is_better else 1), step))
+        for step in order:
+            value, folder = folders[step]
+            if what_is_wrong(folder) is None:
+                break
+        else:
+            step, value, folder = None, None, None
+        if step != self.state.best_global_step:
+            instead = f"{folder.name} is the best of those that are left" if folder else "no other one was evaluated"
+            logger.warning(f"checkpoint-{self.state.best_global_step}, the best one, is missing or broken; {instead}")
+        self.state.best_global_step, self.state.best_metric = step, value
+        self.state.best_model_checkpoint = str(folder) if folder else None
+
+    def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
+        """Because a run that was stopped at a step is evaluated at it when it resumes, and one that is finished is not
+        to take another step."""
+        if self._lacks_evaluation():
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            if self._determine_best_metric(metrics, trial):
+                self.state.best_model_checkpoint = str(self.resumed_from)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the checkpoint was saved for a signal, at a step at which the run would have been evaluated."""
+        step, args = self.state.global_step, self.args
+        if self.resumed_from is None or step != self._initial_global_step or args.eval_strategy == "no":
+            return False
+        at_end = step >= self.state.max_steps
+        if args.eval_strategy == "epoch":
+            is_due = at_end or float(self.state.epoch).is_integer()
+            is_due = is_due and args.eval_delay <= self.state.epoch
+        else:
+            is_due = (at_end or step % self.state.eval_steps == 0) and args.eval_delay <= step
+        return is_due and not any(row["step"] == step and "eval_loss" in row for row in self.state.log_history)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """Because the Trainer averages only the loss of this process here, goes by the wall clock, deletes the last
+        checkpoint where `save_total_limit` is 1, and loads the best one unseen."""
+        if self.args.world_size > 1:
+            self._tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
+        if self.args.load_best_model_at_end:
+            self._find_best_checkpoint()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, self._since_began())
+        finally:
+            self.args.save_total_limit = limit
+
+    def _since_began(self) -> float:
+        """When training began, by what the wall clock shows now: it may have been set meanwhile."""
+        return time.time() - (time.perf_counter() - self.began)
+
+    def _totals(self) -> dict[str, Any]:
+        """Sums that the Trainer starts again at zero when it resumes; `loss_since_log` by rank."""
+        loss = self._tr_loss.reshape(1)
+        return {
+            "loss_since_log": (self.accelerator.gather(loss) if self.args.world_size > 1 else loss).tolist(),
+            "loss_until_log": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "skipped_steps": self.skipped_steps,
+            "skipped_since_log": self.skipped_since_log,
+        }
+
+    def _restore_totals(self) -> None:
+        if self.resumed_from is None or not (totals := self.state.stateful_callbacks.get(TOTALS)):
+            return
+        losses = totals["attributes"]["loss_since_log"]
+        same = len(losses) == self.args.world_size  # else each takes the mean, which is what is logged
+        loss = losses[self.args.process_index] if same else sum(losses) / len(losses)
+        self._tr_loss = torch.tensor(loss, dtype=torch.float32, device=self.args.device)
+        self._total_loss_scalar = totals["attributes"]["loss_until_log"]
+        self._globalstep_last_logged = self.steps_logged = totals["attributes"]["logged_step"]
+        self.skipped_steps = totals["attributes"]["skipped_steps"]
+        self.skipped_since_log = totals["attributes"]["skipped_since_log"]
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
@@ -137,33 +307,52 @@ class MiniGPTTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Because this runs before every optimizer step: the last moment to keep a bad one from spreading."""
         norm = super()._get_grad_norm(model, grad_norm)
-        loss = (self._tr_loss - self.loss_before_step).item()
+        losses, norms = self._of_all_ranks(self._tr_loss - self.loss_before_step, norm)
         batches, self.step_batches = self.step_batches, []
+        # Each rank's loss is scaled so that the mean over ranks is the loss of the step, as with one process.
+        loss = sum(losses) / len(losses)
         # A uniform guess costs ln(V); what costs ten times as much has exploded. (With fp16 a gradient that is not
         # finite is how the loss scale is found, and accelerate leaves out that step.)
         exploded = loss > 10 * math.log(self.model.config.vocab_size)
-        if math.isfinite(loss) and not exploded and (self.args.fp16 or math.isfinite(float(norm))):
+        if math.isfinite(loss) and not exploded and (self.args.fp16 or all(map(math.isfinite, norms))):
             return norm
         step = self.state.global_step + 1
-        what = f"step {step}: the loss is {loss:.4g} and the gradient norm {float(norm):.4g}"
+        what = f"step {step}: the loss is {loss:.4g} and the gradient norm {norms[0]:.4g}"
+        if len(losses) > 1:
+            what += f" (loss by rank: {', '.join(f'{each:.4g}' for each in losses)})"
         if self.args.on_bad_loss == "skip":
             self.skipped_steps += 1
             self.skipped_since_log += 1
             self._tr_loss.copy_(self.loss_before_step)
             model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
-            print(f"{what}; it is left out ({self.skipped_steps} so far)", flush=True)
+            if self.is_world_process_zero():
+                print(f"{what}; it is left out ({self.skipped_steps} so far)", flush=True)
             return norm
         file = Path(self.args.output_dir) / f"bad-step-{step}.json"
-        rows = [row for batch in batches for row in batch.tolist()]
-        texts = self.processing_class.batch_decode(rows)
-        file.write_text(json.dumps({"what": what, "input_ids": rows, "texts": texts}, ensure_ascii=False), "utf-8")
+        rows = [(self.args.process_index, row) for batch in batches for row in batch.tolist()]
+        if self.args.world_size > 1:
+            rows = gather_object(rows)
+        if self.is_world_process_zero():
+            ranks, ids = zip(*rows, strict=True)
+            texts = self.processing_class.batch_decode(ids)
+            content = {"what": what, "ranks": ranks, "losses": losses, "input_ids": ids, "texts": texts}
+            file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one fails
         raise BadLoss(
             f"{what}; no weight was changed by it, its data are in {file}, earlier checkpoints are untouched; "
             "go on with a lower --learning_rate and --muon_learning_rate (--allow_change), or with --on_bad_loss skip"
         )
 
+    def _of_all_ranks(self, loss: torch.Tensor, norm: torch.Tensor | float) -> tuple[list[float], list[float]]:
+        """Loss and gradient norm of each rank, the same lists on all of them."""
+        if self.args.world_size == 1:
+            return [loss.item()], [float(norm)]
+        pair = torch.tensor([[loss.item(), float(norm)]], device=self.args.device)
+        losses, norms = self.accelerator.gather(pair).T.tolist()
+        return losses, norms
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Because a step that was left out must not count as one with loss 0."""
+        """Because a step that was left out must not count as one with loss 0, nor a resumed run as a new one."""
         if "loss" in logs and self.skipped_since_log:
             steps = self.state.global_step - self.steps_logged
             counted, self.skipped_since_log = steps - self.skipped_since_log, 0
@@ -172,7 +361,9 @@ class MiniGPTTrainer(Trainer):
             self.steps_logged = self.state.global_step
             if self.skipped_steps:
                 logs["skipped_steps"] = self.skipped_steps
-        super().log(logs, start_time)
+        if logs.pop("train_loss", None) is not None and (taken := self.state.global_step - self.skipped_steps):
+            logs["train_loss"] = self._total_loss_scalar / taken
+        super().log(logs, self._since_began() if start_time is not None else None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -180,6 +371,7 @@ class MiniGPTTrainer(Trainer):
         """Because a checkpoint is to be whole or absent, and the Trainer writes it in its place, file by file."""
         run, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = run / f"checkpoint-{step}"
+        self.state.stateful_callbacks[TOTALS] = {"args": {}, "attributes": self._totals()}
         try:
             staged = whole_or_absent(checkpoint) if self.args.should_save else nullcontext(unfinished(checkpoint))
             with staged as folder:
@@ -188,23 +380,31 @@ class MiniGPTTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process has written its random states
                 if self.args.should_save:
-                    if self.state.best_global_step == step:
-                        self.state.best_model_checkpoint = str(checkpoint)  # the Trainer noted where it was staged
-                    self.state.save_to_json(folder / "trainer_state.json")
+                    # The path of the best checkpoint follows from its step; a run folder may be moved.
+                    state = dataclasses.replace(self.state, best_model_checkpoint=None)
+                    state.save_to_json(folder / "trainer_state.json")
                     (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
         except Exception as error:
-            free = shutil.disk_usage(run).free
-            if "No space left" not in str(error) and free >= self.bytes_of_a_checkpoint():
+            self.args.output_dir = str(run)
+            if not is_disk_full(error) and shutil.disk_usage(run).free >= self.bytes_of_a_checkpoint():
                 raise
-            needed = f"{self.bytes_of_a_checkpoint() / 1e6:,.1f} MB"
-            raise DiskFull(
-                f"no room for checkpoint-{step}: it needs about {needed}, {free / 1e6:,.1f} MB are free; earlier "
-                "checkpoints are whole; make room, and the same command goes on from there"
-            ) from error
+            raise self.disk_full(f"checkpoint-{step}") from error
         finally:
             self.args.output_dir = str(run)
+        if self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(checkpoint)  # the Trainer noted where it was staged
         if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+            best = self.state.best_model_checkpoint
+            remove_old_checkpoints(run, self.args.save_total_limit, checkpoint, Path(best) if best else None)
+
+    def disk_full(self, what: str) -> DiskFull:
+        """What to raise where there is no room for `what`."""
+        it = "it" if what.startswith("checkpoint") else "a checkpoint"
+        needed, free = self.bytes_of_a_checkpoint(), shutil.disk_usage(self.args.output_dir).free
+        return DiskFull(
+            f"no room for {what}: {it} needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier "
+            "checkpoints are whole; make room, and the same command goes on from there"
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Because the Trainer would pickle its arguments beside the weights, and publish `use_cache: false`."""
@@ -292,6 +492,16 @@ class MiniGPTTrainer(Trainer):
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
+
+
+class _RestoreTotals(TrainerCallback):
+    """Runs right after the Trainer has set its sums to zero."""
+
+    def __init__(self, trainer: MiniGPTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._restore_totals()
 
 
 def optimizer_factory(args: MiniGPTTrainingArguments):

@@ -18,7 +18,9 @@ from transformers import TrainerControl
 
 from minigpt_hf.data.blocks import BlockSampler
 from minigpt_hf.training.checkpoint import checkpoints
+from minigpt_hf.training.lock import FolderLock
 from minigpt_hf.training.stops import StopAtBoundary
+from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, train
 
@@ -103,6 +105,7 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(m
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with stop.listening():
+            stop.on_train_begin(args, None, TrainerControl())
             monkeypatch.setattr(torch.distributed, "all_reduce", interrupted)
             stop.on_step_end(args, None, first := TrainerControl())
             monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
@@ -162,3 +165,85 @@ def test_another_number_of_processes_keeps_the_order_of_blocks():
         return [set().union(*map(set, step)) for step in zip(*shards, strict=True)]
 
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
+
+
+# Rank 1 finds a loss that has exploded at step 3. Each line of arguments is a command of its own.
+EXPLODES = """
+import json, os, sys
+from pathlib import Path
+from minigpt_hf.cli import main
+from minigpt_hf.training.trainer import MiniGPTTrainer
+
+rank, real = os.environ["RANK"], MiniGPTTrainer.compute_loss
+
+def compute_loss(self, *args, **kwargs):
+    loss = real(self, *args, **kwargs)
+    return loss * 1e3 if rank == "1" and self.state.global_step == 2 else loss
+
+MiniGPTTrainer.compute_loss = compute_loss
+commands = json.loads(Path(sys.argv[1]).read_text())
+codes = [main(["train", *command]) for command in commands]
+Path(sys.argv[1]).with_name(f"codes-{rank}.json").write_text(json.dumps(codes))
+"""
+
+
+def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, monkeypatch):
+    """A locked folder, a text without a full batch, a loss that explodes on one rank: stopped, then skipped.
+
+    What was skipped is what one process with the same blocks skips, and the losses are its losses.
+    """
+    real = MiniGPTTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * 1e3 if self.state.global_step == 2 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MiniGPTTrainer, "compute_loss", compute_loss)
+        skip = [*PLAIN, "--on_bad_loss", "skip"]
+        assert train(recipe, words, tmp_path / "one", "--per_device_train_batch_size", "4", *skip) == 0
+
+    (tmp_path / "explodes.py").write_text(EXPLODES)
+    (tmp_path / "small.txt").write_text(words.read_text()[:60])
+    common = ["--recipe", recipe, "--data", words, *PLAIN, "--output_dir"]
+    commands = [
+        [*common, tmp_path / "locked"],
+        [*common, tmp_path / "small", "--data", tmp_path / "small.txt"],
+        [*common, tmp_path / "stopped"],
+        [*common, tmp_path / "skipped", "--on_bad_loss", "skip"],
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    lock = FolderLock(tmp_path / "locked")
+    lock.acquire()
+    try:
+        done = subprocess.run(
+            [*argv, tmp_path / "explodes.py", tmp_path / "commands.json"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    finally:
+        lock.release()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2, 65, 0]] * 2
+    assert done.stderr.count(f"locked: another process (pid {os.getpid()} on host") == 2
+    said = "has 3 blocks of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
+    assert done.stderr.count(said) == 2
+    assert not (tmp_path / "small").exists()
+
+    shown = json.loads((tmp_path / "stopped" / "bad-step-3.json").read_text())
+    assert shown["ranks"] == [0, 0, 1, 1]
+    assert shown["losses"][1] > 500 * shown["losses"][0]
+    assert len({tuple(row) for row in shown["input_ids"]}) == len(shown["texts"]) == 4
+
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "skipped")
+    # The first epoch; step 3 has no loss, for it was skipped.
+    kept = [[row["loss"] for row in log[:2] + log[3:6]] for log in (one, two)]
+    assert kept[1] == pytest.approx(kept[0], abs=1e-5)
+    counts = [
+        [json.loads(line).get("skipped_steps") for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "skipped")
+    ]
+    assert counts[0][:10] == counts[1][:10] == [None] * 2 + [1] * 8

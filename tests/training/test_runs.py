@@ -1,0 +1,675 @@
+"""One training in a run folder, an orderly end whatever happens around it, and resumes that log what a straight run logs."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from minigpt_hf import generate
+from minigpt_hf.cli import main
+from minigpt_hf.training import checkpoint
+from minigpt_hf.training.trainer import MiniGPTTrainer
+from tests.training.conftest import assert_equal, go_back, rows, state_of, train
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def final(folder) -> dict:
+    """The last row of a finished run, with `train_loss`."""
+    return log_of(folder)[-1]
+
+
+def files_of(folder) -> dict:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train(recipe, words, folder) == 0
+    return folder
+
+
+EVALUATED = ["--validation_fraction", "0.3", "--eval_steps", "2", "--early_stopping_patience", "9"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(recipe, words, tmp_path_factory):
+    """Validated and saved every two steps; the learning rate is so high that the last step is not the best."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
+    best = min((row for row in log_of(folder) if "eval_loss" in row), key=lambda row: row["eval_loss"])
+    assert best["step"] < 8
+    return folder
+
+
+STEEP = ["--lr_scheduler_type", "constant", "--learning_rate", "1", "--muon_learning_rate", "1", "--warmup_steps", "0"]
+
+
+# -- one training in a folder -----------------------------------------------------------------------------------------
+
+
+def start(recipe, data, folder, *flags, **settings) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "minigpt_hf.cli", "train", "--recipe", recipe, "--data", data, "--output_dir", folder]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **settings}
+    return subprocess.Popen([str(word) for word in [*argv, *flags]], **settings)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def steps_logged(folder) -> int:
+    log = folder / "log.jsonl"
+    return log.read_bytes().count(b'"loss"') if log.exists() else 0
+
+
+def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words, finished, tmp_path, capsys):
+    """A process trains; the same command is refused, with every flag; it is stopped, continued, and killed."""
+    folder = tmp_path / "runs" / "one"
+    flags = ["--max_steps", "100000", "--save_steps", "20", "--save_total_limit", "2"]
+    process = start(recipe, words, folder, *flags)
+    try:
+        wait_for(lambda: list(folder.glob("checkpoint-*")), process)
+        process.send_signal(signal.SIGSTOP)  # a process that is stopped still holds its lock
+        time.sleep(0.2)
+        before = files_of(folder)
+        for more in ([], ["--fresh"], ["--max_steps", "7"]):
+            assert train(recipe, words, folder, *flags, *more) == 2
+            (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("minigpt")]
+            assert f"--output_dir {folder}: another process (pid {process.pid} on host " in line
+            assert line.endswith("wait for it, stop it, or name another folder")
+        assert files_of(folder) == before
+        count = steps_logged(folder)
+        process.send_signal(signal.SIGCONT)
+        wait_for(lambda: steps_logged(folder) > count + 5, process)
+    finally:
+        process.kill()
+        process.communicate()
+    log = log_of(folder)
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
+    # Killed: the lock is free, and the run is resumed, to a nearer end.
+    newest = checkpoint.checkpoints(folder)[-1]
+    steps = str(int(newest.name.split("-")[1]) + 1)
+    assert train(recipe, words, folder, "--max_steps", steps, "--save_steps", "20", "--allow_change", "max_steps") == 0
+    assert f"going on from step {int(steps) - 1}" in capsys.readouterr().out
+    assert not (folder / ".lock").exists()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(recipe, words, finished, tmp_path, capsys):
+    precious, folder = tmp_path / "precious", shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "model")
+    precious.write_text("precious")
+    (folder / ".lock").symlink_to(precious)
+    before = files_of(folder)
+    assert train(recipe, words, folder) == 2
+    assert f"--output_dir {folder}: cannot be written (" in capsys.readouterr().err
+    assert files_of(folder) == before
+    assert precious.read_text() == "precious"
+
+
+def test_a_folder_that_was_created_for_a_refused_run_is_removed(recipe, tmp_path):
+    assert train(recipe, tmp_path / "absent.txt", tmp_path / "runs" / "a" / "b") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fresh_renames_nothing_if_the_new_run_is_refused(recipe, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = files_of(tmp_path)
+    assert train(recipe, tmp_path / "absent.txt", folder, "--fresh") == 2
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1}', b"\xff\0"])
+def test_a_lock_file_without_a_holder_blocks_nothing(content, recipe, words, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_bytes(content)
+    assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
+
+
+def test_a_file_system_without_locks_is_warned_of(recipe, words, tmp_path, monkeypatch, capsys):
+    import errno
+    import fcntl
+
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
+    assert "this file system does not support locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(
+    recipe, words, finished, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+
+    def changed(*args):
+        shutil.copy(finished / "checkpoint-2" / "trainer_state.json", folder / "checkpoint-4")
+
+    monkeypatch.setattr("minigpt_hf.run.show_plan", changed)
+    assert train(recipe, words, folder) == 2
+    assert "was saved at step 4, and is loaded at step 2" in capsys.readouterr().err
+
+
+# -- nothing untrained ------------------------------------------------------------------------------------------------
+
+
+def bad(steps, factor, monkeypatch):
+    """The loss of these steps is multiplied."""
+    real = MiniGPTTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * factor if self.state.global_step + 1 in steps else loss
+
+    monkeypatch.setattr(MiniGPTTrainer, "compute_loss", compute_loss)
+
+
+def test_a_run_of_skipped_steps_publishes_nothing_also_when_it_is_resumed(recipe, words, tmp_path, capsys, monkeypatch):
+    bad(range(1, 9), math.nan, monkeypatch)
+    folder = tmp_path / "run"
+    for _ in range(2):
+        assert train(recipe, words, folder, "--on_bad_loss", "skip") == 65
+        assert "no optimizer step was taken: 8 of 8 steps were skipped" in capsys.readouterr().err
+        assert not (folder / "model").exists()
+    assert not any("train_loss" in row for row in log_of(folder))
+    assert not any(row.get("loss") == 0 for row in log_of(folder))
+
+
+def test_skipped_steps_are_counted_over_a_resume(recipe, words, tmp_path, monkeypatch):
+    bad((2, 3, 7), math.nan, monkeypatch)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = ["--on_bad_loss", "skip", "--logging_steps", "3"]
+    assert train(recipe, words, straight, *flags) == 0
+    go_back(straight, resumed, 4)
+    assert train(recipe, words, resumed, *flags) == 0
+    assert [row.get("skipped_steps") for row in log_of(straight) if "loss" in row] == [2, 2]
+    assert rows(resumed) == rows(straight)
+    assert [row.get("skipped_steps") for row in log_of(resumed) if "loss" in row] == [2, 2]
+    assert final(resumed)["train_loss"] == final(straight)["train_loss"]
+    assert 5 < final(straight)["train_loss"] < 6  # a mean over the five steps that were taken; a guess costs 5.55
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.99, 0), (1.01, 65)])
+def test_a_loss_has_exploded_above_ten_times_that_of_a_guess(share, code, recipe, words, tmp_path, monkeypatch):
+    real, limit = MiniGPTTrainer.compute_loss, 10 * math.log(258)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * (share * limit / loss.item()) if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(MiniGPTTrainer, "compute_loss", compute_loss)
+    assert train(recipe, words, tmp_path / "run", "--max_steps", "2") == code
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+
+def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    lines.insert(2, b'{"step": 3, "lo\xff\n')
+    (folder / "log.jsonl").write_bytes(b"".join(lines[:5]) + b'{"step": 4, "tok')
+    assert main(["plot", str(folder), "--output", str(tmp_path / "a.png")]) == 0
+    assert train(recipe, words, folder) == 0
+    assert (
+        "removed what is not a complete row, as an interruption leaves it (line 3, line 6)" in capsys.readouterr().err
+    )
+    assert rows(folder) == rows(finished)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_logs_each_step_once(recipe, words, finished, tmp_path):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 0)
+    assert train(recipe, words, folder) == 0
+    assert rows(folder) == rows(finished)
+
+
+class FullDisk:
+    """`Path.open` in "ab" mode for `log.jsonl` takes half a line after some rows, and then nothing."""
+
+    def __init__(self, after: int):
+        self.left, self.real = after, Path.open
+
+    def open(self, path, *args, **kwargs):
+        opened = self.real(path, *args, **kwargs)
+        if path.name != "log.jsonl" or args[:1] != ("ab",):
+            return opened
+        return _FullFile(opened, self)
+
+
+class _FullFile:
+    def __init__(self, file, disk):
+        self.file, self.disk = file, disk
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, line):
+        self.disk.left -= 1
+        if self.disk.left > 0:
+            return self.file.write(line)
+        if self.disk.left == 0:
+            return self.file.write(line[: len(line) // 2])
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_while_logging_is_told_with_figures_and_leaves_whole_lines(
+    recipe, words, finished, tmp_path, capsys
+):
+    folder, disk, patch = tmp_path / "run", FullDisk(6), pytest.MonkeyPatch()
+    patch.setattr(Path, "open", lambda path, *args, **kwargs: disk.open(path, *args, **kwargs))
+    try:
+        assert train(recipe, words, folder) == 28
+    finally:
+        patch.undo()
+    assert "a checkpoint needs about 0." in (err := capsys.readouterr().err)
+    assert "MB are free" in err
+    assert rows(folder) == rows(finished)[:5]
+    assert train(recipe, words, folder) == 0
+    assert rows(folder) == rows(finished)
+
+
+def test_files_of_a_run_are_replaced_atomically(recipe, words, tmp_path, monkeypatch):
+    """Killed before each rename: the file is the old one or the new one. A start that was cut is taken up."""
+    folder, real = tmp_path / "run", Path.replace
+    for survives in range(2):
+        left = [survives]
+
+        def dies(path, target, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(path, target)
+
+        monkeypatch.setattr(Path, "replace", dies)
+        assert train(recipe, words, folder) == 130
+        monkeypatch.setattr(Path, "replace", real)
+        assert (folder / "recipe.yaml").exists() == (survives == 1)
+        assert not (folder / "fingerprint.json").exists()
+    assert train(recipe, words, folder) == 0
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_with_a_message(recipe, words, tmp_path, capsys, monkeypatch):
+    real = MiniGPTTrainer.training_step
+
+    def vanishes(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            shutil.rmtree(self.args.output_dir)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", vanishes)
+    assert train(recipe, words, tmp_path / "run") == 74
+    err = capsys.readouterr().err
+    assert "(after step 4); once" in err
+    assert err.count("\n") == 1
+
+
+# -- a resumed run says what the straight one does ----------------------------------------------------------------------
+
+
+def test_losses_are_averaged_over_the_same_steps_after_a_resume(recipe, words, tmp_path, capsys):
+    """Logged every 3 steps, cut at 2, 4 and 8: rows, `train_loss` and weights are equal; the plan tells the rest."""
+    straight, flags = tmp_path / "straight", ["--logging_steps", "3"]
+    assert train(recipe, words, straight, *flags) == 0
+    for cut in (2, 4, 8):
+        resumed = tmp_path / f"cut-{cut}"
+        go_back(straight, resumed, cut)
+        capsys.readouterr()
+        assert train(recipe, words, resumed, *flags) == 0
+        assert rows(resumed) == rows(straight)
+        assert final(resumed)["train_loss"] == final(straight)["train_loss"]
+        assert [row["step"] for row in log_of(resumed)] == [row["step"] for row in log_of(straight)]
+        captured = capsys.readouterr()
+        assert f"for the remaining {8 - cut} steps" in captured.out
+        assert "do not match" not in captured.err
+    losses = {row["step"]: row["loss"] for row in rows(straight)}
+    each = tmp_path / "each"
+    assert train(recipe, words, each) == 0
+    single = [row["loss"] for row in rows(each)]
+    assert losses[3] == pytest.approx(sum(single[:3]) / 3, rel=1e-6)
+    assert final(straight)["train_loss"] == pytest.approx(sum(single) / 8, rel=1e-6)
+
+
+def test_persistent_workers_change_nothing_about_a_resume(recipe, words, tmp_path):
+    """13 steps an epoch; cut in the second one, and it runs into the third. Dropout is on."""
+    flags = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true", "--max_steps", "30"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(recipe, words, straight, *flags, "--save_steps", "15") == 0
+    go_back(straight, resumed, 15)
+    assert train(recipe, words, resumed, *flags, "--save_steps", "15") == 0
+    assert rows(resumed) == rows(straight)
+    assert_equal(state_of(resumed / "checkpoint-30"), state_of(straight / "checkpoint-30"))
+
+
+def test_intervals_as_shares_are_resumed_without_a_warning_and_new_ones_are_taken(recipe, words, tmp_path, capfd):
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    flags = ["--eval_steps", "0.25", "--save_steps", "0.25", "--logging_steps", "0.125", "--validation_fraction", "0.3"]
+    assert train(recipe, words, straight, *flags) == 0
+    go_back(straight, folder, 4)
+    capfd.readouterr()
+    assert train(recipe, words, folder, *flags, "--save_steps", "3") == 0
+    err = capfd.readouterr().err
+    assert "do not match" not in err
+    assert "save_steps was 2 and is 3 from here on" in err
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    assert json.loads((folder / "model" / "minigpt.json").read_text())["recipe"]["eval_steps"] == 0.25
+
+
+def test_changed_data_is_named_with_its_size(recipe, words, finished, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other.txt"
+    go_back(finished, folder, 4)
+    other.write_text(words.read_text()[:400])
+    assert train(recipe, other, folder) == 2
+    said = f"data was {words} (420 characters, 421 tokens) and is {other} (400 characters, 401 tokens)"
+    assert said in capsys.readouterr().err
+    same = tmp_path / words.name
+    same.write_text(words.read_text()[::-1])
+    os.chdir(tmp_path)
+    assert train(recipe, same, folder) == 2
+    assert "data was " in (err := capsys.readouterr().err)
+    assert json.loads((folder / "fingerprint.json").read_text())["data"] not in err
+
+
+def test_a_moved_run_publishes_its_best_checkpoint(recipe, words, evaluated, tmp_path):
+    """The original stays where it was, and is damaged: nothing may be read from there."""
+    original, moved = tmp_path / "original", tmp_path / "elsewhere" / "moved"
+    go_back(evaluated, original, 6)
+    shutil.copytree(original, moved)
+    for file in original.rglob("model.safetensors"):
+        file.unlink()
+    assert train(recipe, words, moved, *EVALUATED, *STEEP) == 0
+    published = [load_file(run / "model" / "model.safetensors") for run in (moved, evaluated)]
+    assert_equal(*published)
+    about = [json.loads((run / "model" / "minigpt.json").read_text())["results"] for run in (moved, evaluated)]
+    assert about[0] == about[1]
+    assert str(original) not in (moved / "checkpoint-8" / "trainer_state.json").read_text()
+
+
+def test_a_lost_best_checkpoint_is_told_and_the_next_best_is_published_with_its_own_score(
+    recipe, words, evaluated, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    go_back(evaluated, folder, 8)
+    losses = {row["step"]: row["eval_loss"] for row in log_of(evaluated) if "eval_loss" in row}
+    best, second = sorted(losses, key=losses.get)[:2]
+    shutil.rmtree(folder / f"checkpoint-{best}")
+    assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
+    assert f"checkpoint-{best}, the best one, is missing or broken; checkpoint-{second} is" in capsys.readouterr().err
+    weights = [load_file(folder / name / "model.safetensors") for name in ("model", f"checkpoint-{second}")]
+    assert_equal(*weights)
+    results = json.loads((folder / "model" / "minigpt.json").read_text())["results"]
+    assert results["loss"] == pytest.approx(losses[second], rel=1e-12)
+
+
+def test_early_stopping_is_final(recipe, words, tmp_path, capsys):
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    flags = ["--validation_fraction", "0.3", "--eval_steps", "2", "--early_stopping_patience", "1", *STEEP]
+    assert train(recipe, words, straight, *flags, "--max_steps", "40") == 0
+    last = max(row["step"] for row in log_of(straight))
+    assert last < 40
+    go_back(straight, folder, 99)
+    capsys.readouterr()
+    assert train(recipe, words, folder, *flags, "--max_steps", "40") == 0
+    assert "training ends here" in capsys.readouterr().out
+    assert rows(folder) == rows(straight)
+    assert max(row["step"] for row in log_of(folder)) == last
+    models = [load_file(run / "model" / "model.safetensors") for run in (folder, straight)]
+    assert_equal(*models)
+    # With more patience it is another run, which does go on.
+    shutil.rmtree(folder / "model")
+    more = ["--early_stopping_patience", "30", "--allow_change", "early_stopping_patience"]
+    assert train(recipe, words, folder, *flags, "--max_steps", "40", *more) == 0
+    assert max(row["step"] for row in log_of(folder)) == 40
+
+
+def test_a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 99)
+    flags = ["--resume_from_checkpoint", folder / "checkpoint-4", "--max_steps", "5", "--allow_change", "max_steps"]
+    assert train(recipe, words, folder, *flags) == 0
+    assert "checkpoint-8 is later than the checkpoint to resume from" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-4", "checkpoint-5", "checkpoint-6.aside-1", "checkpoint-8.aside-1")
+    ]
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_only_checkpoints_that_a_run_wrote_are_taken_and_deleted(recipe, words, finished, tmp_path, capsys):
+    """Sorted as numbers; copies, links and folders with like names are neither resumed from nor deleted nor counted."""
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    ours = [
+        "checkpoint-10-old",
+        "checkpoint-3.aside-1",
+        "checkpoint-٣",
+        "checkpoint-010",
+        "checkpoint-",
+        "checkpoint-9x",
+    ]
+    for name in ours:
+        shutil.copytree(finished / "checkpoint-8", folder / name)
+    (folder / "checkpoint-99999").mkdir()
+    assert (
+        train(recipe, words, folder, "--max_steps", "12", "--allow_change", "max_steps", "--save_total_limit", "1") == 0
+    )
+    assert "going on from step 4" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(
+        [*ours, "checkpoint-12", "checkpoint-99999.aside-1"]
+    )
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-12"]
+
+
+def test_a_link_to_a_checkpoint_is_resumed_from(recipe, words, finished, tmp_path, capsys):
+    folder, store = tmp_path / "run", tmp_path / "store"
+    go_back(finished, folder, 4)
+    (folder / "checkpoint-4").rename(store)
+    (folder / "checkpoint-4").symlink_to(store, target_is_directory=True)
+    assert train(recipe, words, folder, "--save_total_limit", "1") == 0
+    assert "going on from step 4" in capsys.readouterr().out
+    assert checkpoint.what_is_wrong(store) is None
+    assert rows(folder) == rows(finished)
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+def asked_at(step: int, number: int, monkeypatch):
+    real = MiniGPTTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", training_step)
+    return lambda: monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_stopped_where_it_would_be_evaluated_is_evaluated_when_it_resumes(
+    strategy, recipe, words, tmp_path, capsys, monkeypatch
+):
+    """With one checkpoint to keep, which is the best; the one that was saved for the signal must survive, too."""
+    flags = [*EVALUATED, *STEEP, "--save_total_limit", "1"]
+    if strategy == "epoch":  # 9 steps each
+        flags += ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--max_steps", "20"]
+    straight = tmp_path / "straight"
+    assert train(recipe, words, straight, *flags) == 0
+    evaluations = [(row["step"], row["eval_loss"]) for row in log_of(straight) if "eval_loss" in row]
+    for step in {"steps": (4, 5, 8), "epoch": (5, 9, 18)}[strategy]:
+        folder = tmp_path / str(step)
+        undo = asked_at(step, signal.SIGHUP, monkeypatch)
+        assert train(recipe, words, folder, *flags) == 129
+        undo()
+        assert f"stopped by SIGHUP and saved at step {step}" in capsys.readouterr().err
+        assert not any(row["step"] == step and "eval_loss" in row for row in log_of(folder))
+        assert (folder / f"checkpoint-{step}").is_dir()
+        assert not list(folder.glob("*.aside-*"))
+        assert train(recipe, words, folder, *flags) == 0
+        assert rows(folder) == rows(straight)
+        assert [(row["step"], row["eval_loss"]) for row in log_of(folder) if "eval_loss" in row] == evaluations
+        assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, straight)])
+
+
+@pytest.mark.parametrize("where", ["prepare_text", "show_plan"])
+def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
+    where, recipe, words, tmp_path, capsys, monkeypatch
+):
+    import minigpt_hf.run
+
+    real = getattr(minigpt_hf.run, where)
+
+    def asked(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(minigpt_hf.run, where, asked)
+    assert train(recipe, words, tmp_path / "run") == 143
+    err = capsys.readouterr().err
+    assert "stopped by SIGTERM (before training began); run the same command again" in err
+    assert (tmp_path / "run").exists() == (where == "show_plan")
+    monkeypatch.setattr(minigpt_hf.run, where, real)
+    assert train(recipe, words, tmp_path / "run") == 0
+
+
+def test_a_signal_that_was_ignored_stays_ignored(recipe, words, tmp_path, monkeypatch):
+    """As `nohup` does with SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        asked_at(2, signal.SIGHUP, monkeypatch)
+        assert train(recipe, words, tmp_path / "run", "--max_steps", "3") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monkeypatch):
+    import minigpt_hf.run
+
+    real = minigpt_hf.run.write_model_folder
+
+    def asked(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(minigpt_hf.run, "write_model_folder", asked)
+    assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
+    assert generate(tmp_path / "run" / "model", "a", max_new_tokens=1)
+
+
+# -- around a run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_outlasts_its_output_and_saves_when_its_process_group_is_stopped(recipe, words, tmp_path):
+    """`minigpt train … <&- 2>&1 | head -3`, with loader workers; then SIGTERM to the process group, twice at once."""
+    folder = tmp_path / "run"
+    flags = ["--max_steps", "100000", "--save_steps", "50000", "--dataloader_num_workers", "2"]
+    process = start(
+        recipe, words, folder, *flags, stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        process.stdin.close()
+        for _ in range(3):
+            assert process.stdout.readline()
+        process.stdout.close()
+        wait_for(lambda: steps_logged(folder) > 20, process)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) >= 2
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (saved,) = checkpoint.checkpoints(folder)
+    assert checkpoint.what_is_wrong(saved) is None
+    assert int(saved.name.split("-")[1]) == rows(folder)[-1]["step"]
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_text_that_standard_output_cannot_encode_is_escaped(recipe, tmp_path, monkeypatch):
+    """Samples, scores and generated text on a stdout in ASCII."""
+    data, folder = tmp_path / "é.txt", tmp_path / "run"
+    data.write_text("é→ü " * 200, encoding="utf-8")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    flags = ["--tokenizer", "characters", "--sample_tokens", "8", "--max_steps", "2", "--validation_fraction", "0.2"]
+    assert train(recipe, data, folder, *flags) == 0
+    assert main(["generate", str(folder / "model"), "--prompt", "é→", "--max_new_tokens", "3"]) == 0
+    assert main(["evaluate", str(folder / "model"), "--data", str(data)]) == 0
+    stdout.flush()
+    written = stdout.buffer.getvalue().decode("ascii")
+    assert "\\xe9\\u2192" in written
+    assert "\\xe9.txt" in written
+
+
+def test_other_commands_end_when_nobody_reads_them(monkeypatch, capfd):
+    """As after `| head`: the code of SIGPIPE, and no message."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["recipes"]) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_times_are_sane_when_the_clock_is_set(recipe, words, tmp_path, monkeypatch):
+    """A day back at step 3, two days forward at step 6."""
+    real, step, clock = MiniGPTTrainer.training_step, [0], time.time
+
+    def training_step(self, *args, **kwargs):
+        step[0] = self.state.global_step + 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", training_step)
+    monkeypatch.setattr(time, "time", lambda: clock() + 86400 * (-1 if 3 <= step[0] < 6 else step[0] >= 6))
+    began = time.perf_counter()
+    assert train(recipe, words, tmp_path / "run") == 0
+    seconds = time.perf_counter() - began
+    log = log_of(tmp_path / "run")
+    assert all(0 <= a["seconds"] <= b["seconds"] <= seconds for a, b in pairwise(log))
+    assert 0 < log[-1]["train_runtime"] <= seconds
+    assert all(row["tokens_per_second"] > 0 for row in log if "loss" in row)
+
+
+def test_a_compiled_run_is_resumed_exactly_and_not_as_another_one(recipe, words, tmp_path, capsys):
+    """Compiled with AOT autograd; `make torture` does not compile, and inductor takes a minute."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager", "--max_steps", "4"]
+    assert train(recipe, words, straight, *flags) == 0
+    go_back(straight, resumed, 2)
+    assert train(recipe, words, resumed, "--max_steps", "4") == 2
+    assert "torch_compile was True and is False" in capsys.readouterr().err
+    assert train(recipe, words, resumed, *flags) == 0
+    assert rows(resumed) == rows(straight)
+    assert_equal(state_of(resumed / "checkpoint-4"), state_of(straight / "checkpoint-4"))
