@@ -21,7 +21,7 @@ from .about import describe
 from .data.blocks import Blocks
 from .data.corpus import CACHE, Corpus, load_corpus
 from .data.prepared import PreparedText, is_prepared, prepare
-from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from .data.tokenizer import byte_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .pretrained import existing_config, existing_model, merged, with_lora
@@ -54,13 +54,13 @@ def train(arguments: Arguments, began: float | None = None) -> Path:
 
     if architecture.init_from:
         existing_config(architecture)  # what cannot be gone on from is said before the text is read
-    dial = Dial(arguments, run, began or time.perf_counter())  # does nothing without --minutes or --size
+    dial = Dial(arguments, run, began or time.perf_counter())
+    if not architecture.init_from:  # an invalid architecture is refused before the text is read
+        check_memory(make_config(architecture, data.block_size, byte_tokenizer()), architecture, training)
     with training.main_process_first(desc="text"):  # the other processes find what the first one made
         text = prepare_text(data, dial.choose_tokenizer)
     dial.choose_the_rest(
-        text.train,
-        text.validation,
-        vocabulary_size(text.tokenizer),
+        text,
         lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),
     )
     config = make_config(architecture, data.block_size, text.tokenizer)
