@@ -51,14 +51,11 @@ from .scaling import (
 )
 from .trainer import optimizer_factory
 
-logger = logging.getLogger(__name__)
-
 MEASURED_SHARE = 0.1  # of the time asked, at most
 TRAINER_OVERHEAD = 1.03  # of the Trainer over the loop that is measured here
 OTHER_SECONDS = 10  # imports before the clock starts; checkpoints, the model folder and its figures at the end
 STREAMED_TEXT = 1_000_000_000  # characters: what is taken of a stream is known when it has been taken
 SMALL_TEXT = 4_000_000  # characters: below, a BPE with room for whole words would see too little of each
-VALIDATED_UNASKED = 100_000  # characters of validation text, as in the recipe `demo`
 LITTLE_TEXT = 100_000  # characters: below, a model learns little but the text itself
 # A text of so few tokens gives no two batches that differ.
 FEWEST_BLOCKS, SHORTEST_BLOCK = 8, 16
@@ -113,12 +110,9 @@ class Dial:
             return
         characters = corpus.train.characters or STREAMED_TEXT
         if self.by_text:
-            vocabulary = vocabulary_for_text(characters)
-            self._choose(self.data, "it encodes every text, and every engine reads it", tokenizer="bpe")
             if self.data.tokenizer == "bpe":
                 why = f"320, and one more for each 1,000 of {characters:,} characters, at most 2,048"
-                self._choose(self.data, why, vocab_size=vocabulary)
-            self._choose(self.data, "of the validation text, to keep it short", validation_characters=VALIDATED_UNASKED)
+                self._choose(self.data, why, vocab_size=vocabulary_for_text(characters))
             return
         kind = "cpu" if self.training.device.type == "cpu" else "accelerator"
         is_small = characters <= SMALL_TEXT and "vocab_size" not in self.training.given
@@ -195,7 +189,7 @@ class Dial:
         )
         self._choose_for(self._shape(parameters), tokens, why)
         if stream.characters < LITTLE_TEXT:
-            logger.warning(
+            self._warn(
                 f"{text.name}: {stream.characters:,} characters of training text are little; a model learns to spell from "
                 f"some {LITTLE_TEXT:,}, and repeats a shorter text rather than continuing it"
             )
@@ -255,7 +249,7 @@ class Dial:
         if abs(parameters / size - 1) <= 0.15:
             return
         embeddings = self.vocabulary * shape.width * (1 if self.architecture.tie_word_embeddings else 2)
-        logger.warning(
+        self._warn(
             f"--size {self.training.size}: the nearest model has {parameters:,} parameters, {embeddings:,} of them the "
             f"embedding of {self.vocabulary:,} tokens at width {shape.width}; a smaller --vocab_size, or settings of the "
             "architecture that are not given, bring it nearer"
@@ -272,7 +266,7 @@ class Dial:
                 asked, training.logging_steps = training.logging_steps, max(1, steps // 10)
                 self._say(f"logging_steps {training.logging_steps}: {asked:g} would be more than the {steps:,} steps")
         if 1 <= steps <= training.warmup_steps:
-            logger.warning(
+            self._warn(
                 f"warmup_steps {training.warmup_steps:g}: there are {steps:,} steps, so the learning rate does not reach "
                 "its peak"
             )
@@ -286,9 +280,7 @@ class Dial:
                 f"vocab_size {self.asked_vocabulary:,}: not used, tokenizer {text.kind} has {vocabulary:,} tokens"
             )
         if "tokenizer" in given and self.asked_tokenizer != text.kind:
-            logger.warning(
-                f"tokenizer {self.asked_tokenizer}: {text.name} was prepared with {text.kind}, which is used"
-            )
+            self._warn(f"tokenizer {self.asked_tokenizer}: {text.name} was prepared with {text.kind}, which is used")
         if training.sample_prompt is None:
             training.sample_prompt = first_words(text)
             if training.sample_prompt:
@@ -308,8 +300,12 @@ class Dial:
         """The shape for a number of parameters, with what is given of it."""
         names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
         names["key_value_heads"] = "num_key_value_heads"
+        given = {argument: vars(self.architecture)[name] for argument, name in names.items()}
+        # What is not positive is refused with the whole architecture.
         given = {
-            argument: vars(self.architecture)[name] for argument, name in names.items() if name in self.training.given
+            argument: value
+            for argument, value in given.items()
+            if names[argument] in self.training.given and value is not None and value >= 1
         }
         copies = 1 if self.architecture.tie_word_embeddings else 2
         return shape_for(parameters, copies * (self.vocabulary if vocabulary is None else vocabulary), **given)
@@ -338,6 +334,9 @@ class Dial:
         chosen = ", ".join(f"{name} {value}" for name, value in values.items() if name not in self.training.given)
         if chosen:
             self._say(f"{chosen}: {why}")
+
+    def _warn(self, line: str) -> None:
+        log_once(self.training, line, logging.WARNING)
 
     def _say(self, *lines: str) -> None:
         for line in lines:

@@ -156,6 +156,36 @@ def argument_parser(**kwargs) -> HfArgumentParser:
     return _Parser(GROUPS, allow_abbrev=False, **kwargs)
 
 
+# What the recipe `auto` leaves to the text: see `dial`.
+CHOSEN_FROM_THE_TEXT = (
+    *("vocab_size", "block_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "residual_dropout"),
+    *("per_device_train_batch_size", "max_steps", "warmup_steps", "learning_rate", "weight_decay", "logging_steps"),
+    *("eval_steps", "sample_prompt"),
+)
+
+
+def effective_defaults() -> dict[str, tuple[str, str]]:
+    """What a training uses without any flag (the recipe `demo`), and with `--data` alone (`auto`), by name of the setting.
+
+    Settings about which neither recipe says anything have the defaults of their dataclasses.
+    """
+    demo, auto = read_recipe("demo"), read_recipe("auto")
+    defaults = {}
+    for each in (each for group in GROUPS for each in fields(group) if each.init and each.name != "data"):
+        if each.name not in {*demo, *auto, *CHOSEN_FROM_THE_TEXT}:
+            continue
+        own = each.default if each.default is not MISSING else None
+        without, alone = demo.get(each.name, own), auto.get(each.name, own)
+        alone = "chosen from the text" if each.name in CHOSEN_FROM_THE_TEXT else _written(alone)
+        defaults[each.name] = (_written(without), alone)
+    return defaults
+
+
+def _written(value: Any) -> str:
+    """A default as the help shows it."""
+    return "none" if value in (None, "", []) else ", ".join(value) if isinstance(value, list) else str(value)
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """The settings of a named recipe, or of a YAML file.
 
