@@ -41,6 +41,7 @@ from .scaling import (
     block_size_for,
     distance_from_optimal,
     dropout,
+    heads_for,
     learning_rates,
     shape_for,
     size_for_text,
@@ -158,7 +159,14 @@ class Dial:
         characters = getattr(self, "characters", self.stream.characters)  # a prepared text brings its own tokenizer
         self._choose_block(block_size_for(characters), f"for a text of {characters:,.0f} characters")
         if self.training.minutes:
-            shape, tokens, lines = self._fit([Shape(width) for width in WIDTHS])
+            groups = self.architecture.num_key_value_heads
+            shapes = [Shape(width, key_value_heads=groups) for width in WIDTHS if heads_for(width, groups or 1)]
+            if not shapes:
+                raise ValueError(
+                    f"num_key_value_heads is {groups}: none of the widths that --minutes chooses among divides into a "
+                    "multiple of it; give another number"
+                )
+            shape, tokens, lines = self._fit(shapes)
             self._say(*lines)
             why = "of the shapes measured the one that comes nearest to the tokens for each parameter that are best"
         else:
@@ -194,7 +202,7 @@ class Dial:
                 f"some {LITTLE_TEXT:,}, and repeats a shorter text rather than continuing it"
             )
         self._say(
-            "chosen for a training of minutes; --minutes and --size choose for a longer one, --recipe for a given one"
+            "this is for a training of minutes; --minutes 30 or --size 10m choose for a longer one, see `minigpt recipes`"
         )
 
     def _choose_for(self, shape: Shape, tokens: float, why: str) -> None:
@@ -215,7 +223,7 @@ class Dial:
         self._fill_in(training, batch)
         self._say_chosen(
             batch,
-            f"{steps:,} steps of {step:,} tokens = {tokens:,} tokens, {tokens / self._parameters():.1f} for each parameter; "
+            f"{steps:,} steps of {step:,} tokens = {tokens:,} tokens, {tokens / self._parameters():.2f} for each parameter; "
             f"the text is read {readings:.2f} times",
         )
         rates = {name: schedule.pop(name) for name in ("learning_rate", "muon_learning_rate")}

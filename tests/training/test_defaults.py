@@ -13,9 +13,29 @@ import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import vocabulary_size
 from minigpt_hf.run import make_config, make_model, prepare_text
+from minigpt_hf.training import dial
 from minigpt_hf.training.dial import Dial
-from minigpt_hf.training.recipe import CHOSEN_FROM_THE_TEXT, effective_defaults, parse_arguments, read_recipe, resolved
-from minigpt_hf.training.scaling import heads_for, shape_for, size_for_text, usual_layers, vocabulary_for_text
+from minigpt_hf.training.recipe import (
+    CHOSEN_FROM_THE_TEXT,
+    effective_defaults,
+    parse_arguments,
+    read_recipe,
+    recipe_notes,
+    resolved,
+)
+from minigpt_hf.training.scaling import (
+    LARGEST_UNASKED,
+    LONGEST_UNASKED,
+    MOST_READINGS,
+    PARAMETERS_PER_BYTE,
+    READINGS_AS_GOOD_AS_NEW,
+    SHORTEST_TRAINING,
+    heads_for,
+    shape_for,
+    size_for_text,
+    usual_layers,
+    vocabulary_for_text,
+)
 
 LETTER = "Liebe Grete, ich schreibe dir aus Köln.\nDer Rhein steht hoch, und die Glocken läuten früh.\n"
 SHORT = {"max_steps": 2, "sample_tokens": 2, "use_cpu": True}
@@ -37,13 +57,13 @@ def choices_are_logged(caplog):
 def fitted(folder, argv=(), recipe=None, **overrides):
     """The arguments of a command once its text is known, and the text."""
     arguments = parse_arguments([*map(str, argv)], recipe, use_cpu=True, num_proc=1, **overrides)
-    dial = Dial(arguments, folder / "run", time.perf_counter())
-    text = prepare_text(arguments[0], dial.choose_tokenizer)
+    turned = Dial(arguments, folder / "run", time.perf_counter())
+    text = prepare_text(arguments[0], turned.choose_tokenizer)
 
     def build(architecture):
         return make_model(make_config(architecture, arguments[0].block_size, text.tokenizer), architecture)
 
-    dial.choose_the_rest(text, build)
+    turned.choose_the_rest(text, build)
     return arguments, text
 
 
@@ -118,7 +138,8 @@ def test_two_processes_choose_as_one_does_with_half_the_rows(letters, tmp_path):
 
     flags = ["--data", letters, "--use_cpu", "--max_steps", "2", "--sample_tokens", "0"]
     flags += ["--cache_dir", tmp_path / "cache"]
-    finish(start("auto", letters, tmp_path / "two", *flags))
+    said = finish(start("auto", letters, tmp_path / "two", *flags))
+    assert said.count("sample_prompt 'Liebe Grete, ich'") == said.count("hidden_size ") == 1  # by the first process
     assert main([*map(str, ["train", *flags, "--output_dir", tmp_path / "one"])]) == 0
     one, two = (yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("one", "two"))
     rows = "per_device_train_batch_size"
@@ -140,6 +161,25 @@ def test_two_processes_choose_as_one_does_with_half_the_rows(letters, tmp_path):
 )
 def test_parameters_and_tokens_for_a_text(size, tokens, expected):
     assert size_for_text(size, tokens) == expected
+
+
+def test_the_recipe_says_the_rules_that_are_applied():
+    notes = recipe_notes("auto")
+    rules = (PARAMETERS_PER_BYTE, f"{LARGEST_UNASKED:,}")
+    assert notes["parameters"].startswith("{} for each byte of text, at most {}: ".format(*rules))
+    rules = (READINGS_AS_GOOD_AS_NEW, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
+    assert notes["tokens"] == "{} readings, {} of a short text until they are {}, at most {}".format(*rules)
+    demo = re.search(r"([\d,]+) \+ 192 = ([\d,]+)|= ([\d,]+)$", recipe_notes("demo")["parameters"])[0].split("= ")[1]
+    tokens = re.search(r"= ([\d,]+) tokens", recipe_notes("demo")["tokens"])[1]
+    assert notes["cost"].endswith(f"where `demo` takes {demo} · {tokens}")
+    assert int(demo.replace(",", "")) * int(tokens.replace(",", "")) > LARGEST_UNASKED * LONGEST_UNASKED
+
+
+def test_minutes_choose_a_width_whose_heads_share_the_given_key_and_value_heads(letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)
+    flags = ["--data", letters, "--minutes", 2, "--num_key_value_heads", 2, "--sample_tokens", 0]
+    (_, architecture, _), _ = fitted(tmp_path, flags)
+    assert architecture.num_attention_heads % 2 == 0
 
 
 @pytest.mark.parametrize("vocabulary", [67, 258, 1024, 4096, 32768])
