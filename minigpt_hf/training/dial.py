@@ -112,7 +112,8 @@ class Dial:
         characters = corpus.train.characters or STREAMED_TEXT
         if self.by_text:
             if self.data.tokenizer == "bpe":
-                why = f"320, and one more for each 1,000 of {characters:,} characters, at most 2,048"
+                length = f"{characters:,} characters" if corpus.train.characters else "a stream"
+                why = f"320, and one more for each 1,000 characters, at most 2,048; the training text is {length}"
                 self._choose(self.data, why, vocab_size=vocabulary_for_text(characters))
             return
         kind = "cpu" if self.training.device.type == "cpu" else "accelerator"
@@ -125,7 +126,10 @@ class Dial:
             )
             self._choose(self.data, why, tokenizer="characters")
         else:
-            self._choose(self.data, "the text is long, or has many different characters", tokenizer="bpe")
+            long = f"the text is longer than {SMALL_TEXT:,} characters, or has more than 256 different ones"
+            self._choose(
+                self.data, "vocab_size is given" if "vocab_size" in self.training.given else long, tokenizer="bpe"
+            )
         if self.training.minutes:
             characters = min(characters, self.training.minutes * READ_A_MINUTE[kind])
             validated = int(min(1e6, max(2e4, self.training.minutes * VALIDATED_A_MINUTE[kind])))

@@ -18,6 +18,8 @@ nothing and refuses nothing. With P parameters, D tokens to learn from and T tok
 |                |                                             | 1 / width as the exit (arXiv:2203.03466): half way        |
 | dropout        | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2   | up to four readings teach as new text does                |
 | weight decay   | 0 up to D = 4 T, then 0.1                   | (arXiv:2305.16264)                                        |
+
+`size_for_text` gives P and D where neither a time nor a size is given: from the text alone, and for minutes of training.
 """
 
 import math
