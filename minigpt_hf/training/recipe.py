@@ -115,19 +115,21 @@ def _drop_what_describes_another_text(
     data: DataArguments, training: MiniGPTTrainingArguments, recipe: dict[str, Any], given: set[str]
 ) -> None:
     """Language, licence and prompt of a recipe describe the text of the recipe, not one given in its place."""
-    dropped = []
-    for group, name in ((data, "language"), (data, "license"), (training, "sample_prompt")):
-        if name in recipe and name not in given:
-            field = group.__dataclass_fields__[name]
-            setattr(group, name, field.default if field.default is not MISSING else field.default_factory())
-            dropped.append(f"{name} {recipe[name]!r}")
-    training.given -= {name.partition(" ")[0] for name in dropped}
-    if dropped:
-        log_once(
-            training,
-            f"--data {data.data} replaces the text of the recipe, {recipe['data']}: the recipe's {', '.join(dropped)} "
-            "not used",
-        )
+    dropped = {name for name in ("language", "license", "sample_prompt") if name in recipe and name not in given}
+    if not dropped:
+        return
+    if "language" in dropped:
+        data.language = []
+    if "license" in dropped:
+        data.license = None
+    if "sample_prompt" in dropped:
+        training.sample_prompt = None
+    training.given -= dropped
+    described = ", ".join(f"{name} {recipe[name]!r}" for name in sorted(dropped))
+    log_once(
+        training,
+        f"--data {data.data} replaces the text of the recipe, {recipe['data']}: the recipe's {described} not used",
+    )
 
 
 def _fit_heads(model: ModelArguments, training: MiniGPTTrainingArguments, given: set[str]) -> None:
