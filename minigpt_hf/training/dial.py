@@ -174,7 +174,7 @@ class Dial:
             self._say(*lines)
             why = "of the shapes measured the one that comes nearest to the tokens for each parameter that are best"
         else:
-            size = number_of(self.training.size)
+            size = number_of(str(self.training.size))  # YAML and Python may give a number
             shape = self._shape(size)
             tokens = TOKENS_PER_PARAMETER * shape.parameters(self.vocabulary)
             why = f"for {size:,.0f} parameters"

@@ -204,6 +204,13 @@ def test_the_model_that_is_built_has_the_size_or_the_reason_is_logged(size, voca
     assert (abs(model.num_parameters() / asked - 1) <= 0.15) != ("the nearest model has" in caplog.text)
 
 
+def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
+    widths = [
+        fitted(tmp_path, ["--data", letters], size=size)[0][1].hidden_size for size in (200_000, "200000", "200k")
+    ]
+    assert widths[0] == widths[1] == widths[2]
+
+
 def test_a_size_that_the_embedding_alone_exceeds_says_so(text_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", text_file, "--size", "30k", "--vocab_size", "2000", "--max_steps", "2"])
     (said,) = re.findall(
