@@ -1,6 +1,6 @@
 """The package in Python: train, evaluate, generate, load. The command line is a thin skin over these.
 
-    folder = minigpt_hf.train(data="notes.txt", recipe="demo", output_dir="runs/notes", max_steps=300)
+    folder = minigpt_hf.train(data="notes.txt", output_dir="runs/notes", max_steps=300)
     print(folder.results["bits_per_byte"], folder.generate("Dear ")[0])
 
 In: folders and texts by name. Out: model folders, figures, texts. What a user can put right is a `ValueError` that says in
@@ -78,7 +78,8 @@ def train(
 
     Args:
         data: What to learn from, see `load_corpus`; default: as the recipe says.
-        recipe: Name of a recipe, or a YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`.
+        recipe: Name of a recipe, or a YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with
+            `minutes` or `size`, `auto` with `data` (what is not given is chosen to fit the text), else `demo`.
         output_dir: Folder of the run; default: `runs/` and the recipe's name.
         overrides: Any setting of a recipe by name, `max_steps=300` (steps), `block_size=128` (tokens),
             `learning_rate=4e-3`; those of `TrainingArguments` included.

@@ -65,7 +65,7 @@ def with_lora(model: MiniGPTForCausalLM, rank: int) -> PreTrainedModel:
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
-        raise ImportError('--lora_rank needs PEFT: pip install "minigpt-hf[lora]"') from error
+        raise ImportError("--lora_rank needs PEFT, which is not installed: pip install peft") from error
     settings = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

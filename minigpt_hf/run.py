@@ -22,7 +22,7 @@ from .about import describe
 from .data.blocks import Blocks
 from .data.corpus import CACHE, Corpus, load_corpus
 from .data.prepared import PreparedText, is_prepared, prepare
-from .data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from .data.tokenizer import byte_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .output import guarded_output
@@ -74,13 +74,13 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
 
     if architecture.init_from:
         existing_config(architecture)  # what cannot be gone on from is said before the text is read
-    dial = Dial(arguments, run, began)  # does nothing without --minutes or --size
+    dial = Dial(arguments, run, began)
+    if not architecture.init_from:  # an invalid architecture is refused before the text is read
+        check_memory(make_config(architecture, data.block_size, byte_tokenizer()), architecture, training)
     with training.main_process_first(desc="text"):  # the other processes find what the first one made
         text = prepare_text(data, dial.choose_tokenizer)
     dial.choose_the_rest(
-        text.train,
-        text.validation,
-        vocabulary_size(text.tokenizer),
+        text,
         lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),
     )
     config = make_config(architecture, data.block_size, text.tokenizer)

@@ -95,6 +95,8 @@ if __name__ == "__main__":
     parser.add_argument("--recipe", default="demo")
     recipe, flags = parser.parse_known_args()
     arguments = parse_arguments(flags, recipe.recipe)
+    if arguments[2].size or arguments[2].minutes:
+        raise SystemExit("this loop chooses no settings: name a recipe without size and minutes, e.g. --recipe demo")
     if Path(arguments[2].output_dir).exists():
         raise SystemExit(f"{arguments[2].output_dir} already exists: choose another --output_dir")
     train(arguments)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from minigpt_hf.cli import VERBS
 from minigpt_hf.training.arguments import GROUPS
+from minigpt_hf.training.recipe import effective_defaults
 
 DOCS = Path(__file__).parents[1] / "docs"
 INTRODUCTION = """# The command line
@@ -69,7 +70,14 @@ def cli() -> str:
 
 def _of_dataclass(group) -> list[tuple[str, str, str]]:
     own = [each for each in fields(group) if each.init and each.name in group.__annotations__]
-    return [(f"--{each.name}", _written(each.default), each.metadata["help"].replace("%%", "%")) for each in own]
+    effective = {
+        name: f"`{without}`" if without == alone else f"`{without}`; with `--data` alone {alone}"
+        for name, (without, alone) in effective_defaults().items()
+    }
+    return [
+        (f"--{each.name}", effective.get(each.name) or _written(each.default), each.metadata["help"].replace("%%", "%"))
+        for each in own
+    ]
 
 
 def _of_parser(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:

@@ -82,7 +82,20 @@ def test_training_says_its_plan_then_lines_then_where_the_model_is(recipe_file, 
     code, out, err = run(
         capsys,
         *("train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"),
-        *("--max_steps", 8, "--logging_steps", 2, "--tokenizer", "characters", "--eval_steps", 4, "--save_steps", 4),
+        *(
+            "--max_steps",
+            8,
+            "--warmup_steps",
+            2,
+            "--logging_steps",
+            2,
+            "--tokenizer",
+            "characters",
+            "--eval_steps",
+            4,
+            "--save_steps",
+            4,
+        ),
     )
     assert code == 0
     assert re.fullmatch("the validation score rests on only .*\n", err)  # the text is small

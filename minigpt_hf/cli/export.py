@@ -61,7 +61,7 @@ def run(argv: list[str]) -> None:
             said = f"onnxruntime's logits are within {TOLERANCE}, and {PROMPTS} prompts go on by the same tokens"
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"--to {args.to} needs {error.name}, which is not installed: pip install 'minigpt-hf[export]'"
+            f"--to {args.to} needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
     print(f"the export is in {out}\nverified: {said}")
     if args.context:

@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,17 +57,19 @@ def _run(argv: list[str]) -> None:
         parser().print_help()
         return
     from ..run import prepare_text
+    from ..training.dial import Dial
     from ..training.recipe import parse_arguments
 
     recipe, rest = split_recipe(argv)
-    data, _, training = parse_arguments(rest, recipe)
+    arguments = parse_arguments(rest, recipe)
+    data, _, training = arguments
     if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
         raise ValueError("say where to keep it: --output_dir FOLDER")
     quiet()
     folder = Path(training.output_dir)
     if folder.exists():
         raise ValueError(f"--output_dir {folder}: is there already; name another folder, or remove it")
-    text = prepare_text(data)
+    text = prepare_text(data, Dial(arguments, folder, time.perf_counter()).choose_tokenizer)
     text.keep(folder)
     held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"
     print(

@@ -7,10 +7,13 @@ from .parser import quiet
 
 
 def parser(verb: str = "train") -> argparse.ArgumentParser:
-    """Every setting there is: ours and those of `TrainingArguments`."""
-    from ..training.recipe import argument_parser
+    """Every setting there is, with the defaults that a command has: ours and those of `TrainingArguments`."""
+    from ..training.recipe import argument_parser, effective_defaults
 
-    return argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
+    parser = argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
+    for name, (without, alone) in effective_defaults().items():
+        parser.set_defaults(**{name: without if without == alone else f"{without}; with --data alone: {alone}"})
+    return parser
 
 
 def run(argv: list[str]) -> None:
@@ -44,7 +47,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
     names = ", ".join(recipe_names())
     parser.add_argument(
         "--recipe",
-        help=f"Settings that the other flags override: {names}, or a YAML file. Default: demo, with --init_from finetune, "
-        "with --lora_rank lora; or what --minutes or --size choose.",
+        help=f"Settings that the other flags override: {names}, or a YAML file. Default: demo; with --data auto, with "
+        "--init_from finetune, with --lora_rank lora; with --minutes or --size none, as they choose.",
     )
     return parser

@@ -20,6 +20,9 @@ from ..model.configuration_minigpt import MiniGPTConfig
 _PACKAGED = Path(__file__).with_name("model_card.md")
 TEMPLATE = _PACKAGED if _PACKAGED.is_file() else Path(__file__).parents[2] / "model_card.md"
 
+# The package is in no registry: it is installed from a checkout.
+INSTALL = "pip install PATH/TO/minigpt-hf"
+
 # A model of bytes may write anything, and some characters steer terminals or turn the direction of text.
 UNSHOWN = "\N{REPLACEMENT CHARACTER}"
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -38,12 +41,19 @@ def render_card(about: dict[str, Any], config: MiniGPTConfig) -> str:
         template.render(
             card_data=metadata(about).to_yaml(),
             config=config,
+            location=location(about["name"]),
+            install=INSTALL,
             prompt=about["sample"]["prompt"] or about["tokenizer"]["opening"],
             recipe_yaml=as_yaml(about["recipe"]).strip(),
             **about,
         )
         + "\n"
     )
+
+
+def location(name: str) -> str:
+    """What the snippets of a card load: the Hub id of a model that has one, else the folder in which the card stands."""
+    return name if "/" in name else "."
 
 
 def metadata(about: dict[str, Any]) -> ModelCardData:

@@ -4,6 +4,7 @@ In: values. Out: three dataclasses, validated; `recipe` fills them from YAML and
 Every flag of `TrainingArguments` works; only defaults differ where a small GPT wants others.
 """
 
+import logging
 import math
 import os
 import re
@@ -18,6 +19,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 # What the Hub takes in the metadata of a card; it knows the names of licences itself.
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+AUTO = "auto"  # the value of `size` with which the text decides
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -181,10 +186,15 @@ class MiniGPTTrainingArguments(TrainingArguments):
     )
     size: str | None = field(
         default=None,
-        metadata={"help": "About how many parameters, e.g. 10m: what is not given is chosen for that."},
+        metadata={
+            "help": "About how many parameters, e.g. 10m: what is not given is chosen for that. `auto`: as many as fit the "
+            "text, and 1,000,000 at most."
+        },
     )
-    # Names that a recipe or a flag gave: the others may be chosen by `minutes` and `size`.
+    # Names that a recipe, a flag or a keyword gave: the others may be chosen by `minutes` and `size`.
     given: frozenset[str] = field(default=frozenset(), init=False)
+    # Those of them that a flag or a keyword gave: what a recipe gave may be fitted to the rest, which is logged.
+    given_in_command: frozenset[str] = field(default=frozenset(), init=False)
 
     muon: bool = field(
         default=True,
@@ -194,7 +204,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
         default=0.02, metadata={"help": "Learning rate of Muon; AdamW has learning_rate."}
     )
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
-    sample_prompt: str = field(default="", metadata={"help": "What the samples shown while training start with."})
+    sample_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the samples shown while training start with; default: the first words of the text. An empty one "
+            "begins a document."
+        },
+    )
     sample_tokens: int = field(default=120, metadata={"help": "Tokens in such a sample; 0 for no samples."})
 
     early_stopping_patience: int | None = field(
@@ -301,6 +317,12 @@ GROUPS = (DataArguments, ModelArguments, MiniGPTTrainingArguments)
 OF_THE_MODEL = {each.name for each in fields(ModelArguments)} - {
     *("init_from", "lora_rank", "attention_dropout", "embedding_dropout", "residual_dropout")
 }
+
+
+def log_once(training: MiniGPTTrainingArguments, message: str, level: int = logging.INFO) -> None:
+    """Log a choice in the first process only: the others make the same."""
+    if training.process_index == 0:
+        logger.log(level, message)
 
 
 def settings_known() -> dict[str, Any]:

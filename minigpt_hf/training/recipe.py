@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,18 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .arguments import GROUPS, OF_THE_MODEL, Arguments, settings_known
+from .arguments import (
+    AUTO,
+    GROUPS,
+    OF_THE_MODEL,
+    Arguments,
+    DataArguments,
+    MiniGPTTrainingArguments,
+    ModelArguments,
+    log_once,
+    settings_known,
+)
+from .scaling import heads_for
 
 LONGEST = 1 << 16  # bytes of a recipe
 RECIPES = files("minigpt_hf") / "training" / "recipes"
@@ -28,24 +39,28 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
 
     Args:
         argv: Flags, as on the command line.
-        recipe: Name or YAML file; default: `demo`, with `init_from` `finetune`, with `lora_rank` `lora`, or what `minutes`
-            or `size` choose.
+        recipe: Name or YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with `minutes` or
+            `size`, `auto` with `data`, else `demo`.
         overrides: The same settings as flags, by name.
 
     Raises:
-        ValueError: for an unknown recipe, key or flag, naming the nearest ones; or a value that cannot be.
+        ValueError: for an unknown recipe, key or flag, naming the nearest ones; or an invalid value.
     """
     flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
     given = {*flags, *overrides}
     for name in overrides:
         if name not in settings_known():
             raise ValueError(f"unknown setting {name!r}{_nearest(name, settings_known())}")
-    if recipe is None and not given & {"minutes", "size"}:
-        recipe = "lora" if "lora_rank" in given else "finetune" if "init_from" in given else "demo"
+    if recipe is None:
+        recipe = _default_recipe(given)
     of_recipe = read_recipe(recipe) if recipe else {}
     settings = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **of_recipe, **overrides}
-    if "num_train_epochs" in given and "max_steps" not in given:
-        settings["max_steps"] = -1  # who asks for epochs is not to be stopped by the recipe's number of steps
+    for layer in (given, of_recipe):  # a number of epochs takes precedence over the number of steps of a layer below
+        if "max_steps" in layer:
+            break
+        if "num_train_epochs" in layer:
+            settings["max_steps"] = -1
+            break
     parser = argument_parser(prog="minigpt train")
     parser.set_defaults(**settings)
     data, model, training, unknown = parser.parse_args_into_dataclasses(
@@ -70,13 +85,70 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     if model.lora_rank and training.muon:
         raise ValueError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
     training.given = frozenset(given | settings.keys())
+    training.given_in_command = frozenset(given)
+    if training.minutes and "num_train_epochs" in training.given:
+        raise ValueError("--minutes chooses how long to train, and num_train_epochs is given: leave out one of them")
     if training.minutes and "max_steps" in training.given:
         where = "leave it out" if "max_steps" in given else f"recipe {recipe} has it: name none"
         raise ValueError(f"--minutes chooses max_steps, which is given: {where}")
+    if training.size == AUTO and training.minutes:
+        raise ValueError("--minutes and --size auto both choose how long to train: leave out one of them")
     if data.validation_fraction == 0:
         training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
         training.load_best_model_at_end = False
+    if data.data != of_recipe.get("data", data.data):
+        _drop_what_describes_another_text(data, training, of_recipe, given)
+    if given >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:
+        log_once(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
+    if not model.init_from and training.size != AUTO:
+        _fit_heads(model, training, given)
     return data, model, training
+
+
+def _default_recipe(given: set[str]) -> str | None:
+    if given & {"minutes", "size"}:
+        return None
+    for setting, recipe in (("lora_rank", "lora"), ("init_from", "finetune"), ("data", "auto")):
+        if setting in given:
+            return recipe
+    return "demo"
+
+
+def _drop_what_describes_another_text(
+    data: DataArguments, training: MiniGPTTrainingArguments, recipe: dict[str, Any], given: set[str]
+) -> None:
+    """Language, licence and prompt of a recipe describe the text of the recipe, not one given in its place."""
+    dropped = {name for name in ("language", "license", "sample_prompt") if name in recipe and name not in given}
+    if not dropped:
+        return
+    if "language" in dropped:
+        data.language = []
+    if "license" in dropped:
+        data.license = None
+    if "sample_prompt" in dropped:
+        training.sample_prompt = None
+    training.given -= dropped
+    described = ", ".join(f"{name} {recipe[name]!r}" for name in sorted(dropped))
+    log_once(
+        training,
+        f"--data {data.data} replaces the text of the recipe, {recipe['data']}: the recipe's {described} not used",
+    )
+
+
+def _fit_heads(model: ModelArguments, training: MiniGPTTrainingArguments, given: set[str]) -> None:
+    """Choose the number of heads if only the width was given and the recipe's number of heads does not divide it."""
+    heads, width = model.num_attention_heads, model.hidden_size
+    if "hidden_size" not in given or given & {"num_attention_heads", "head_dim"} or model.head_dim or heads < 1:
+        return
+    fits = width % heads == 0 and width // heads % 2 == 0
+    if fits or width < 1 or (chosen := heads_for(width, model.num_key_value_heads or 1)) is None:
+        return  # if nothing fits, the architecture is refused with the reason
+    model.num_attention_heads = chosen
+    log_once(
+        training,
+        f"num_attention_heads {chosen}: hidden_size {width} does not divide into {heads} heads of even width; "
+        f"now each is {width // chosen} wide",
+    )
 
 
 class _Parser(HfArgumentParser):
@@ -87,6 +159,36 @@ class _Parser(HfArgumentParser):
 def argument_parser(**kwargs) -> HfArgumentParser:
     """The parser of every flag there is; abbreviations are not guessed, and a bad value is a `ValueError`."""
     return _Parser(GROUPS, allow_abbrev=False, **kwargs)
+
+
+# What the recipe `auto` leaves to the text: see `dial`.
+CHOSEN_FROM_THE_TEXT = (
+    *("vocab_size", "block_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "residual_dropout"),
+    *("per_device_train_batch_size", "max_steps", "warmup_steps", "learning_rate", "weight_decay", "logging_steps"),
+    *("eval_steps", "sample_prompt"),
+)
+
+
+def effective_defaults() -> dict[str, tuple[str, str]]:
+    """What a training uses without any flag (the recipe `demo`), and with `--data` alone (`auto`), by name of the setting.
+
+    Settings about which neither recipe says anything have the defaults of their dataclasses.
+    """
+    demo, auto = read_recipe("demo"), read_recipe("auto")
+    defaults = {}
+    for each in (each for group in GROUPS for each in fields(group) if each.init and each.name != "data"):
+        if each.name not in {*demo, *auto, *CHOSEN_FROM_THE_TEXT}:
+            continue
+        own = each.default if each.default is not MISSING else None
+        without, alone = demo.get(each.name, own), auto.get(each.name, own)
+        alone = "chosen from the text" if each.name in CHOSEN_FROM_THE_TEXT else _written(alone)
+        defaults[each.name] = (_written(without), alone)
+    return defaults
+
+
+def _written(value: Any) -> str:
+    """A default as the help shows it."""
+    return "none" if value in (None, "", []) else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ nothing and refuses nothing. With P parameters, D tokens to learn from and T tok
 |                |                                             | 1 / width as the exit (arXiv:2203.03466): half way        |
 | dropout        | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2   | up to four readings teach as new text does                |
 | weight decay   | 0 up to D = 4 T, then 0.1                   | (arXiv:2305.16264)                                        |
+
+`size_for_text` gives P and D where neither a time nor a size is given: from the text alone, and for minutes of training.
 """
 
 import math
@@ -26,19 +28,37 @@ from typing import Any
 
 TOKENS_PER_PARAMETER = 10
 READINGS_AS_GOOD_AS_NEW = 4
+# What is learnt from a text for which nobody said how long or how large: see `size_for_text`.
+PARAMETERS_PER_BYTE = 4
+MOST_READINGS = 20
+SHORTEST_TRAINING = 150_000
+LONGEST_UNASKED = 1_500_000
+LARGEST_UNASKED = 1_000_000
+# The widths that `--minutes` chooses among, and those that a given size is matched with.
 WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+FINE_WIDTHS = (*range(32, 128, 8), *range(128, 256, 16), *range(256, 512, 32), *range(512, 4097, 64))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A width, and what follows from it."""
+    """A width and a depth, and what follows from them.
+
+    Args:
+        width: `hidden_size`.
+        depth: `num_hidden_layers`; default: that of the recipes at this width.
+        heads: `num_attention_heads`; default: heads of 32, from width 256 on of 64.
+        key_value_heads: `num_key_value_heads`, of which the number of heads is a multiple; default: any number of heads.
+    """
 
     width: int
+    depth: int | None = None
+    heads: int | None = None
+    key_value_heads: int | None = None
 
     @property
     def layers(self) -> int:
         """64 -> 2, 128 -> 4, 256 -> 5, 384 -> 7, 768 -> 12."""
-        return max(2, min(self.width // 32, 4 + (self.width - 128) // 80))
+        return usual_layers(self.width) if self.depth is None else self.depth
 
     def parameters(self, vocabulary: int) -> int:
         """All but the norms: attention and feed-forward matrices, and one embedding for both ends."""
@@ -47,8 +67,102 @@ class Shape:
 
     def settings(self) -> dict[str, Any]:
         """As fields of `ModelArguments`."""
-        heads = self.width // (32 if self.width < 256 else 64)
+        heads = self.heads or heads_for(self.width, self.key_value_heads or 1)
         return {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": heads}
+
+
+def usual_layers(width: int) -> int:
+    """Number of layers of the recipes at this width: 32 -> 2, 64 -> 2, 128 -> 4, 256 -> 5, 384 -> 7, 768 -> 12."""
+    return max(2, min(width // 32, 4 + (width - 128) // 80))
+
+
+def usual_heads(width: int) -> float:
+    """Number of heads of width 32, from width 256 on of 64; a fraction where they do not divide the width."""
+    return width / (32 if width < 256 else 64)
+
+
+def heads_for(width: int, key_value_heads: int = 1) -> int | None:
+    """Number of heads nearest to heads of 32 (of 64 from width 256 on) into which a width divides, or None.
+
+    The width of a head is a multiple of 8 if possible, as kernels prefer, and even in any case, as rotary positions need.
+    """
+    for multiple in (8, 2):
+        fitting = [
+            heads
+            for heads in range(key_value_heads, width // 2 + 1, key_value_heads)
+            if width % heads == 0 and width // heads % multiple == 0
+        ]
+        if fitting:
+            return min(fitting, key=lambda heads: abs(math.log(heads / usual_heads(width))))
+    return None
+
+
+def shape_for(
+    parameters: float,
+    vocabulary: int,
+    *,
+    width: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    key_value_heads: int | None = None,
+) -> Shape:
+    """The shape with about as many parameters, and about as deep as the recipes are at its width.
+
+    Depths within a factor of 1.5 of the recipes' are considered. Of the shapes within 10 % of the size it is the one most
+    like the recipes in depth and width of a head; if there is none, the nearest in size.
+
+    Args:
+        parameters: Number of parameters wanted.
+        vocabulary: Number of token ids; each has a row of the embedding.
+        width, layers, heads, key_value_heads: What is fixed.
+
+    Raises:
+        ValueError: if no width fits the number of heads.
+    """
+    step = math.lcm(2 * heads, 8) if heads else 8
+    widths = [width] if width else [each for each in FINE_WIDTHS if each % step == 0] or [step]
+    shapes = []
+    for each in widths:
+        if not heads and heads_for(each, key_value_heads or 1) is None:
+            continue
+        usual = usual_layers(each)
+        few, many = max(1, math.floor(usual / 1.5)), math.ceil(usual * 1.5)
+        # With the width given the depth is the usual one: the user decided about the size.
+        depths = [layers] if layers else [usual] if width else range(few, many + 1)
+        shapes += [Shape(each, depth, heads, key_value_heads) for depth in depths]
+    if not shapes:
+        raise ValueError(
+            f"hidden_size {width} does not divide into a number of heads that is a multiple of num_key_value_heads "
+            f"{key_value_heads}, with an even width of each head: choose another hidden_size or num_key_value_heads"
+            if width
+            else f"num_key_value_heads is {key_value_heads}: no width up to {FINE_WIDTHS[-1]} divides into a multiple of it"
+        )
+
+    def distance(shape: Shape) -> tuple[float, float, float]:
+        deeper = abs(math.log(shape.layers / usual_layers(shape.width)))
+        more_heads = abs(math.log(shape.settings()["num_attention_heads"] / usual_heads(shape.width)))
+        off = abs(math.log(shape.parameters(vocabulary) / parameters))
+        return max(off, math.log(1.1)), deeper + more_heads, off
+
+    return min(shapes, key=distance)
+
+
+def size_for_text(size: int, tokens: int) -> tuple[float, float]:
+    """(P, D) for a text of `size` bytes and `tokens` tokens, if nobody said how large or how long.
+
+    P is four parameters for each byte, at most 1,000,000. D is four readings; a short text is read up to 20 times, until
+    150,000 tokens have been learnt from; D is at most 1,500,000. So the cost P · D is at most 1.5 · 10¹², where that of
+    the recipe `demo` is 2,164,672 · 921,600 = 2.0 · 10¹².
+
+    4 kB in 2,000 tokens -> 16,000 and 40,000; 1 MB in 400,000 tokens -> 1,000,000 and 1,500,000.
+    """
+    learnt = max(READINGS_AS_GOOD_AS_NEW * tokens, min(MOST_READINGS * tokens, SHORTEST_TRAINING))
+    return min(PARAMETERS_PER_BYTE * size, LARGEST_UNASKED), min(learnt, LONGEST_UNASKED)
+
+
+def vocabulary_for_text(characters: int) -> int:
+    """Tokens of a BPE, of which 258 are the bytes and two special tokens: 4 kB -> 324; 100 kB -> 420; 1 MB -> 1,320."""
+    return min(320 + characters // 1000, 2048)
 
 
 def block_size_for(tokens: float) -> int:

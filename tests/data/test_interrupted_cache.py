@@ -41,7 +41,8 @@ import hashlib
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.prepared import prepare
 
-text = prepare(load_corpus(sys.argv[3], cache_dir=cache), "bpe", 300, cache, block_size=16, validation_characters=1000, num_proc=2)
+corpus = load_corpus(sys.argv[3], cache_dir=cache)
+text = prepare(corpus, "bpe", 300, cache, block_size=16, validation_characters=1000, num_proc=2)
 print("sum", hashlib.sha256(text.train.tokens.tobytes() + text.validation.tokens.tobytes()).hexdigest())
 """
 )

@@ -1,21 +1,26 @@
 """The card tells what is so, in a form that the Hub takes, and what it shows to be typed can be typed."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
 
 import jinja2
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import character_tokenizer
 from minigpt_hf.publish.card import code, energy, eval_results, fenced, literal, render_card, shell
 from minigpt_hf.publish.folder import write_model_folder
-from tests.conftest import tiny_config, tiny_model
+from minigpt_hf.publish.push import push_folder
+from tests.conftest import ROOT, tiny_config, tiny_model
+from tests.hub_server import TOKEN
 
 
 @pytest.fixture
@@ -32,16 +37,69 @@ def blocks(card: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
 
 
-def test_the_three_snippets_of_a_card_run_and_continue_the_prompt(run_folder, card, tmp_path, monkeypatch, capsys):
-    (tmp_path / "tiny").symlink_to(run_folder / "model")  # the snippets name the model as the card does
-    monkeypatch.chdir(tmp_path)
-    for snippet in blocks(card, "python"):
-        exec(snippet, {})
-        assert capsys.readouterr().out.startswith("def ")
+WITHOUT_THE_PACKAGE = 'import sys\nsys.modules["minigpt_hf"] = None  # importing it fails\n'
+
+
+def in_a_clean_process(snippet: str, folder, tmp_path, **env) -> str:
+    """What it prints, with nothing in the cache of modules and nobody to answer a question."""
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT), **env},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_snippets_of_a_card_run_in_its_folder_and_continue_the_prompt(
+    run_folder, card, tmp_path, monkeypatch, capsys
+):
+    folder = run_folder / "model"
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    remote, packaged = blocks(card, "python")
+    assert in_a_clean_process(WITHOUT_THE_PACKAGE + remote, folder, tmp_path).startswith("def ")
+    assert in_a_clean_process(packaged, folder, tmp_path).startswith("def ")
     program, *argv = shlex.split(blocks(card, "bash")[0])
-    assert (len(blocks(card, "python")), program) == (2, "minigpt")
+    assert program == "minigpt"
+    monkeypatch.chdir(folder)
     assert main(argv) == 0
     assert capsys.readouterr().out.startswith("def ")
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_the_snippets_of_a_pushed_card_load_it_from_the_hub(run_folder, hub, tmp_path, monkeypatch, capsys):
+    push_folder(run_folder / "model", "user/tiny")
+    card = hub.files("user/tiny", "main")["README.md"].decode()
+    remote, packaged = blocks(card, "python")
+    assert '"user/tiny"' in remote
+    assert '"."' not in card
+    env = {"HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
+    assert in_a_clean_process(WITHOUT_THE_PACKAGE + remote, tmp_path, tmp_path, **env).startswith("def ")
+    assert in_a_clean_process(packaged, tmp_path, tmp_path, **env).startswith("def ")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(blocks(card, "bash")[0])[1:]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_the_tokenizer_of_a_folder_loads_without_a_question_and_equals_the_packages(run_folder, tmp_path):
+    """The model's configuration names code, so transformers asks unless it is told that none is to be run."""
+    load = "from transformers import AutoTokenizer\nprint(AutoTokenizer.from_pretrained('.', trust_remote_code=False)"
+    ids = in_a_clean_process(f"{WITHOUT_THE_PACKAGE}{load}('def main').input_ids)", run_folder / "model", tmp_path)
+    assert ids == f"{AutoTokenizer.from_pretrained(run_folder / 'model')('def main').input_ids}\n"
+
+
+def test_the_package_is_installed_from_where_the_project_says_it_is(card):
+    """No registry has it: as soon as the project names its repository, cards are to name it, too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address = {name.lower(): url for name, url in project.get("urls", {}).items()}.get("repository")
+    assert f"pip install git+{address}" if address else "pip install PATH/TO/minigpt-hf" in card
+    for document in (card, (ROOT / "README.md").read_text(), *(f.read_text() for f in (ROOT / "docs").glob("*.md"))):
+        assert not re.search(r"pypi\.org|pip install ['\"]?minigpt-hf", document)
 
 
 def test_doing_it_again_as_the_card_says_gives_the_same_figures(card, about, text_file, tmp_path, monkeypatch):

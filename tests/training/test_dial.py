@@ -1,5 +1,6 @@
 """One dial chooses what was not given, by rules that can be computed by hand, for the time that was asked."""
 
+import logging
 import re
 import time
 
@@ -26,7 +27,7 @@ def dialled(argv, folder, began=None):
     def build(architecture):
         return make_model(make_config(architecture, data.block_size, text.tokenizer), architecture)
 
-    turned.choose_the_rest(text.train, text.validation, len(text.tokenizer), build)
+    turned.choose_the_rest(text, build)
     return arguments, text.train
 
 
@@ -53,16 +54,18 @@ def test_sizes_are_written_as_people_write_them():
         number_of("ten")
 
 
-def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, capsys, monkeypatch):
+def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "minigpt_hf")
     monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)  # the test is not to take 18 seconds
     argv = ["--minutes", "3", "--data", str(text_file), "--sample_tokens", "0"]
     argv += ["--validation_characters", "500", "--learning_rate", "0.003"]
     began = time.perf_counter()
     (data, architecture, training), stream = dialled(argv, tmp_path, began)
     assert (data.tokenizer, data.block_size) == ("characters", 128)
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"at width {architecture.hidden_size}" in out
-    seconds = [int(word) for word in out.splitlines()[0].split() if word.isdigit()]  # text, measuring, learning, rest
+    (asked,) = [message for message in caplog.messages if message.startswith("asked ")]
+    seconds = [int(word) for word in asked.split() if word.isdigit()]  # text, measuring, learning, rest
     assert abs(sum(seconds[-4:]) - 180) <= 2  # each is rounded
     assert seconds[-1] >= OTHER_SECONDS
     assert seconds[-3] <= 18 or out.count("at width") <= 2  # on a machine that stands still no more shapes are tried
@@ -73,12 +76,13 @@ def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tm
     )
 
 
-def test_a_size_chooses_the_nearest_shape_and_as_many_steps_as_it_is_worth(text_file, tmp_path, capsys):
+def test_a_size_chooses_the_nearest_shape_and_as_many_steps_as_it_is_worth(text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
     (data, architecture, training), _ = dialled(["--size", "0.8m", "--data", str(text_file)], tmp_path)
     assert (architecture.hidden_size, architecture.num_hidden_layers, architecture.use_sliding_window) == (128, 4, True)
     step = training.per_device_train_batch_size * data.block_size
     assert training.max_steps * step == pytest.approx(10 * Shape(128).parameters(data_vocabulary(text_file)), rel=0.01)
-    assert "small text" in capsys.readouterr().out
+    assert "small text" in caplog.text
 
 
 def data_vocabulary(text_file) -> int:
@@ -119,6 +123,8 @@ def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_fil
     [
         (["--minutes", "3", "--max_steps", "5"], "--minutes chooses max_steps, which is given: leave it out"),
         (["--minutes", "3", "--recipe", "shakespeare-char"], "recipe shakespeare-char has it: name none"),
+        (["--minutes", "3", "--num_train_epochs", "2"], "--minutes chooses how long to train, and num_train_epochs is"),
+        (["--minutes", "3", "--size", "auto"], "--minutes and --size auto both choose how long to train"),
         (["--minutes", "3", "--hidden_size", "64"], "--hidden_size is part of the shape"),
         (["--minutes", "0"], "minutes is 0.0: it must be more than 0"),
         (
@@ -132,4 +138,5 @@ def test_what_cannot_be_is_told_in_one_line(argv, message, text_file, tmp_path, 
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    assert error.count("\n") == 1
+    assert [line.partition(":")[0] for line in error.splitlines()][-1] == "minigpt train"
+    assert error.count("minigpt train") == 1  # choices that were made before are logged above it

@@ -1,0 +1,480 @@
+"""What is not given is chosen to fit the text, and logged; what is given is kept, wherever it was given."""
+
+import json
+import logging
+import re
+import time
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+import minigpt_hf
+from minigpt_hf.cli import main
+from minigpt_hf.data.tokenizer import vocabulary_size
+from minigpt_hf.run import make_config, make_model, prepare_text
+from minigpt_hf.training import dial
+from minigpt_hf.training.dial import Dial
+from minigpt_hf.training.recipe import (
+    CHOSEN_FROM_THE_TEXT,
+    effective_defaults,
+    parse_arguments,
+    read_recipe,
+    recipe_notes,
+    resolved,
+)
+from minigpt_hf.training.scaling import (
+    LARGEST_UNASKED,
+    LONGEST_UNASKED,
+    MOST_READINGS,
+    PARAMETERS_PER_BYTE,
+    READINGS_AS_GOOD_AS_NEW,
+    SHORTEST_TRAINING,
+    heads_for,
+    shape_for,
+    size_for_text,
+    usual_layers,
+    vocabulary_for_text,
+)
+
+LETTER = "Liebe Grete, ich schreibe dir aus Köln.\nDer Rhein steht hoch, und die Glocken läuten früh.\n"
+SHORT = {"max_steps": 2, "sample_tokens": 2, "use_cpu": True}
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """4 kB of German."""
+    file = tmp_path_factory.mktemp("letters") / "briefe.txt"
+    file.write_text("".join(f"{LETTER}Nummer {i}.\n" for i in range(38)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def choices_are_logged(caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+
+
+def fitted(folder, argv=(), recipe=None, **overrides):
+    """The arguments of a command once its text is known, and the text."""
+    arguments = parse_arguments([*map(str, argv)], recipe, use_cpu=True, num_proc=1, **overrides)
+    turned = Dial(arguments, folder / "run", time.perf_counter())
+    text = prepare_text(arguments[0], turned.choose_tokenizer)
+
+    def build(architecture):
+        return make_model(make_config(architecture, arguments[0].block_size, text.tokenizer), architecture)
+
+    turned.choose_the_rest(text, build)
+    return arguments, text
+
+
+def everything(arguments) -> dict:
+    return {name: value for group in arguments for name, value in vars(group).items()}
+
+
+def test_a_text_without_a_recipe_gets_a_small_model_and_no_identity_of_another_text(letters, tmp_path, capsys):
+    argv = ["train", "--data", str(letters), "--output_dir", str(tmp_path / "run"), "--use_cpu", "--sample_tokens", "9"]
+    assert main(argv) == 0
+    err = capsys.readouterr().err
+    folder = tmp_path / "run" / "model"
+    about = json.loads((folder / "minigpt.json").read_text())
+    assert (about["language"], about["license"]) == ([], None)
+    assert about["sample"]["prompt"] == "Liebe Grete, ich"
+    assert about["training"]["parameters"] < 30_000  # 4 kB trained 1.87 million
+    card = (folder / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert "language" not in header
+    assert header["widget"] == [{"text": "Liebe Grete, ich"}]
+    assert "def " not in card
+    # Every choice stands in a line with a reason, before the first step.
+    for name in CHOSEN_FROM_THE_TEXT:
+        assert re.search(rf"^(.*, )?{name} \S.*: \S", err, re.MULTILINE), name
+    assert "characters of training text are little" in err
+    # So short a text is read again and again: it is evaluated often, and the best checkpoint is published.
+    losses = [
+        row["eval_loss"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").open()) if "eval_loss" in row
+    ]
+    assert len(losses) >= 5
+    assert about["results"]["loss"] == pytest.approx(min(losses))
+
+
+def test_the_run_of_a_text_without_a_recipe_is_repeated_by_its_recipe_and_found_finished(letters, tmp_path, capsys):
+    argv = ["train", "--data", str(letters), "--use_cpu", "--max_steps", "2", "--sample_tokens", "2"]
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    recipe = tmp_path / "run" / "recipe.yaml"
+    assert not {"size", "minutes"} & yaml.safe_load(recipe.read_text()).keys()
+    assert main(["train", "--recipe", str(recipe), "--use_cpu", "--output_dir", str(tmp_path / "again")]) == 0
+    first, again = (json.loads((tmp_path / name / "model" / "minigpt.json").read_text()) for name in ("run", "again"))
+    assert first["results"] == again["results"]
+    capsys.readouterr()
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_in_python_the_same_is_chosen(letters, tmp_path):
+    folder = minigpt_hf.train(data=str(letters), output_dir=tmp_path / "run", **SHORT)
+    (_, architecture, _), _ = fitted(tmp_path, ["--data", letters])
+    assert folder.about["recipe"]["hidden_size"] == architecture.hidden_size
+    assert folder.about["sample"]["prompt"] == "Liebe Grete, ich"
+
+
+def test_without_a_text_everything_is_as_the_recipe_demo_says():
+    bare, demo = resolved(parse_arguments([])), read_recipe("demo")
+    assert {name: bare[name] for name in demo} == demo
+    assert bare == resolved(parse_arguments([], recipe="demo"))
+
+
+def test_a_prepared_text_is_fitted_too(letters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["tokenize", "--data", str(letters), "--output_dir", "prepared"]) == 0
+    (data, architecture, training), text = fitted(tmp_path, ["--data", "prepared"])
+    (_, same, _), directly = fitted(tmp_path, ["--data", letters])
+    assert vocabulary_size(text.tokenizer) == vocabulary_size(directly.tokenizer) == vocabulary_for_text(3600)
+    assert architecture.hidden_size == same.hidden_size
+    assert (data.block_size, training.sample_prompt) == (32, "Liebe Grete, ich")
+
+
+def test_two_processes_choose_as_one_does_with_half_the_rows(letters, tmp_path):
+    from tests.training.test_two_processes import finish, start
+
+    flags = ["--data", letters, "--use_cpu", "--max_steps", "2", "--sample_tokens", "0"]
+    flags += ["--cache_dir", tmp_path / "cache"]
+    said = finish(start("auto", letters, tmp_path / "two", *flags))
+    assert said.count("sample_prompt 'Liebe Grete, ich'") == said.count("hidden_size ") == 1  # by the first process
+    assert main([*map(str, ["train", *flags, "--output_dir", tmp_path / "one"])]) == 0
+    one, two = (yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("one", "two"))
+    rows = "per_device_train_batch_size"
+    assert one.pop(rows) == 2 * two.pop(rows)
+    assert {name: two[name] for name in CHOSEN_FROM_THE_TEXT if name in two} == {
+        name: one[name] for name in CHOSEN_FROM_THE_TEXT if name in one
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "expected"),
+    [
+        (4_000, 2_000, (16_000, 40_000)),  # 4 · 4,000; 20 readings
+        (20_000, 10_000, (80_000, 150_000)),  # until 150,000 tokens
+        (100_000, 45_000, (400_000, 180_000)),  # 4 readings
+        (1_000_000, 400_000, (1_000_000, 1_500_000)),
+        (10**9, 3 * 10**8, (1_000_000, 1_500_000)),
+    ],
+)
+def test_parameters_and_tokens_for_a_text(size, tokens, expected):
+    assert size_for_text(size, tokens) == expected
+
+
+def test_the_recipe_says_the_rules_that_are_applied():
+    notes = recipe_notes("auto")
+    rules = (PARAMETERS_PER_BYTE, f"{LARGEST_UNASKED:,}")
+    assert notes["parameters"].startswith("{} for each byte of text, at most {}: ".format(*rules))
+    rules = (READINGS_AS_GOOD_AS_NEW, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
+    assert notes["tokens"] == "{} readings, {} of a short text until they are {}, at most {}".format(*rules)
+    demo = re.search(r"([\d,]+) \+ 192 = ([\d,]+)|= ([\d,]+)$", recipe_notes("demo")["parameters"])[0].split("= ")[1]
+    tokens = re.search(r"= ([\d,]+) tokens", recipe_notes("demo")["tokens"])[1]
+    assert notes["cost"].endswith(f"where `demo` takes {demo} · {tokens}")
+    assert int(demo.replace(",", "")) * int(tokens.replace(",", "")) > LARGEST_UNASKED * LONGEST_UNASKED
+
+
+def test_minutes_choose_a_width_whose_heads_share_the_given_key_and_value_heads(letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)
+    flags = ["--data", letters, "--minutes", 2, "--num_key_value_heads", 2, "--sample_tokens", 0]
+    (_, architecture, _), _ = fitted(tmp_path, flags)
+    assert architecture.num_attention_heads % 2 == 0
+
+
+@pytest.mark.parametrize("vocabulary", [67, 258, 1024, 4096, 32768])
+def test_a_size_is_hit_within_15_percent_unless_embeddings_alone_are_larger(vocabulary):
+    for number in (1e5 * 2000 ** (i / 60) for i in range(61)):  # 100 k to 200 m
+        shape = shape_for(number, vocabulary)
+        assert shape.width % 8 == 0
+        assert abs(shape.parameters(vocabulary) / number - 1) <= 0.15 or vocabulary * 32 > 0.8 * number
+        assert usual_layers(shape.width) / 2 <= shape.layers <= 1.5 * usual_layers(shape.width)
+        heads = shape.settings()["num_attention_heads"]
+        assert shape.width % heads == 0
+        assert shape.width // heads % 8 == 0
+
+
+@pytest.mark.parametrize("size", ["100k", "500k", "2m", "5m"])
+@pytest.mark.parametrize("vocabulary", [300, 1024])
+def test_the_model_that_is_built_has_the_size_or_the_reason_is_logged(size, vocabulary, text_file, tmp_path, caplog):
+    flags = ["--data", text_file, "--size", size, "--vocab_size", vocabulary, "--max_steps", 2]
+    (data, architecture, _), text = fitted(tmp_path, flags)
+    model = make_model(make_config(architecture, data.block_size, text.tokenizer), architecture)
+    asked = float(size[:-1]) * {"k": 1e3, "m": 1e6}[size[-1]]
+    assert (abs(model.num_parameters() / asked - 1) <= 0.15) != ("the nearest model has" in caplog.text)
+
+
+def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
+    widths = [
+        fitted(tmp_path, ["--data", letters], size=size)[0][1].hidden_size for size in (200_000, "200000", "200k")
+    ]
+    assert widths[0] == widths[1] == widths[2]
+
+
+def test_a_size_that_the_embedding_alone_exceeds_says_so(text_file, tmp_path, caplog):
+    fitted(tmp_path, ["--data", text_file, "--size", "30k", "--vocab_size", "2000", "--max_steps", "2"])
+    (said,) = re.findall(
+        r"the nearest model has ([\d,]+) parameters, ([\d,]+) of them the embedding of 2,000", caplog.text
+    )
+    parameters, embedding = (int(number.replace(",", "")) for number in said)
+    assert embedding == 2000 * 32 < parameters
+
+
+# -- what is given is kept ---------------------------------------------------------------------------------------------
+
+GIVEN = {
+    "tokenizer": "bytes",
+    "vocab_size": 300,
+    "block_size": 24,
+    "validation_characters": 321,
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 96,
+    "use_sliding_window": False,
+    "residual_dropout": 0.05,
+    "tie_word_embeddings": False,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 7,
+    "num_train_epochs": 2.0,
+    "warmup_steps": 3.0,
+    "logging_steps": 5.0,
+    "learning_rate": 0.003,
+    "muon_learning_rate": 0.01,
+    "weight_decay": 0.01,
+    "eval_steps": 0.3,
+    "save_steps": 0.6,
+    "sample_prompt": "Der",
+    "language": ["de"],
+    "license": "mit",
+    "validation_fraction": 0.2,
+}
+OF_THE_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@pytest.mark.parametrize(
+    ("where", "size"), [("flag", "auto"), ("keyword", "auto"), ("recipe", "auto"), ("flag", "40k"), ("recipe", "40k")]
+)
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_is_given_is_kept_and_not_announced_as_chosen(name, size, where, letters, tmp_path, caplog):
+    value = GIVEN[name]
+    argv, keywords, recipe = ["--data", str(letters)], {}, None
+    if where == "flag":
+        argv += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}", str(value)]
+        argv += ["--size", size] if size != "auto" else []
+    elif where == "keyword":
+        keywords = {name: value} | ({"size": size} if size != "auto" else {})
+    else:
+        recipe = str(tmp_path / "own.yaml")
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({name: value, "size": size}))
+    if name in OF_THE_SHAPE and size != "auto":
+        with pytest.raises(ValueError, match=f"--{name} is part of the shape, which --minutes and --size choose"):
+            fitted(tmp_path, argv, recipe, **keywords)
+        return
+    arguments, text = fitted(tmp_path, argv, recipe, **keywords)
+    assert everything(arguments)[name] == value
+    assert not re.search(rf"^(.*, )?{name} \S.*: \S", caplog.text, re.MULTILINE) or name == "vocab_size"
+    _, architecture, training = arguments
+    config = make_config(architecture, arguments[0].block_size, text.tokenizer)  # it can be built
+    assert config.num_hidden_layers == architecture.num_hidden_layers
+    if name == "num_train_epochs":
+        assert training.max_steps == -1
+    if name == "max_steps":
+        assert training.warmup_steps < 7
+
+
+def test_a_width_and_a_depth_given_together_are_both_kept(letters, tmp_path):
+    flags = ["--data", letters, "--hidden_size", 72, "--num_hidden_layers", 1]
+    (_, architecture, _), _ = fitted(tmp_path, flags)
+    assert (architecture.hidden_size, architecture.num_hidden_layers, architecture.num_attention_heads) == (72, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropout", "decay"),
+    [
+        (["--max_steps", 1], 0.0, 0.0),
+        (["--num_train_epochs", 4], 0.0, 0.0),
+        (["--num_train_epochs", 6], 0.1, 0.1),
+        (["--num_train_epochs", 12], 0.2, 0.1),
+        ([], 0.2, 0.1),
+    ],
+)
+@pytest.mark.parametrize("size", [[], ["--size", "40k"]], ids=["auto", "40k"])
+def test_dropout_and_decay_follow_from_the_training_that_will_really_be_run(
+    flags, dropout, decay, size, letters, tmp_path
+):
+    (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, *size, *flags])
+    assert (architecture.residual_dropout, training.weight_decay) == (dropout, decay)
+
+
+def test_more_rows_or_accumulation_mean_fewer_steps_of_the_same_tokens(letters, tmp_path):
+    def tokens(*flags):
+        (data, _, training), _ = fitted(tmp_path, ["--data", letters, *flags])
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return training.max_steps * rows * data.block_size
+
+    plain = tokens()
+    assert tokens("--per_device_train_batch_size", 2) == pytest.approx(plain, rel=0.02)
+    assert tokens("--gradient_accumulation_steps", 3) == pytest.approx(plain, rel=0.02)
+    assert tokens("--block_size", 32) == pytest.approx(plain, rel=0.02)
+
+
+def test_a_tokenizer_of_characters_is_announced(letters, tmp_path, caplog):
+    (data, _, _), _ = fitted(tmp_path, ["--data", letters, "--size", "40k"])
+    different = len(set(letters.read_text(encoding="utf-8")))
+    assert data.tokenizer == "characters"
+    assert re.search(rf"tokenizer characters: .* has {different} different ones", caplog.text)
+
+
+def test_epochs_in_a_recipe_file_are_not_cut_short_by_a_default_number_of_steps(tmp_path):
+    (tmp_path / "own.yaml").write_text("num_train_epochs: 2\n")
+    recipe = str(tmp_path / "own.yaml")
+    assert parse_arguments([], recipe)[2].max_steps == -1
+    assert parse_arguments(["--max_steps", "5"], recipe)[2].max_steps == 5
+    (tmp_path / "own.yaml").write_text("num_train_epochs: 2\nmax_steps: 9\n")
+    assert parse_arguments([], recipe)[2].max_steps == 9
+    assert parse_arguments(["--num_train_epochs", "1"], recipe)[2].max_steps == -1
+
+
+# -- recipes and other texts -------------------------------------------------------------------------------------------
+
+
+def test_language_licence_and_prompt_of_a_recipe_are_not_claimed_for_another_text(letters, tmp_path, caplog):
+    (data, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", 2], "shakespeare-char")
+    assert (data.language, training.sample_prompt) == ([], "Liebe Grete, ich")
+    assert "language ['en'], sample_prompt 'ROMEO:' not used" in caplog.text
+    caplog.clear()
+    given = ["--language", "de", "--sample_prompt", "Der Rhein", "--max_steps", 2]
+    (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
+    assert (data.language, training.sample_prompt) == (["de"], "Der Rhein")
+    assert "not used" not in caplog.text
+
+
+def test_a_recipe_keeps_what_it_says_of_its_own_text():
+    data, _, training = parse_arguments(["--data", "stdlib"], "demo")
+    assert (data.language, training.sample_prompt) == (["code"], "def __init__(self")
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("ROMEO:\nBut soft, what light", "ROMEO:"),
+        ("\n \n  Es war einmal ein König\n", "Es war einmal"),
+        ("1. e4 e5 2. Nf3\n", "1. e4 e5"),
+        ("山路を登りながら、こう考えた。" * 9, ("山路を登りながら、こう考えた。" * 9)[:40]),
+        ("a\x1b[2Jb c\n", "a"),
+        ("\u202e\n", ""),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
+def test_the_prompt_is_the_first_words_of_the_text(text, prompt, tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(text + "\n" + LETTER * 20, encoding="utf-8")
+    flags = ["--data", file, "--tokenizer", tokenizer, "--max_steps", 2]
+    (_, _, training), _ = fitted(tmp_path, flags, "auto")
+    if tokenizer == "bytes":
+        prompt = prompt.encode()[:200].decode(errors="ignore")
+    assert training.sample_prompt == prompt
+
+
+# -- architecture ------------------------------------------------------------------------------------------------------
+
+
+def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
+    _, architecture, _ = parse_arguments(["--hidden_size", "64"], "demo")
+    assert architecture.num_attention_heads == 2
+    assert "num_attention_heads 2: hidden_size 64 does not divide into 6 heads" in caplog.text
+    caplog.clear()
+    assert parse_arguments(["--hidden_size", "96"], "demo")[1].num_attention_heads == 6  # 16 wide: as before
+    assert parse_arguments(["--hidden_size", "64", "--num_attention_heads", "6"], "demo")[1].num_attention_heads == 6
+    assert not caplog.text
+    assert [heads_for(width) for width in (32, 64, 128, 192, 256, 768, 100)] == [1, 2, 4, 6, 4, 12, 2]
+    assert heads_for(128, key_value_heads=3) is None
+    assert heads_for(192, key_value_heads=4) == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", 64, "--num_attention_heads", 6], "`hidden_size` 64 does not divide into 6 heads"),
+        (["--num_attention_heads", 5, "--recipe", "demo"], "`hidden_size` 192 does not divide into 5 heads"),
+        (["--num_hidden_layers", -1], "`num_hidden_layers` is -1"),
+        (["--attention_dropout", 7], "`attention_dropout` is 7.0"),
+        (["--hidden_size", 90, "--num_key_value_heads", 7], "hidden_size 90 does not divide into a number of heads"),
+        (["--block_size", 64, "--max_position_embeddings", 32], "less than --block_size 64"),
+        (["--hidden_size", 1000000], "parameters, which need about"),
+        (["--intermediate_size", 0, "--size", "1m"], "`intermediate_size` is 0"),
+    ],
+)
+def test_an_invalid_architecture_is_refused_before_the_text_is_read(flags, message, tmp_path, capsys):
+    argv = ["train", "--data", str(tmp_path / "absent.txt"), "--output_dir", str(tmp_path / "run"), *map(str, flags)]
+    assert main([*argv, "--use_cpu"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "absent.txt" not in err.replace(f"--data {tmp_path / 'absent.txt'} replaces", "")
+    assert not (tmp_path / "run").exists()
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_shows_its_loss_and_evaluates_and_saves_its_last_step(letters, recipe_file, tmp_path, capsys):
+    argv = ["train", "--data", letters, "--recipe", recipe_file, "--max_steps", 5, "--output_dir", tmp_path / "run"]
+    assert main([*map(str, argv), "--eval_steps", "0.4"]) == 0
+    out, err = capsys.readouterr()
+    assert "logging_steps 1: 10 would be more than the 5 steps" in err
+    assert len(re.findall(r"^step \d/5   loss ", out, re.MULTILINE)) == 5
+    assert re.findall(r"^step (\d)/5   validation loss", out, re.MULTILINE) == ["2", "4", "5"]
+    with safe_open(tmp_path / "run" / "checkpoint-5" / "model.safetensors", "pt") as weights:
+        assert weights.keys()
+
+
+def test_a_given_number_of_logging_steps_is_kept_and_an_empty_log_announced(letters, recipe_file, tmp_path, caplog):
+    (_, _, training), _ = fitted(
+        tmp_path, ["--data", letters, "--max_steps", 5, "--logging_steps", 9], str(recipe_file)
+    )
+    assert training.logging_steps == 9
+    assert "logging_steps 9: no training loss is shown in 5 steps" in caplog.text
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of(letters, recipe_file, tmp_path, caplog):
+    fitted(tmp_path, ["--data", letters, "--max_steps", 20], str(recipe_file))
+    assert "warmup_steps 20: there are 20 steps, so the learning rate does not reach its peak" in caplog.text
+    caplog.clear()
+    fitted(tmp_path, ["--data", letters, "--max_steps", 21], str(recipe_file))
+    assert "warmup_steps" not in caplog.text
+
+
+def test_a_vocabulary_that_is_not_as_asked_is_announced(letters, tmp_path, caplog):
+    _, text = fitted(tmp_path, ["--data", letters, "--vocab_size", 9000, "--max_steps", 2])
+    size = vocabulary_size(text.tokenizer)
+    assert size < 9000
+    assert f"vocab_size {size:,}: the text does not give the 9,000 tokens that were asked for" in caplog.text
+    caplog.clear()
+    fitted(tmp_path, ["--data", letters, "--vocab_size", 300, "--tokenizer", "bytes", "--max_steps", 2])
+    assert "vocab_size 300: not used, tokenizer bytes has 258 tokens" in caplog.text
+
+
+def test_help_shows_the_defaults_that_a_command_has(capsys):
+    main(["train", "--help"])
+    _, options = " ".join(capsys.readouterr().out.split()).split("options:")
+    for name, (without, alone) in effective_defaults().items():
+        shown = re.search(rf" --{name} \[?{name.upper()}.*?\(default: (.*?)\)", options)[1]
+        assert shown == (without if without == alone else f"{without}; with --data alone: {alone}"), name
+    demo = everything(parse_arguments([]))
+    for name, (without, _) in effective_defaults().items():
+        if without != "none":
+            assert without in (str(demo[name]), *map(str, demo[name] if isinstance(demo[name], list) else [])), name
+
+
+def test_the_text_decides_about_the_settings_that_the_help_says_and_no_others(letters, text_file, tmp_path):
+    untouched = resolved(parse_arguments(["--data", str(letters), "--use_cpu"]))
+    changed = set()
+    for file in (letters, text_file):
+        chosen = resolved(fitted(tmp_path, ["--data", file])[0])
+        changed |= {name for name in chosen if chosen[name] != untouched.get(name)}
+    assert changed - {"data", "save_steps"} <= {*CHOSEN_FROM_THE_TEXT}  # they are saved when they are evaluated
+    assert {"vocab_size", "block_size", "hidden_size", "max_steps", "sample_prompt", "residual_dropout"} <= changed
