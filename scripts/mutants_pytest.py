@@ -1,0 +1,59 @@
+"""The part of `mutants.py` that runs inside pytest: record what each test executes, or stop a test that does not end."""
+
+import json
+import os
+import signal
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+RECORD = os.environ.get("MUTANTS_RECORD")
+LIMITS = os.environ.get("MUTANTS_LIMITS")
+SECONDS = json.loads(Path(LIMITS).read_text()) if LIMITS else {}
+
+tests: dict[str, dict] = defaultdict(lambda: {"seconds": 0.0, "passed": True, "fixtures": []})
+
+
+def switch_context(name: str) -> None:
+    if RECORD:
+        import coverage
+
+        coverage.Coverage.current().switch_context(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    switch_context(item.nodeid)
+    item.user_properties.append(("fixtures", [*item.fixturenames]))
+    if LIMITS:
+        # Nobody handles the alarm, so it ends the process: what a mutant does forever counts as a failure.
+        signal.setitimer(signal.ITIMER_REAL, 30 + 10 * SECONDS.get(item.nodeid, 0))
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """What a shared fixture executes belongs to every test that uses it, not to the first one."""
+    if fixturedef.scope == "function":
+        return (yield)
+    switch_context(f"fixture {fixturedef.argname}")
+    try:
+        return (yield)
+    finally:
+        switch_context(request._pyfuncitem.nodeid if hasattr(request, "_pyfuncitem") else "")
+
+
+def pytest_runtest_logreport(report):
+    test = tests[report.nodeid]
+    test["seconds"] += report.duration
+    test["passed"] &= not report.failed
+    test["fixtures"] = dict(report.user_properties).get("fixtures", [])
+
+
+def pytest_sessionfinish(session):
+    if RECORD and not os.environ.get("PYTEST_XDIST_WORKER"):
+        Path(RECORD).write_text(json.dumps([{"id": name, **test} for name, test in tests.items()]))
