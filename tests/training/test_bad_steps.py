@@ -1,0 +1,52 @@
+"""Which loss counts as exploded, and what the log says about steps that were skipped."""
+
+import json
+import math
+
+import pytest
+from transformers import Trainer
+
+from tests.training.conftest import rows, train
+
+UNIFORM = math.log(258)  # the loss of a uniform guess over the byte tokenizer's vocabulary, and of fresh weights
+
+
+def multiply_loss(monkeypatch, step: int, factor: float) -> None:
+    """The loss of one step, and with it its gradients, is multiplied."""
+    real = Trainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * factor if self.state.global_step == step - 1 else loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("factor, exit_code", [(9.5, 0), (10.5, 65)])
+def test_a_loss_above_ten_times_that_of_a_uniform_guess_is_an_explosion(
+    factor, exit_code, recipe, words, tmp_path, monkeypatch, capsys
+):
+    multiply_loss(monkeypatch, step=1, factor=factor)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, "--max_steps", "1", "--warmup_steps", "0") == exit_code
+    if exit_code == 0:
+        assert rows(folder)[0]["loss"] == pytest.approx(factor * UNIFORM, rel=0.02)
+    else:
+        assert "step 1" in capsys.readouterr().err
+        assert not (folder / "model").exists()
+
+
+def test_skipped_steps_are_left_out_of_the_logged_mean_and_counted(recipe, words, tmp_path, monkeypatch):
+    """The mean over steps 1 to 4 without step 3 is that of the losses that were logged one by one."""
+    multiply_loss(monkeypatch, step=3, factor=math.nan)
+    each, mean = tmp_path / "each", tmp_path / "mean"
+    flags = ["--on_bad_loss", "skip", "--max_steps", "8"]
+    assert train(recipe, words, each, *flags, "--logging_steps", "1") == 0
+    assert train(recipe, words, mean, *flags, "--logging_steps", "4") == 0
+    single = {row["step"]: row["loss"] for row in rows(each)}
+    assert [step for step, loss in single.items() if not math.isfinite(loss)] == [3]
+    first, second = rows(mean)
+    assert first["loss"] == pytest.approx(sum(single[step] for step in (1, 2, 4)) / 3, rel=1e-6)
+    assert second["loss"] == pytest.approx(sum(single[step] for step in (5, 6, 7, 8)) / 4, rel=1e-6)
+    logged = [json.loads(line) for line in (mean / "log.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in logged if "loss" in row] == [1, 1]
