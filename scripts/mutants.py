@@ -1,4 +1,4 @@
-"""Mutation testing of the code that prepares text, trains and evaluates: change one spot at a time and run the tests that reach it.
+"""Mutation testing of data preparation, training and evaluation: change one spot at a time, and run the tests that reach it.
 
     python scripts/mutants.py --sample 60 --seed 0
 
@@ -17,12 +17,14 @@ left out as well: it nearly always raises an exception, and would only make the 
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,7 +63,7 @@ REPORTING = {"print", "debug", "info", "warning", "error", "update", "set_postfi
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed spot of a file: `lines` are those whose execution decides which tests are run."""
+    """One changed spot of a file: `lines` are those of its statement, none if it is executed on import."""
 
     file: str
     line: int
@@ -127,10 +129,15 @@ class Spots(cst.CSTVisitor):
         self.source_lines = source.splitlines()
         self.found: list[tuple[cst.CSTNode, cst.CSTNode, int, range]] = []
         self.statements: list[range] = []
+        self.function_bodies: list[cst.BaseSuite] = []
+        self.depth = 0  # of function bodies
 
     def on_visit(self, node: cst.CSTNode) -> bool:
         if self._is_left_out(node):
             return False
+        if isinstance(node, cst.FunctionDef):
+            self.function_bodies.append(node.body)
+        self.depth += any(node is body for body in self.function_bodies)
         position = self.get_metadata(PositionProvider, node, None)
         if isinstance(node, cst.SimpleStatementLine):
             self.statements.append(range(position.start.line, position.end.line + 1))
@@ -141,10 +148,12 @@ class Spots(cst.CSTVisitor):
             for kind, operator in OPERATORS:
                 if isinstance(node, kind):
                     for mutated in operator(node):
-                        self.found.append((node, mutated, position.start.line, self.statements[-1]))
+                        lines = self.statements[-1] if self.depth else range(0)
+                        self.found.append((node, mutated, position.start.line, lines))
         return True
 
     def on_leave(self, node: cst.CSTNode) -> None:
+        self.depth -= any(node is body for body in self.function_bodies)
         if isinstance(node, cst.SimpleStatementLine | cst.BaseCompoundStatement) and not self._is_left_out(node):
             self.statements.pop()
 
@@ -167,7 +176,7 @@ class Spots(cst.CSTVisitor):
         return isinstance(node, cst.BaseString | cst.Annotation | cst.Decorator)
 
 
-def mutants_of(files: list[Path], root: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
+def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
     """A random sample of `count` mutants (0: all of them) that are valid Python, and of how many it was drawn."""
     candidates = []
     for file in files:
@@ -220,11 +229,13 @@ class Tests:
     def of(self, mutant: Mutant, budget: float) -> list[str]:
         """Tests that execute a mutant, fastest first, as many as fit into `budget` seconds.
 
-        A line that is executed on import, such as a constant, belongs to all tests that execute anything of its file.
+        What is executed on import, such as a constant, belongs to all tests that execute anything of its file.
         """
         by_line = self.by_line[mutant.file]
-        found = set().union(*(by_line[line] for line in mutant.lines))
-        found = (found or set().union(*by_line.values())) & self.seconds.keys()
+        found = (
+            set().union(*(by_line[line] for line in mutant.lines)) if mutant.lines else set().union(*by_line.values())
+        )
+        found &= self.seconds.keys()
         chosen, total = [], 0.0
         for test in sorted(found, key=lambda test: (self.seconds[test], test)):
             total += self.seconds[test]
@@ -253,13 +264,14 @@ def pytest(tree: Path, *flags: str, **environment: str) -> int:
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "mutants_pytest", *flags]
     with tempfile.TemporaryDirectory(prefix="mutant-") as temporary, (tree.parent / "output.txt").open("w") as output:
         settings |= {"TMPDIR": temporary}
         process = subprocess.Popen(
             argv,
             cwd=tree,
-            env={**os.environ, **settings, **environment},
+            env={**inherited, **settings, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -268,10 +280,8 @@ def pytest(tree: Path, *flags: str, **environment: str) -> int:
         try:
             return process.wait()
         finally:
-            try:
-                os.killpg(process.pid, 9)  # what its tests left running
-            except ProcessLookupError:
-                pass
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what its tests left running
 
 
 def record(tree: Path, folder: Path, jobs: int, tests: list[str], slowest: float) -> Tests:
@@ -333,7 +343,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
     trees = [copy_tree(folder / str(number) / "tree") for number in range(arguments.jobs)]
     files = sorted({file for pattern in SOURCES for file in trees[0].glob(pattern)})
     files = [file for file in files if arguments.files in str(file.relative_to(trees[0]))]
-    sample, possible = mutants_of(files, trees[0], arguments.sample, arguments.seed)
+    sample, possible = sample_mutants(files, trees[0], arguments.sample, arguments.seed)
     count = len(sample)
     print(f"{count} of {possible:,} mutants, seed {arguments.seed}; first the tests run once", flush=True)
 

@@ -52,15 +52,12 @@ def test_a_checkpoint_whose_manifest_lacks_a_required_file_is_not_used(name, fin
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the path of a descriptor is looked up in /proc")
-def test_a_checkpoint_is_on_disk_before_its_rename_and_the_rename_itself_after_it(
-    recipe, words, tmp_path, monkeypatch
-):
+def test_a_checkpoint_is_on_disk_before_its_rename_and_the_rename_itself_after_it(recipe, words, tmp_path, monkeypatch):
     """A rename survives a power failure only once the folder that holds the name was forced to disk."""
     folder, events, fsync, rename = tmp_path / "run", [], os.fsync, os.rename
 
     def recorded_fsync(descriptor):
-        path = os.readlink(f"/proc/self/fd/{descriptor}") if isinstance(descriptor, int) else descriptor.name
-        events.append(("fsync", path))
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         return fsync(descriptor)
 
     def recorded_rename(source, target, **kwargs):
