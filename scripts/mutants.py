@@ -12,7 +12,7 @@ mutant is equivalent to the original. The exit code is 1 if more than 10 % of th
 
 Mutations of expressions are mutmut's. They are applied to the source text, one mutant at a time, since mutmut itself leaves
 out decorated functions and module level code. Left out, because no test should depend on it: strings (messages, docstrings,
-help), annotations, calls that only report, timing, and the lines in `EQUIVALENT`. Mutmut's "replace this value by None" is
+help), annotations, code that only reports, large numbers, and the lines in `EQUIVALENT`. Mutmut's "replace this value by None" is
 left out as well: it nearly always raises an exception, and would only make the surviving share look smaller.
 """
 
@@ -51,11 +51,13 @@ EQUIVALENT = {
     r"\btqdm\b|\bbar\b|self\.bar|with_bar": "progress bars",
     r"perf_counter|_per_second|\bbusy\b|seconds_per_step|duration\(": "times, which differ from run to run",
     r"flush=True|\bindent=|ensure_ascii|\bverbose=": "how output looks",
-    r"\"cuda\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
+    r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
     r"os\.name == \"nt\"": "needs Windows",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
 }
-REPORTING = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
+ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress"}
+REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
+REPORTING_FUNCTIONS = {"show_plan", "device_name", "learnt", "in_words", "assumed_power"}
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------
@@ -82,13 +84,20 @@ def drop_arguments(node: cst.Call) -> Iterator[cst.Call]:
     for mutant in mutators.operator_arg_removal(node):
         if len(mutant.args) < len(node.args):
             (dropped,) = [arg for arg in node.args if all(arg is not kept for kept in mutant.args)]
-            if not is_presentation(dropped):
+            if not is_without_effect(dropped):
                 yield mutant
 
 
-def is_presentation(node: cst.Arg) -> bool:
-    """An argument that only decides how something is shown to people."""
-    return node.keyword is not None and node.keyword.value in ("metadata", "desc", "unit", "encoding")
+def is_without_effect(node: cst.Arg) -> bool:
+    """An argument that only decides how something is shown to people, or how fast it is."""
+    name = node.keyword or node.value
+    return isinstance(name, cst.Name) and name.value in ARGUMENTS_WITHOUT_EFFECT
+
+
+def increase_number(node: cst.Integer | cst.Float) -> Iterator[cst.BaseNumber]:
+    """1 -> 2, but not 100000 -> 100001: large numbers are thresholds of size, which no test should pin down so closely."""
+    if node.evaluated_value < 1000:
+        yield from mutators.operator_number(node)
 
 
 def force_condition(node: cst.If) -> Iterator[cst.If]:
@@ -107,6 +116,7 @@ def drop_statement(node: cst.SimpleStatementLine) -> Iterator[cst.SimpleStatemen
 
 
 LEFT_OUT = {
+    mutators.operator_number,
     mutators.operator_string,
     mutators.operator_assignment,
     mutators.operator_lambda,
@@ -114,6 +124,8 @@ LEFT_OUT = {
 }
 OPERATORS = [(kind, operator) for kind, operator in mutators.mutation_operators if operator not in LEFT_OUT]
 OPERATORS += [
+    (cst.Integer, increase_number),
+    (cst.Float, increase_number),
     (cst.Call, drop_arguments),
     (cst.If, force_condition),
     (cst.SimpleStatementLine, drop_statement),
@@ -168,11 +180,13 @@ class Spots(cst.CSTVisitor):
             return not more and isinstance(statement, cst.Expr) and self._is_left_out(statement.value)
         if isinstance(node, cst.Call):
             name = node.func.attr if isinstance(node.func, cst.Attribute) else node.func
-            return isinstance(name, cst.Name) and name.value in REPORTING
+            return isinstance(name, cst.Name) and name.value in REPORTING_CALLS
+        if isinstance(node, cst.FunctionDef):
+            return node.name.value in REPORTING_FUNCTIONS
         if isinstance(node, cst.Raise):  # its message; the statement as a whole may be dropped
             return True
         if isinstance(node, cst.Arg):
-            return is_presentation(node)
+            return is_without_effect(node)
         return isinstance(node, cst.BaseString | cst.Annotation | cst.Decorator)
 
 
@@ -277,11 +291,21 @@ def pytest(tree: Path, *flags: str, **environment: str) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        running.add(process)
         try:
             return process.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what its tests left running
+            running.discard(process)
+            kill(process)
+
+
+running: set[subprocess.Popen] = set()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a run of pytest, and what its tests left running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def record(tree: Path, folder: Path, jobs: int, tests: list[str], slowest: float) -> Tests:
@@ -382,7 +406,13 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
                     file.write(json.dumps(row) + "\n")
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(examine, sample))
+        try:
+            list(pool.map(examine, sample))
+        except BaseException:  # interrupted
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                kill(process)
+            raise
 
     survivors = sorted((m for m, survived in outcomes.items() if survived), key=lambda m: (m.file, m.line))
     print(*("\n" + mutant.diff for mutant in survivors), sep="")
@@ -392,4 +422,5 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
