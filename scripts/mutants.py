@@ -12,8 +12,8 @@ mutant is equivalent to the original. The exit code is 1 if more than 10 % of th
 
 Mutations of expressions are mutmut's. They are applied to the source text, one mutant at a time, since mutmut itself leaves
 out decorated functions and module level code. Left out, because no test should depend on it: strings (messages, docstrings,
-help), annotations, code that only reports, large numbers, and the lines in `EQUIVALENT`. Mutmut's "replace this value by None" is
-left out as well: it nearly always raises an exception, and would only make the surviving share look smaller.
+help), annotations, code that only reports, large numbers, and the lines in `EQUIVALENT`. Mutmut's "replace this value by
+None" is left out as well: it nearly always raises an exception, and would only make the surviving share look smaller.
 """
 
 import argparse
