@@ -11,13 +11,13 @@ from tests.training.conftest import rows, train
 UNIFORM = math.log(258)  # the loss of a uniform guess over the byte tokenizer's vocabulary, and of fresh weights
 
 
-def multiply_loss(monkeypatch, step: int, factor: float) -> None:
-    """The loss of one step, and with it its gradients, is multiplied."""
+def multiply_loss(monkeypatch, *steps: int, factor: float) -> None:
+    """The loss of these steps, and with it their gradients, is multiplied."""
     real = Trainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
         loss = real(self, *args, **kwargs)
-        return loss * factor if self.state.global_step == step - 1 else loss
+        return loss * factor if self.state.global_step + 1 in steps else loss
 
     monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
 
@@ -26,7 +26,7 @@ def multiply_loss(monkeypatch, step: int, factor: float) -> None:
 def test_a_loss_above_ten_times_that_of_a_uniform_guess_is_an_explosion(
     factor, exit_code, recipe, words, tmp_path, monkeypatch, capsys
 ):
-    multiply_loss(monkeypatch, step=1, factor=factor)
+    multiply_loss(monkeypatch, 1, factor=factor)
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--max_steps", "1", "--warmup_steps", "0") == exit_code
     if exit_code == 0:
@@ -37,16 +37,17 @@ def test_a_loss_above_ten_times_that_of_a_uniform_guess_is_an_explosion(
 
 
 def test_skipped_steps_are_left_out_of_the_logged_mean_and_counted(recipe, words, tmp_path, monkeypatch):
-    """The mean over steps 1 to 4 without step 3 is that of the losses that were logged one by one."""
-    multiply_loss(monkeypatch, step=3, factor=math.nan)
+    """A mean over four steps is that of the losses that were logged one by one, without those of steps 3, 5 and 8."""
+    multiply_loss(monkeypatch, 3, 5, 8, factor=math.nan)
     each, mean = tmp_path / "each", tmp_path / "mean"
-    flags = ["--on_bad_loss", "skip", "--max_steps", "8"]
+    flags = ["--on_bad_loss", "skip", "--max_steps", "12"]
     assert train(recipe, words, each, *flags, "--logging_steps", "1") == 0
     assert train(recipe, words, mean, *flags, "--logging_steps", "4") == 0
     single = {row["step"]: row["loss"] for row in rows(each)}
-    assert [step for step, loss in single.items() if not math.isfinite(loss)] == [3]
-    first, second = rows(mean)
+    assert [step for step, loss in single.items() if not math.isfinite(loss)] == [3, 5, 8]
+    first, second, third = rows(mean)
     assert first["loss"] == pytest.approx(sum(single[step] for step in (1, 2, 4)) / 3, rel=1e-6)
-    assert second["loss"] == pytest.approx(sum(single[step] for step in (5, 6, 7, 8)) / 4, rel=1e-6)
+    assert second["loss"] == pytest.approx(sum(single[step] for step in (6, 7)) / 2, rel=1e-6)
+    assert third["loss"] == pytest.approx(sum(single[step] for step in (9, 10, 11, 12)) / 4, rel=1e-6)
     logged = [json.loads(line) for line in (mean / "log.jsonl").read_text().splitlines()]
-    assert [row["skipped_steps"] for row in logged if "loss" in row] == [1, 1]
+    assert [row["skipped_steps"] for row in logged if "loss" in row] == [1, 3, 3]

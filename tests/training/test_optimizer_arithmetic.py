@@ -45,6 +45,31 @@ def test_muon_does_not_depend_on_the_scale_of_the_gradients(scale):
         assert torch.equal(a, b)
 
 
+def test_the_update_of_a_matrix_does_not_depend_on_the_gradients_of_the_others():
+    """Matrices of one shape are turned in one batch, each by itself."""
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = (torch.randn(3, 16, 32, generator=generator) for _ in range(2))
+    together = stepped([*weights], [[gradients[0], gradients[1] * 1000, gradients[2] * 0.001]])
+    for weight, gradient, result in zip(weights, gradients, together, strict=True):
+        (alone,) = stepped([weight], [[gradient]])
+        torch.testing.assert_close(result, alone, atol=0.5 * 2**-5, rtol=0)  # bfloat16, and another order of sums
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_is_returned():
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = MuonAdamW([{"params": [parameter], "algorithm": "adamw", "lr": 0.5}])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 6.0
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 3), 0.5))  # the first step of Adam has length lr
+    assert optimizer.step() is None
+
+
 def test_muon_keeps_weights_whose_gradient_is_zero():
     weights = random_matrices(0)
     for a, b in zip(weights, stepped(weights, [[torch.zeros(shape) for shape in SHAPES]]), strict=True):

@@ -21,3 +21,9 @@ def test_a_sample_with_markup_quotes_and_lines_is_one_cell_of_the_table(recipe, 
         assert (int(first), second.strip(), last) == (step, f"{losses[step]:.4f}" if step in losses else "", "")
         assert third.strip(" ").startswith("\"&lt;b&gt;&#124;<br>'&amp;")
         assert html.unescape(third.replace("<br>", "\n")).strip(" ") == sample.strip(" ")
+
+
+def test_without_validation_there_is_a_sample_at_each_checkpoint(recipe, words, tmp_path):
+    assert train(recipe, words, tmp_path / "run", "--sample_tokens", "4", "--save_steps", "3") == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "sample" in row] == [0, 3, 6, 8]
