@@ -5,7 +5,7 @@
 1. Copy the working tree, run the tests in it once, and record which test executes which line (coverage.py), in
    subprocesses and fixtures, too.
 2. List every mutant that the operators below make, and draw a random sample of it.
-3. For each mutant, in the copy: run the tests that execute the changed lines, fastest first, up to the first failure.
+3. For each mutant, in the copy: run the tests that execute the changed lines, up to the first failure.
 
 A mutant is killed if a test fails or exceeds its time limit. Otherwise it survives: either a behavior has no test, or the
 mutant is equivalent to the original. The exit code is 1 if more than 10 % of the sample survive.
@@ -241,7 +241,7 @@ class Tests:
                         self.by_line[name][line] |= by_fixture.get(test, {test} & self.seconds.keys())
 
     def of(self, mutant: Mutant, budget: float) -> list[str]:
-        """Tests that execute a mutant, fastest first, as many as fit into `budget` seconds.
+        """Tests that execute a mutant, as fit into `budget` seconds: first those named after its file, then the fastest.
 
         What is executed on import, such as a constant, belongs to all tests that execute anything of its file.
         """
@@ -250,8 +250,8 @@ class Tests:
             set().union(*(by_line[line] for line in mutant.lines)) if mutant.lines else set().union(*by_line.values())
         )
         found &= self.seconds.keys()
-        chosen, total = [], 0.0
-        for test in sorted(found, key=lambda test: (self.seconds[test], test)):
+        chosen, total, name = [], 0.0, f"test_{Path(mutant.file).stem}"
+        for test in sorted(found, key=lambda test: (name not in test, self.seconds[test], test)):
             total += self.seconds[test]
             if total > budget and chosen:
                 break
