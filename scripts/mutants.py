@@ -43,7 +43,17 @@ from mutmut.mutation import mutators
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("minigpt_hf/data/*.py", "minigpt_hf/training/*.py", "minigpt_hf/evaluation.py")
-TESTS = ("tests/data", "tests/training", "tests/test_evaluation.py", "tests/test_cli.py", "tests/test_bad_input.py")
+TESTS = (
+    "tests/data",
+    "tests/training",
+    "tests/publish/test_push.py",
+    "tests/test_api.py",
+    "tests/test_bad_input.py",
+    "tests/test_cli.py",
+    "tests/test_docs.py",
+    "tests/test_evaluation.py",
+    "tests/test_pretrained.py",
+)
 THRESHOLD = 0.1  # share of mutants that may survive
 
 # Lines on which a mutant changes nothing that a test should see, as patterns, with the reason.
@@ -238,20 +248,19 @@ class Tests:
                 for line, contexts in data.contexts_by_lineno(file).items():
                     for context in contexts:
                         test = re.sub(r"^\|| \((setup|call|teardown)\).*$", "", context)
-                        self.by_line[name][line] |= by_fixture.get(test, {test} & self.seconds.keys())
+                        self.by_line[name][line] |= by_fixture.get(test, {test}) & self.seconds.keys()
+        self.of_sources = set().union(*(tests for by_line in self.by_line.values() for tests in by_line.values()))
 
     def of(self, mutant: Mutant, budget: float) -> list[str]:
         """Tests that execute a mutant, as fit into `budget` seconds: first those named after its file, then the fastest.
 
-        What is executed on import, such as a constant, belongs to all tests that execute anything of its file.
+        What is executed on import, such as a constant, belongs to all tests, but first to those that execute its file.
         """
-        by_line = self.by_line[mutant.file]
-        found = (
-            set().union(*(by_line[line] for line in mutant.lines)) if mutant.lines else set().union(*by_line.values())
-        )
-        found &= self.seconds.keys()
-        chosen, total, name = [], 0.0, f"test_{Path(mutant.file).stem}"
-        for test in sorted(found, key=lambda test: (name not in test, self.seconds[test], test)):
+        by_line, name = self.by_line[mutant.file], f"test_{Path(mutant.file).stem}"
+        of_file = set().union(*by_line.values())
+        found = set().union(*(by_line[line] for line in mutant.lines)) if mutant.lines else self.of_sources
+        chosen, total = [], 0.0
+        for test in sorted(found, key=lambda test: (name not in test, test not in of_file, self.seconds[test], test)):
             total += self.seconds[test]
             if total > budget and chosen:
                 break
