@@ -1,7 +1,7 @@
 # Each target does all of its own set-up and may be repeated at no cost.
 PYTHON ?= python3
 BIN := .venv/bin
-SAMPLE ?= 60
+SAMPLE ?= 100
 SEED ?= 0
 
 .PHONY: demo test lint docs-check torture compat conformance mutants neighbours neighbours-quick install
@@ -26,7 +26,7 @@ conformance: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
 	$(BIN)/python scripts/conformance.py $(TRANSFORMERS)
 
-# Change the code at random spots, and see whether the tests that reach them notice: make mutants SAMPLE=60 SEED=0
+# Change the code at random spots, and see whether the tests that reach them notice: make mutants SAMPLE=100 SEED=0
 mutants: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python scripts/mutants.py --sample $(SAMPLE) --seed $(SEED)

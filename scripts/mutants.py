@@ -1,6 +1,6 @@
 """Mutation testing of data preparation, training and evaluation: change one spot at a time, and run the tests that reach it.
 
-    python scripts/mutants.py --sample 60 --seed 0
+    python scripts/mutants.py --sample 100 --seed 0
 
 1. Copy the working tree, run the tests in it once, and record which test executes which line (coverage.py), in
    subprocesses and fixtures, too.
@@ -235,6 +235,14 @@ class Tests:
         }
         self.left_out = [test["id"] for test in recorded if test["passed"] and test["seconds"] > slowest]
         self.failed = [test["id"] for test in recorded if not test["passed"]]
+        setup: dict[str, float] = {}
+        for test in recorded:
+            setup |= test["setup"]
+        # A test is given ten times what it took, and what the fixtures took that it shares with others.
+        self.limits = {
+            test["id"]: 30 + 10 * (test["seconds"] + sum(setup.get(name, 0) for name in test["fixtures"]))
+            for test in recorded
+        }
         by_fixture: dict[str, set[str]] = defaultdict(set)
         for test in recorded:
             for name in test["fixtures"]:
@@ -337,14 +345,15 @@ def record(tree: Path, folder: Path, jobs: int, tests: list[str], slowest: float
     return Tests(folder, json.loads((folder / "tests.json").read_text()), slowest)
 
 
-def survives(mutant: Mutant, tests: list[str], tree: Path, limits: Path) -> bool:
-    """Whether every test passes on the mutant."""
+def outcome(mutant: Mutant, tests: list[str], tree: Path, limits: Path) -> str:
+    """What the tests say of a mutant: "killed" if one fails, "timeout" if one does not end, else "SURVIVED"."""
     file = tree / mutant.file
     file.write_text(mutant.mutated, encoding="utf-8")
     try:
-        return not tests or pytest(tree, "-x", *tests, MUTANTS_LIMITS=str(limits)) == 0
+        code = pytest(tree, "-x", *tests, MUTANTS_LIMITS=str(limits)) if tests else 0
     finally:
         file.write_text(mutant.source, encoding="utf-8")
+    return {0: "SURVIVED", -signal.SIGALRM: "timeout"}.get(code, "killed")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -352,7 +361,7 @@ def survives(mutant: Mutant, tests: list[str], tree: Path, limits: Path) -> bool
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=60, help="mutants to run; 0: all (default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=100, help="mutants to run; 0: all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants run at the same time (default: %(default)s)")
     parser.add_argument("--files", default="", help="only mutate files whose path contains this")
@@ -392,25 +401,25 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
 
     began, lock, free, outcomes = time.monotonic(), threading.Lock(), [*trees], {}
     limits = folder / "limits.json"
-    limits.write_text(json.dumps(tests.seconds))
+    limits.write_text(json.dumps(tests.limits))
 
     def examine(mutant: Mutant) -> None:
         with lock:
             tree = free.pop()
         chosen, start = tests.of(mutant, arguments.budget), time.monotonic()
-        survived = survives(mutant, chosen, tree, limits)
+        what = outcome(mutant, chosen, tree, limits)
         with lock:
             free.append(tree)
-            outcomes[mutant] = survived
+            outcomes[mutant] = what
             left = (time.monotonic() - began) / len(outcomes) * (count - len(outcomes))
             print(
-                f"{len(outcomes):>{len(str(count))}}/{count}  {'SURVIVED' if survived else 'killed  '}  "
+                f"{len(outcomes):>{len(str(count))}}/{count}  {what:8}  "
                 f"{mutant.file}:{mutant.line}  ({len(chosen)} tests, {time.monotonic() - start:.0f} s; about "
                 f"{left / 60:.0f} min left)",
                 flush=True,
             )
             if arguments.report:
-                row = {"survived": survived, "file": mutant.file, "line": mutant.line, "diff": mutant.diff}
+                row = {"outcome": what, "file": mutant.file, "line": mutant.line, "diff": mutant.diff}
                 with arguments.report.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
@@ -423,7 +432,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
                 kill(process)
             raise
 
-    survivors = sorted((m for m, survived in outcomes.items() if survived), key=lambda m: (m.file, m.line))
+    survivors = sorted((m for m, what in outcomes.items() if what == "SURVIVED"), key=lambda m: (m.file, m.line))
     print(*("\n" + mutant.diff for mutant in survivors), sep="")
     share = len(survivors) / count if count else 0.0
     print(f"{len(survivors)} of {count} mutants survived ({share:.1%}; at most {THRESHOLD:.0%}); seed {arguments.seed}")

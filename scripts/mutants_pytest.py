@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,7 +13,8 @@ RECORD = os.environ.get("MUTANTS_RECORD")
 LIMITS = os.environ.get("MUTANTS_LIMITS")
 SECONDS = json.loads(Path(LIMITS).read_text()) if LIMITS else {}
 
-tests: dict[str, dict] = defaultdict(lambda: {"seconds": 0.0, "passed": True, "fixtures": []})
+tests: dict[str, dict] = defaultdict(lambda: {"seconds": 0.0, "passed": True, "fixtures": [], "setup": {}})
+setup: dict[str, float] = {}  # seconds that each shared fixture took
 
 
 def switch_context(name: str) -> None:
@@ -28,7 +30,7 @@ def pytest_runtest_protocol(item):
     item.user_properties.append(("fixtures", [*item.fixturenames]))
     if LIMITS:
         # Nobody handles the alarm, so it ends the process: what a mutant does forever counts as a failure.
-        signal.setitimer(signal.ITIMER_REAL, 30 + 10 * SECONDS.get(item.nodeid, 0))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS.get(item.nodeid, 60))
     try:
         return (yield)
     finally:
@@ -41,17 +43,26 @@ def pytest_fixture_setup(fixturedef, request):
     if fixturedef.scope == "function":
         return (yield)
     switch_context(f"fixture {fixturedef.argname}")
+    began = time.monotonic()
     try:
         return (yield)
     finally:
+        setup[fixturedef.argname] = time.monotonic() - began
         switch_context(request._pyfuncitem.nodeid if hasattr(request, "_pyfuncitem") else "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    if call.when == "teardown":
+        item.user_properties.append(("setup", dict(setup)))
+    return (yield)
 
 
 def pytest_runtest_logreport(report):
     test = tests[report.nodeid]
     test["seconds"] += report.duration
     test["passed"] &= not report.failed
-    test["fixtures"] = dict(report.user_properties).get("fixtures", [])
+    test |= dict(report.user_properties)
 
 
 def pytest_sessionfinish(session):

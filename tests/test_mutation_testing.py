@@ -82,7 +82,7 @@ def test_survivors_are_listed_with_their_diff_and_the_sources_stay_as_they_are(p
     argv = ["--sample", "0", "--jobs", "1", "--tests", "tests", "--report", str(report)]
     assert mutants.main(argv) == 1  # 2 of 8 are more than a tenth
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
-    survivors = [row for row in map(json.loads, report.read_text().splitlines()) if row["survived"]]
+    survivors = [row for row in map(json.loads, report.read_text().splitlines()) if row["outcome"] == "SURVIVED"]
     assert [(row["file"], row["line"]) for row in survivors] == [("minigpt_hf/data/short.py", 14)] * 2
     out = capsys.readouterr().out
     assert "failed without a mutant and is left out: tests/test_short.py::test_that_fails" in out

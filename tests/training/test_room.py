@@ -1,4 +1,4 @@
-"""Room on the disk is looked for before the first step: for the checkpoints that are kept, one being written, and the model."""
+"""Before the first step, the disk must have room for the checkpoints that are kept, one being written, and the model."""
 
 import shutil
 
