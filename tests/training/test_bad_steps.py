@@ -51,3 +51,28 @@ def test_skipped_steps_are_left_out_of_the_logged_mean_and_counted(recipe, words
     assert third["loss"] == pytest.approx(sum(single[step] for step in (9, 10, 11, 12)) / 4, rel=1e-6)
     logged = [json.loads(line) for line in (mean / "log.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in logged if "loss" in row] == [1, 3, 3]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_every_batch_of_its_step_is_shown(
+    recipe, words, tmp_path, monkeypatch, capsys
+):
+    """The loss is finite; the gradient is not after the second of two accumulated batches of step 3."""
+    batches, real = [], Trainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = real(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 2:
+            batches.append(inputs["input_ids"].tolist())
+            if len(batches) == 2:
+                next(model.parameters()).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, "--gradient_accumulation_steps", "2") == 65
+    assert "step 3" in capsys.readouterr().err
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    shown = json.loads((folder / "bad-step-3.json").read_text())
+    assert shown["input_ids"] == batches[0] + batches[1]
+    text = words.read_text()
+    assert all(part in text * 2 for row in shown["texts"] for part in row.split("<|endoftext|>"))
