@@ -370,7 +370,9 @@ def main(argv: list[str] | None = None) -> int:
         "--slowest", type=float, default=15, help="leave out slower tests (seconds; default: %(default)s)"
     )
     parser.add_argument("--budget", type=float, default=150, help="of tests per mutant (seconds; default: %(default)s)")
-    parser.add_argument("--recorded", type=Path, help="keep the coverage of the tests here, or use what is there")
+    parser.add_argument(
+        "--recorded", type=Path, help="keep the coverage here, or use what is there, if the code is the same"
+    )
     parser.add_argument("--report", type=Path, help="also write the outcome of every mutant here, as JSON lines")
     arguments = parser.parse_args(argv)
 
