@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import libcst as cst
+import libcst.matchers as m
 from coverage import CoverageData
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation import mutators
@@ -62,6 +63,7 @@ EQUIVALENT = {
     r"perf_counter|_per_second|\bbusy\b|seconds_per_step|duration\(": "times, which differ from run to run",
     r"flush=True|\bindent=|ensure_ascii|\bverbose=": "how output looks",
     r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
+    r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "how much is read or encoded at once",
     r"os\.name == \"nt\"": "needs Windows",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
 }
@@ -118,11 +120,15 @@ def force_condition(node: cst.If) -> Iterator[cst.If]:
 
 
 def drop_statement(node: cst.SimpleStatementLine) -> Iterator[cst.SimpleStatementLine]:
-    """A call made for its effect is not made; an exception is not raised."""
-    if len(node.body) == 1 and isinstance(node.body[0], cst.Raise | cst.Expr):
-        statement = node.body[0]
-        if isinstance(statement, cst.Raise) or isinstance(statement.value, cst.Call | cst.Yield):
-            yield node.with_changes(body=[cst.Pass()])
+    """A call made for its effect is not made; an exception is not raised. A call that only takes a string adds a message."""
+    (statement, *more) = node.body
+    if isinstance(statement, cst.Expr) and isinstance(statement.value, cst.Call):
+        arguments = statement.value.args
+        is_dropped = not arguments or not all(isinstance(each.value, cst.BaseString) for each in arguments)
+    else:
+        is_dropped = isinstance(statement, cst.Raise) or m.matches(statement, m.Expr(m.Yield()))
+    if is_dropped and not more:
+        yield node.with_changes(body=[cst.Pass()])
 
 
 LEFT_OUT = {
@@ -434,7 +440,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
                 kill(process)
             raise
 
-    survivors = sorted((m for m, what in outcomes.items() if what == "SURVIVED"), key=lambda m: (m.file, m.line))
+    survivors = sorted(
+        (mutant for mutant, what in outcomes.items() if what == "SURVIVED"),
+        key=lambda mutant: (mutant.file, mutant.line),
+    )
     print(*("\n" + mutant.diff for mutant in survivors), sep="")
     share = len(survivors) / count if count else 0.0
     print(f"{len(survivors)} of {count} mutants survived ({share:.1%}; at most {THRESHOLD:.0%}); seed {arguments.seed}")
