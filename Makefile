@@ -1,8 +1,10 @@
 # Each target does all of its own set-up and may be repeated at no cost.
 PYTHON ?= python3
 BIN := .venv/bin
+SAMPLE ?= 100
+SEED ?= 0
 
-.PHONY: demo test lint docs-check torture compat conformance neighbours neighbours-quick install
+.PHONY: demo test lint docs-check torture compat conformance mutants neighbours neighbours-quick install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
@@ -23,6 +25,11 @@ compat: install
 conformance: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
 	$(BIN)/python scripts/conformance.py $(TRANSFORMERS)
+
+# Change the code at random spots, and see whether the tests that reach them notice: make mutants SAMPLE=100 SEED=0
+mutants: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python scripts/mutants.py --sample $(SAMPLE) --seed $(SEED)
 
 # Other people's programs, run for real on a folder trained here. Environments and folder are kept in .neighbours/.
 neighbours: .neighbours/venv/installed .neighbours/vllm/installed

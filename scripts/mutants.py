@@ -1,0 +1,455 @@
+"""Mutation testing of data preparation, training and evaluation: change one spot at a time, and run the tests that reach it.
+
+    python scripts/mutants.py --sample 100 --seed 0
+
+1. Copy the working tree, run the tests in it once, and record which test executes which line (coverage.py), in
+   subprocesses and fixtures, too.
+2. List every mutant that the operators below make, and draw a random sample of it.
+3. For each mutant, in the copy: run the tests that execute the changed lines, up to the first failure.
+
+A mutant is killed if a test fails or exceeds its time limit. Otherwise it survives: either a behavior has no test, or the
+mutant is equivalent to the original. The exit code is 1 if more than 10 % of the sample survive.
+
+Mutations of expressions are mutmut's. They are applied to the source text, one mutant at a time, since mutmut itself leaves
+out decorated functions and module level code. Left out, because no test should depend on it: strings (messages, docstrings,
+help), annotations, code that only reports, large numbers, and the lines in `EQUIVALENT`. Mutmut's "replace this value by
+None" is left out as well: it nearly always raises an exception, and would only make the surviving share look smaller.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import libcst as cst
+import libcst.matchers as m
+from coverage import CoverageData
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation import mutators
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("minigpt_hf/data/*.py", "minigpt_hf/training/*.py", "minigpt_hf/evaluation.py")
+TESTS = (
+    "tests/data",
+    "tests/training",
+    "tests/publish/test_push.py",
+    "tests/test_api.py",
+    "tests/test_bad_input.py",
+    "tests/test_cli.py",
+    "tests/test_docs.py",
+    "tests/test_evaluation.py",
+    "tests/test_pretrained.py",
+)
+THRESHOLD = 0.1  # share of mutants that may survive
+
+# Lines on which a mutant changes nothing that a test should see, as patterns, with the reason.
+EQUIVALENT = {
+    r"\btqdm\b|\bbar\b|self\.bar|with_bar": "progress bars",
+    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|duration\(": "times, which differ from run to run",
+    r"flush=True|\bindent=|ensure_ascii|\bverbose=": "how output looks",
+    r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
+    r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "how much is read or encoded at once",
+    r"os\.name == \"nt\"": "needs Windows",
+    r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
+}
+ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device"}
+REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
+REPORTING_FUNCTIONS = {"show_plan", "device_name", "learnt", "in_words", "assumed_power", "_nearest"}
+
+
+# -- mutants ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed spot of a file: `lines` are those of its statement, none if it is executed on import."""
+
+    file: str
+    line: int
+    lines: range
+    source: str
+    mutated: str
+
+    @property
+    def diff(self) -> str:
+        before, after = self.source.splitlines(keepends=True), self.mutated.splitlines(keepends=True)
+        return "".join(difflib.unified_diff(before, after, self.file, self.file, n=1))
+
+
+def drop_arguments(node: cst.Call) -> Iterator[cst.Call]:
+    """f(a, b) -> f(a), f(b): mutmut's operator without its replacement of arguments by None."""
+    for mutant in mutators.operator_arg_removal(node):
+        if len(mutant.args) < len(node.args):
+            (dropped,) = [arg for arg in node.args if all(arg is not kept for kept in mutant.args)]
+            if not is_without_effect(dropped):
+                yield mutant
+
+
+def is_without_effect(node: cst.Arg) -> bool:
+    """An argument that only decides how something is shown to people, or how fast it is."""
+    name = node.keyword or node.value
+    return isinstance(name, cst.Name) and name.value in ARGUMENTS_WITHOUT_EFFECT
+
+
+def increase_number(node: cst.Integer | cst.Float) -> Iterator[cst.BaseNumber]:
+    """1 -> 2, but not 100000 -> 100001: large numbers are thresholds of size, which no test should pin down so closely."""
+    if node.evaluated_value < 1000:
+        yield from mutators.operator_number(node)
+
+
+def force_condition(node: cst.If) -> Iterator[cst.If]:
+    """As mutmut does with conditional expressions: `if` always, and never."""
+    test = node.test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+    for operator, value in ((cst.And(), "False"), (cst.Or(), "True")):
+        yield node.with_changes(test=cst.BooleanOperation(test, operator, cst.Name(value)))
+
+
+def drop_statement(node: cst.SimpleStatementLine) -> Iterator[cst.SimpleStatementLine]:
+    """A call made for its effect is not made; an exception is not raised. A call that only takes a string adds a message."""
+    (statement, *more) = node.body
+    if isinstance(statement, cst.Expr) and isinstance(statement.value, cst.Call):
+        arguments = statement.value.args
+        is_dropped = not arguments or not all(isinstance(each.value, cst.BaseString) for each in arguments)
+    else:
+        is_dropped = isinstance(statement, cst.Raise) or m.matches(statement, m.Expr(m.Yield()))
+    if is_dropped and not more:
+        yield node.with_changes(body=[cst.Pass()])
+
+
+LEFT_OUT = {
+    mutators.operator_number,
+    mutators.operator_string,
+    mutators.operator_assignment,
+    mutators.operator_lambda,
+    mutators.operator_arg_removal,
+}
+OPERATORS = [(kind, operator) for kind, operator in mutators.mutation_operators if operator not in LEFT_OUT]
+OPERATORS += [
+    (cst.Integer, increase_number),
+    (cst.Float, increase_number),
+    (cst.Call, drop_arguments),
+    (cst.If, force_condition),
+    (cst.SimpleStatementLine, drop_statement),
+]
+
+
+class Spots(cst.CSTVisitor):
+    """Nodes that may be mutated, each with its replacement and the lines of its statement."""
+
+    METADATA_DEPENDENCIES = (PositionProvider,)
+
+    def __init__(self, source: str):
+        self.source_lines = source.splitlines()
+        self.found: list[tuple[cst.CSTNode, cst.CSTNode, int, range]] = []
+        self.statements: list[range] = []
+        self.function_bodies: list[cst.BaseSuite] = []
+        self.depth = 0  # of function bodies
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if self._is_left_out(node):
+            return False
+        if isinstance(node, cst.FunctionDef):
+            self.function_bodies.append(node.body)
+        self.depth += any(node is body for body in self.function_bodies)
+        position = self.get_metadata(PositionProvider, node, None)
+        if isinstance(node, cst.SimpleStatementLine):
+            self.statements.append(range(position.start.line, position.end.line + 1))
+        elif isinstance(node, cst.BaseCompoundStatement):  # its header; its body consists of statements again
+            body = self.get_metadata(PositionProvider, node.body).start.line
+            self.statements.append(range(position.start.line, max(body, position.start.line + 1)))
+        if position and self.statements and not self._is_equivalent(position.start.line):
+            for kind, operator in OPERATORS:
+                if isinstance(node, kind):
+                    for mutated in operator(node):
+                        lines = self.statements[-1] if self.depth else range(0)
+                        self.found.append((node, mutated, position.start.line, lines))
+        return True
+
+    def on_leave(self, node: cst.CSTNode) -> None:
+        self.depth -= any(node is body for body in self.function_bodies)
+        if isinstance(node, cst.SimpleStatementLine | cst.BaseCompoundStatement) and not self._is_left_out(node):
+            self.statements.pop()
+
+    def _is_equivalent(self, line: int) -> bool:
+        return any(re.search(pattern, self.source_lines[line - 1]) for pattern in EQUIVALENT)
+
+    def _is_left_out(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.SimpleStatementLine):
+            (statement, *more) = node.body
+            if isinstance(statement, cst.Import | cst.ImportFrom):
+                return True
+            return not more and isinstance(statement, cst.Expr) and self._is_left_out(statement.value)
+        if isinstance(node, cst.Call):
+            name = node.func.attr if isinstance(node.func, cst.Attribute) else node.func
+            return isinstance(name, cst.Name) and name.value in REPORTING_CALLS
+        if isinstance(node, cst.FunctionDef):
+            return node.name.value in REPORTING_FUNCTIONS
+        if isinstance(node, cst.Raise):  # its message; the statement as a whole may be dropped
+            return True
+        if isinstance(node, cst.Arg):
+            return is_without_effect(node)
+        return isinstance(node, cst.BaseString | cst.Annotation | cst.Decorator)
+
+
+def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
+    """A random sample of `count` mutants (0: all of them) that are valid Python, and of how many it was drawn."""
+    candidates = []
+    for file in files:
+        source = file.read_text(encoding="utf-8")
+        wrapper = MetadataWrapper(cst.parse_module(source))
+        spots = Spots(source)
+        wrapper.visit(spots)
+        candidates += [(file, source, wrapper.module, *spot) for spot in spots.found]
+    mutants: dict[str, Mutant] = {}
+    for file, source, module, node, mutated, line, lines in random.Random(seed).sample(candidates, len(candidates)):
+        code = module.deep_replace(node, mutated).code
+        try:
+            compile(code, str(file), "exec")
+        except SyntaxError:
+            continue
+        if code != source:
+            mutants[code] = Mutant(str(file.relative_to(root)), line, lines, source, code)
+        if len(mutants) == count:
+            break
+    return [*mutants.values()], len(candidates)
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+class Tests:
+    """Which tests execute a line, and how long they take; recorded by running them once."""
+
+    def __init__(self, folder: Path, recorded: list[dict], slowest: float):
+        self.seconds = {
+            test["id"]: test["seconds"] for test in recorded if test["passed"] and test["seconds"] <= slowest
+        }
+        self.left_out = [test["id"] for test in recorded if test["passed"] and test["seconds"] > slowest]
+        self.failed = [test["id"] for test in recorded if not test["passed"]]
+        setup: dict[str, float] = {}
+        for test in recorded:
+            setup |= test["setup"]
+        # A test is given ten times what it took, and what the fixtures took that it shares with others.
+        self.limits = {
+            test["id"]: 30 + 10 * (test["seconds"] + sum(setup.get(name, 0) for name in test["fixtures"]))
+            for test in recorded
+        }
+        by_fixture: dict[str, set[str]] = defaultdict(set)
+        for test in recorded:
+            for name in test["fixtures"]:
+                by_fixture[f"fixture {name}"].add(test["id"])
+        self.by_line: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for data_file in folder.glob("coverage.*"):
+            data = CoverageData(data_file)
+            data.read()
+            for file in data.measured_files():
+                name = file[file.rindex("minigpt_hf/") :]
+                for line, contexts in data.contexts_by_lineno(file).items():
+                    for context in contexts:
+                        test = re.sub(r"^\|| \((setup|call|teardown)\).*$", "", context)
+                        self.by_line[name][line] |= by_fixture.get(test, {test}) & self.seconds.keys()
+        self.of_sources = set().union(*(tests for by_line in self.by_line.values() for tests in by_line.values()))
+
+    def of(self, mutant: Mutant, budget: float) -> list[str]:
+        """Tests that execute a mutant, as fit into `budget` seconds: first those named after its file, then the fastest.
+
+        What is executed on import, such as a constant, belongs to all tests, but first to those that execute its file.
+        """
+        by_line, name = self.by_line[mutant.file], f"test_{Path(mutant.file).stem}"
+        of_file = set().union(*by_line.values())
+        found = set().union(*(by_line[line] for line in mutant.lines)) if mutant.lines else self.of_sources
+        chosen, total = [], 0.0
+        for test in sorted(found, key=lambda test: (name not in test, test not in of_file, self.seconds[test], test)):
+            total += self.seconds[test]
+            if total > budget and chosen:
+                break
+            chosen.append(test)
+        return chosen
+
+
+def copy_tree(target: Path) -> Path:
+    """The files of the working tree that git knows, or would not ignore."""
+    listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+def pytest(tree: Path, *flags: str, **environment: str) -> int:
+    """Run pytest on a copy; its subprocesses import that copy, too."""
+    path = os.pathsep.join([*filter(None, [environment.pop("FIRST", "")]), str(tree), str(tree / "scripts")])
+    settings = {
+        "PYTHONPATH": path,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "mutants_pytest", *flags]
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary, (tree.parent / "output.txt").open("w") as output:
+        settings |= {"TMPDIR": temporary}
+        process = subprocess.Popen(
+            argv,
+            cwd=tree,
+            env={**inherited, **settings, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        running.add(process)
+        try:
+            return process.wait()
+        finally:
+            running.discard(process)
+            kill(process)
+
+
+running: set[subprocess.Popen] = set()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a run of pytest, and what its tests left running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def record(tree: Path, folder: Path, jobs: int, tests: list[str], slowest: float) -> Tests:
+    """Run all tests once, with coverage."""
+    folder.mkdir()
+    (folder / "coveragerc").write_text(
+        f"[run]\nparallel = true\npatch = _exit\ncontext = ${{PYTEST_CURRENT_TEST-}}\ndata_file = {folder}/coverage\n"
+        f"include =\n" + "".join(f"    {tree}/{pattern}\n" for pattern in SOURCES)
+    )
+    (folder / "sitecustomize.py").write_text("import coverage\n\ncoverage.process_startup()\n")
+    flags = ["-n", str(jobs)] if jobs > 1 else []
+    environment = {
+        "FIRST": str(folder),
+        "COVERAGE_PROCESS_START": str(folder / "coveragerc"),
+        "MUTANTS_RECORD": str(folder / "tests.json"),
+    }
+    pytest(tree, *flags, *tests, **environment)
+    if not (folder / "tests.json").is_file():
+        sys.exit(f"the tests cannot be run:\n{(tree.parent / 'output.txt').read_text()[-3000:]}")
+    return Tests(folder, json.loads((folder / "tests.json").read_text()), slowest)
+
+
+def outcome(mutant: Mutant, tests: list[str], tree: Path, limits: Path) -> str:
+    """What the tests say of a mutant: "killed" if one fails, "timeout" if one does not end, else "SURVIVED"."""
+    file = tree / mutant.file
+    file.write_text(mutant.mutated, encoding="utf-8")
+    try:
+        code = pytest(tree, "-x", *tests, MUTANTS_LIMITS=str(limits)) if tests else 0
+    finally:
+        file.write_text(mutant.source, encoding="utf-8")
+    return {0: "SURVIVED", -signal.SIGALRM: "timeout"}.get(code, "killed")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=100, help="mutants to run; 0: all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants run at the same time (default: %(default)s)")
+    parser.add_argument("--files", default="", help="only mutate files whose path contains this")
+    parser.add_argument("--tests", nargs="+", default=[*TESTS], help="what to give to pytest (default: %(default)s)")
+    parser.add_argument(
+        "--slowest", type=float, default=15, help="leave out slower tests (seconds; default: %(default)s)"
+    )
+    parser.add_argument("--budget", type=float, default=150, help="of tests per mutant (seconds; default: %(default)s)")
+    parser.add_argument(
+        "--recorded", type=Path, help="keep the coverage here, or use what is there, if the code is the same"
+    )
+    parser.add_argument("--report", type=Path, help="also write the outcome of every mutant here, as JSON lines")
+    arguments = parser.parse_args(argv)
+
+    folder = Path(tempfile.mkdtemp(prefix="mutants-"))
+    try:
+        return run(arguments, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> int:
+    trees = [copy_tree(folder / str(number) / "tree") for number in range(arguments.jobs)]
+    files = sorted({file for pattern in SOURCES for file in trees[0].glob(pattern)})
+    files = [file for file in files if arguments.files in str(file.relative_to(trees[0]))]
+    sample, possible = sample_mutants(files, trees[0], arguments.sample, arguments.seed)
+    count = len(sample)
+    print(f"{count} of {possible:,} mutants, seed {arguments.seed}; first the tests run once", flush=True)
+
+    began = time.monotonic()
+    recorded = arguments.recorded or folder / "recorded"
+    if (recorded / "tests.json").is_file():
+        tests = Tests(recorded, json.loads((recorded / "tests.json").read_text()), arguments.slowest)
+    else:
+        tests = record(trees[0], recorded, arguments.jobs, arguments.tests, arguments.slowest)
+    for what, names in (("failed without a mutant and", tests.failed), ("took too long and", tests.left_out)):
+        print(*(f"{what} is left out: {name}" for name in names), sep="\n", end="\n" if names else "", flush=True)
+    print(f"{len(tests.seconds)} tests, recorded in {time.monotonic() - began:.0f} s", flush=True)
+
+    began, lock, free, outcomes = time.monotonic(), threading.Lock(), [*trees], {}
+    limits = folder / "limits.json"
+    limits.write_text(json.dumps(tests.limits))
+
+    def examine(mutant: Mutant) -> None:
+        with lock:
+            tree = free.pop()
+        chosen, start = tests.of(mutant, arguments.budget), time.monotonic()
+        what = outcome(mutant, chosen, tree, limits)
+        with lock:
+            free.append(tree)
+            outcomes[mutant] = what
+            left = (time.monotonic() - began) / len(outcomes) * (count - len(outcomes))
+            print(
+                f"{len(outcomes):>{len(str(count))}}/{count}  {what:8}  "
+                f"{mutant.file}:{mutant.line}  ({len(chosen)} tests, {time.monotonic() - start:.0f} s; about "
+                f"{left / 60:.0f} min left)",
+                flush=True,
+            )
+            if arguments.report:
+                row = {"outcome": what, "file": mutant.file, "line": mutant.line, "diff": mutant.diff}
+                with arguments.report.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            list(pool.map(examine, sample))
+        except BaseException:  # interrupted
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                kill(process)
+            raise
+
+    survivors = sorted(
+        (mutant for mutant, what in outcomes.items() if what == "SURVIVED"),
+        key=lambda mutant: (mutant.file, mutant.line),
+    )
+    print(*("\n" + mutant.diff for mutant in survivors), sep="")
+    share = len(survivors) / count if count else 0.0
+    print(f"{len(survivors)} of {count} mutants survived ({share:.1%}; at most {THRESHOLD:.0%}); seed {arguments.seed}")
+    return int(share > THRESHOLD)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

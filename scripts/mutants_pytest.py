@@ -1,0 +1,70 @@
+"""The part of `mutants.py` that runs inside pytest: record what each test executes, or stop a test that does not end."""
+
+import json
+import os
+import signal
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+RECORD = os.environ.get("MUTANTS_RECORD")
+LIMITS = os.environ.get("MUTANTS_LIMITS")
+SECONDS = json.loads(Path(LIMITS).read_text()) if LIMITS else {}
+
+tests: dict[str, dict] = defaultdict(lambda: {"seconds": 0.0, "passed": True, "fixtures": [], "setup": {}})
+setup: dict[str, float] = {}  # seconds that each shared fixture took
+
+
+def switch_context(name: str) -> None:
+    if RECORD:
+        import coverage
+
+        coverage.Coverage.current().switch_context(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    switch_context(item.nodeid)
+    item.user_properties.append(("fixtures", [*item.fixturenames]))
+    if LIMITS:
+        # Nobody handles the alarm, so it ends the process: what a mutant does forever counts as a failure.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS.get(item.nodeid, 60))
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """What a shared fixture executes belongs to every test that uses it, not to the first one."""
+    if fixturedef.scope == "function":
+        return (yield)
+    switch_context(f"fixture {fixturedef.argname}")
+    began = time.monotonic()
+    try:
+        return (yield)
+    finally:
+        setup[fixturedef.argname] = time.monotonic() - began
+        switch_context(request._pyfuncitem.nodeid if hasattr(request, "_pyfuncitem") else "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    if call.when == "teardown":
+        item.user_properties.append(("setup", dict(setup)))
+    return (yield)
+
+
+def pytest_runtest_logreport(report):
+    test = tests[report.nodeid]
+    test["seconds"] += report.duration
+    test["passed"] &= not report.failed
+    test |= dict(report.user_properties)
+
+
+def pytest_sessionfinish(session):
+    if RECORD and not os.environ.get("PYTEST_XDIST_WORKER"):
+        Path(RECORD).write_text(json.dumps([{"id": name, **test} for name, test in tests.items()]))

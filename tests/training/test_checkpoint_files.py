@@ -1,0 +1,82 @@
+"""Checkpoints on disk: which one is the newest, which files it must have, and when it is safe from a power failure."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import assert_equal, go_back, state_of, train
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train(recipe, words, folder, "--max_steps", "11", "--save_steps", "1", "--save_total_limit", "99") == 0
+    return folder
+
+
+def resume(recipe, words, folder) -> int:
+    return train(recipe, words, folder, "--max_steps", "11", "--save_steps", "1", "--save_total_limit", "99")
+
+
+def test_a_run_resumes_from_the_checkpoint_with_the_highest_number(finished, recipe, words, tmp_path):
+    """10 comes after 9, though not as text. A step that is not taken again keeps its time in the log."""
+    folder = tmp_path / "run"
+    go_back(finished, folder, 10)
+    taken = [row for row in logged(folder) if row["step"] <= 10]
+    assert resume(recipe, words, folder) == 0
+    assert [row for row in logged(folder) if row["step"] <= 10] == taken
+    assert_equal(state_of(folder / "checkpoint-11"), state_of(finished / "checkpoint-11"))
+
+
+def logged(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "fingerprint.json"]
+)
+def test_a_checkpoint_whose_manifest_lacks_a_required_file_is_not_used(name, finished, recipe, words, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    checkpoint = folder / "checkpoint-4"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest[name]
+    (checkpoint / name).unlink()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert resume(recipe, words, folder) == 0
+    assert (folder / "checkpoint-4.aside-1").is_dir()
+    assert name in capsys.readouterr().out
+    assert_equal(state_of(folder / "checkpoint-11"), state_of(finished / "checkpoint-11"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the path of a descriptor is looked up in /proc")
+def test_a_checkpoint_is_on_disk_before_its_rename_and_the_rename_itself_after_it(recipe, words, tmp_path, monkeypatch):
+    """A rename survives a power failure only once the folder that holds the name was forced to disk."""
+    folder, events, fsync, rename = tmp_path / "run", [], os.fsync, os.rename
+
+    def recorded_fsync(descriptor):
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        return fsync(descriptor)
+
+    def recorded_rename(source, target, **kwargs):
+        events.append(("rename", str(source), str(target)))
+        return rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    assert train(recipe, words, folder, "--max_steps", "4") == 0
+    begin = 0
+    for step in (2, 4):
+        checkpoint = folder / f"checkpoint-{step}"
+        (at,) = [place for place, event in enumerate(events) if event[0] == "rename" and event[2] == str(checkpoint)]
+        staged = events[at][1]
+        before = {event[1] for event in events[begin:at]}
+        wanted = {staged, *(f"{staged}/{path.relative_to(checkpoint)}" for path in checkpoint.rglob("*"))}
+        assert wanted <= before
+        assert ("fsync", str(folder)) in events[at:]
+        assert at < events.index(("fsync", str(folder)), at)
+        following = [place for place, event in enumerate(events) if event[0] == "rename" and place > at]
+        assert events.index(("fsync", str(folder)), at) < min(following, default=len(events))
+        begin = at

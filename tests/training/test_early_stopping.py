@@ -1,0 +1,31 @@
+"""When a run ends because validation no longer improves. With learning rates of 0 no evaluation beats the first one."""
+
+import json
+
+import pytest
+
+from tests.training.conftest import train
+
+FLAGS = "--learning_rate 0 --muon_learning_rate 0 --validation_fraction 0.3 --eval_steps 1 --save_steps 1".split()
+
+
+@pytest.mark.parametrize(("patience", "last"), [("1", 2), ("3", 4), ("7", 8), ("0", 8)])
+def test_a_run_ends_after_as_many_evaluations_without_improvement_as_its_patience(
+    patience, last, recipe, words, tmp_path
+):
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, *FLAGS, "--early_stopping_patience", patience) == 0
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "eval_loss" in row] == [*range(1, last + 1)]
+    about = json.loads((folder / "model" / "minigpt.json").read_text())
+    assert (about["training"]["steps"], about["training"]["planned_steps"]) == (last, 8)
+
+
+def test_by_default_a_run_has_patience_5_if_it_passes_over_the_text_more_than_once(recipe, words, tmp_path):
+    """294 tokens are 18 blocks of 16: nine steps of two blocks are an epoch."""
+    ends = []
+    for steps in ("9", "11"):
+        folder = tmp_path / steps
+        assert train(recipe, words, folder, *FLAGS, "--max_steps", steps) == 0
+        ends.append(json.loads((folder / "model" / "minigpt.json").read_text())["training"]["steps"])
+    assert ends == [9, 6]

@@ -1,0 +1,29 @@
+"""Figures in `log.jsonl`, computed by hand."""
+
+import json
+import math
+
+import pytest
+
+from tests.training.conftest import assert_equal, rows, state_of, train
+
+
+def test_tokens_and_bits_per_byte_of_each_logged_step(recipe, words, tmp_path):
+    """A step is 3 · 2 blocks of 16 tokens; 420 bytes of text are 421 tokens, one of which opens the document."""
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, "--gradient_accumulation_steps", "3", "--logging_steps", "2") == 0
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    logged = [row for row in logged if "loss" in row]
+    assert [(row["step"], row["tokens"]) for row in logged] == [(step, step * 96) for step in (2, 4, 6, 8)]
+    for row in logged:
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2) * 421 / 420, rel=1e-9)
+
+
+def test_samples_and_validation_do_not_change_the_training(recipe, words, tmp_path):
+    """With dropout, which would show a random state, or a mode of the model, that is not restored."""
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    flags = ["--validation_fraction", "0.3", "--sample_prompt", "def"]
+    assert train(recipe, words, plain, *flags, "--eval_strategy", "no") == 0
+    assert train(recipe, words, watched, *flags, "--eval_steps", "2", "--sample_tokens", "5") == 0
+    assert rows(watched) == rows(plain)
+    assert_equal(state_of(watched / "checkpoint-8"), state_of(plain / "checkpoint-8"))

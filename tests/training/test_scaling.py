@@ -1,0 +1,35 @@
+"""Settings that follow from a width and a number of tokens, at and beside the bounds of each rule."""
+
+import pytest
+
+from minigpt_hf.training.scaling import Shape, distance_from_optimal, dropout, learning_rates, weight_decay
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads"),
+    [(64, 2, 2), (96, 3, 3), (128, 4, 4), (192, 4, 6), (256, 5, 4), (448, 8, 7), (768, 12, 12), (1536, 21, 24)],
+)
+def test_layers_and_heads_of_a_width(width, layers, heads):
+    """Up to 128 a layer for each 32, then one more for each 80; heads of 32 below a width of 256, then of 64."""
+    expected = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    assert Shape(width).settings() == expected
+
+
+def test_text_that_is_read_often_is_regularised():
+    """Up to four readings teach as new text does; more than ten are many."""
+    assert [dropout(readings) for readings in (0.5, 4, 4.01, 10, 10.01)] == [0.0, 0.0, 0.1, 0.1, 0.2]
+    assert [weight_decay(readings) for readings in (0.5, 4, 4.01, 100)] == [0.0, 0.0, 0.1, 0.1]
+
+
+def test_the_rate_of_adamw_falls_with_the_root_of_the_width():
+    assert learning_rates(64)["learning_rate"] == pytest.approx(4e-3 * 2**0.5, rel=1e-3)
+    assert learning_rates(256)["learning_rate"] == pytest.approx(4e-3 / 2**0.5, rel=1e-3)
+
+
+def test_ten_tokens_for_each_parameter_are_optimal_and_twice_as_many_are_as_far_off_as_half():
+    """With compute C = D · P and D = 10 P: C = 10 P². A factor in C is the same factor in D / P."""
+    shape = Shape(128)
+    parameters = shape.parameters(1000)
+    assert distance_from_optimal(shape, 1000, 10 * parameters**2) == pytest.approx(0, abs=1e-9)
+    twice, half = (distance_from_optimal(shape, 1000, factor * 10 * parameters**2) for factor in (2, 0.5))
+    assert twice == pytest.approx(half) == pytest.approx(0.6931, abs=1e-3)
