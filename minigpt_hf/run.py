@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import gather_object
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_in_notebook
 
@@ -79,6 +80,7 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
         check_memory(make_config(architecture, data.block_size, byte_tokenizer()), architecture, training)
     with training.main_process_first(desc="text"):  # the other processes find what the first one made
         text = prepare_text(data, dial.choose_tokenizer)
+    raise_unless_same_text(text, training)
     dial.choose_the_rest(
         text,
         lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),
@@ -160,6 +162,23 @@ def leave_the_group() -> None:
     """Say goodbye to the other processes: torch sometimes aborts a process that ends while it is still in a group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def raise_unless_same_text(text: PreparedText, training: MiniGPTTrainingArguments) -> None:
+    """Each rank has read the text by itself; a file that is written to meanwhile would give each another one.
+
+    Raises:
+        ValueError: if the ranks have read different texts.
+    """
+    if training.world_size == 1:
+        return
+    streams = (text.train, text.validation)
+    read = gather_object([[stream.fingerprint for stream in streams if stream is not None]])
+    if any(one != read[0] for one in read):
+        raise ValueError(
+            f"{text.name}: the {len(read)} processes have read different texts; wait until nothing writes to it, and give "
+            "the same files to all machines"
+        )
 
 
 def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None] = lambda corpus: None) -> PreparedText:

@@ -1,8 +1,9 @@
 """Documents, in order, read from disk or from the network as they are needed.
 
-A document is a text that stands for itself: a file, or a row of a table. Out: `Texts`, which hand out their documents any
-number of times, in parts of about a million characters, so that a corpus may be larger than memory. They refuse nothing:
-what is no text has been refused by `sources`.
+A document is a file of text or a row of a table. Out: `Texts`, which yield their documents any number of times, in parts of
+at most a million characters, so that a corpus may be larger than memory. Files of text are read through
+`datasets.IterableDataset.from_generator`, tables are memory-mapped `datasets.Dataset`s. Raises `UnreadableFile` for a file
+that is not text, or whose content has changed since it was indexed.
 """
 
 import codecs
