@@ -60,12 +60,18 @@ def usage() -> str:
     )
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what `sys.stderr` is at the time of a record: `main` may be called repeatedly, with different streams."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _log_to_stderr() -> None:
     """Show what the package logs (choices made, files skipped, warnings) as plain lines on standard error."""
     logger = logging.getLogger("minigpt_hf")
-    for handler in list(logger.handlers):  # one from an earlier call in this process writes to its own stream
-        logger.removeHandler(handler)
-    logger.addHandler(logging.StreamHandler(sys.stderr))
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
     if logger.level == logging.NOTSET:  # a level set by the user stays
         logger.setLevel(logging.INFO)
 
