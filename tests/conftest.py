@@ -13,6 +13,7 @@ os.environ["HF_ENDPOINT"] = HUB.endpoint
 
 import argparse
 import shutil
+import signal
 from pathlib import Path
 
 import datasets
@@ -45,6 +46,13 @@ sample_tokens: 10
 sample_prompt: "def "
 use_cpu: true
 """
+
+
+def pytest_configure():
+    """Restore signals that were ignored when pytest was started, as by `nohup` or in the background of a script."""
+    for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_unconfigure():
