@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.publish.folder import save_suitcase
-from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import bare_loop
 import conformance
 import numpy_gpt
 
@@ -90,29 +87,3 @@ def test_conformance_points_the_tests_at_the_classes_of_this_package(model):
     )
     home = __import__(package)
     assert {f"home.{word}" in module for word in home.__all__ if word.startswith(name)} == {True}
-
-
-# -- bare_loop.py -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("muon", ["true", "false"])
-def test_bare_loop_losses_equal_the_trainers_for_a_schedule_with_keyword_arguments(
-    muon, recipe_file, text_file, tmp_path
-):
-    """`cosine_with_min_lr` raises without `min_lr` or `min_lr_rate`; with 0.9 the last steps differ from a plain cosine."""
-    flags = [
-        "--data",
-        str(text_file),
-        "--lr_scheduler_type",
-        "cosine_with_min_lr",
-        "--muon",
-        muon,
-        "--warmup_steps",
-        "2",
-    ]
-    flags += ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.9}', "--max_steps", "8", "--logging_steps", "1"]
-    flags += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "no"]
-    losses = bare_loop.train(parse_arguments([*flags, "--output_dir", str(tmp_path / "bare")], str(recipe_file)))
-    assert main(["train", "--recipe", str(recipe_file), *flags, "--output_dir", str(tmp_path / "run")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert losses == pytest.approx([row["loss"] for row in rows if "loss" in row], rel=1e-6)
