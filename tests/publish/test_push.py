@@ -360,6 +360,7 @@ def test_a_hub_that_dies_while_it_trains_costs_a_line_and_no_step(recipe_file, t
     hub.fail("PUT", "/lfs/", "disconnect")
     run = tmp_path / "run"
     flags = ["--hub_model_id", "user/tiny", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2"]
+    flags += ["--logging_steps", "2", "--warmup_steps", "2"]
     assert train(recipe_file, text_file, run, *flags) == 2
     captured = capsys.readouterr()
     assert "not pushed: user/tiny: the connection to" in captured.out

@@ -26,6 +26,7 @@ logging_steps: 1
 save_steps: 2
 save_total_limit: 9
 sample_tokens: 0
+sample_prompt: ""
 use_cpu: true
 """
 
