@@ -94,7 +94,14 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "another kind of URL": (data("ftp://host/a.txt"), "ftp://host/a.txt: no such file or folder"),
         "no such split": (data("saved", "--data_split", "test"), "saved: has no split 'test' … train"),
         "half a saved dataset": (data("half-saved"), "half-saved: cannot be read: … "),
-        "half a prepared text": (data("half-prepared"), "half-prepared: this prepared text cannot be read"),
+        "half a prepared text": (
+            data("half-prepared"),
+            "half-prepared: this prepared text is damaged (manifest.json is missing): create it again with",
+        ),
+        "a prepared text of an earlier format": (
+            data("old-prepared"),
+            "old-prepared: this prepared text has format 1, and 2 is required: create it again with",
+        ),
         "nothing on standard input": (data("-"), "-: there is no text in it"),
         "a name longer than names may be": (data("x" * 300), "File name too long"),
         "a name with a zero in it": (data("a\0b"), "no such file or folder"),
@@ -314,7 +321,8 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     rows.save_to_disk(here / "saved")
     shutil.copytree(here / "saved", here / "half-saved")
     (here / "half-saved" / "data-00000-of-00001.arrow").write_bytes(b"\0" * 100)
-    write("half-prepared/prepared.json", '{"name": "x", "cut": "y", "kind": "bpe"}')
+    write("half-prepared/prepared.json", '{"version": 2, "name": "x", "cut": "y", "kind": "bpe"}')
+    write("old-prepared/prepared.json", '{"name": "x", "cut": "y", "kind": "bpe"}')
     write("typo.yaml", "hiden_size: 8\n")
     write("broken.yaml", "hidden_size: [8\n")
     write("list.yaml", "- a\n- b\n")
