@@ -104,7 +104,7 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
         len(text.train) / text.train.bytes,
         is_in_notebook(),
     )
-    samples = Samples(run / "log.jsonl", text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
+    samples = Samples(run / "log.jsonl", model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
     callbacks = [lines, samples, stop, StopWhenNoBetter(patience(training, blocks))]
     story = partial(describe, arguments, text, lines, samples)
     trainer = MiniGPTTrainer(model, training, blocks, text.validation, text.tokenizer, callbacks, fingerprint, story)

@@ -250,7 +250,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
         "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "many: a whole number of at least 1"),
-        "an option of a wrong type": (["generate", "MODEL", "--top_k", "many"], "no text can be generated with these"),
+        "an option of a wrong type": (
+            ["generate", "MODEL", "--top_k", "many"],
+            "`top_k` has to be a strictly positive integer",
+        ),
         "words for a room": (
             ["generate", "MODEL", "--fast", "--max_cache_len", "x"],
             "--max_cache_len x: a whole number",

@@ -671,7 +671,9 @@ def test_a_log_of_odd_values_is_drawn_without_them_and_says_so(tmp_path, capfd):
     ]
     run, output = logged(tmp_path / "run", *GOOD, *odd, 7), tmp_path / "a.png"
     assert main(["plot", run, "--output", str(output)]) == 0
-    assert "6 values of log.jsonl are not finite numbers and are not drawn" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "5 values of log.jsonl are not finite numbers and are not drawn" in err
+    assert "2 incomplete lines of log.jsonl are not drawn" in err
     assert main(["plot", logged(tmp_path / "b", *GOOD), "--output", str(tmp_path / "b.png")]) == 0
     assert "not drawn" not in capfd.readouterr().err
 
@@ -691,10 +693,16 @@ def test_the_legend_holds_the_name_of_a_run_as_it_is(name, tmp_path):
     assert f"{shown} (1.333)" in re.sub(r"<[^>]*>", "", (tmp_path / "a.svg").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("row", ["[" * 100_000, '{"step": 1', "\x00"])
-def test_a_log_that_is_not_json_is_refused(row, tmp_path, capfd):
-    run = logged(tmp_path / "run", row, *GOOD)
+def test_a_log_that_is_nested_too_deeply_is_refused(tmp_path, capfd):
+    run = logged(tmp_path / "run", "[" * 100_000, *GOOD)
     refused(["plot", run, "--output", str(tmp_path / "a.png")], capfd, "run: .*log.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("row", ['{"step": 1', "\x00", "7"])
+def test_the_incomplete_lines_of_a_log_are_left_out_and_counted(row, tmp_path, capfd):
+    run = logged(tmp_path / "run", row, *GOOD)
+    assert main(["plot", run, "--output", str(tmp_path / "a.png")]) == 0
+    assert f"{run}: 1 incomplete lines of log.jsonl are not drawn" in capfd.readouterr().err
 
 
 def test_a_picture_does_not_replace_what_is_no_file(tmp_path, capfd):

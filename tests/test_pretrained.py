@@ -45,7 +45,8 @@ def test_training_starts_where_the_model_stands(finetune, run_folder, tmp_path):
 
 
 def test_it_goes_on_learning(finetune, run_folder, tmp_path):
-    assert finetune("run", "--max_steps", "40", "--eval_steps", "20", "--learning_rate", "4e-3") == 0
+    flags = ["--max_steps", "40", "--eval_steps", "20", "--learning_rate", "4e-3", "--validation_characters", "20000"]
+    assert finetune("run", *flags) == 0
     before, after = (
         json.loads((folder / "model" / "minigpt.json").read_text())["results"]["loss"]
         for folder in (run_folder, tmp_path / "run")

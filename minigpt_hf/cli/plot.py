@@ -21,7 +21,7 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
 
     from ..publish.figures import draw_comparison, is_number
-    from ..training.resume import read_log
+    from ..training.resume import rows_and_faults
 
     output, logs = Path(args.output), {}
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -32,12 +32,13 @@ def run(argv: list[str]) -> None:
         if not (Path(name) / "log.jsonl").is_file():
             raise ValueError(f"{name}: no run there (it has no log.jsonl); name what --output_dir was")
         try:
-            log = read_log(Path(name) / "log.jsonl")
+            log, faults = rows_and_faults(Path(name) / "log.jsonl")
         except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
             raise ValueError(f"{name}: its log.jsonl cannot be read ({error}); name another run") from error
-        rows = [row for row in log if isinstance(row, dict)]
-        drawn = [row[key] for row in rows for key in ("bits_per_byte", "eval_bits_per_byte") if key in row]
-        if odd := len(log) - len(rows) + sum(not is_number(value) for value in drawn):
+        if faults:
+            logger.warning("%s: %d incomplete lines of log.jsonl are not drawn", name, len(faults))
+        drawn = [row[key] for row in log for key in ("bits_per_byte", "eval_bits_per_byte") if key in row]
+        if odd := sum(not is_number(value) for value in drawn):
             logger.warning("%s: %d values of log.jsonl are not finite numbers and are not drawn", name, odd)
         logs[name] = log
     names = {name: Path(name).name for name in logs}

@@ -119,6 +119,8 @@ class Documents(Texts):
 
     def cut(self, characters: int) -> tuple["Documents", "Documents"]:
         """The first so many characters, and the rest; a document may be cut in two."""
+        if characters <= 0:
+            return self.select(np.arange(0)), self
         ends = np.cumsum(self.index["end"] - self.index["begin"])
         last = int(np.searchsorted(ends, characters))
         if last == len(ends):

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..generation import encode_prompt, generate
+from ..generation import check_ids, encode_prompt, generate
 from .checkpoint import write_atomically
 from .plan import duration
 from .resume import append_to_log, read_log
@@ -112,12 +112,20 @@ class Samples(TrainerCallback):
     side in `samples.md`.
     """
 
-    def __init__(self, log: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, stop: StopAtBoundary):
+    def __init__(
+        self,
+        log: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        tokens: int,
+        stop: StopAtBoundary,
+    ):
         self.log, self.tokenizer, self.prompt, self.tokens, self.stop = log, tokenizer, prompt, tokens, stop
         self.latest = ""
         try:
-            encode_prompt(tokenizer, prompt)
-        except ValueError as error:  # a recipe's prompt in another alphabet than the text
+            check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
+        except ValueError as error:  # a prompt with characters that the text does not have, or as long as the context
             self.prompt = ""
             print(f"samples begin a document: {error}", flush=True)
 

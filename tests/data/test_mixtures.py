@@ -129,10 +129,10 @@ def test_a_dataset_with_its_own_validation_split_stays_as_published_with_a_warni
 
 def test_a_stream_in_a_mixture_shares_no_document_with_the_other_side(hub, tmp_path):
     datasets.Dataset.from_dict({"text": WORDS}).to_parquet(tmp_path / "rows.parquet")
-    hub.put("user/words", {"train.parquet": (tmp_path / "rows.parquet").read_bytes()}, kind="datasets")
+    hub.put("user/words", {"train.parquet": (tmp_path / "rows.parquet").read_bytes()}, repo_type="datasets")
     (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in WORDS[:40]))
     datasets.Dataset.from_dict({"text": WORDS[:40]}).to_parquet(tmp_path / "more.parquet")
-    hub.put("user/more", {"train.parquet": (tmp_path / "more.parquet").read_bytes()}, kind="datasets")
+    hub.put("user/more", {"train.parquet": (tmp_path / "more.parquet").read_bytes()}, repo_type="datasets")
     corpus = load_corpus("user/words:0.5,user/more:0.5", 0.2, streaming=True)
     train, validation = ({text for part in side.texts for text in part} for side in (corpus.train, corpus.validation))
     assert train.isdisjoint(validation)

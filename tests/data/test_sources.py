@@ -181,22 +181,6 @@ def test_text_from_all_over_is_some_of_it_in_order(text, tmp_path, monkeypatch):
     assert "".join(train.evenly(10**9)) == "".join(train)
 
 
-def test_the_index_of_a_table_is_kept_and_made_anew_if_it_is_damaged(table, tmp_path, monkeypatch):
-    write_table(table, tmp_path / "rows.parquet")
-    cache = tmp_path / "cache"
-    first = load_corpus(str(tmp_path / "rows.parquet"), 0, cache_dir=cache).train
-    (kept,) = (cache / "documents").iterdir()
-    made = []
-    monkeypatch.setattr(texts, "index_of_rows", lambda rows, make=texts.index_of_rows: made.append(1) or make(rows))
-    assert load_corpus(str(tmp_path / "rows.parquet"), 0, cache_dir=cache).train.fingerprint == first.fingerprint
-    assert not made
-    content = kept.read_bytes()
-    for damaged in (b"", content[:-40], content[:200] + b"\xff" * 8 + content[208:]):
-        kept.write_bytes(damaged)
-        assert load_corpus(str(tmp_path / "rows.parquet"), 0, cache_dir=cache).train.fingerprint == first.fingerprint
-    assert len(made) == 3
-
-
 # -- mixtures ---------------------------------------------------------------------------------------------------------
 
 

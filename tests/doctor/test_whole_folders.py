@@ -135,12 +135,12 @@ def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
 
 def test_the_document_tells_of_every_row_and_of_no_other():
     table = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `([^`]+)`( \*)? \|", table, re.MULTILINE)
+    told = re.findall(r"^\| `([^`]+)` \|(?: (yes) \|)?", table, re.MULTILINE)
     files = [check.row_name for room in (files_room, config, code, weights) for check in room.CHECKS]
     cards = [check.row_name for check in card.CHECKS]
     loads = [*doctor.LOADS, doctor.OWN_CODE, *doctor.BEHAVIOUR]
     assert [name for name, _ in told] == [*files, *doctor.TOKENIZER, *cards, *loads]
-    assert {name for name, star in told if star} == set(doctor.BEFORE_LOADING)
+    assert {name for name, required in told if required} == set(doctor.BEFORE_LOADING)
 
 
 def test_of_a_run_it_names_the_model_folder(run_folder, capsys):
