@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("all", "train", "validation")
+
 # Estimates the length of a window in characters for a model that does not state it: about 4 for English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
 # The settings of a model's recipe that `evaluate` uses, and their types.
@@ -136,10 +138,18 @@ def evaluate(
     Raises:
         ValueError: if there is no such model or text, or nothing is held out.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
+    if not isinstance(data, str | os.PathLike):
+        raise ValueError(
+            f"data is a {type(data).__name__}: give one name; several are a mixture, 'plays:0.7,notes:0.3'"
+        )
+    data = os.fspath(data)
+
     from .data.corpus import load_corpus
     from .data.prepared import ValidationSample
     from .data.sources import has_split
-    from .evaluation import evaluate_texts
+    from .evaluation import evaluate_texts, longest_context
 
     loaded, tokenizer = load(model, trust_remote_code)
     recipe = recipe_of(model)
@@ -170,9 +180,7 @@ def evaluate(
         batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
     texts = whole
     if max_characters is not None:
-        window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (
-            block_size or loaded.config.max_position_embeddings
-        )
+        window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (block_size or longest_context(loaded))
         texts = whole.sample(max_characters, window)
         if None not in (whole.characters, texts.characters):
             sample = ValidationSample(

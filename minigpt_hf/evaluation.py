@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNLIMITED_CONTEXT = 2048  # window of a model whose configuration names no longest sequence
 IGNORED = -100  # the label that `cross_entropy` leaves out
 
 
@@ -42,6 +43,11 @@ class Score:
         return asdict(self)
 
 
+def longest_context(model: PreTrainedModel) -> int:
+    """Longest window of a model, in tokens; `UNLIMITED_CONTEXT` for architectures without a limit (ALiBi, state spaces)."""
+    return getattr(model.config, "max_position_embeddings", UNLIMITED_CONTEXT)
+
+
 def evaluate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,7 +67,7 @@ def evaluate_texts(
         ValueError: if there is no text, the tokenizer has no token to open a document with, the window is impossible, or
             the loss is not finite.
     """
-    longest = model.config.max_position_embeddings
+    longest = longest_context(model)
     block_size = longest if block_size is None else block_size
     if not 1 <= block_size <= longest:
         raise ValueError(f"block_size is {block_size}: this model takes windows of 1 to {longest} tokens")

@@ -7,6 +7,7 @@ and it never replaces `generate`.
 
 import copy
 import difflib
+import logging
 import math
 from collections.abc import Callable
 
@@ -21,8 +22,17 @@ from transformers import (
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .trust import checked_folder, loading
+
+logger = logging.getLogger(__name__)
+
+CAUSAL_LMS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "MiniGPTForCausalLM"}
+BOOLEANS = {
+    *("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states"),
+}
 
 
 def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -41,6 +51,20 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
         )
     with loading(folder, "tokenizer", trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    architectures = model.config.architectures or [type(model).__name__]
+    if not trust_remote_code and not any(name in CAUSAL_LMS for name in architectures):
+        raise ValueError(
+            f"{folder}: a {architectures[0]}, which is not a causal language model: its predictions of a token depend on "
+            "the token itself; give a causal language model"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{folder}: its weights are not finite ({name}); give a model that was trained without errors"
+            )
+    if unexpected := sorted(map(str, report["unexpected_keys"])):
+        what = f"{len(unexpected)} tensors that the model does not have are ignored ({unexpected[0]}, …)"
+        logger.warning("%s: %s", folder, what)
     if missing := sorted(map(str, report["missing_keys"])):  # transformers would fill them with random numbers
         raise ValueError(f"{folder}: its weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
     if torch.accelerator.is_available():
@@ -78,27 +102,34 @@ def generate(
         ValueError: for an option that `GenerationConfig` does not have, a prompt that the tokenizer cannot encode, or
             sequences longer than the cache of a compiled model, or settings that generation is impossible with.
     """
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt is a {type(prompt).__name__}: text is required")
     known = set(vars(GenerationConfig()))
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             raise ValueError(f"generation has no option {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        if name in BOOLEANS and not isinstance(options[name], bool):
+            raise ValueError(f"generation option {name} is {options[name]!r}: true or false is required")
+        if name == "return_dict_in_generate":
+            raise ValueError("generation option return_dict_in_generate is not available: texts are returned")
         if isinstance(options[name], float) and not math.isfinite(options[name]):
             raise ValueError(f"generation option {name} is {options[name]}: a finite number is required")
     try:
         copy.deepcopy(model.generation_config).update(**options)  # looks at them together with the model's own
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"generation options cannot be used: {error}") from error
-    if "stop_strings" in options:
+    if options.get("stop_strings") is not None or model.generation_config.stop_strings:
         options["tokenizer"] = tokenizer
     if seed is not None:
         set_seed(seed)
     inputs = encode_prompt(tokenizer, prompt, special_tokens).to(model.device)
     check_ids(model, tokenizer, inputs.input_ids)
     options |= extra_options(inputs.input_ids.shape[1], options)
-    # The Trainer turns the cache off while it trains; here it is what makes writing fast.
+    # The Trainer disables the cache during training; generation needs it to be fast.
+    options = {"use_cache": True, **options, "return_dict_in_generate": False}
     try:
-        sequences = model.generate(**inputs, streamer=streamer, **{"use_cache": True, **options})
+        sequences = model.generate(**inputs, streamer=streamer, **options)
     except ValueError:
         raise  # `generate` says what is wrong
     except Exception as error:  # settings of a wrong type or range, of which `generate` checks only some
@@ -148,8 +179,8 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
     Raises:
         ValueError: if it is as long as the context, or holds ids that the model does not have.
     """
-    longest = model.config.max_position_embeddings
-    if ids.shape[1] >= longest:
+    longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
+    if longest is not None and ids.shape[1] >= longest:
         raise ValueError(
             f"the prompt has {ids.shape[1]:,} tokens, and this model's context is {longest:,}: leave room for what it is to "
             "write"

@@ -34,6 +34,7 @@ DTYPES = re.compile(r"(torch\.)?(float|double|half|bfloat16|float(16|32|64)|floa
 # Settings of generation that multiply the memory of each step.
 MULTIPLIERS = ("num_beams", "num_return_sequences", "num_beam_groups")
 MOST_SEQUENCES = 256
+MOST_LABELS = 100_000
 
 
 def checked_folder(
@@ -151,6 +152,12 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
             yield f"config.json: `rope_type` is {kind!r}, which is unknown"
         if not (type(theta) in (int, float) and 1 < theta < math.inf):
             yield f"config.json: `rope_theta` is {theta!r}: a number above 1 is required"
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"config.json: `{key}` is {value!r}: a finite number is required"
+    labels = config.get("num_labels")
+    if labels is not None and not (type(labels) is int and 1 <= labels <= MOST_LABELS):
+        yield f"config.json: `num_labels` is {labels!r}: a whole number from 1 to {MOST_LABELS:,} is required"
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
         for each in value.values() if isinstance(value, dict) else [value]:  # one for each part, or for all
@@ -172,6 +179,10 @@ def _weights_faults(folder: Folder, config: dict[str, Any]) -> Iterator[str]:
     if WEIGHTS in folder.files:
         with safe_open(folder.path / WEIGHTS, "np") as file:
             names, files = set(file.keys()), {WEIGHTS}
+            if config.get("model_type") in ("minigpt", "qwen3") and "quantization_config" not in config:
+                for name in names:
+                    if not (dtype := file.get_slice(name).get_dtype()).startswith(("F", "BF")):
+                        yield f"{WEIGHTS}: {name} is of the type {dtype}, not a floating-point type"
     elif INDEX in folder.files:
         places = places_of(folder)
         names, files = set(places), set(places.values())

@@ -190,6 +190,11 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--minutes", "3", "--max_steps", "9"),
             "--minutes chooses max_steps, which is given",
         ),
+        "an infinite size": (["train", "--size", "1e400", "--data", "absent.txt"], "--size 1e400: this is no number"),
+        "minutes and a size": (
+            ["train", "--size", "1m", "--minutes", "3", "--data", "absent.txt"],
+            "--minutes and --size both choose the model",
+        ),
         "a size in words": (["train", "--size", "small", "--data", "text.txt"], "--size small: this is no number"),
         "fp16 without an accelerator": (train("--fp16", "true"), "fp16 needs an accelerator"),
         "a report to what is not installed": (

@@ -21,7 +21,7 @@ VERBS = {
     "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
     "generate": "write text with any causal LM",
     "export": "the same model for other programs: native Qwen3, GGUF, ONNX",
-    "doctor": "look a model folder over: is it whole, safe, and does it load",
+    "doctor": "check a model folder: complete, consistent, free of pickles and secrets, and loadable",
     "import": "turn nanoGPT's ckpt.pt into a GPT-2 folder",
     "push": "publish a model folder on the Hub, in one commit",
 }

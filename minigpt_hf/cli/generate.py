@@ -63,13 +63,28 @@ def run(argv: list[str]) -> None:
 
     settings = {"seed": args.seed, "special_tokens": args.special_tokens, **extra, **options}
 
+    class PromptAndText(TextStreamer):
+        """Prints the prompt as it was typed when generation begins, that is, after all options have been accepted."""
+
+        def __init__(self, tokenizer, prompt: str):
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.prompt = prompt
+
+        def put(self, value) -> None:
+            if self.next_tokens_are_prompt:
+                print(self.prompt, end="", flush=True)
+            super().put(value)
+
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
             encode_prompt(tokenizer, prompt, args.special_tokens)  # one that cannot be encoded is not printed
-            # The prompt is printed as it was typed; an empty one is the end-of-text token, which is not text.
-            print(prompt, end="", flush=True)
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            write(model, tokenizer, prompt, streamer=streamer, **settings)
+            streamer = PromptAndText(tokenizer, prompt)
+            try:
+                write(model, tokenizer, prompt, streamer=streamer, **settings)
+            except ValueError:
+                if not streamer.next_tokens_are_prompt:
+                    print(flush=True)  # the error gets a line of its own
+                raise
         else:
             for text in write(model, tokenizer, prompt, **settings):
                 print(text, end="\n---\n", flush=True)
@@ -102,8 +117,12 @@ def _options(flags: list[str]) -> dict:
         name, is_joined, value = flag[2:].partition("=")
         if not is_joined:
             value, flags = (flags[0], flags[1:]) if flags and not flags[0].startswith("--") else ("true", flags)
+        name = name.replace("-", "_")
+        if name == "stop_strings" and not value.startswith("["):
+            options[name] = value  # text, not YAML: "no" and "123" are words
+            continue
         try:
-            options[name.replace("-", "_")] = load_yaml(value)
+            options[name] = load_yaml(value)
         except ValueError as error:
             raise ValueError(f"--{name} {value}: not a value: {error}") from error
     return options

@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .scaling import number_of
+
 # What the Hub takes in the metadata of a card; it knows the names of licences itself.
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -272,6 +274,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value}: it must be at least {least}, and a number")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes is {self.minutes}: it must be more than 0")
+        if self.minutes is not None and self.size is not None:
+            raise ValueError("--minutes and --size both choose the model: give one of them")
+        if self.size is not None and str(self.size) != "auto":
+            number_of(str(self.size))
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps is {self.max_steps}: give a number of steps, or -1 to train for num_train_epochs"

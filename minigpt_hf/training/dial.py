@@ -43,6 +43,7 @@ from .scaling import (
     dropout,
     heads_for,
     learning_rates,
+    number_of,
     shape_for,
     size_for_text,
     tokens_in_a_step,
@@ -196,7 +197,7 @@ class Dial:
         self._choose_block(block_size, f"the training text has {len(stream):,} tokens")
         parameters, tokens = size_for_text(stream.bytes, len(stream))
         why = (
-            f"for {PARAMETERS_PER_BYTE} parameters for each of the {stream.bytes:,} bytes of training text, at most "
+            f"for {PARAMETERS_PER_BYTE} parameters for each of the {stream.bytes:,} bytes of training text, at most about "
             f"{LARGEST_UNASKED:,}"
         )
         self._choose_for(self._shape(parameters), tokens, why)
@@ -205,9 +206,11 @@ class Dial:
                 f"{text.name}: {stream.characters:,} characters of training text are little; a model learns to spell from "
                 f"some {LITTLE_TEXT:,}, and repeats a shorter text rather than continuing it"
             )
-        self._say(
-            "this is for a training of minutes; --minutes 30 or --size 10m choose for a longer one, see `minigpt recipes`"
-        )
+        if "max_steps" not in self.training.given:
+            self._say(
+                "this is for a training of minutes; --minutes 30 or --size 10m choose for a longer one, see "
+                "`minigpt recipes`"
+            )
 
     def _choose_for(self, shape: Shape, tokens: float, why: str) -> None:
         """All that follows from a shape and a number of tokens to learn from."""
@@ -476,24 +479,8 @@ class Dial:
 def first_words(text: PreparedText) -> str:
     """The first three words of the training text, of its first line that has any, and no more than 40 characters."""
     beginning = text.tokenizer.decode(text.train.tokens[:200].tolist(), skip_special_tokens=True)
-    line = next((line.strip() for line in beginning.splitlines() if line.strip()), "")
+    line = next((line.strip() for line in beginning.splitlines() if any(map(str.isalnum, line))), "")
     words = re.match(r"\S+(?:[ \t]+\S+){0,2}", line)
     prompt = words[0][:40] if words else ""
     # What decoding broke off in the middle of a character, and what steers terminals, is no word.
     return "".join(itertools.takewhile(lambda c: c.isprintable() and c != "\N{REPLACEMENT CHARACTER}", prompt)).rstrip()
-
-
-def number_of(size: str) -> float:
-    """ "10m" -> 10,000,000; "800k", "0.8M" and "800000" are the same.
-
-    Raises:
-        ValueError: if it is no number of parameters.
-    """
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    try:
-        number = float(size.rstrip("kmbKMB")) * units.get(size[-1:].lower(), 1)
-    except ValueError:
-        number = 0.0
-    if not number > 0:
-        raise ValueError(f"--size {size}: this is no number of parameters; give one like 800k, 10m or 124m")
-    return number

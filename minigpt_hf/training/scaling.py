@@ -199,3 +199,19 @@ def distance_from_optimal(shape: Shape, vocabulary: int, compute: float) -> floa
     """How far D is from 10 P, as a logarithm, if this shape is given a compute of D · P."""
     parameters = shape.parameters(vocabulary)
     return abs(math.log(max(compute, 1) / parameters / (TOKENS_PER_PARAMETER * parameters)))
+
+
+def number_of(size: str) -> float:
+    """ "10m" -> 10,000,000; "800k", "0.8M" and "800000" are the same.
+
+    Raises:
+        ValueError: if it is no number of parameters.
+    """
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    try:
+        number = float(size.rstrip("kmbKMB")) * units.get(size[-1:].lower(), 1)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ValueError(f"--size {size}: this is no number of parameters; give one like 800k, 10m or 124m")
+    return number

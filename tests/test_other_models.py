@@ -1,0 +1,127 @@
+"""generate and evaluate accept causal language models of other architectures, and nothing that would give a wrong figure."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM
+
+import minigpt_hf
+from minigpt_hf.cli import main
+from minigpt_hf.data.tokenizer import byte_tokenizer
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory):
+    """ALiBi: a model without a longest context."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=258, hidden_size=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    return save(BloomForCausalLM(config), tmp_path_factory.mktemp("bloom"))
+
+
+@pytest.fixture
+def copy(run_folder, tmp_path):
+    return shutil.copytree(run_folder / "model", tmp_path / "model")
+
+
+def rewrite(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def refused(argv, capfd) -> str:
+    capfd.readouterr()
+    assert main([str(word) for word in argv]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("minigpt ")]
+    return line
+
+
+def test_a_model_without_a_longest_context_generates_and_is_scored(bloom, text_file, capfd):
+    assert main(["generate", bloom, "--prompt", "def ", "--max_new_tokens", "4", "--do_sample", "false"]) == 0
+    assert capfd.readouterr().out.startswith("def ")
+    score = minigpt_hf.evaluate(bloom, str(text_file), block_size=32, max_characters=500)
+    assert 4 < score.loss < 8  # near ln 258 = 5.55
+
+
+def test_a_bidirectional_model_is_refused(tmp_path, text_file, capfd):
+    config = BertConfig(
+        vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    folder = save(BertForMaskedLM(config), tmp_path / "bert")
+    for argv in (["generate", folder, "--prompt", "a"], ["evaluate", folder, "--data", text_file]):
+        assert "not a causal language model" in refused(argv, capfd)
+
+
+def test_weights_that_are_not_finite_are_refused_by_generate(copy, capfd):
+    rewrite(copy, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    assert "its weights are not finite (model.norm.weight)" in refused(["generate", copy, "--prompt", "a"], capfd)
+
+
+def test_weights_of_an_integer_type_are_refused(copy, text_file, capfd):
+    def to_int8(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+
+    rewrite(copy, to_int8)
+    for argv in (["generate", copy, "--prompt", "a"], ["evaluate", copy, "--data", text_file]):
+        assert "model.norm.weight is of the type I8" in refused(argv, capfd)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_labels", 10**9), ("rms_norm_eps", float("nan"))])
+def test_a_configuration_that_hangs_or_is_not_finite_is_refused(key, value, copy, capfd):
+    config = json.loads((copy / "config.json").read_text()) | {key: value}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert f"`{key}` is" in refused(["generate", copy, "--prompt", "a"], capfd)
+
+
+def test_tensors_that_the_model_does_not_have_are_reported(copy, capfd):
+    rewrite(copy, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    assert main(["generate", str(copy), "--prompt", "def ", "--max_new_tokens", "2"]) == 0
+    assert "1 tensors that the model does not have are ignored (extra, …)" in capfd.readouterr().err
+
+
+def test_stop_strings_are_text_and_a_model_may_have_its_own(copy, capfd):
+    command = ["generate", str(copy), "--prompt", "def ", "--max_new_tokens", "60", "--seed", "1"]
+    assert main(command) == 0
+    text = capfd.readouterr().out.removeprefix("def ")
+    stop = re.search(r"\w{2}", text)[0]
+    assert main([*command, "--stop_strings", stop]) == 0
+    stopped = capfd.readouterr().out
+    assert stop in stopped.removeprefix("def ")
+    assert len(stopped) < len(text)
+    assert main([*command, "--stop_strings", "123"]) == 0  # a word, not a number
+    capfd.readouterr()
+    settings = json.loads((copy / "generation_config.json").read_text()) | {"stop_strings": [stop]}
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    assert main(command) == 0
+    assert capfd.readouterr().out == stopped
+
+
+def test_misspelled_and_unavailable_options_are_refused(run_folder, capfd):
+    folder = run_folder / "model"
+    assert "do_sample is 'nope': true or false" in refused(["generate", folder, "--do_sample", "nope"], capfd)
+    assert "return_dict_in_generate" in refused(["generate", folder, "--return_dict_in_generate", "true"], capfd)
+    assert main(["generate", str(folder), "--prompt", "def ", "--temperature", "0.0", "--do_sample", "true"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "def \n"  # found late, and still a line of its own
+    assert err.startswith("minigpt generate: ")
+
+
+def test_arguments_of_python_are_checked(run_folder, text_file):
+    with pytest.raises(ValueError, match="split is 'valid': give one of all, train, validation"):
+        minigpt_hf.evaluate(run_folder / "model", str(text_file), split="valid")
+    with pytest.raises(ValueError, match="data is a list"):
+        minigpt_hf.evaluate(run_folder / "model", [str(text_file)])
+    with pytest.raises(ValueError, match="the prompt is a NoneType"):
+        minigpt_hf.generate(run_folder / "model", None)
