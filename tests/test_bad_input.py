@@ -100,7 +100,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a prepared text of an earlier format": (
             data("old-prepared"),
-            "old-prepared: this prepared text has format 1, and 2 is required: create it again with",
+            "old-prepared: this prepared text has format 1, and 3 is required: create it again with",
         ),
         "nothing on standard input": (data("-"), "-: there is no text in it"),
         "a name longer than names may be": (data("x" * 300), "File name too long"),
@@ -324,7 +324,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     rows.save_to_disk(here / "saved")
     shutil.copytree(here / "saved", here / "half-saved")
     (here / "half-saved" / "data-00000-of-00001.arrow").write_bytes(b"\0" * 100)
-    write("half-prepared/prepared.json", '{"version": 2, "name": "x", "cut": "y", "kind": "bpe"}')
+    write("half-prepared/prepared.json", '{"version": 3, "name": "x", "cut": "y", "kind": "bpe"}')
     write("old-prepared/prepared.json", '{"name": "x", "cut": "y", "kind": "bpe"}')
     write("typo.yaml", "hiden_size: 8\n")
     write("broken.yaml", "hidden_size: [8\n")

@@ -4,7 +4,7 @@ In: a `Corpus`, and which tokenizer. Out: a `PreparedText`. Tokenizers and strea
 from, so a second start takes a blink. It refuses nothing that `tokenizer` does not.
 
 A prepared text can be saved as a folder, which does not need the corpus and may be shared by several machines:
-    prepared.json    version of this format; name, cut and kind of tokenizer
+    prepared.json    version of this format; name, cut and kind of tokenizer; the settings that the text was read with
     tokenizer/       as `from_pretrained` reads it
     train/           a stream
     validation/      a stream, if there is validation
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
 from .cache import cached, damage
-from .corpus import CACHE, Corpus
+from .corpus import CACHE, Corpus, public
 from .stream import TokenStream, build_stream
 from .texts import Texts
 from .tokenizer import (
@@ -49,7 +50,14 @@ STANDARD_DEVIATION_OF_A_TOKEN = 3.0
 
 # Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
 BPE_CHARACTERS = 100_000_000
-VERSION = 2  # of the format of a prepared text; 1 had no manifest
+VERSION = 3  # of the format of a prepared text; 1 had no manifest, 2 no settings
+REMEDY = "create it again with `minigpt tokenize`"
+# The settings that decide what a prepared text consists of, apart from the text itself. (Those of its tokens that are scored
+# for validation also depend on the length of a window, which `ValidationSample` has.)
+TEXT_SETTINGS = (
+    *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
+    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,17 +107,11 @@ class PreparedText:
         Raises:
             ValueError: if it is damaged, or of another version of the format.
         """
-        remedy = "create it again with `minigpt tokenize`"
-        try:
-            about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-            version = about.pop("version", 1)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {remedy}") from error
-        if version != VERSION:
-            raise ValueError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {remedy}")
+        about = _read_about(folder)
         if (fault := damage(folder, cache_dir)) is not None:
-            raise ValueError(f"{folder}: this prepared text is damaged ({fault}): {remedy}")
+            raise ValueError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
         try:
+            del about["settings"]
             scored = about.pop("scored")
             text = cls(
                 **about,
@@ -119,15 +121,18 @@ class PreparedText:
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {remedy}") from error
+            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
         ours = tokenizer_fingerprint(text.tokenizer)[:16]
         for stream in (text.train, text.validation):
             if stream is not None and ours not in stream.fingerprint.split("-"):
-                raise ValueError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {remedy}")
+                raise ValueError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {REMEDY}")
         return text
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Path, settings: dict[str, Any]) -> None:
         """Save it as a folder, atomically.
+
+        Args:
+            settings: The `TEXT_SETTINGS` that it was made with; see `prepared_settings`.
 
         Raises:
             ValueError: if `folder` exists.
@@ -136,7 +141,9 @@ class PreparedText:
         exists = ValueError(f"{folder}: exists already; name another folder, or remove it")
         if folder.exists():
             raise exists
-        about = {"version": VERSION, "name": self.name, "cut": self.cut, "kind": self.kind}
+        # On another machine nothing tells a path from a name, so only what may be published is stored.
+        about = {"version": VERSION, "name": public(self.name), "cut": self.cut, "kind": public(self.kind)}
+        about["settings"] = {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public(self.kind)}
         about["scored"] = None if self.scored is None else asdict(self.scored)
         created = [parent for parent in folder.absolute().parents if not parent.exists()]
         try:
@@ -166,6 +173,31 @@ class PreparedText:
 def is_prepared(data: str) -> bool:
     """Whether this is a folder that `minigpt tokenize` wrote."""
     return (Path(data) / "prepared.json").is_file()
+
+
+def prepared_settings(folder: Path) -> dict[str, Any]:
+    """The `TEXT_SETTINGS` that a prepared text was made with. (`PreparedText.open` verifies that they are unchanged.)
+
+    Raises:
+        ValueError: if they cannot be read, or are of another version of the format.
+    """
+    try:
+        settings = _read_about(folder)["settings"]
+        return {name: settings[name] for name in TEXT_SETTINGS}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """The content of `prepared.json`, without the version."""
+    try:
+        about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+        version = about.pop("version", 1)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
+    if version != VERSION:
+        raise ValueError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {REMEDY}")
+    return about
 
 
 def prepare(

@@ -62,3 +62,39 @@ def test_training_on_a_kept_text_equals_training_on_the_text(text_file, recipe_f
     assert "is there already" in capsys.readouterr().err
     assert main(["tokenize", *recipe, "--data", str(text_file)]) == 2
     assert "say where to keep it" in capsys.readouterr().err
+
+
+def test_a_prepared_text_is_published_and_evaluated_as_it_was_read(text, recipe_file, tmp_path, capsys):
+    """Everything that differs from a default here would change the score or fail, if `evaluate` did not know it."""
+    original, kept, run = tmp_path / "plays.dat", tmp_path / "kept", tmp_path / "run"
+    original.write_bytes(("café\r\n" + text[:30_000].replace("\n", "\r\n")).encode("latin-1"))
+    settings = {
+        **{"encoding": "latin-1", "newline": "universal", "data_format": "text", "validation_fraction": 0.3},
+        **{"validation_characters": 3000, "tokenizer": "bpe", "vocab_size": 290, "max_tokens": 5000},
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    recipe = ["--recipe", str(recipe_file)]
+    short = "--max_steps 4 --eval_steps 2 --save_steps 2 --sample_tokens 0".split()
+    assert main(["tokenize", *recipe, "--data", str(original), *flags, "--output_dir", str(kept)]) == 0
+    train = ["train", *recipe, "--data", str(kept), *short, "--output_dir", str(run)]
+    for differing, stored in (("--encoding utf-8", "encoding latin-1"), ("--vocab_size 300", "vocab_size 290")):
+        capsys.readouterr()
+        assert main([*train, "--newline", "universal", *differing.split()]) == 2
+        assert f"{differing}: {kept} was prepared with {stored}; leave out" in capsys.readouterr().err
+        assert not run.exists()
+    assert main([*train, "--newline", "universal", "--validation_fraction", "0.3"]) == 0
+    about = json.loads((run / "model" / "minigpt.json").read_text())
+    assert {name: about["recipe"][name] for name in settings} == settings
+    assert about["data"]["name"] == "plays.dat"
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "model"), "--data", str(original), "--split", "validation", "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert {name: score[name] for name in about["results"]} == about["results"]
+
+
+def test_a_text_prepared_without_validation_is_trained_on_without_evaluations(text_file, recipe_file, tmp_path, capsys):
+    recipe, kept = ["--recipe", str(recipe_file)], str(tmp_path / "kept")
+    none = ["--validation_fraction", "0"]
+    assert main(["tokenize", *recipe, "--data", str(text_file), *none, "--output_dir", kept]) == 0
+    assert main(["train", *recipe, "--data", kept, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"] == {}
