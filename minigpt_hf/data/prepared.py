@@ -220,7 +220,7 @@ def prepare(
         block_size: Length of a window in tokens. If only a part of the validation text is scored, it consists of windows.
         validation_characters: Number of characters of the validation text to score, sampled from all its documents.
         num_proc: Processes that encode; default: one for each core.
-        max_tokens: Take no more of the training text than that.
+        max_tokens: Take at most this many tokens of the training text; see `build_stream`.
     """
     chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
     with tqdm(

@@ -28,18 +28,35 @@ def test_a_tokenizer_is_learnt_once_and_again_for_other_text(kind, text, tmp_pat
     assert again.train.folder == first.train.folder
 
 
-def test_no_more_tokens_are_taken_than_asked_for(text_file, tmp_path, monkeypatch):
-    from minigpt_hf.data import cuts
-
-    monkeypatch.setattr(cuts, "PIECE_CHARACTERS", 200)
+def test_no_more_tokens_are_taken_than_asked_for(text_file, tmp_path):
     corpus = load_corpus(str(text_file), cache_dir=tmp_path)
     streams = [
         prepare(corpus, "bytes", 0, tmp_path, block_size=16, validation_characters=100, max_tokens=most).train
         for most in (None, 1000, 1001)
     ]
-    assert 1000 <= len(streams[1]) < 1500
-    assert streams[1].tokens.tolist() == streams[0].tokens[: len(streams[1])].tolist()
+    assert [len(stream) for stream in streams[1:]] == [1000, 1001]
+    assert streams[1].tokens.tolist() == streams[0].tokens[:1000].tolist()
     assert len({stream.folder for stream in streams}) == 3
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
+def test_counts_describe_the_text_that_max_tokens_left(kind, tmp_path):
+    """Two documents, the second cut short, perhaps where a character of several bytes begins."""
+    words = "Übermäßig größere Äpfel 🍎🍎 rollen; "
+    for name, times in (("a", 3), ("b", 400)):
+        (tmp_path / f"{name}.txt").write_text(words * times, encoding="utf-8")
+    corpus = load_corpus(str(tmp_path / "[ab].txt"), 0, cache_dir=tmp_path)
+    whole = prepare(corpus, kind, 300, tmp_path, block_size=16, validation_characters=100).train
+    first = int(whole.documents[1])  # tokens of the first document, its E included
+    for most in (first - 1, first, first + 1, first + 2, first + 40, first + 41, len(whole) - 1, len(whole)):
+        text = prepare(corpus, kind, 300, tmp_path, block_size=16, validation_characters=100, max_tokens=most)
+        stream, decoded = text.train, [text.tokenizer.decode(ids) for ids in text.train.texts()]
+        assert most - 4 < len(stream) <= most  # a character has at most 4 bytes
+        assert "".join(decoded) == (words * 403)[: stream.characters]
+        assert stream.bytes == len("".join(decoded).encode())
+        assert all(decoded)
+        assert len(decoded) == (1 if len(stream) <= first else 2)
+    assert stream.tokens.tolist() == whole.tokens.tolist()
 
 
 def test_training_on_a_kept_text_equals_training_on_the_text(text_file, recipe_file, run_folder, tmp_path, capsys):
