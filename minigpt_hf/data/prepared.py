@@ -38,6 +38,7 @@ from .tokenizer import (
     character_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
+    what_is_lost,
     with_special_tokens,
 )
 
@@ -50,6 +51,8 @@ STANDARD_DEVIATION_OF_A_TOKEN = 3.0
 
 # Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
 BPE_CHARACTERS = 100_000_000
+# What an existing tokenizer is tried on: so many characters from all documents, in excerpts of whole windows.
+CHECKED_CHARACTERS, CHECKED_WINDOW = 100_000, 1000
 VERSION = 3  # of the format of a prepared text; 1 had no manifest, 2 no settings
 REMEDY = "create it again with `minigpt tokenize`"
 # The settings that decide what a prepared text consists of, apart from the text itself. (Those of its tokens that are scored
@@ -87,11 +90,15 @@ class ValidationSample:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """What a training needs to know of its text. `cut` says in words what is held out, `kind` which tokenizer it is."""
+    """What a training needs to know of its text. `cut` says in words what is held out, `kind` which tokenizer it is.
+
+    `lossy` says what the tokenizer loses of the text; `None` if the text can be had back from its tokens.
+    """
 
     name: str
     cut: str
     kind: str
+    lossy: str | None
     tokenizer: PreTrainedTokenizerBase
     train: TokenStream
     validation: TokenStream | None
@@ -143,6 +150,7 @@ class PreparedText:
             raise exists
         # On another machine nothing tells a path from a name, so only what may be published is stored.
         about = {"version": VERSION, "name": public(self.name), "cut": self.cut, "kind": public(self.kind)}
+        about["lossy"] = self.lossy
         about["settings"] = {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public(self.kind)}
         about["scored"] = None if self.scored is None else asdict(self.scored)
         created = [parent for parent in folder.absolute().parents if not parent.exists()]
@@ -223,10 +231,18 @@ def prepare(
         max_tokens: Take at most this many tokens of the training text; see `build_stream`.
     """
     chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
+    lossy = None if tokenizer in ("bpe", "characters", "bytes") else report_what_is_lost(chosen, corpus.train)
     with tqdm(
         total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
     ) as bar:
         train = build_stream(corpus.train, chosen, cache_dir, num_proc, bar.update, max_tokens)
+    if len(train) == len(train.documents):
+        held_out = "nothing" if corpus.validation is None else f"{corpus.validation.characters or 0:,} characters"
+        limit = "" if max_tokens is None else f", and max_tokens is {max_tokens:,}"
+        raise ValueError(
+            f"{corpus.name}: no text is left to train on: there are {corpus.train.characters or 0:,} characters of it, "
+            f"{held_out} held out for validation{limit}; give more text, or a lower --validation_fraction"
+        )
     validation = scored = None
     if corpus.validation is not None:
         window = max(1, round(block_size * train.characters / (len(train) - len(train.documents))))
@@ -243,20 +259,38 @@ def prepare(
             corpus.validation.characters,
             window,
         )
-        _warn_about_a_small_sample(validation)
-    return PreparedText(corpus.name, corpus.cut, tokenizer, chosen, train, validation, scored)
+        warn_about_a_small_sample(
+            len(validation) - len(validation.documents),
+            validation.bytes,
+            "give more text, or raise --validation_fraction or --validation_characters",
+        )
+    return PreparedText(corpus.name, corpus.cut, tokenizer, lossy, chosen, train, validation, scored)
 
 
-def _warn_about_a_small_sample(validation: TokenStream) -> None:
-    tokens = len(validation) - len(validation.documents)
+def report_what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> str | None:
+    """What a tokenizer loses of a sample of the text, as a sentence for log and model folder; or `None`."""
+    sample = texts.sample(CHECKED_CHARACTERS, CHECKED_WINDOW)
+    if (lost := what_is_lost(tokenizer, sample)) is None:
+        return None
+    sentence = (
+        f"the tokenizer does not reproduce the text ({lost}, in a sample of about {CHECKED_CHARACTERS:,} characters): bits "
+        "per byte refer to the original bytes and are not comparable with those of a tokenizer that reproduces it"
+    )
+    logger.warning("%s, such as --tokenizer bpe", sentence)
+    return sentence
+
+
+def warn_about_a_small_sample(tokens: int, size: int, remedy: str) -> None:
+    """Say how far a score of so few tokens, of `size` bytes, may be off."""
     if tokens < FEWEST_TOKENS_FOR_A_SCORE:
         error = STANDARD_DEVIATION_OF_A_TOKEN / math.sqrt(max(tokens, 1))
         logger.warning(
             "the validation score rests on only %s tokens (%s bytes): expect a standard error of about %.2f nats per token; "
-            "for a more reliable score give more text, or raise --validation_fraction or --validation_characters",
+            "for a more reliable score %s",
             f"{tokens:,}",
-            f"{validation.bytes:,}",
+            f"{size:,}",
             error,
+            remedy,
         )
 
 

@@ -85,10 +85,8 @@ def test_a_prepared_text_is_published_and_evaluated_as_it_was_read(text, recipe_
     """Everything that differs from a default here would change the score or fail, if `evaluate` did not know it."""
     original, kept, run = tmp_path / "plays.dat", tmp_path / "kept", tmp_path / "run"
     original.write_bytes(("café\r\n" + text[:30_000].replace("\n", "\r\n")).encode("latin-1"))
-    settings = {
-        **{"encoding": "latin-1", "newline": "universal", "data_format": "text", "validation_fraction": 0.3},
-        **{"validation_characters": 3000, "tokenizer": "bpe", "vocab_size": 290, "max_tokens": 5000},
-    }
+    settings = {"encoding": "latin-1", "newline": "universal", "data_format": "text", "validation_fraction": 0.3}
+    settings |= {"validation_characters": 3000, "tokenizer": "bpe", "vocab_size": 290, "max_tokens": 5000}
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     recipe = ["--recipe", str(recipe_file)]
     short = "--max_steps 4 --eval_steps 2 --save_steps 2 --sample_tokens 0".split()
