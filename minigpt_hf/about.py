@@ -70,6 +70,7 @@ def describe(
             "bytes_per_token": text.train.bytes / (len(text.train) - len(text.train.documents)),
             "opening": text.tokenizer.eos_token if text.tokenizer.bos_token is None else text.tokenizer.bos_token,
             "fingerprint": tokenizer_fingerprint(text.tokenizer),
+            "lossy": text.lossy,
         },
         "training": {
             "parameters": (finished or trainer.model).num_parameters(),

@@ -125,7 +125,7 @@ def evaluate(
     Args:
         model: A model folder or Hub id.
         data: The text, see `load_corpus`.
-        split: Which part of it, as training cuts it.
+        split: Which part of it, as training cuts it; `all` includes a validation split that comes with the text.
         validation_fraction, encoding, encoding_errors, newline, data_split, text_column, data_format: How it is read and
             cut; default: as the model's training did.
         max_characters: Score a sample of about this many characters from all documents; default: for the validation part
@@ -147,10 +147,13 @@ def evaluate(
     data = os.fspath(data)
 
     from .data.corpus import load_corpus
-    from .data.prepared import ValidationSample
+    from .data.prepared import ValidationSample, report_what_is_lost, warn_about_a_small_sample
     from .data.sources import has_split
+    from .data.texts import Mixture
     from .evaluation import evaluate_texts, longest_context
 
+    if max_characters is not None and max_characters < 1:
+        raise ValueError(f"max_characters is {max_characters}: it must be at least 1")
     loaded, tokenizer = load(model, trust_remote_code)
     recipe = recipe_of(model)
 
@@ -171,6 +174,9 @@ def evaluate(
         data_format=given_or_as_trained("data_format", data_format),
     )
     whole = corpus.validation if split == "validation" else corpus.train
+    if split == "all" and corpus.unused is not None:
+        whole = Mixture.joined([corpus.train, corpus.unused])
+        logger.info("scored with the text: the validation split that comes with it")
     if whole is None or whole.characters == 0:
         raise ValueError(f"nothing of {data} is held out for validation; say how much with --validation_fraction")
     if max_characters is None and split == "validation":
@@ -187,7 +193,12 @@ def evaluate(
                 texts.number_of_documents, whole.number_of_documents, texts.characters, whole.characters, window
             )
             logger.info("scored: %s", sample)
-    return evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size)
+    if tokenizer.is_fast:
+        report_what_is_lost(tokenizer, texts)
+    score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size)
+    remedy = "give more text" if texts is whole else "raise --max_characters"
+    warn_about_a_small_sample(score.tokens, score.bytes, remedy)
+    return score
 
 
 def generate(

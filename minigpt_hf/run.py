@@ -185,9 +185,7 @@ def prepare_text(data: DataArguments, choose_tokenizer: Callable[[Corpus], None]
     """Text, tokenizer and token streams; what was prepared before is found again."""
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
     if is_prepared(data.data):
-        text = PreparedText.open(Path(data.data), cache_dir)
-        data.tokenizer, data.vocab_size = text.kind, vocabulary_size(text.tokenizer)
-        return text
+        return PreparedText.open(Path(data.data), cache_dir)  # `parse_arguments` has taken over its settings
     corpus = load_corpus(
         data.data,
         data.validation_fraction,

@@ -58,7 +58,20 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "half a .gz": (data("half.txt.gz"), "half.txt.gz: cannot be read: … "),
         "half a .xz": (data("half.txt.xz"), "half.txt.xz: cannot be read: … "),
         "half a parquet file": (data("half.parquet"), "half.parquet: cannot be read: … "),
-        "a broken row of JSON": (data("broken.jsonl"), "broken.jsonl: cannot be read: … "),
+        "a broken row of JSON": (data("broken.jsonl"), "broken.jsonl: line 2 is not JSON: … "),
+        "a file as a folder": (data("text.txt/"), "text.txt/: is a file, not a folder; leave out the / at the end"),
+        "a text of one character": (
+            data("one.txt"),
+            "one.txt: no text is left to train on: there are 0 characters of it",
+        ),
+        "a fraction that leaves nothing": (
+            data("short.txt", "--validation_fraction", "0.99"),
+            "short.txt: no text is left to train on: … 5 characters held out",
+        ),
+        "a limit that leaves nothing": (
+            data("text.txt", "--max_tokens", "1"),
+            "text.txt: no text is left to train on: … max_tokens is 1;",
+        ),
         "a table without text": (data("numbers.csv"), "numbers.csv: no column holds text … --data_format text"),
         "two columns of text": (data("two.csv"), "two.csv: which column is the text? say --text_column … a, b"),
         "no such column": (data("two.csv", "--text_column", "c"), "--text_column c: there is no such column … a, b"),
@@ -96,11 +109,11 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "half a saved dataset": (data("half-saved"), "half-saved: cannot be read: … "),
         "half a prepared text": (
             data("half-prepared"),
-            "half-prepared: this prepared text is damaged (manifest.json is missing): create it again with",
+            "half-prepared: this prepared text has no settings ('settings'): create it again with",
         ),
         "a prepared text of an earlier format": (
             data("old-prepared"),
-            "old-prepared: this prepared text has format 1, and 2 is required: create it again with",
+            "old-prepared: this prepared text has format 1, and 3 is required: create it again with",
         ),
         "nothing on standard input": (data("-"), "-: there is no text in it"),
         "a name longer than names may be": (data("x" * 300), "File name too long"),
@@ -284,6 +297,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "no stride": (["evaluate", "MODEL", "--data", "text.txt", "--stride", "0"], "stride is 0"),
         "no windows": (["evaluate", "MODEL", "--data", "text.txt", "--batch_size", "0"], "batch_size is 0"),
+        "a sample of nothing": (
+            ["evaluate", "MODEL", "--data", "text.txt", "--max_characters", "0"],
+            "max_characters is 0: it must be at least 1",
+        ),
         "nothing held out": (
             ["evaluate", "MODEL", "--data", "text.txt", "--split", "validation", "--validation_fraction", "0"],
             "nothing of text.txt is held out for validation",
@@ -305,6 +322,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("pictures/picture.png", b"\x89PNG")
     write("empty.txt", "")
     write("short.txt", "short")
+    write("one.txt", "1")
     write("latin.txt", "caf\xe9".encode("latin-1"))
     write("utf16.txt", b"\xff\xfe" + "text".encode("utf-16-le"))
     write("text.txt", text[:20_000])
@@ -329,7 +347,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     rows.save_to_disk(here / "saved")
     shutil.copytree(here / "saved", here / "half-saved")
     (here / "half-saved" / "data-00000-of-00001.arrow").write_bytes(b"\0" * 100)
-    write("half-prepared/prepared.json", '{"version": 2, "name": "x", "cut": "y", "kind": "bpe"}')
+    write("half-prepared/prepared.json", '{"version": 3, "name": "x", "cut": "y", "kind": "bpe"}')
     write("old-prepared/prepared.json", '{"name": "x", "cut": "y", "kind": "bpe"}')
     write("typo.yaml", "hiden_size: 8\n")
     write("broken.yaml", "hidden_size: [8\n")

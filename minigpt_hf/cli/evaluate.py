@@ -12,7 +12,10 @@ def parser() -> Parser:
     parser.add_argument("model", help="a model folder or Hub id")
     parser.add_argument("--data", required=True, help="the text: whatever `minigpt train --data` takes")
     parser.add_argument(
-        "--split", choices=["all", "train", "validation"], default="all", help="which part of it, as training cuts it"
+        "--split",
+        choices=["all", "train", "validation"],
+        default="all",
+        help="which part of it, as training cuts it; all: also the validation split that comes with it",
     )
     how = "(default: as the model's training did)"
     parser.add_argument("--validation_fraction", type=float, help=f"how it is cut {how}")

@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> None:
     if folder.exists():
         raise ValueError(f"--output_dir {folder}: is there already; name another folder, or remove it")
     text = prepare_text(data, Dial(arguments, folder, time.perf_counter()).choose_tokenizer)
-    text.keep(folder)
+    text.keep(folder, vars(data))
     held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"
     print(
         f"{folder}: {text.train.characters:,} characters -> {len(text.train):,} tokens of "

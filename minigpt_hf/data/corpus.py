@@ -29,13 +29,15 @@ FEWEST_DOCUMENTS_TO_CHOOSE_FROM = 20
 class Corpus:
     """A text cut in two: one part to learn from, one to be examined on, or none.
 
-    `cut` says how, in words that go into the model folder.
+    `cut` says how, in words that go into the model folder. `unused` is a validation split that comes with the text, if
+    nothing is to be held out.
     """
 
     name: str
     train: Texts
     validation: Texts | None
     cut: str
+    unused: Texts | None = None
 
 
 def load_corpus(
@@ -114,16 +116,21 @@ def _mixed(data: str, corpora: list[Corpus], weights: list[float]) -> Corpus:
                 f"{part.characters:,}",
                 f"{corpus.train.characters:,}",
             )
-    held_out = [
-        (corpus.validation, weight)
-        for corpus, weight in zip(corpora, weights, strict=True)
-        if corpus.validation is not None
-    ]
-    validation = None
-    if held_out:
-        texts, shares = zip(*held_out, strict=True)
-        validation = Mixture.of(texts, [share / sum(shares) for share in shares])
-    return Corpus(data, train, validation, "; ".join(f"of {public(corpus.name)}: {corpus.cut}" for corpus in corpora))
+
+    def mixed(texts: list[Texts | None]) -> Mixture | None:
+        """Those that there are, in their shares."""
+        if not (there := [(text, weight) for text, weight in zip(texts, weights, strict=True) if text is not None]):
+            return None
+        texts, shares = zip(*there, strict=True)
+        return Mixture.of(texts, [share / sum(shares) for share in shares])
+
+    return Corpus(
+        data,
+        train,
+        mixed([corpus.validation for corpus in corpora]),
+        "; ".join(f"of {public(corpus.name)}: {corpus.cut}" for corpus in corpora),
+        mixed([corpus.unused for corpus in corpora]),
+    )
 
 
 def mixture(data: str) -> dict[str, float] | None:
@@ -175,15 +182,39 @@ def _cut(readings: list[tuple[str, Reading]], fraction: float) -> list[Corpus]:
             if part is not None and part.characters == 0:
                 raise ValueError(f"{name}: there is no text in it; give a file or a folder with some")
     if fraction == 0:
-        corpora = [Corpus(name, reading.train, None, "no validation") for name, reading in readings]
+        corpora = [Corpus(name, reading.train, None, "no validation", reading.validation) for name, reading in readings]
     else:
         is_held_out = _threshold([reading for _, reading in readings], fraction)
         corpora = [_cut_one(name, reading, fraction, is_held_out) for name, reading in readings]
         corpora = _without_copies(corpora, [reading.validation is not None for _, reading in readings])
+        for corpus, (_, reading) in zip(corpora, readings, strict=True):
+            if reading.validation is None:
+                _warn_about_shares(corpus, reading.train.characters, fraction)
     return [
         replace(corpus, cut=f"{corpus.cut}; {reading.note}") if reading.note else corpus
         for corpus, (_, reading) in zip(corpora, readings, strict=True)
     ]
+
+
+def _warn_about_shares(corpus: Corpus, total: int | None, fraction: float) -> None:
+    """Say so if copies or long documents make the shares very different from those asked for."""
+    if total is None:  # a stream
+        return
+    held_out = (corpus.validation.characters if corpus.validation is not None else 0) / total
+    kept = corpus.train.characters / total
+    asked_for = fraction / 2 <= held_out <= 2 * fraction
+    is_little = kept < 0.5 < 1 - fraction
+    if asked_for and not is_little:
+        return
+    training = "" if not is_little else f"; training keeps only {corpus.train.characters:,} of {total:,} characters"
+    logger.warning(
+        "%s: %.3g%% of its characters are held out where --validation_fraction asks for %.3g%%, because documents are kept "
+        "whole and copies are left out%s",
+        corpus.name,
+        100 * held_out,
+        100 * fraction,
+        training,
+    )
 
 
 def _threshold(readings: list[Reading], fraction: float) -> Callable[[np.ndarray], np.ndarray]:

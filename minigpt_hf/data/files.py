@@ -6,11 +6,14 @@ In: names and endings. Out: lists of regular files, and a count of what was left
 # ruff: noqa: PTH110, PTH112, PTH114, PTH116, PTH118, PTH119, PTH122, PTH206 (a `Path` for each of 200,000 files takes seconds)
 
 import os
+import re
 import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -93,11 +96,48 @@ class Found:
         return f"skipped {self.skipped.total():,}: {', '.join(named)}"
 
 
+# The words for a split in the names of files and folders: those that `datasets` looks for.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def split_words(file: str, root: str) -> list[list[str]]:
+    """The words in the name of a file and of each folder below `root` that it is in: a/valid_0.jsonl -> valid; a."""
+    stem, *folders = reversed(os.path.relpath(file, root).lower().split(os.sep))
+    return [re.findall(r"[^\W\d_]+", name) for name in (os.path.splitext(stem)[0], *folders)]
+
+
+def split_of(file: str, root: str) -> str | None:
+    """Which of `SPLITS` a file is of, by its name or else by the folders it is in: train-00000-of-00001.jsonl -> train."""
+    for words in split_words(file, root):
+        for split, keywords in SPLITS.items():
+            if not set(words).isdisjoint(keywords):
+                return split
+    return None
+
+
+def folder_of(pattern: str) -> str:
+    """The folder below which all files are that a glob stands for."""
+    return str(Path(*takewhile(lambda part: not has_magic(part), Path(pattern).parts[:-1])))
+
+
 def files_matching(pattern: str) -> Found:
-    """Files that a glob stands for, sorted; `**` is any number of folders."""
-    path, found = Path(pattern), Found()
+    """Files that a glob stands for, sorted; `**` is any number of folders, and at the end all files below them.
+
+    Hidden files and folders are left out, unless a part of the pattern begins with a dot.
+    """
+    path, found, root = Path(pattern), Found(), folder_of(pattern)
+    if path.name == "**":
+        path /= "*"
+    names_hidden = any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
     for match in sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
-        if match.is_file():
+        if not names_hidden and any(part.startswith(".") for part in os.path.relpath(match, root).split(os.sep)):
+            if not match.is_dir():
+                found.skipped["hidden"] += 1
+        elif match.is_file():
             found.files.append(str(match))
         else:
             found.skipped["folders" if match.is_dir() else "not regular files"] += 1

@@ -4,7 +4,7 @@ In: a `Corpus`, and which tokenizer. Out: a `PreparedText`. Tokenizers and strea
 from, so a second start takes a blink. It refuses nothing that `tokenizer` does not.
 
 A prepared text can be saved as a folder, which does not need the corpus and may be shared by several machines:
-    prepared.json    version of this format; name, cut and kind of tokenizer
+    prepared.json    version of this format; name, cut and kind of tokenizer; the settings that the text was read with
     tokenizer/       as `from_pretrained` reads it
     train/           a stream
     validation/      a stream, if there is validation
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
 from .cache import cached, damage
-from .corpus import CACHE, Corpus
+from .corpus import CACHE, Corpus, public
 from .stream import TokenStream, build_stream
 from .texts import Texts
 from .tokenizer import (
@@ -37,6 +38,7 @@ from .tokenizer import (
     character_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
+    what_is_lost,
     with_special_tokens,
 )
 
@@ -49,7 +51,16 @@ STANDARD_DEVIATION_OF_A_TOKEN = 3.0
 
 # Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
 BPE_CHARACTERS = 100_000_000
-VERSION = 2  # of the format of a prepared text; 1 had no manifest
+# What an existing tokenizer is tried on: so many characters from all documents, in excerpts of whole windows.
+CHECKED_CHARACTERS, CHECKED_WINDOW = 100_000, 1000
+VERSION = 3  # of the format of a prepared text; 1 had no manifest, 2 no settings
+REMEDY = "create it again with `minigpt tokenize`"
+# The settings that decide what a prepared text consists of, apart from the text itself. (Those of its tokens that are scored
+# for validation also depend on the length of a window, which `ValidationSample` has.)
+TEXT_SETTINGS = (
+    *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
+    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,15 @@ class ValidationSample:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """What a training needs to know of its text. `cut` says in words what is held out, `kind` which tokenizer it is."""
+    """What a training needs to know of its text. `cut` says in words what is held out, `kind` which tokenizer it is.
+
+    `lossy` says what the tokenizer loses of the text; `None` if the text can be had back from its tokens.
+    """
 
     name: str
     cut: str
     kind: str
+    lossy: str | None
     tokenizer: PreTrainedTokenizerBase
     train: TokenStream
     validation: TokenStream | None
@@ -99,17 +114,11 @@ class PreparedText:
         Raises:
             ValueError: if it is damaged, or of another version of the format.
         """
-        remedy = "create it again with `minigpt tokenize`"
-        try:
-            about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-            version = about.pop("version", 1)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {remedy}") from error
-        if version != VERSION:
-            raise ValueError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {remedy}")
+        about = _read_about(folder)
         if (fault := damage(folder, cache_dir)) is not None:
-            raise ValueError(f"{folder}: this prepared text is damaged ({fault}): {remedy}")
+            raise ValueError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
         try:
+            del about["settings"]
             scored = about.pop("scored")
             text = cls(
                 **about,
@@ -119,15 +128,18 @@ class PreparedText:
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {remedy}") from error
+            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
         ours = tokenizer_fingerprint(text.tokenizer)[:16]
         for stream in (text.train, text.validation):
             if stream is not None and ours not in stream.fingerprint.split("-"):
-                raise ValueError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {remedy}")
+                raise ValueError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {REMEDY}")
         return text
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Path, settings: dict[str, Any]) -> None:
         """Save it as a folder, atomically.
+
+        Args:
+            settings: The `TEXT_SETTINGS` that it was made with; see `prepared_settings`.
 
         Raises:
             ValueError: if `folder` exists.
@@ -136,7 +148,10 @@ class PreparedText:
         exists = ValueError(f"{folder}: exists already; name another folder, or remove it")
         if folder.exists():
             raise exists
-        about = {"version": VERSION, "name": self.name, "cut": self.cut, "kind": self.kind}
+        # On another machine nothing tells a path from a name, so only what may be published is stored.
+        about = {"version": VERSION, "name": public(self.name), "cut": self.cut, "kind": public(self.kind)}
+        about["lossy"] = self.lossy
+        about["settings"] = {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public(self.kind)}
         about["scored"] = None if self.scored is None else asdict(self.scored)
         created = [parent for parent in folder.absolute().parents if not parent.exists()]
         try:
@@ -168,6 +183,31 @@ def is_prepared(data: str) -> bool:
     return (Path(data) / "prepared.json").is_file()
 
 
+def prepared_settings(folder: Path) -> dict[str, Any]:
+    """The `TEXT_SETTINGS` that a prepared text was made with. (`PreparedText.open` verifies that they are unchanged.)
+
+    Raises:
+        ValueError: if they cannot be read, or are of another version of the format.
+    """
+    try:
+        settings = _read_about(folder)["settings"]
+        return {name: settings[name] for name in TEXT_SETTINGS}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """The content of `prepared.json`, without the version."""
+    try:
+        about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+        version = about.pop("version", 1)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
+    if version != VERSION:
+        raise ValueError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {REMEDY}")
+    return about
+
+
 def prepare(
     corpus: Corpus,
     tokenizer: str,
@@ -188,13 +228,21 @@ def prepare(
         block_size: Length of a window in tokens. If only a part of the validation text is scored, it consists of windows.
         validation_characters: Number of characters of the validation text to score, sampled from all its documents.
         num_proc: Processes that encode; default: one for each core.
-        max_tokens: Take no more of the training text than that.
+        max_tokens: Take at most this many tokens of the training text; see `build_stream`.
     """
     chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
+    lossy = None if tokenizer in ("bpe", "characters", "bytes") else report_what_is_lost(chosen, corpus.train)
     with tqdm(
         total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
     ) as bar:
         train = build_stream(corpus.train, chosen, cache_dir, num_proc, bar.update, max_tokens)
+    if len(train) == len(train.documents):
+        held_out = "nothing" if corpus.validation is None else f"{corpus.validation.characters or 0:,} characters"
+        limit = "" if max_tokens is None else f", and max_tokens is {max_tokens:,}"
+        raise ValueError(
+            f"{corpus.name}: no text is left to train on: there are {corpus.train.characters or 0:,} characters of it, "
+            f"{held_out} held out for validation{limit}; give more text, or a lower --validation_fraction"
+        )
     validation = scored = None
     if corpus.validation is not None:
         window = max(1, round(block_size * train.characters / (len(train) - len(train.documents))))
@@ -211,20 +259,38 @@ def prepare(
             corpus.validation.characters,
             window,
         )
-        _warn_about_a_small_sample(validation)
-    return PreparedText(corpus.name, corpus.cut, tokenizer, chosen, train, validation, scored)
+        warn_about_a_small_sample(
+            len(validation) - len(validation.documents),
+            validation.bytes,
+            "give more text, or raise --validation_fraction or --validation_characters",
+        )
+    return PreparedText(corpus.name, corpus.cut, tokenizer, lossy, chosen, train, validation, scored)
 
 
-def _warn_about_a_small_sample(validation: TokenStream) -> None:
-    tokens = len(validation) - len(validation.documents)
+def report_what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> str | None:
+    """What a tokenizer loses of a sample of the text, as a sentence for log and model folder; or `None`."""
+    sample = texts.sample(CHECKED_CHARACTERS, CHECKED_WINDOW)
+    if (lost := what_is_lost(tokenizer, sample)) is None:
+        return None
+    sentence = (
+        f"the tokenizer does not reproduce the text ({lost}, in a sample of about {CHECKED_CHARACTERS:,} characters): bits "
+        "per byte refer to the original bytes and are not comparable with those of a tokenizer that reproduces it"
+    )
+    logger.warning("%s, such as --tokenizer bpe", sentence)
+    return sentence
+
+
+def warn_about_a_small_sample(tokens: int, size: int, remedy: str) -> None:
+    """Say how far a score of so few tokens, of `size` bytes, may be off."""
     if tokens < FEWEST_TOKENS_FOR_A_SCORE:
         error = STANDARD_DEVIATION_OF_A_TOKEN / math.sqrt(max(tokens, 1))
         logger.warning(
             "the validation score rests on only %s tokens (%s bytes): expect a standard error of about %.2f nats per token; "
-            "for a more reliable score give more text, or raise --validation_fraction or --validation_characters",
+            "for a more reliable score %s",
             f"{tokens:,}",
-            f"{validation.bytes:,}",
+            f"{size:,}",
             error,
+            remedy,
         )
 
 

@@ -22,14 +22,25 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
 
 from ..network import cache_alone_if_unreachable
-from .files import ABOUT, FORMAT_OF, Found, ending_of, files_below, files_matching, is_url, standard_library
+from .files import (
+    ABOUT,
+    FORMAT_OF,
+    SPLITS,
+    Found,
+    ending_of,
+    files_below,
+    files_matching,
+    folder_of,
+    is_url,
+    split_of,
+    split_words,
+    standard_library,
+)
 from .reading import COMPRESSED, Decoding, UnreadableFile, keep, shown
 from .tables import read_csv, read_tables
 from .texts import Documents, Files, Rows, StreamedDocuments, Texts
 
 logger = logging.getLogger(__name__)
-
-VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,11 @@ class Source:
             if path.is_dir():
                 return self._of_saved(path) if is_saved(path) else self._of_folder(path)
             if os.path.lexists(path):
+                if self.data.endswith(os.sep):
+                    raise ValueError(f"{self.data}: is a file, not a folder; leave out the {os.sep} at the end")
                 return self._of_files([self._regular(path)])
             if (found := files_matching(self.data)).files:
-                self._report(found, "read as a pattern, since no file has that name: ")
-                return self._of_files(found.files)
+                return self._of_found(found, folder_of(self.data), "read as a pattern, since no file has that name: ")
             if names_hub_dataset(self.data):
                 with cache_alone_if_unreachable():
                     return self._of_hub()
@@ -117,34 +129,35 @@ class Source:
             raise ValueError(
                 f"{folder}: no text file or table in this folder; looked for {' '.join(FORMAT_OF)}{skipped}"
             )
-        if not tables:
-            self._report(found)
+        return self._of_found(found, str(folder))
+
+    def _of_found(self, found: Found, root: str, how: str = "") -> Reading:
+        """The files of a folder or glob; those of the validation split, by their names, are held out, of test left out."""
+        if not _has_splits(found.files, root, all(self._format_of(file) == "text" for file in found.files)):
+            self._report(found, how)
             return self._of_files(found.files, found)
-        return self._of_tables(folder, found)
-
-    def _of_tables(self, folder: Path, found: Found) -> Reading:
-        """A folder of tables, in which `validation.jsonl` is the validation split and `test.jsonl` is left out."""
-
-        def of_split(*names: str) -> list[str]:
-            return [file for file in found.files if Path(file).stem.lower() in names]
-
         if self.split:
-            if not (asked := of_split(self.split.lower())):
+            asked = {file for file in found.files if _is_of_split(file, root, self.split)}
+            if not asked:
                 stems = sorted({shown(Path(file).stem) for file in found.files})
-                raise ValueError(f"{folder}: has no file for --data_split {self.split}; there are {', '.join(stems)}")
+                raise ValueError(
+                    f"{self.data}: has no file for --data_split {self.split}; there are {', '.join(stems)}"
+                )
             found.keep(asked.__contains__, "of other splits")
-            self._report(found)
+            self._report(found, how)
             return Reading(self._read(found.files), note=found.note)
-        kept = of_split(*VALIDATION_SPLITS)
-        if len(of_split("test", *VALIDATION_SPLITS)) == len(found.files):
-            kept = []  # there is nothing else: these are not splits
-        else:
-            tests = set(of_split("test"))
-            found.keep(lambda file: file not in tests, "of the test split")
-        self._report(found)
-        held_out = set(kept)
-        train = self._read([file for file in found.files if file not in held_out])
-        return Reading(train, self._read(kept) if kept else None, found.note)
+        splits = {file: split_of(file, root) for file in found.files}
+        held_out = []
+        if not {"validation", "test"}.issuperset(splits.values()):  # else there is nothing to learn from: no splits
+            found.keep(lambda file: splits[file] != "test", "of the test split")
+            held_out = [file for file in found.files if splits[file] == "validation"]
+        self._report(found, how)
+        if held_out:
+            names = shown(os.path.relpath(held_out[0], root)) + ", …" * (len(held_out) > 1)
+            logger.info("%s: %s of the files for validation, as named: %s", shown(self.data), len(held_out), names)
+        is_held_out = set(held_out).__contains__
+        train = self._read([file for file in found.files if not is_held_out(file)])
+        return Reading(train, self._read(held_out) if held_out else None, found.note)
 
     def _of_files(self, files: list[str], found: Found | None = None) -> Reading:
         if self.split:
@@ -256,7 +269,7 @@ class Source:
         asked = self.split or "train"
         if asked not in splits:
             raise ValueError(f"{self.data}: has no split {asked!r}; say --data_split, one of {', '.join(splits)}")
-        own = next((name for name in VALIDATION_SPLITS if name in splits), None) if self.split is None else None
+        own = next((name for name in SPLITS["validation"] if name in splits), None) if self.split is None else None
         texts = [self._of_rows(splits[name], f"{identity} {name}") for name in (asked, own) if name is not None]
         return Reading(*texts)
 
@@ -304,10 +317,29 @@ def has_split(data: str, split: str) -> bool:
     path = Path(data)
     if names_hub_dataset(data) or is_saved(path):
         return True
-    if not path.is_dir():
+    if path.is_dir():
+        files, root = files_below(path).files, data
+    elif has_magic(data) and not path.exists():
+        files, root = files_matching(data).files, folder_of(data)
+    else:
         return False
-    files = files_below(path).files
-    return any(Path(file).stem.lower() == split.lower() and FORMAT_OF[ending_of(file)] != "text" for file in files)
+    are_text = all(FORMAT_OF.get(ending_of(file), "text") == "text" for file in files)
+    return _has_splits(files, root, are_text) and any(_is_of_split(file, root, split) for file in files)
+
+
+def _has_splits(files: list[str], root: str, are_text: bool) -> bool:
+    """Whether the names of these files may tell splits: of tables, or of text if every name does and one is of `train`.
+
+    A folder `tests` among others is part of a text, such as the source code of a program.
+    """
+    if not are_text:
+        return True
+    splits = {split_of(file, root) for file in files}
+    return None not in splits and "train" in splits and len(splits) > 1
+
+
+def _is_of_split(file: str, root: str, split: str) -> bool:
+    return Path(file).stem.lower() == split.lower() or any(split.lower() in words for words in split_words(file, root))
 
 
 def names_hub_dataset(data: str) -> bool:

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -110,11 +111,12 @@ def build_stream(
         num_proc: Processes that encode; default: one for each core, at most 16. Text goes to them in pieces and comes
             back in order, so the memory in use does not depend on the size of the corpus.
         progress: Called with the number of characters of each piece that is done.
-        max_tokens: End the stream after the piece in which it reaches this length.
+        max_tokens: The stream has at most this many tokens, those that open documents included: the last document is cut
+            short, between two characters, and one of which not a single token fits is left out.
     """
     fingerprint = stream_fingerprint(texts, tokenizer)
     if max_tokens is not None:
-        fingerprint += f"-{max_tokens}"
+        fingerprint += f"-at-most-{max_tokens}"
     return cached(
         cache_dir / "streams" / fingerprint,
         lambda folder: _write_stream(folder, fingerprint, texts, tokenizer, num_proc, progress, max_tokens),
@@ -144,17 +146,22 @@ def _write_stream(
     end_of_text = np.array([opening_token(tokenizer)], dtype=dtype)
     starts, written, characters, size = [], 0, 0, 0
     with (folder / "tokens.bin").open("wb") as file:
-        for opens_document, ids, text_length, byte_length in _encode(texts, tokenizer, dtype, num_proc):
+        for opens_document, piece, ids in _encode(texts, tokenizer, dtype, num_proc):
+            is_last = max_tokens is not None and written + opens_document + len(ids) > max_tokens
+            if is_last:
+                piece, ids = _head(piece, max_tokens - written - opens_document, tokenizer, dtype)
+                if not len(ids):
+                    break
             if opens_document:
                 starts.append(written)
                 file.write(end_of_text)
                 written += 1
             file.write(ids)
             written += len(ids)
-            characters += text_length
-            size += byte_length
-            progress(text_length)
-            if max_tokens is not None and written >= max_tokens:
+            characters += len(piece)
+            size += len(piece.encode())
+            progress(len(piece))
+            if is_last:
                 break
     np.save(folder / "documents.npy", np.array(starts, dtype=np.int64))
     about = {
@@ -169,7 +176,15 @@ def _write_stream(
     (folder / "stream.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-Encoded = tuple[bool, np.ndarray, int, int]  # opens a document?, ids, characters, bytes
+def _head(piece: str, most: int, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype) -> tuple[str, np.ndarray]:
+    """The beginning of a piece that has at most so many tokens, and these."""
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    # The number of tokens hardly ever falls as text is added; if it does, the beginning is shorter than it could be.
+    fit = bisect_right(range(1, len(piece) + 1), most, key=lambda length: len(encoder(piece[:length])))
+    return piece[:fit], np.asarray(encoder(piece[:fit]), dtype=dtype)
+
+
+Encoded = tuple[bool, str, np.ndarray]  # opens a document?, text, ids
 
 
 def _encode(
@@ -182,12 +197,11 @@ def _encode(
     is_little = texts.characters is not None and texts.characters < 2_000_000  # starting processes would take longer
     if num_proc == 1 or is_little:
         _start(tokenizer_json, dtype)
-        yield from map(_encode_piece, jobs)
+        yield from ((opens, piece, _encode_piece(piece)) for opens, piece in jobs)
         return
     pool = ProcessPoolExecutor(num_proc, initializer=_start_process, initargs=(tokenizer_json, dtype))
     try:
-        for pieces in _in_order(pool, jobs, 2 * num_proc):
-            yield from pieces
+        yield from _in_order(pool, jobs, 2 * num_proc)
     except BrokenProcessPool as error:
         raise ValueError(
             "a process that tokenizes was killed, perhaps because memory ran out; use fewer processes (--num_proc) or "
@@ -197,15 +211,20 @@ def _encode(
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[tuple[bool, str]], ahead: int) -> Iterator[list[Encoded]]:
+def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[tuple[bool, str]], ahead: int) -> Iterator[Encoded]:
     """Encode eight pieces at a time in the processes of a pool; no more than `ahead` times eight are under way."""
     jobs, under_way = iter(jobs), deque()
+
+    def done() -> Iterator[Encoded]:
+        batch, encoded = under_way.popleft()
+        return ((opens, piece, ids) for (opens, piece), ids in zip(batch, encoded.result(), strict=True))
+
     while batch := list(islice(jobs, 8)):
-        under_way.append(pool.submit(_encode_pieces, batch))
+        under_way.append((batch, pool.submit(_encode_pieces, [piece for _, piece in batch])))
         if len(under_way) >= ahead:
-            yield under_way.popleft().result()
+            yield from done()
     while under_way:
-        yield under_way.popleft().result()
+        yield from done()
 
 
 def _start_process(tokenizer_json: str, dtype: np.dtype) -> None:
@@ -229,10 +248,9 @@ def _start(tokenizer_json: str, dtype: np.dtype) -> None:
     _encoder, _dtype = Encoder(tokenizer_json), dtype
 
 
-def _encode_pieces(jobs: list[tuple[bool, str]]) -> list[Encoded]:
-    return [_encode_piece(job) for job in jobs]
+def _encode_pieces(pieces: list[str]) -> list[np.ndarray]:
+    return [_encode_piece(piece) for piece in pieces]
 
 
-def _encode_piece(job: tuple[bool, str]) -> Encoded:
-    opens_document, piece = job
-    return opens_document, np.asarray(_encoder(piece), dtype=_dtype), len(piece), len(piece.encode())
+def _encode_piece(piece: str) -> np.ndarray:
+    return np.asarray(_encoder(piece), dtype=_dtype)

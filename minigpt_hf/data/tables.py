@@ -11,6 +11,7 @@ import codecs
 import csv
 import hashlib
 import io
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import datasets
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -54,7 +56,14 @@ def read_tables(
     sources = [_as_datasets_reads(builder, path, names.get(path, path), decoding, cache_dir) for path in paths]
     found = DataFilesDict({"train": DataFilesList([path for path, _ in sources], [(digest,) for _, digest in sources])})
     reader = BUILDERS[builder](data_files=found)
-    reader.download_and_prepare()
+    try:
+        reader.download_and_prepare()
+    except DatasetGenerationError as error:
+        if builder == "json":
+            for path in paths:
+                if (fault := _broken_line(path, names.get(path, path), decoding)) is not None:
+                    raise UnreadableFile(f"{shown(names.get(path, path))}: {fault}") from error
+        raise
     if not reader.info.splits["train"].num_examples:
         raise UnreadableFile(f"{shown(names.get(paths[0], paths[0]))}: there is no text in it: the table has no rows")
     rows = reader.as_dataset(split="train")
@@ -64,6 +73,24 @@ def read_tables(
             shutil.rmtree(reader.cache_dir)
             raise has_changed(names.get(path, path))
     return rows
+
+
+def _broken_line(path: str, name: str, decoding: Decoding) -> str | None:
+    """Which line of a file of JSON lines is not JSON; `None` if each is, or if it is one value over several lines."""
+    with open_bytes(path, name) as file:
+        lines = enumerate(io.TextIOWrapper(file, decoding.encoding, decoding.errors), start=1)
+        for number, line in lines:
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if number == 1 and line.strip() in ("[", "{"):
+                return None
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number:,} is not a JSON object"
+            except ValueError as error:
+                return f"line {number:,} is not JSON: {error}"
+            except RecursionError:
+                return f"line {number:,} is nested too deeply"
+    return None
 
 
 def _as_datasets_reads(builder: str, path: str, name: str, decoding: Decoding, cache_dir: Path) -> tuple[str, str]:

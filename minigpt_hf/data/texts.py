@@ -417,6 +417,11 @@ class Mixture(Texts):
             texts = [text.head(round(total * share)) for text, share in zip(texts, shares, strict=True)]
         return cls(texts, shares)
 
+    @classmethod
+    def joined(cls, texts: Sequence[Texts]) -> "Mixture":
+        """All of several texts of known length."""
+        return cls(texts, [text.characters / sum(text.characters for text in texts) for text in texts])
+
     @property
     def characters(self) -> int | None:
         sizes = [text.characters for text in self.texts]

@@ -1,7 +1,8 @@
 """Documents -> a tokenizer: byte-level BPE, characters, bytes, or one that exists.
 
 In: texts. Out: a `PreTrainedTokenizerFast` that loads with plain `AutoTokenizer`. It refuses to lose anything:
-`decode(encode(text)) == text` for every text, and the character tokenizer names a character that it does not know.
+`decode(encode(text)) == text` for every text, and the character tokenizer names a character that it does not know. What an
+existing tokenizer loses is found by `what_is_lost`.
 
 `<|endoftext|>` (id 0) is both `bos` and `eos`, as in GPT-2; `<|pad|>` (id 1) is a token of its own, so that no loss ever
 mistakes the end of a text for padding.
@@ -9,6 +10,7 @@ mistakes the end of a text for padding.
 
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
@@ -131,6 +133,34 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {folder}: it needs a `tokenizer.json` and an `eos_token` to separate documents")
     return tokenizer
+
+
+def what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+    """Why these texts cannot be had back from their tokens, in words; `None` if they can be."""
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    tokens = unknown = 0
+    changed: list[tuple[str, str]] = []
+    for text in texts:
+        try:
+            ids = np.asarray(encoder(text), dtype=np.int64)
+        except ValueError:  # of a tokenizer that refuses what it does not know: who encodes all of the text reports it
+            return None
+        tokens += len(ids)
+        unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
+        decoded = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        if decoded != text:
+            changed.append((text, decoded))
+    if not changed and not unknown:
+        return None
+    counts = {
+        "upper case": str.isupper,
+        "white space": str.isspace,
+        "accents": lambda character: unicodedata.combining(character) > 0,
+    }
+    before, after = (unicodedata.normalize("NFD", "".join(side)) for side in zip(*changed, strict=True))
+    lost = [name for name, has in counts.items() if sum(map(has, before)) != sum(map(has, after))]
+    lost = f"{', '.join(lost or ['characters'])} lost or changed"
+    return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown ones; {lost}" if unknown else lost
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

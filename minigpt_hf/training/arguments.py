@@ -62,7 +62,8 @@ class DataArguments:
         metadata={"help": "Take documents of a Hub dataset as they arrive, until --max_tokens; keep none."},
     )
     max_tokens: int | None = field(
-        default=None, metadata={"help": "Take so many tokens of the training text, no more."}
+        default=None,
+        metadata={"help": "Take at most this many tokens of the training text, those that open documents included."},
     )
     encoding: str = field(
         default="utf-8",

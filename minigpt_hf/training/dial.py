@@ -82,7 +82,7 @@ class Dial:
     def __init__(self, arguments: Arguments, run: Path, began: float):
         self.data, self.architecture, self.training = arguments
         self.began = began
-        self.asked_tokenizer, self.asked_vocabulary = self.data.tokenizer, self.data.vocab_size
+        self.asked_vocabulary = self.data.vocab_size
         self.by_text = self.training.size == AUTO
         self.is_turned = bool(self.training.minutes or self.training.size)
         if not self.is_turned:
@@ -294,8 +294,6 @@ class Dial:
             self._say(
                 f"vocab_size {self.asked_vocabulary:,}: not used, tokenizer {text.kind} has {vocabulary:,} tokens"
             )
-        if "tokenizer" in given and self.asked_tokenizer != text.kind:
-            self._warn(f"tokenizer {self.asked_tokenizer}: {text.name} was prepared with {text.kind}, which is used")
         if training.sample_prompt is None:
             training.sample_prompt = first_words(text)
             if training.sample_prompt:

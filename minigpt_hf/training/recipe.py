@@ -78,6 +78,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
             raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
         data.tokenizer = model.init_from
+    _take_over_settings_of_a_prepared_text(data, given)
     if model.lora_rank < 0:
         raise ValueError(f"lora_rank is {model.lora_rank}: it must be at least 0")
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
@@ -103,6 +104,34 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     if not model.init_from and training.size != AUTO:
         _fit_heads(model, training, given)
     return data, model, training
+
+
+def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str]) -> None:
+    """What a prepared text was made with is part of what is trained on it; settings of a recipe are replaced.
+
+    Raises:
+        ValueError: if a flag or keyword asks for another text than the prepared one.
+    """
+    from ..data.corpus import public  # imports `datasets`, which `--help` does not need
+    from ..data.prepared import is_prepared, prepared_settings
+
+    if not is_prepared(data.data):
+        return
+    made_with = prepared_settings(Path(data.data))
+    if made_with["tokenizer"] != "bpe" and "vocab_size" in given:
+        del made_with["vocab_size"]  # it has no effect on another tokenizer, which `Dial` reports
+    asked = {name: vars(data)[name] for name in made_with if name in given}
+    if "tokenizer" in asked:
+        asked["tokenizer"] = public(data.tokenizer)
+    if other := [name for name, value in asked.items() if value != made_with[name]]:
+        flags = ", ".join(f"--{name} {asked[name]}" for name in other)
+        stored = ", ".join(f"{name} {made_with[name]}" for name in other)
+        raise ValueError(
+            f"{flags}: {data.data} was prepared with {stored}; leave out what differs, or prepare the text again with "
+            "`minigpt tokenize`"
+        )
+    for name, value in made_with.items():
+        setattr(data, name, value)
 
 
 def _default_recipe(given: set[str]) -> str | None:

@@ -142,3 +142,27 @@ def test_an_encoding_that_does_not_exist_and_a_fraction_that_cannot_be_are_refus
         load_corpus(str(text_file), encoding="utf-9")
     with pytest.raises(ValueError, match=r"validation_fraction is 1\.0"):
         load_corpus(str(text_file), 1.0)
+
+
+def write_documents(folder, texts: list[str]) -> str:
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:02}.txt").write_text(text)
+    return str(folder)
+
+
+def test_shares_far_from_those_asked_for_are_reported(tmp_path, caplog):
+    words = [f"document {number:02}\n" * 10 for number in range(30)]
+    load_corpus(write_documents(tmp_path / "alike", words))
+    assert "held out" not in caplog.text
+    held_out = next(iter(load_corpus(str(tmp_path / "alike")).validation))
+    copies = write_documents(tmp_path / "copies", [*words, *[held_out] * 60])
+    corpus = load_corpus(copies)
+    share = 100 * corpus.validation.characters / (corpus.validation.characters + corpus.train.characters)
+    assert share > 60
+    total = corpus.validation.characters + corpus.train.characters
+    assert f"{share:.3g}% of its characters are held out where --validation_fraction asks for 10%" in caplog.text
+    assert f"training keeps only {corpus.train.characters:,} of {total:,} characters" in caplog.text
+    caplog.clear()
+    load_corpus(copies, 0.6)
+    assert "training keeps" not in caplog.text

@@ -214,7 +214,7 @@ def test_a_prepared_text_of_the_format_without_a_manifest_is_refused(kept, recip
     del about["version"]
     (folder / "prepared.json").write_text(json.dumps(about))
     assert trained(recipe_file, folder, tmp_path / "run") == 2
-    assert "has format 1, and 2 is required: create it again with `minigpt tokenize`" in capsys.readouterr().err
+    assert "has format 1, and 3 is required: create it again with `minigpt tokenize`" in capsys.readouterr().err
 
 
 def test_a_stream_of_another_tokenizer_is_refused_though_all_sums_are_right(kept, recipe_file, tmp_path, capsys):

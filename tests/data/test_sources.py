@@ -2,13 +2,17 @@
 
 import gzip
 import io
+import json
+import logging
 import lzma
+import re
 import sys
 
 import datasets
 import pytest
 import zstandard
 
+import minigpt_hf
 from minigpt_hf.data import texts
 from minigpt_hf.data.corpus import load_corpus, mixture
 from minigpt_hf.data.files import FORMAT_OF, FORMATS
@@ -213,3 +217,74 @@ def test_bytes_that_are_no_text_can_be_replaced_or_ignored(tmp_path):
         texts_of(tmp_path)
     assert texts_of(tmp_path, encoding_errors="replace") == ["caf\ufffd au lait", "plain"]
     assert texts_of(tmp_path, encoding_errors="ignore") == ["caf au lait", "plain"]
+
+
+LAYOUTS = {
+    "hub": [
+        "train-00000-of-00002.jsonl",
+        "train-00001-of-00002.jsonl",
+        "validation-00000-of-00001.jsonl",
+        "test-0.jsonl",
+    ],
+    "numbered": ["part_0.jsonl", "part_1.jsonl", "valid_0.jsonl", "eval.jsonl"],
+    "folders": ["train/0.jsonl", "train/1.jsonl", "validation/0.jsonl", "test/0.jsonl"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/**"])
+def test_splits_are_told_by_the_words_in_names_of_files_and_folders(layout, pattern, tmp_path, caplog):
+    names = LAYOUTS[layout]
+    folder = tmp_path / "test"  # the name of the folder itself says nothing
+    write_files(folder, {name: json.dumps({"text": name}) for name in names})
+    with caplog.at_level(logging.INFO):
+        corpus = load_corpus(f"{folder}{pattern}")
+    assert (list(corpus.train), list(corpus.validation)) == (names[:2], names[2:3])
+    assert re.search(r"read 3 of \d files; skipped .*1 of the test split", caplog.text)
+    assert f"1 of the files for validation, as named: {names[2]}" in caplog.text
+    word = {"hub": "validation", "numbered": "valid", "folders": "validation"}[layout]
+    assert texts_of(f"{folder}{pattern}", split=word) == names[2:3]
+
+
+def test_words_in_which_the_name_of_a_split_occurs_are_no_splits(tmp_path):
+    names = ["contest.jsonl", "latest.jsonl", "developer.jsonl"]
+    write_files(tmp_path, {name: json.dumps({"text": name}) for name in names})
+    assert sorted(texts_of(tmp_path)) == sorted(names)
+
+
+def test_files_of_text_are_of_splits_only_if_all_of_them_are(tmp_path):
+    write_files(tmp_path, {"train/a.txt": "train", "test/a.txt": "test", "dev/a.txt": "dev"})
+    corpus = load_corpus(str(tmp_path))
+    assert (list(corpus.train), list(corpus.validation)) == (["train"], ["dev"])
+    write_files(tmp_path, {"main.txt": "main"})  # as in the source code of a program
+    assert sorted(texts_of(tmp_path)) == ["dev", "main", "test", "train"]
+
+
+def test_a_glob_leaves_out_what_is_hidden_and_counts_it(tmp_path, caplog):
+    write_files(tmp_path, {"a.txt": "a", ".b.txt": "b", ".git/c.txt": "c", "d/e.txt": "e"})
+    with caplog.at_level(logging.INFO):
+        assert texts_of(tmp_path / "**" / "*.txt") == ["a", "e"]
+    assert "read 2 of 4 files; skipped 2: 2 hidden" in caplog.text
+    assert texts_of(tmp_path / "**") == ["a", "e"]
+    assert texts_of(tmp_path / ".*.txt") == ["b"]
+    assert texts_of(tmp_path / ".git" / "*") == ["c"]
+
+
+def test_all_of_a_text_includes_the_validation_split_that_comes_with_it(tmp_path, run_folder, caplog):
+    rows = {"train": ["def one():\n", "    return 1\n"], "validation": ["def two():\n"]}
+    write_files(tmp_path, {f"{name}.jsonl": "\n".join(json.dumps({"text": t}) for t in rows[name]) for name in rows})
+    model = minigpt_hf.ModelFolder(run_folder / "model")
+    scores = {split: model.evaluate(str(tmp_path), split=split) for split in ("all", "train", "validation")}
+    for name in ("tokens", "bytes", "documents"):
+        parts = [vars(scores[split])[name] for split in ("train", "validation")]
+        assert vars(scores["all"])[name] == sum(parts)
+    assert scores["all"].documents == 3
+    with caplog.at_level(logging.INFO):
+        assert model.evaluate(str(tmp_path), max_characters=1000).documents == 3
+    assert "the validation score rests on only" in caplog.text
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    write_files(tmp_path, {"a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n\n{"text": \n{"text": "c"}\n'})
+    with pytest.raises(ValueError, match=r"b\.jsonl: line 3 is not JSON: "):
+        texts_of(tmp_path)

@@ -1,12 +1,15 @@
 """Tokenizers lose nothing, and say what they do not know."""
 
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, Qwen2TokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
+from minigpt_hf.cli import main
 from minigpt_hf.data import cuts
 from minigpt_hf.data import tokenizer as module
 from minigpt_hf.data.cuts import pieces
@@ -19,6 +22,7 @@ from minigpt_hf.data.tokenizer import (
     character_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
+    what_is_lost,
 )
 from minigpt_hf.publish.folder import save_suitcase
 from tests.conftest import tiny_model
@@ -148,3 +152,37 @@ def test_a_tokenizer_that_is_not_there_or_a_vocabulary_too_small_is_refused(tmp_
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="at least 258"):
         byte_level_bpe(["abc"], 200)
+
+
+def lossy_tokenizer(folder, text: str) -> str:
+    """Words in lower case without accents, as in BERT; of other words it knows nothing."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator([text], trainers.WordLevelTrainer(vocab_size=100, special_tokens=["[UNK]", "[END]"]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_that_loses_text_is_reported_and_published_with_the_figures(text, recipe_file, tmp_path, capfd):
+    words, folder = text[:20_000], lossy_tokenizer(tmp_path / "tokenizer", text)
+    (tmp_path / "text.txt").write_text(words)
+    flags = ["--data", str(tmp_path / "text.txt"), "--tokenizer", folder, "--validation_fraction", "0.5"]
+    short = "--max_steps 2 --eval_steps 2 --save_steps 2 --sample_tokens 0".split()
+    kept, run = str(tmp_path / "kept"), tmp_path / "run"
+    assert main(["tokenize", "--recipe", str(recipe_file), *flags, "--output_dir", kept]) == 0
+    encoding = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(words[:10_000])
+    unknown = encoding.ids.count(0) / len(encoding.ids)
+    said = f"the tokenizer does not reproduce the text ({unknown:.2%} of the tokens are unknown ones; upper case, white space"
+    assert said in capfd.readouterr().err
+    assert main(["train", "--recipe", str(recipe_file), "--data", kept, *short, "--output_dir", str(run)]) == 0
+    assert said in json.loads((run / "model" / "minigpt.json").read_text())["tokenizer"]["lossy"]
+    assert said in (run / "model" / "README.md").read_text()
+    capfd.readouterr()
+    assert main(["evaluate", str(run / "model"), "--data", str(tmp_path / "text.txt")]) == 0
+    assert "the tokenizer does not reproduce the text (" in capfd.readouterr().err
+
+
+def test_our_tokenizers_lose_nothing_as_existing_ones_either(text, bpe):
+    for tokenizer in (bpe, byte_tokenizer(), character_tokenizer([text])):
+        assert what_is_lost(tokenizer, [text[:5000], " a\n"]) is None
