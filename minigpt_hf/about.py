@@ -4,6 +4,7 @@ In: the arguments, the text, the trainer and what it has shown. Out: a dictionar
 tell where on this machine a text lies.
 """
 
+import math
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,6 +76,7 @@ def describe(
         "training": {
             "parameters": (finished or trainer.model).num_parameters(),
             "steps": trainer.state.global_step,
+            "skipped_steps": trainer.skipped_steps,
             "planned_steps": trainer.state.max_steps,
             "tokens_per_step": step,
             "tokens": trainer.state.global_step * step,
@@ -104,6 +106,8 @@ def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size
     best = evaluations[-1]
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         best = next((row for row in evaluations if row["step"] == trainer.state.best_global_step), best)
+    if not math.isfinite(best["eval_loss"]):
+        return None
     tokens = len(validation) - len(validation.documents)
     return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
 

@@ -6,6 +6,7 @@ the folder that is published. It refuses to write into a folder that holds anyth
 
 import atexit
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,14 +42,16 @@ from .training.resume import (
     checkpoint_to_resume,
     fingerprint_of,
     from_main_process,
+    is_finished,
     read_log,
     run_folder,
-    say_that_it_is_finished,
     start_over,
     step_of,
 )
 from .training.stops import Interrupted, RunStopped, StopAtBoundary, StopWhenNoBetter, StorageFailed, is_disk_full
 from .training.trainer import MiniGPTTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(arguments: Arguments, began: float | None = None) -> Path:
@@ -71,6 +74,11 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
     data, architecture, training = arguments
     run = lock.folder
     starts_over = training.fresh and (run / FINGERPRINT).is_file()
+    if training.save_only_model:
+        raise ValueError(
+            "save_only_model is not supported: such checkpoints cannot be resumed from or verified; leave it out, and limit "
+            "the disk space with --save_total_limit"
+        )
     set_seed(training.seed)
 
     if architecture.init_from:
@@ -89,8 +97,8 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
     check_memory(config, architecture, training)
     blocks = Blocks(text.train, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
-    if (run / "model").exists() and not starts_over:
-        say_that_it_is_finished(run, fingerprint)
+    has_model = (run / "model").exists() and not starts_over
+    if has_model and from_main_process(training, lambda: is_finished(run, fingerprint)):
         return run / "model"
     checkpoint = None
     if not starts_over:
@@ -125,7 +133,13 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
     if stop.stopped:
         step = trainer.state.global_step
         where = f"and saved at step {step}; the same command goes on from there" if step else "before the first step"
-        raise Interrupted(stop.number, where)
+        stopped = Interrupted(stop.number, where)
+        if training.world_size > 1:  # a launcher ends all processes as soon as one fails
+            if trainer.is_world_process_zero():
+                logger.warning(str(stopped))
+            trainer.accelerator.wait_for_everyone()
+            stopped.was_reported = True
+        raise stopped
     trainer.check_trained()
     if trainer.is_world_process_zero():
         with storage_errors(trainer):

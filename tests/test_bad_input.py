@@ -140,6 +140,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     },
     "settings": {
         "unknown flag": (train("--hiden_size", "8"), "unknown argument --hiden_size; did you mean hidden_size"),
+        "checkpoints without optimizer state": (
+            train("--save_only_model", "true"),
+            "save_only_model is not supported: such checkpoints cannot be resumed from … --save_total_limit",
+        ),
         "a value of the wrong type": (train("--max_steps", "many"), "argument --max_steps … invalid int value: 'many'"),
         "a flag without its value": (train("--max_steps"), "argument --max_steps … expected one argument"),
         "heads not dividing": (

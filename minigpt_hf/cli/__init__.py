@@ -96,7 +96,8 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
             raise
         if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__  # the sentence of the check, without the name of the checker
-        print(f"minigpt {verb}: {_printable(str(error))}", file=sys.stderr)
+        if not getattr(error, "was_reported", False):
+            print(f"minigpt {verb}: {_printable(str(error))}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return errno.ENOSPC  # as DiskFull: the log, too, needs room
         return error.exit_code if isinstance(error, RunStopped) else 2

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..atomic import to_disk
 from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.modeling_minigpt import MiniGPTForCausalLM
 from .card import eval_results, render_card
 from .figures import draw_learning, draw_training
 
@@ -71,7 +74,7 @@ def write_model_folder(
     about: dict[str, Any],
     log: list[dict[str, Any]],
 ) -> None:
-    """Write a model folder, whole or not at all.
+    """Write a model folder, whole or not at all: it is forced to disk before it is renamed to its place.
 
     Args:
         folder: Where it is to stand; it must not exist.
@@ -81,19 +84,56 @@ def write_model_folder(
     Raises:
         ValueError: if a weight is not finite: such a model is never published.
     """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} has values that are not finite; the model is not published")
+    if name := non_finite_parameter(model):
+        raise ValueError(f"{name} has values that are not finite; the model is not published")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         save_suitcase(model, tokenizer, unfinished)
         write_story(unfinished, about, model.config, log)
+        for path in (*unfinished.rglob("*"), unfinished):
+            to_disk(path)
         unfinished.rename(folder)
+        to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
         raise
+
+
+def non_finite_parameter(model: torch.nn.Module) -> str | None:
+    """The name of the first parameter with a value that is not finite; `None` if there is none."""
+    return next((name for name, each in model.named_parameters() if not torch.isfinite(each).all()), None)
+
+
+def damage(folder: Path) -> str | None:
+    """What makes a model folder unusable; `None` if every required file is there and the weights fit the configuration.
+
+    Compared are names and shapes of all tensors, and each safetensors header with the size of its file. The values are not
+    read, and a card that was edited is no damage.
+    """
+    index = folder / "model.safetensors.index.json"
+    for name in REQUIRED:
+        file = index if name == "model.safetensors" and index.is_file() else folder / name
+        if not file.is_file() or not file.stat().st_size:
+            return f"{file.name} is {'empty' if file.is_file() else 'missing'}"
+    try:
+        for file in folder.glob("*.json"):
+            json.loads(file.read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            model = MiniGPTForCausalLM(MiniGPTConfig.from_pretrained(folder))
+        tied = set(model.all_tied_weights_keys)
+        wanted = {name: tuple(each.shape) for name, each in model.state_dict().items() if name not in tied}
+        found = {}
+        for file in folder.glob("model*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                names = weights.keys()
+                found |= {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+    except Exception as error:  # what the loaders raise over malformed files is not documented
+        return f"it cannot be read: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+        return f"tensor {wrong[0]} is {found.get(wrong[0], 'missing')} instead of {wanted.get(wrong[0], 'absent')}"
+    return None
 
 
 def write_story(folder: Path, about: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ everything. It refuses to touch the training: samples leave all random states as
 """
 
 import html
+import logging
 import math
 import random
 import time
@@ -22,7 +23,9 @@ from ..generation import check_ids, encode_prompt, generate
 from .checkpoint import write_atomically
 from .plan import duration
 from .resume import append_to_log, read_log
-from .stops import StopAtBoundary
+from .stops import BadLoss, StopAtBoundary
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -130,14 +133,29 @@ class Samples(TrainerCallback):
             print(f"samples begin a document: {error}", flush=True)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        self._show(f"at step {state.global_step}" if state.global_step else "before training", state, model)
+        if self._is_due_at_start(args, state):
+            self._show(f"at step {state.global_step}" if state.global_step else "before training", state, model)
+
+    def _is_due_at_start(self, args, state) -> bool:
+        """At step 0; and at the step of a checkpoint, whose samples are removed from the log, where there was one.
+
+        A checkpoint that was saved for a signal, in between, has none: a resumed run logs what a straight one does.
+        """
+        step = state.global_step
+        if step == 0 or step >= state.max_steps:
+            return step == 0
+        if args.eval_strategy != "no":  # an evaluation that is made up brings its own sample
+            return any(row["step"] == step and "eval_loss" in row for row in state.log_history)
+        if args.save_strategy == "steps":
+            return step % state.save_steps == 0
+        return args.save_strategy == "epoch" and float(state.epoch).is_integer()
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         if state.global_step < state.max_steps:
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_save(self, args, state, control, model, **kwargs):
-        if args.eval_strategy == "no" and state.global_step < state.max_steps:
+        if args.eval_strategy == "no" and state.global_step < state.max_steps and not self.stop.stopped:
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
@@ -145,14 +163,28 @@ class Samples(TrainerCallback):
             self._show("after training", state, model)
 
     def first_seeds(self, model: PreTrainedModel) -> list[str]:
-        """What goes into the card: seeds 0, 1 and 2, so that nobody has chosen."""
-        return [
-            sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in range(3 if self.tokens else 0)
-        ]
+        """What goes into the card: seeds 0, 1 and 2, so that nobody has chosen.
+
+        Raises:
+            BadLoss: if the model cannot generate text.
+        """
+        seeds = range(3 if self.tokens else 0)
+        try:
+            return [sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in seeds]
+        except Exception as error:
+            raise BadLoss(
+                f"the trained model cannot generate text ({error}); no model is published; start again with a lower "
+                "--learning_rate and --muon_learning_rate and --fresh"
+            ) from error
 
     def _show(self, when: str, state, model: PreTrainedModel) -> None:
         if self.tokens and state.is_world_process_zero:
-            self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
+            try:
+                self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
+            except Exception as error:
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                logger.warning(f"step {state.global_step}: no sample was written ({type(error).__name__}: {reason})")
+                return
             print(
                 f"--- it writes, {when}:",
                 *("  " + line for line in self.latest.splitlines()),
@@ -179,26 +211,29 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     """One text, always the same for a seed, that leaves model and random states as they were."""
     was_training = model.training
     model.eval()
-    with random_state_kept():
-        text = generate(
-            model,
-            tokenizer,
-            prompt,
-            seed=seed,
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=SAMPLE_TEMPERATURE,
-            use_cache=True,
-        )[0]
-    model.train(was_training)
-    return text
+    try:
+        with random_state_kept():
+            return generate(
+                model,
+                tokenizer,
+                prompt,
+                seed=seed,
+                max_new_tokens=tokens,
+                do_sample=True,
+                temperature=SAMPLE_TEMPERATURE,
+                use_cache=True,
+            )[0]
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Give Python, NumPy and torch their random states back at the end."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

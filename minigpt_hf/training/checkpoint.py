@@ -11,9 +11,7 @@ Why the promises hold, in the order of events:
 4. *Resume.* Checkpoints are verified against their manifests, newest first. A broken one is renamed, not deleted.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from ..atomic import MANIFEST, seal, sha256, to_disk
+
 FINGERPRINT = "fingerprint.json"
 DESCRIBED = "described"  # entry of a fingerprint: names and sizes for messages, no part of the comparison
 
@@ -39,7 +38,7 @@ def whole_or_absent(checkpoint: Path) -> Iterator[Path]:
         if checkpoint.exists():  # a run that went back to an earlier checkpoint writes this one again
             set_aside(checkpoint)
         folder.rename(checkpoint)
-        _to_disk(checkpoint.parent)
+        to_disk(checkpoint.parent)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
@@ -47,18 +46,6 @@ def whole_or_absent(checkpoint: Path) -> Iterator[Path]:
 def unfinished(checkpoint: Path) -> Path:
     """Where a checkpoint lies until it is whole."""
     return checkpoint.parent / ".unfinished" / checkpoint.name
-
-
-def seal(folder: Path) -> None:
-    """Write the manifest and force everything to disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {}
-    for file in files:
-        _to_disk(file)
-        entries[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    _to_disk(folder / MANIFEST)
-    _to_disk(folder)
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
@@ -71,7 +58,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
-            if _sha256(file) != entry["sha256"]:
+            if sha256(file) != entry["sha256"]:
                 return f"the content of {name} has changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
@@ -135,28 +122,12 @@ def write_atomically(contents: dict[Path, str]) -> None:
     """
     for file, content in contents.items():
         temporary(file).write_text(content, encoding="utf-8")
-        _to_disk(temporary(file))
+        to_disk(temporary(file))
     for file in contents:
         temporary(file).replace(file)
-        _to_disk(file.parent)
+        to_disk(file.parent)
 
 
 def temporary(file: Path) -> Path:
     """Where a file lies until it is complete."""
     return file.with_name(f".{file.name}.unfinished")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Force a file, or the list of names in a folder, from memory to disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders, and writes their entries through
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

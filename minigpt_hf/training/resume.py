@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from ..publish.folder import damage
 from .arguments import Arguments, MiniGPTTrainingArguments
 from .checkpoint import (
     DESCRIBED,
@@ -95,15 +96,29 @@ def start_over(lock: FolderLock) -> None:
     lock.acquire()
 
 
-def say_that_it_is_finished(run: Path, fingerprint: dict[str, Any]) -> None:
-    """A run that is asked for again is not run again; another one does not take its place."""
+def is_finished(run: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether the run has its model; a damaged one is set aside, to be published again from a checkpoint.
+
+    Raises:
+        ValueError: if the folder holds another run, or a damaged model and no checkpoint to publish it from.
+    """
     old = read_json(run / FINGERPRINT)
     if changed := differences(old, fingerprint):
         raise ValueError(
             f"--output_dir {run}: holds another run, which is finished ({in_words(changed, old, fingerprint)}); name "
             "another folder, or say --fresh"
         )
-    print(f"this run is finished; the model is in {run / 'model'}", flush=True)
+    if (fault := damage(run / "model")) is None:
+        print(f"this run is finished; the model is in {run / 'model'}", flush=True)
+        return True
+    if all(what_is_wrong(checkpoint) for checkpoint in checkpoints(run)):
+        raise ValueError(
+            f"--output_dir {run}: its model is damaged ({fault}), and no checkpoint is left to publish it from; restore "
+            f"{run / 'model'} from a copy, or train again with --fresh"
+        )
+    kept = set_aside(run / "model")
+    logger.warning(f"{run / 'model'} is damaged ({fault}); it is kept as {kept.name}, and is published again")
+    return False
 
 
 def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniGPTTrainingArguments) -> Path | None:
@@ -243,18 +258,33 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def rows_and_faults(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of `log.jsonl`, and the numbers of its lines that are none."""
+    """The rows of `log.jsonl`, and the numbers of its lines that are incomplete or hold values of a wrong type."""
     rows, faults = [], []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if is_row(row):
             rows.append(row)
         else:
             faults.append(number)
     return rows, faults
+
+
+def is_row(row: Any) -> bool:
+    """Whether a line of `log.jsonl` is what this package writes: numbers, and a sample that is text."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and row["step"] >= 0
+        and all(is_number(row[name]) for name in ("step", "seconds", "eval_loss") if name in row)
+        and isinstance(row.get("sample", ""), str)
+    )
 
 
 def write_log(file: Path, rows: list[dict[str, Any]]) -> None:

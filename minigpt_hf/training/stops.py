@@ -5,6 +5,7 @@ It refuses to lose a checkpoint that was there.
 """
 
 import errno
+import math
 import os
 import signal
 import threading
@@ -23,6 +24,7 @@ class RunStopped(Exception):
     """A run ended early, in order. `exit_code` is what the command returns."""
 
     exit_code = 1
+    was_reported = False  # the message was logged, by one process for all
 
 
 class Interrupted(RunStopped):
@@ -40,13 +42,13 @@ class DiskFull(RunStopped):
 
 
 class BadLoss(RunStopped):
-    """A loss or gradient is not finite, or has exploded. The code is EX_DATAERR of sysexits.h."""
+    """A loss, gradient or weight is not finite, or a loss has exploded. The code is EX_DATAERR of sysexits.h."""
 
     exit_code = 65
 
 
 class Untrained(RunStopped):
-    """Training ended without an optimizer step, so there is no model to publish. The code is EX_DATAERR of sysexits.h."""
+    """Most optimizer steps were skipped, so there is no model to publish. The code is EX_DATAERR of sysexits.h."""
 
     exit_code = 65
 
@@ -165,6 +167,7 @@ class StopWhenNoBetter(TrainerCallback):
 
     def _stop_if_no_better(self, state, control) -> None:
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         if not losses:
             return
         since_best = len(losses) - 1 - losses.index(min(losses))

@@ -27,10 +27,10 @@ from transformers.utils import PushInProgress
 from ..data.blocks import Blocks, BlockSampler
 from ..data.stream import TokenStream
 from ..evaluation import score_documents, summarize
-from ..publish.folder import published_files, save_suitcase, write_story
+from ..publish.folder import non_finite_parameter, published_files, save_suitcase, write_story
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments
-from .checkpoint import FINGERPRINT, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
+from .checkpoint import FINGERPRINT, checkpoints, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
 from .optimizer import muon_adamw
 from .resume import read_json, read_log
 from .stops import BadLoss, DiskFull, Untrained, ignore_signals, is_disk_full
@@ -111,16 +111,56 @@ class MiniGPTTrainer(Trainer):
             )
 
     def check_trained(self) -> None:
-        """Whether at least one optimizer step was taken.
+        """Whether at least half of the optimizer steps were taken, and the weights are finite.
 
         Raises:
-            Untrained: if not: such a model is never published.
+            Untrained: if most steps were skipped: such a model is never published.
+            BadLoss: if a weight is not finite.
         """
-        if self.state.global_step <= self.skipped_steps:
+        skipped, steps = self.skipped_steps, self.state.global_step
+        if steps <= skipped or skipped > steps / 2:
+            what = "no optimizer step was taken" if steps <= skipped else "most optimizer steps were not taken"
             raise Untrained(
-                f"no optimizer step was taken: {self.skipped_steps} of {self.state.global_step} steps were skipped for their "
-                "loss or gradient; no model is published; lower --learning_rate and --muon_learning_rate, or look at the text"
+                f"{what}: {skipped} of {steps} steps were skipped because of a non-finite or exploded loss or gradient; no "
+                "model is published; start again with a lower --learning_rate and --muon_learning_rate and --fresh, or look "
+                "at the text"
             )
+        if skipped and self.is_world_process_zero():
+            logger.warning(f"{skipped} of {steps} steps were skipped because of a non-finite or exploded loss")
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Whether all weights are finite; on every process if one of them finds a value that is not.
+
+        Raises:
+            BadLoss: whatever `on_bad_loss` is: no later step can repair such weights.
+        """
+        name = non_finite_parameter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        names = gather_object([name]) if self.args.world_size > 1 else [name]
+        if found := next((each for each in names if each), None):
+            raise BadLoss(
+                f"step {self.state.global_step}: {found} has values that are not finite; these weights are neither saved nor "
+                f"published, earlier checkpoints are untouched; {self.advice()}"
+            )
+
+    def advice(self) -> str:
+        """From where to resume after a bad loss, and how."""
+        guess = math.log(self.model.config.vocab_size)
+        losses = {f"checkpoint-{row['step']}": row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
+        found = list(reversed(checkpoints(Path(self.args.output_dir))))
+        if not found:
+            return (
+                "there is no checkpoint: start again with a lower --learning_rate and --muon_learning_rate and --fresh"
+            )
+        lower = "a lower --learning_rate and --muon_learning_rate (--allow_change)"
+        loss = losses.get(found[0].name, 0.0)  # one that was not evaluated is given the benefit of the doubt
+        good = next((path for path in found if losses.get(path.name, math.inf) < guess), None)
+        if not loss < guess and good:
+            return (
+                f"the validation loss of {found[0].name} is {loss:.4g} and that of a uniform guess {guess:.4g}: resume from "
+                f"an earlier checkpoint with --resume_from_checkpoint {good}, and {lower}"
+            )
+        return f"resume with {lower}"
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +212,7 @@ class MiniGPTTrainer(Trainer):
         metric, folders = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}", {}
         for row in self.state.log_history:
             for run in (Path(self.args.output_dir), *([self.resumed_from.parent] if self.resumed_from else [])):
-                if metric in row and (run / f"checkpoint-{row['step']}").is_dir():
+                if math.isfinite(row.get(metric, math.nan)) and (run / f"checkpoint-{row['step']}").is_dir():
                     folders.setdefault(row["step"], (row[metric], run / f"checkpoint-{row['step']}"))
         order = sorted(folders, key=lambda step: (folders[step][0] * (-1 if self.args.greater_is_better else 1), step))
         for step in order:
@@ -186,6 +226,10 @@ class MiniGPTTrainer(Trainer):
             logger.warning(f"checkpoint-{self.state.best_global_step}, the best one, is missing or broken; {instead}")
         self.state.best_global_step, self.state.best_metric = step, value
         self.state.best_model_checkpoint = str(folder) if folder else None
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Because no number is better than NaN for the Trainer: it would stay the best to the end."""
+        return math.isfinite(metrics.get("eval_loss", 0.0)) and super()._determine_best_metric(metrics, trial)
 
     def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
         """Because a run that was stopped at a step is evaluated at it when it resumes, and one that is finished is not
@@ -278,6 +322,13 @@ class MiniGPTTrainer(Trainer):
         sums = torch.tensor([nats, tokens], device=self.args.device, dtype=torch.float32)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)
         score = summarize(nats, int(tokens), stream.bytes, documents, block_size, None).to_dict()
+        if not math.isfinite(score["loss"]):
+            self.check_weights()
+            what = f"step {self.state.global_step}: the validation loss is {score['loss']}"
+            if self.args.on_bad_loss == "stop":
+                raise BadLoss(f"{what}; the model is not saved, earlier checkpoints are untouched; {self.advice()}")
+            if self.is_world_process_zero():
+                logger.warning(f"{what}; it does not count as the best")
         metrics = {f"{metric_key_prefix}_{name}": score[name] for name in ("loss", "perplexity", "bits_per_byte")}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - began, 3)
         self.log(dict(metrics))
@@ -316,6 +367,7 @@ class MiniGPTTrainer(Trainer):
         exploded = loss > 10 * math.log(self.model.config.vocab_size)
         if math.isfinite(loss) and not exploded and (self.args.fp16 or all(map(math.isfinite, norms))):
             return norm
+        self.check_weights()  # broken by the update before; the data of this step are not to blame
         step = self.state.global_step + 1
         what = f"step {step}: the loss is {loss:.4g} and the gradient norm {norms[0]:.4g}"
         if len(losses) > 1:
@@ -340,7 +392,7 @@ class MiniGPTTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one fails
         raise BadLoss(
             f"{what}; no weight was changed by it, its data are in {file}, earlier checkpoints are untouched; "
-            "go on with a lower --learning_rate and --muon_learning_rate (--allow_change), or with --on_bad_loss skip"
+            f"{self.advice()}, or add --on_bad_loss skip"
         )
 
     def _of_all_ranks(self, loss: torch.Tensor, norm: torch.Tensor | float) -> tuple[list[float], list[float]]:
@@ -369,6 +421,7 @@ class MiniGPTTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Because a checkpoint is to be whole or absent, and the Trainer writes it in its place, file by file."""
+        self.check_weights()
         run, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = run / f"checkpoint-{step}"
         self.state.stateful_callbacks[TOTALS] = {"args": {}, "attributes": self._totals()}

@@ -2,11 +2,15 @@
 
 import json
 import math
+import random
 
+import numpy as np
 import pytest
+import torch
 from transformers import Trainer
 
-from tests.training.conftest import rows, train
+from minigpt_hf.training import callbacks
+from tests.training.conftest import assert_equal, rows, state_of, train
 
 UNIFORM = math.log(258)  # the loss of a uniform guess over the byte tokenizer's vocabulary, and of fresh weights
 
@@ -76,3 +80,150 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_every_batch_of_its_step
     assert shown["input_ids"] == batches[0] + batches[1]
     text = words.read_text()
     assert all(part in text * 2 for row in shown["texts"] for part in row.split("<|endoftext|>"))
+
+
+EVALUATED = ["--validation_fraction", "0.3", "--eval_steps", "2"]
+
+
+@pytest.mark.parametrize("steps, exit_code", [((2, 4, 6, 8), 0), ((2, 4, 6, 7, 8), 65)])
+def test_a_run_in_which_most_steps_were_skipped_is_not_published_and_fewer_are_reported(
+    steps, exit_code, recipe, words, tmp_path, monkeypatch, capsys
+):
+    """Half of eight steps, and one more."""
+    multiply_loss(monkeypatch, *steps, factor=math.nan)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, "--on_bad_loss", "skip") == exit_code
+    said = f"{len(steps)} of 8 steps were skipped because of a non-finite or exploded loss"
+    assert said in capsys.readouterr().err
+    assert (folder / "model").exists() == (exit_code == 0)
+    if exit_code == 0:
+        assert said in (folder / "model" / "README.md").read_text()
+        assert json.loads((folder / "model" / "minigpt.json").read_text())["training"]["skipped_steps"] == 4
+
+
+def test_a_card_of_a_run_without_skipped_steps_does_not_mention_any(recipe, words, tmp_path, capsys):
+    assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
+    assert "skipped" not in (tmp_path / "run" / "model" / "README.md").read_text() + capsys.readouterr().err
+
+
+def break_weights(monkeypatch, step: int) -> None:
+    """After this optimizer step one weight is not finite."""
+    real = callbacks.Lines.on_step_end
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == step:
+            with torch.no_grad():
+                next(model.parameters())[0, 0] = math.nan
+        return real(self, args, state, control, model=model, **kwargs)
+
+    monkeypatch.setattr(callbacks.Lines, "on_step_end", on_step_end)
+
+
+# Before an evaluation and a checkpoint; in between; the last.
+@pytest.mark.parametrize("step, on_bad_loss", [(4, "stop"), (5, "skip"), (8, "stop")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*EVALUATED, "--sample_tokens", "4"],
+        ["--eval_strategy", "no"],
+        ["--eval_strategy", "no", "--save_strategy", "no"],
+        ["--eval_strategy", "no", "--save_strategy", "no", "--sample_tokens", "4"],
+    ],
+)
+def test_weights_that_are_not_finite_end_the_run_and_are_neither_saved_nor_published(
+    flags, step, on_bad_loss, recipe, words, tmp_path, monkeypatch, capsys
+):
+    break_weights(monkeypatch, step)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, *flags, "--on_bad_loss", on_bad_loss) == 65
+    err = capsys.readouterr().err
+    assert f"step {step}: model.embed_tokens.weight has values that are not finite" in err
+    assert "--learning_rate" in err
+    assert not (folder / "model").exists()
+    saved = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
+    assert sorted(saved) == ([] if "--save_strategy" in flags else list(range(2, step, 2)))
+
+
+def nan_evaluations(monkeypatch, *steps: int, value: float = math.nan) -> None:
+    """The validation loss after these steps."""
+    from minigpt_hf.training import trainer
+
+    real = trainer.score_documents
+
+    def score_documents(*args, **kwargs):
+        evaluations.append(2 * len(evaluations) + 2)
+        nats, tokens, documents = real(*args, **kwargs)
+        return (value * tokens if evaluations[-1] in steps else nats), tokens, documents
+
+    evaluations = []
+    monkeypatch.setattr(trainer, "score_documents", score_documents)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(recipe, words, tmp_path, monkeypatch, capsys):
+    nan_evaluations(monkeypatch, 4)
+    assert train(recipe, words, tmp_path / "run", *EVALUATED) == 65
+    assert "step 4: the validation loss is nan" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(recipe, words, tmp_path, monkeypatch, capsys):
+    """At the first of four evaluations: for NaN as the best, no later loss would be better."""
+    nan_evaluations(monkeypatch, 2)
+    flags = [*EVALUATED, "--on_bad_loss", "skip", "--early_stopping_patience", "2"]
+    assert train(recipe, words, tmp_path / "run", *flags) == 0
+    assert "step 2: the validation loss is nan" in capsys.readouterr().err
+    about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
+    losses = [
+        row["eval_loss"]
+        for row in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+        if "eval_loss" in row
+    ]
+    assert len(losses) == 4
+    assert about["results"]["loss"] == pytest.approx(min(losses[1:]), rel=1e-9)
+
+
+def test_after_a_bad_loss_the_newest_checkpoint_that_has_learnt_is_named(recipe, words, tmp_path, monkeypatch, capsys):
+    """Checkpoints 2 and 4 are better than a uniform guess, 6 is worse; the advice leads to a finished run."""
+    nan_evaluations(monkeypatch, 6, value=UNIFORM + 0.1)
+    multiply_loss(monkeypatch, 7, factor=math.nan)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, *EVALUATED) == 65
+    err = capsys.readouterr().err
+    assert f"--resume_from_checkpoint {folder / 'checkpoint-4'}, and" in err
+    monkeypatch.undo()
+    flags = [*EVALUATED, "--resume_from_checkpoint", folder / "checkpoint-4"]
+    assert train(recipe, words, folder, *flags) == 0
+
+
+def test_after_a_bad_loss_the_newest_checkpoint_is_resumed_from_if_it_has_learnt(
+    recipe, words, tmp_path, monkeypatch, capsys
+):
+    multiply_loss(monkeypatch, 7, factor=math.nan)
+    assert train(recipe, words, tmp_path / "run", *EVALUATED) == 65
+    assert "--resume_from_checkpoint" not in (err := capsys.readouterr().err)
+    assert "resume with a lower --learning_rate" in err
+
+
+def test_a_sample_that_fails_is_one_line_and_changes_nothing_about_the_training(
+    recipe, words, tmp_path, monkeypatch, capsys
+):
+    """Dropout is on: a random state, or a mode of the model, that is not restored would show."""
+
+    def fails(model, *args, **kwargs):
+        random.random(), np.random.random(), torch.rand(1)
+        raise RuntimeError("out of memory\nsecond line")
+
+    plain, folder = tmp_path / "plain", tmp_path / "run"
+    assert train(recipe, words, plain, *EVALUATED) == 0
+    real = callbacks.generate
+    monkeypatch.setattr(callbacks, "generate", fails)
+    capsys.readouterr()
+    assert train(recipe, words, folder, *EVALUATED, "--sample_tokens", "4") == 65  # the card needs samples
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if "no sample was written (RuntimeError: out of memory)" in line]
+    assert [line.split(":")[0] for line in told] == ["step 0", "step 2", "step 4", "step 6", "step 8"]
+    assert "the trained model cannot generate text (out of memory" in lines[-1]
+    assert rows(folder) == rows(plain)
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(plain / "checkpoint-8"))
+    monkeypatch.setattr(callbacks, "generate", real)
+    assert train(recipe, words, folder, *EVALUATED, "--sample_tokens", "4") == 0

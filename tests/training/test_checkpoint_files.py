@@ -52,7 +52,9 @@ def test_a_checkpoint_whose_manifest_lacks_a_required_file_is_not_used(name, fin
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the path of a descriptor is looked up in /proc")
-def test_a_checkpoint_is_on_disk_before_its_rename_and_the_rename_itself_after_it(recipe, words, tmp_path, monkeypatch):
+def test_checkpoints_and_model_are_on_disk_before_their_rename_and_the_rename_itself_after_it(
+    recipe, words, tmp_path, monkeypatch
+):
     """A rename survives a power failure only once the folder that holds the name was forced to disk."""
     folder, events, fsync, rename = tmp_path / "run", [], os.fsync, os.rename
 
@@ -68,8 +70,8 @@ def test_a_checkpoint_is_on_disk_before_its_rename_and_the_rename_itself_after_i
     monkeypatch.setattr(os, "rename", recorded_rename)
     assert train(recipe, words, folder, "--max_steps", "4") == 0
     begin = 0
-    for step in (2, 4):
-        checkpoint = folder / f"checkpoint-{step}"
+    for name in ("checkpoint-2", "checkpoint-4", "model"):
+        checkpoint = folder / name
         (at,) = [place for place, event in enumerate(events) if event[0] == "rename" and event[2] == str(checkpoint)]
         staged = events[at][1]
         before = {event[1] for event in events[begin:at]}

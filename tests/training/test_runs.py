@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minigpt_hf import generate
 from minigpt_hf.cli import main
@@ -222,6 +222,75 @@ def test_a_loss_has_exploded_above_ten_times_that_of_a_guess(share, code, recipe
     assert train(recipe, words, tmp_path / "run", "--max_steps", "2") == code
 
 
+# -- a finished run ----------------------------------------------------------------------------------------------------
+
+
+def damaged(model, how: str) -> None:
+    weights = model / "model.safetensors"
+    if how == "emptied":
+        shutil.rmtree(model)
+        model.mkdir()
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "empty weights":
+        weights.write_bytes(b"")
+    elif how == "no tokenizer":
+        (model / "tokenizer.json").unlink()
+    elif how == "no config":
+        (model / "config.json").write_text("{")
+    elif how == "lost tensor":
+        tensors = load_file(weights)
+        del tensors["model.norm.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "other shape":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+
+DAMAGE = ["emptied", "cut", "empty weights", "no tokenizer", "no config", "lost tensor", "other shape"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_model_of_a_finished_run_is_kept_and_published_again(how, recipe, words, evaluated, tmp_path, capsys):
+    folder = shutil.copytree(evaluated, tmp_path / "run")
+    damaged(folder / "model", how)
+    left = files_of(folder / "model")
+    assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
+    captured = capsys.readouterr()
+    assert "is damaged (" in captured.err
+    assert "it is kept as model.aside-1" in captured.err
+    assert "this run is finished" not in captured.out
+    assert files_of(folder / "model.aside-1") == left
+    assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, evaluated)])
+    assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_a_damaged_model_without_a_checkpoint_is_refused(recipe, words, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    damaged(folder / "model", "cut")
+    for path in checkpoint.checkpoints(folder):
+        shutil.rmtree(path)
+    before = files_of(folder)
+    assert train(recipe, words, folder) == 2
+    assert "its model is damaged (" in (err := capsys.readouterr().err)
+    assert err.splitlines()[-1].endswith(
+        f"no checkpoint is left to publish it from; restore {folder / 'model'} from a copy, or train again with --fresh"
+    )
+    assert files_of(folder) == before
+
+
+def test_a_model_whose_card_was_edited_is_finished(recipe, words, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "model" / "README.md").write_text("mine")
+    (folder / "model" / "LICENSE").write_text("MIT")
+    before = files_of(folder)
+    assert train(recipe, words, folder) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert files_of(folder) == before
+
+
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +305,30 @@ def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, f
     assert (
         "removed what is not a complete row, as an interruption leaves it (line 3, line 6)" in capsys.readouterr().err
     )
+    assert rows(folder) == rows(finished)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 2, "sample": 3},
+        {"step": 4, "eval_loss": "x"},
+        {"step": True},
+        {"step": -1},
+        {"step": 2, "seconds": None},
+        {"step": 2, "eval_loss": 10**400},
+    ],
+)
+def test_lines_of_the_log_with_wrong_types_are_removed_with_a_message(line, recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    with (folder / "log.jsonl").open("r+") as file:
+        lines = file.readlines()
+        file.seek(0)
+        file.writelines([*lines[:4], json.dumps(line) + "\n"])
+        file.truncate()
+    assert train(recipe, words, folder, "--sample_tokens", "2") == 0
+    assert "removed what is not a complete row, as an interruption leaves it (line 5)" in capsys.readouterr().err
     assert rows(folder) == rows(finished)
 
 

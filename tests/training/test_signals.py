@@ -32,6 +32,33 @@ def test_after_a_signal_the_run_only_saves(number, recipe, words, tmp_path, monk
     assert steps_with(folder, "sample") == [0, 4, 4, 8]  # and so is its sample, beside the one at the start
 
 
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_without_validation_a_stopped_and_resumed_run_logs_the_samples_of_a_straight_one(
+    step, recipe, words, tmp_path, monkeypatch
+):
+    """A sample is due at each regular checkpoint, and none at one that was saved for a signal in between."""
+    straight, folder, real = tmp_path / "straight", tmp_path / "run", Trainer.training_step
+    flags = ["--save_steps", "2", "--sample_tokens", "4"]
+    assert train(recipe, words, straight, *flags) == 0
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    assert train(recipe, words, folder, *flags) == 143
+    assert steps_with(folder, "sample") == [0, 2][: step - 1] if step < 8 else [0, 2, 4, 6]
+    monkeypatch.setattr(Trainer, "training_step", real)
+    assert train(recipe, words, folder, *flags) == 0
+    samples = [
+        [(row["step"], row["sample"]) for row in map(json.loads, (run / "log.jsonl").open()) if "sample" in row]
+        for run in (folder, straight)
+    ]
+    assert samples[0] == samples[1]
+    assert [number for number, _ in samples[0]] == [0, 2, 4, 6, 8]
+
+
 def steps_with(folder, name: str) -> list[int]:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [row["step"] for row in rows if name in row]
