@@ -4,6 +4,7 @@ In: a folder or Hub id of a MiniGPT, or of a Qwen3, its twin. Out: a `MiniGPTFor
 architectures, weights that are missing, and settings that MiniGPT does not have.
 """
 
+import hashlib
 from dataclasses import fields
 
 import torch
@@ -43,6 +44,19 @@ def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
         setattr(architecture, name, settings[name] if name in settings else vars(config)[name])
     architecture.rope_theta = config.rope_parameters["rope_theta"]
     return config
+
+
+def content_of(folder: str) -> str:
+    """SHA-256 of the configuration and the weights of a folder or Hub id, wherever it lies.
+
+    Raises:
+        ValueError: if there is no model there.
+    """
+    path, content = checked_folder(folder), hashlib.sha256()
+    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]):
+        with file.open("rb") as opened:
+            content.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()
 
 
 def existing_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:

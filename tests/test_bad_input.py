@@ -190,6 +190,28 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an infinite learning rate": (train("--muon_learning_rate", "inf"), "muon_learning_rate is inf: it must be"),
         "an unknown schedule": (train("--lr_scheduler_type", "triangle"), "triangle"),
         "an unknown optimizer": (train("--no_muon", "--optim", "sgdd"), "sgdd"),
+        "a metric that there is not": (
+            train("--metric_for_best_model", "accuracy"),
+            "metric_for_best_model accuracy: there is no such metric; give loss, perplexity, bits_per_byte",
+        ),
+        "a metric of which more is better": (
+            train("--metric_for_best_model", "perplexity", "--greater_is_better", "true"),
+            "greater_is_better is True: lower is better",
+        ),
+        "data that are not skipped": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
+        "a seed of the data": (train("--data_seed", "3"), "data_seed 3 is not supported: seed decides"),
+        "checkpoints that are not validated": (
+            train("--eval_steps", "3", "--save_steps", "4", "--load_best_model_at_end", "true"),
+            "save_steps is 4, and must be a multiple of eval_steps, which is 3; give --save_steps 3",
+        ),
+        "a shape beside a model": (
+            train("--init_from", "MODEL", "--recipe", "finetune", "--no_tie_word_embeddings"),
+            "--tie_word_embeddings comes with the model",
+        ),
+        "bytes that are not text in the encoding": (
+            train("--sample_prompt", "caf\udce9"),
+            "argument 'caf\\udce9': is not valid text in the encoding of this system",
+        ),
         "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
         "a language in words": (
             train("--language", "English"),

@@ -23,6 +23,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 AUTO = "auto"  # the value of `size` with which the text decides
+METRICS = ("loss", "perplexity", "bits_per_byte")  # of the validation text; lower is better for each
 
 logger = logging.getLogger(__name__)
 
@@ -285,6 +286,25 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim != TrainingArguments.optim:
             raise ValueError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
+        if self.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip is not supported: the position in the data is computed, so nothing is read again when a "
+                "run resumes; leave it out"
+            )
+        if self.data_seed is not None:
+            raise ValueError(
+                f"data_seed {self.data_seed} is not supported: seed decides the order of the data; give --seed"
+            )
+        if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
+            raise ValueError(
+                f"metric_for_best_model {self.metric_for_best_model}: there is no such metric; give {', '.join(METRICS)}"
+            )
+        if self.greater_is_better:
+            raise ValueError(
+                f"greater_is_better is {self.greater_is_better}: lower is better for {', '.join(METRICS)}; leave it out"
+            )
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = False  # transformers infers True from every name that does not end in `loss`
         if self.hub_token:
             raise ValueError("hub_token is not taken: log in once with `hf auth login`, or set HF_TOKEN")
         if self.push_to_hub and self.hub_strategy not in ("every_save", "end"):
@@ -298,6 +318,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if self.load_best_model_at_end is None:
             together = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
             self.load_best_model_at_end = self.eval_strategy != "no" and together
+        self.check_intervals()
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate takes each process of the launcher for the only one
         super().__post_init__()
@@ -314,6 +335,26 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if self.world_size > 1:
             # Else accelerate shows some blocks twice, to give each process as many. What is left out moves each epoch.
             self.dataloader_drop_last = True
+
+    def check_intervals(self) -> None:
+        """Whether each checkpoint is validated, where the best one is to be published.
+
+        Raises:
+            ValueError: if not.
+        """
+        if not self.load_best_model_at_end or self.save_strategy != "steps" or self.eval_strategy != "steps":
+            return
+        save, evaluate = self.save_steps, self.eval_steps
+        if not save or not evaluate:
+            return
+        shares = (save < 1, evaluate < 1)
+        ratio = save / evaluate
+        if (any(shares) and not all(shares)) or abs(ratio - round(ratio)) > 1e-9:
+            raise ValueError(
+                f"load_best_model_at_end needs a validation at each checkpoint: save_steps is {save:g}, and must be a "
+                f"multiple of eval_steps, which is {evaluate:g}; give --save_steps {evaluate:g}, or --load_best_model_at_end "
+                "false to publish the last step"
+            )
 
 
 Arguments = tuple[DataArguments, ModelArguments, MiniGPTTrainingArguments]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from ..data.blocks import Blocks
@@ -31,6 +30,7 @@ from ..data.tokenizer import vocabulary_size
 from .arguments import AUTO, Arguments, ModelArguments, log_once
 from .checkpoint import FINGERPRINT
 from .plan import device_name, duration
+from .recipe import read_recipe
 from .scaling import (
     LARGEST_UNASKED,
     PARAMETERS_PER_BYTE,
@@ -95,10 +95,11 @@ class Dial:
         if self.training.world_size > 1 and not self.by_text:
             raise ValueError("--minutes and --size measure one process: name the settings themselves for several")
         if (run / FINGERPRINT).is_file() and not self.training.fresh:
-            chosen = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+            chosen = settings_of(run)
             for group in arguments:
                 self._fill_in(group, {name: chosen[name] for name in vars(group) if name in chosen})
             self._say(f"settings that are not given are those that this run was started with: {run / 'recipe.yaml'}")
+            self.training.check_intervals()
             self.is_turned = False
             return
         # Until the text is known: what is given can be validated together with these.
@@ -472,6 +473,24 @@ class Dial:
         for name, value in chosen.items():
             if name not in self.training.given:
                 setattr(group, name, value)
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """What a run was started with.
+
+    Raises:
+        ValueError: if its recipe is missing, empty or damaged.
+    """
+    file = run / "recipe.yaml"
+    try:
+        settings = read_recipe(str(file))
+        if not settings:
+            raise ValueError(f"recipe {file}: is empty")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; this run needs the settings in it: restore it, name another --output_dir, or say --fresh"
+        ) from error
+    return settings
 
 
 def first_words(text: PreparedText) -> str:

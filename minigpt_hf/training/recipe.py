@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from importlib.resources import files
@@ -47,7 +48,15 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         ValueError: for an unknown recipe, key or flag, naming the nearest ones; or an invalid value.
     """
     flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
+    # HfArgumentParser adds --no_X for each X that is true by default.
+    flags = [name if name in settings_known() else name.removeprefix("no_") for name in flags]
     given = {*flags, *overrides}
+    for value in (recipe, *argv, *overrides.values()):
+        if isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(
+                f"argument {value!r}: is not valid text in the encoding of this system, {sys.getfilesystemencoding()}; "
+                "use a name in UTF-8, and set PYTHONUTF8=1"
+            )
     for name in overrides:
         if name not in settings_known():
             raise ValueError(f"unknown setting {name!r}{_nearest(name, settings_known())}")
@@ -132,6 +141,15 @@ def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str])
         )
     for name, value in made_with.items():
         setattr(data, name, value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: bytes that Python cannot decode are lone surrogates in an argument."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _default_recipe(given: set[str]) -> str | None:

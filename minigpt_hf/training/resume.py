@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +17,12 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from ..pretrained import content_of
 from ..publish.folder import damage
 from .arguments import Arguments, MiniGPTTrainingArguments
 from .checkpoint import (
@@ -54,13 +57,18 @@ def run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
     def acquire() -> None:
         if run.exists() and not run.is_dir():
             raise ValueError(f"--output_dir {run}: this is a file; name a folder")
+        if (run / FINGERPRINT).is_file() and (run / "trainer_state.json").is_file():
+            raise ValueError(
+                f"--output_dir {run}: this is a checkpoint; name the folder of its run, {run.absolute().parent}"
+            )
         if (run / "model").is_dir() and not os.access(run, os.W_OK):
             return  # finished and read-only: nothing can be written there
         lock.acquire()
         names = {path.name for path in run.iterdir()} - {LOCK, temporary(run / "recipe.yaml").name}
         if temporary(run / FINGERPRINT).name in names:  # an earlier start was killed while it wrote its first files
             names -= {temporary(run / FINGERPRINT).name, "recipe.yaml"}
-        if names and FINGERPRINT not in names:
+        restore_fingerprint(run)
+        if names and not (run / FINGERPRINT).is_file():
             raise ValueError(f"--output_dir {run}: is not empty and holds no run; name another folder")
 
     try:
@@ -102,8 +110,8 @@ def is_finished(run: Path, fingerprint: dict[str, Any]) -> bool:
     Raises:
         ValueError: if the folder holds another run, or a damaged model and no checkpoint to publish it from.
     """
-    old = read_json(run / FINGERPRINT)
-    if changed := differences(old, fingerprint):
+    old = read_fingerprint(run / FINGERPRINT)
+    if changed := changes(old, fingerprint):
         raise ValueError(
             f"--output_dir {run}: holds another run, which is finished ({in_words(changed, old, fingerprint)}); name "
             "another folder, or say --fresh"
@@ -134,8 +142,8 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
     else:
         checkpoint, lines = newest_valid(run)
         print(*lines, sep="\n", end="\n" if lines else "", flush=True)
-    old = read_json((checkpoint or run) / FINGERPRINT)
-    changed = differences(old, fingerprint)
+    old = read_fingerprint((checkpoint or run) / FINGERPRINT)
+    changed = changes(old, fingerprint)
 
     def said(pairs: dict[str, tuple[Any, Any]]) -> str:
         return in_words(pairs, old, fingerprint)
@@ -163,7 +171,16 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
             logger.info(
                 f"{later.name} is later than the checkpoint to resume from; it is kept as {set_aside(later).name}"
             )
+    if checkpoint is None and (log := run / "log.jsonl").is_file() and log.stat().st_size:
+        logger.warning(
+            f"{run}: no checkpoint is left, so the run starts from step 1; its log is kept as {set_aside(log).name}"
+        )
     keep_log_until(run / "log.jsonl", step)
+    if 0 < training.max_steps < step:
+        logger.warning(
+            f"max_steps {training.max_steps}: the run has already taken {step} steps; no further step is taken, and the "
+            "model that is published is that of the steps taken"
+        )
     if checkpoint:
         print(f"going on from step {step} ({checkpoint})", flush=True)
     return checkpoint
@@ -183,11 +200,6 @@ def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedC
     data, architecture, training = arguments
     model = config.to_dict()
     shape = {f"config.{name}": model[name] for name in vars(architecture) if name in model}
-    names = "learning_rate muon_learning_rate muon_momentum muon optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    names += "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps num_train_epochs seed "
-    names += "early_stopping_patience label_smoothing_factor bf16 fp16 world_size minutes size "
-    names += "torch_compile torch_compile_backend torch_compile_mode"
-    values = {**training.to_dict(), "world_size": training.world_size}
     return {
         "data": text.train.fingerprint,
         "validation": text.validation.fingerprint if text.validation else None,
@@ -195,10 +207,11 @@ def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedC
         "block_size": data.block_size,
         "effective_batch": tokens_per_step(training, data.block_size) // data.block_size,
         **shape,
-        "init_from": architecture.init_from,
+        "init_from": content_of(architecture.init_from) if architecture.init_from else None,
         "lora_rank": architecture.lora_rank,
         "config.rope_theta": model["rope_parameters"]["rope_theta"],
-        **{name: values[name] for name in names.split()},
+        **numeric_settings(training),
+        "world_size": training.world_size,
         "device": training.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -206,8 +219,113 @@ def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedC
             "data": f"{text.name} ({sizes(text.train)})",
             "validation": f"{text.cut} ({sizes(text.validation)})" if text.validation else None,
             "tokenizer": f"{text.kind} ({vocabulary_size(text.tokenizer):,} tokens)",
+            "init_from": architecture.init_from,
         },
     }
+
+
+# Settings that do not change the numbers that a run computes or what it publishes. Every other setting of
+# `TrainingArguments`, those of a later transformers included, is part of the fingerprint.
+IRRELEVANT = {
+    # Where a run lies, and how it is started. The device is an entry of its own.
+    *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "use_cpu"),
+    *("local_rank", "debug", "ddp_timeout"),
+    # What it reports, and where to.
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
+    *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
+    *("trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics"),
+    *("sample_prompt", "sample_tokens"),
+    # When it validates and saves: neither draws a random number. Intervals may change between two starts.
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
+    *("save_on_each_node", "save_only_model", "enable_jit_checkpoint"),
+    # How validation gathers predictions: the validation of this package gathers none.
+    *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    *("include_for_metrics", "batch_eval_metrics"),
+    # Loss, perplexity and bits per byte of one text order checkpoints in the same way.
+    *("metric_for_best_model", "greater_is_better"),
+    # What a step does that would have ended the run.
+    "on_bad_loss",
+    # How batches get to the device, and when memory is freed.
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "torch_empty_cache_steps"),
+    # The Hub.
+    *(
+        "push_to_hub",
+        "hub_token",
+        "hub_private_repo",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_always_push",
+        "hub_revision",
+    ),
+}
+
+# Entries that follow from another one that has changed, and are allowed with it.
+IMPLIED = {
+    "effective_batch": {"per_device_train_batch_size", "gradient_accumulation_steps"},
+    "world_size": {"per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last"},
+}
+
+
+def numeric_settings(training: MiniGPTTrainingArguments) -> dict[str, Any]:
+    """The settings that may change the numbers of a run, as JSON has them."""
+    values = {name: value for name, value in training.to_dict().items() if name not in IRRELEVANT}
+    if values["accelerator_config"].items() <= AcceleratorConfig().to_dict().items():
+        values["accelerator_config"] = None  # filled in where none was given
+    if not training.fsdp:
+        values["fsdp_config"] = None
+    if training.lr_scheduler_type == "reduce_lr_on_plateau":  # validation decides the learning rate
+        values |= {name: training.to_dict()[name] for name in ("eval_strategy", "eval_steps", "eval_delay")}
+    return json.loads(json.dumps(values, default=str))
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two fingerprints: name -> (old, new).
+
+    A setting that an earlier version did not record counts as unchanged where it has its default, or follows from others.
+    """
+    changed = differences(old, new)
+    defaults = {each.name: each.default for each in fields(MiniGPTTrainingArguments)}
+    following = {"load_best_model_at_end", "dataloader_drop_last"}
+    for name in [name for name in changed if name not in old and name in defaults]:
+        # What is None by default may be filled in as False.
+        if new[name] == defaults[name] or not (new[name] or defaults[name]) or name in following:
+            del changed[name]
+    for name, implied in IMPLIED.items():
+        if name in changed:
+            changed = {each: pair for each, pair in changed.items() if each not in implied}
+    return changed
+
+
+def read_fingerprint(file: Path) -> dict[str, Any]:
+    """The fingerprint of a run or checkpoint.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: is missing; restore it, name another --output_dir, or say --fresh")
+    fingerprint = read_json(file)
+    if not isinstance(fingerprint, dict) or not isinstance(fingerprint.get(DESCRIBED, {}), dict):
+        raise ValueError(
+            f"{file}: is not the fingerprint of a run; restore it, name another --output_dir, or say --fresh"
+        )
+    return fingerprint
+
+
+def restore_fingerprint(run: Path) -> None:
+    """Replace a missing or damaged fingerprint by the copy in the newest checkpoint that is whole, if there is one."""
+    file = run / FINGERPRINT
+    try:
+        read_fingerprint(file)
+    except ValueError as error:
+        whole = (each for each in reversed(checkpoints(run)) if what_is_wrong(each) is None)
+        if (checkpoint := next(whole, None)) is None:
+            return  # told by whoever reads it
+        kept = f" (kept as {set_aside(file).name})" if file.is_file() else ""
+        write_atomically({file: (checkpoint / FINGERPRINT).read_text(encoding="utf-8")})
+        reason = str(error).partition(";")[0]
+        logger.warning(f"{reason}{kept}: it is restored from {checkpoint.name}")
 
 
 def sizes(stream: TokenStream) -> str:
@@ -219,13 +337,15 @@ def in_words(changed: dict[str, tuple[Any, Any]], old: dict[str, Any], new: dict
     """{"seed": (1, 2)} -> "seed was 1 and is 2"; what is compared by a hash is named with its size."""
     words = []
     for name, (before, after) in changed.items():
-        known = [each.get(DESCRIBED, {}).get(name) for each in (old, new)]
-        if not all(known):
-            words.append(f"{name} was {before} and is {after}")
-        elif known[0] == known[1]:
-            words.append(f"{name} was {known[0]} and is another of the same name and size")
-        else:
+        known = [each.get(DESCRIBED, {}).get(name) or value for each, value in ((old, before), (new, after))]
+        if name not in old:
+            words.append(f"{name} was not recorded and is {known[1]}")
+        elif known[0] != known[1]:
             words.append(f"{name} was {known[0]} and is {known[1]}")
+        elif name == "init_from":
+            words.append(f"{name} was {known[0]} and is another model of the same name")
+        else:
+            words.append(f"{name} was {known[0]} and is another of the same name and size")
     return ", ".join(words)
 
 

@@ -497,7 +497,10 @@ class MiniGPTTrainer(Trainer):
         Moments and position come from the checkpoint, settings from the arguments; unchanged ones are the same numbers.
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._has_another_optimizer(Path(checkpoint)):
+            self._take_position_of_schedule(Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
             return  # schedules of another kind set their rates by what they have seen
         schedule = self.lr_scheduler
@@ -506,6 +509,22 @@ class MiniGPTTrainer(Trainer):
         schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
         for group, setting, rate in zip(self.optimizer.param_groups, settings, schedule._last_lr, strict=True):
             group.update(setting, lr=rate)
+
+    def _has_another_optimizer(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint holds moments of another optimizer, a change that was allowed."""
+        saved = read_json(checkpoint / FINGERPRINT)
+        return any(saved[name] != self.fingerprint[name] for name in ("muon", "optim") if name in self.fingerprint)
+
+    def _take_position_of_schedule(self, checkpoint: Path) -> None:
+        """The schedule stands where the run stands; the moments of the other optimizer are not used, which is logged."""
+        if not isinstance(self.lr_scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type {self.args.lr_scheduler_type}: its state belongs to the optimizer of {checkpoint.name}, and "
+                "muon or optim is another; keep them, or say --fresh"
+            )
+        logger.warning(f"muon or optim is not that of {checkpoint.name}: the optimizer starts without moments")
+        saved = torch.load(checkpoint / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.last_epoch, self.lr_scheduler._step_count = saved["last_epoch"], saved["_step_count"]
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Because a tied head is not in the file, and the Trainer warns that it is missing; anything else would be."""

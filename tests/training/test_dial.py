@@ -15,6 +15,7 @@ from minigpt_hf.training.dial import OTHER_SECONDS, Dial, number_of
 from minigpt_hf.training.recipe import parse_arguments, resolved
 from minigpt_hf.training.scaling import Shape, block_size_for, learning_rates, tokens_in_a_step, vocabulary_for
 from tests.conftest import SHAKESPEARE
+from tests.training.conftest import go_back
 
 
 def dialled(argv, folder, began=None):
@@ -116,6 +117,69 @@ def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_fil
     argv[2] = "800k"
     assert main(argv) == 2
     assert "holds another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sized(text_file, tmp_path_factory):
+    """A command without a recipe, and the run that it made."""
+    run = tmp_path_factory.mktemp("sized") / "run"
+    argv = ["train", "--size", "110k", "--max_steps", "2", "--sample_tokens", "0", "--validation_characters", "500"]
+    argv += ["--data", str(text_file), "--use_cpu", "--eval_steps", "1"]
+    assert main([*argv, "--output_dir", str(run)]) == 0
+    return argv, run
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [("--no_muon", "muon"), ("--no-muon", "muon"), ("--no_tie_word_embeddings", "tie_word_embeddings")],
+)
+def test_a_setting_that_is_switched_off_counts_as_given_beside_a_run(flag, name, sized, tmp_path, capsys):
+    argv, finished = sized
+    interrupted = tmp_path / "interrupted"
+    go_back(finished, interrupted, 1)
+    for run in (finished, interrupted):
+        assert main([*argv, "--output_dir", str(run), flag]) == 2
+        assert f"{name} was True and is False" in capsys.readouterr().err
+    if name == "muon":  # another architecture is another run
+        assert main([*argv, "--output_dir", str(interrupted), flag, "--allow_change", name]) == 0
+        assert yaml.safe_load((interrupted / "recipe.yaml").read_text())["muon"] is False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (None, "no such file"),
+        (b"- a\n", "found a list"),
+        (b"\xff\xfe\x00", "not YAML"),
+    ],
+)
+def test_a_recipe_of_a_run_that_cannot_be_read_is_told_in_one_line(content, message, sized, tmp_path, capsys):
+    argv, finished = sized
+    run = tmp_path / "run"
+    go_back(finished, run, 1)
+    if content is None:
+        (run / "recipe.yaml").unlink()
+    else:
+        (run / "recipe.yaml").write_bytes(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([*argv, "--output_dir", str(run)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+    assert f"recipe {run / 'recipe.yaml'}: " in line
+    assert message in line
+    assert "--fresh" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_intervals_that_do_not_fit_those_of_the_run_are_told_in_one_line(sized, tmp_path, capsys):
+    """The best checkpoint is published by default, and only how often to validate is given."""
+    argv, finished = sized
+    run = tmp_path / "run"
+    go_back(finished, run, 1)
+    for command in ([*argv, "--eval_steps", "2"], ["train", "--recipe", str(run / "recipe.yaml"), "--eval_steps", "2"]):
+        assert main([*command, "--output_dir", str(run)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+        assert "save_steps is 1, and must be a multiple of eval_steps, which is 2; give --save_steps 2" in line
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """A run only resumes with the settings that it was started with: each of them is compared."""
 
-import pytest
+import json
+import shutil
 
-from tests.training.conftest import go_back, train
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.training.conftest import go_back, rows, train
 
 FLAGS = ["--validation_fraction", "0.3", "--eval_steps", "2"]
 CHANGES = {
@@ -12,6 +17,13 @@ CHANGES = {
     "validation": ["--validation_characters", "40"],  # another validation text, the same training text
     "optim": ["--muon", "false", "--optim", "sgd"],
     "bf16": ["--bf16", "true"],
+    "neftune_noise_alpha": ["--neftune_noise_alpha", "5"],
+    "gradient_accumulation_steps": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"],
+    "per_device_eval_batch_size": ["--per_device_eval_batch_size", "3"],
+    "dataloader_drop_last": ["--dataloader_drop_last", "true"],
+    "load_best_model_at_end": ["--load_best_model_at_end", "false"],
+    "full_determinism": ["--full_determinism", "true"],
+    "average_tokens_across_devices": ["--average_tokens_across_devices", "false"],
     "block_size": ["--block_size", "8", "--max_position_embeddings", "16"],
 }
 
@@ -33,3 +45,122 @@ def test_a_run_does_not_resume_with_another(name, interrupted, recipe, words, ca
     assert f"{name} was " in captured.err
     assert captured.err.count("\nminigpt train: ") == 1  # after the warning about a small text
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
+
+
+def test_what_an_earlier_version_did_not_record_counts_as_unchanged_where_it_has_its_default(
+    interrupted, recipe, words, tmp_path, capsys
+):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    fingerprint = json.loads((run / "fingerprint.json").read_text())
+    for name in (
+        *("neftune_noise_alpha", "gradient_accumulation_steps", "load_best_model_at_end", "full_determinism"),
+        *("accelerator_config", "activation_checkpointing", "fsdp_config", "gradient_checkpointing", "deepspeed"),
+    ):
+        del fingerprint[name]
+    (run / "fingerprint.json").write_text(json.dumps(fingerprint))
+    assert train(recipe, words, run, *FLAGS, "--neftune_noise_alpha", "5") == 2
+    assert "(neftune_noise_alpha was not recorded and is 5.0)" in capsys.readouterr().err
+    assert train(recipe, words, run, *FLAGS, "--max_steps", "2", "--allow_change", "max_steps") == 0
+
+
+def test_another_optimizer_that_is_allowed_starts_without_moments(interrupted, recipe, words, tmp_path, capsys):
+    """Its learning rate is that of the schedule at the step where the run stands."""
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    changed = ["--no_muon", "--optim", "sgd", "--allow_change", "muon", "optim"]
+    assert train(recipe, words, run, *FLAGS, *changed) == 0
+    assert "the optimizer starts without moments" in capsys.readouterr().err
+    rates = [row["learning_rate"] for row in rows(run)]
+    assert rates == [row["learning_rate"] for row in rows(interrupted.with_name("run"))]
+    # SGD has no state: the step that follows is the gradient times the rate, which no moment changes.
+    names = ("checkpoint-4", "checkpoint-6")
+    before, after = (load_file(run / name / "model.safetensors") for name in names)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_same_batch_in_other_parts_is_allowed_by_name(interrupted, recipe, words, tmp_path):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    parts = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    allowed = ["--allow_change", "per_device_train_batch_size", "gradient_accumulation_steps"]
+    assert train(recipe, words, run, *FLAGS, *parts, *allowed) == 0
+
+
+def test_a_model_to_start_from_is_known_by_its_content(interrupted, recipe, words, tmp_path, capsys, monkeypatch):
+    """Moved, it is the same; replaced under the same name, it is another; interrupted or finished."""
+    monkeypatch.chdir(tmp_path)
+    assert train(recipe, words, "made", "--max_steps", "2") == 0
+    shutil.copytree("made/model", "base")
+    shutil.copytree("made/model", "moved")
+    flags = ["--recipe", "finetune", "--block_size", "16", "--max_steps", "4", "--save_steps", "2", "--use_cpu"]
+    flags += ["--validation_fraction", "0", "--sample_tokens", "0", "--per_device_train_batch_size", "2"]
+    assert train(recipe, words, "run", *flags, "--init_from", "base") == 0
+    shutil.copytree("run", "stopped", ignore=shutil.ignore_patterns("model", "checkpoint-4"))
+    weights = load_file("base/model.safetensors")
+    save_file(
+        {name: tensor + torch.ones(1) * 1e-3 for name, tensor in weights.items()},
+        "base/model.safetensors",
+        {"format": "pt"},
+    )
+    capsys.readouterr()
+    for run in ("run", "stopped"):
+        assert train(recipe, words, run, *flags, "--init_from", "base") == 2
+        assert "(init_from was base and is another model of the same name)" in capsys.readouterr().err
+    assert train(recipe, words, "run", *flags, "--init_from", "moved") == 0
+    assert train(recipe, words, "stopped", *flags, "--init_from", "moved") == 0
+    assert "going on from step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[]", "{", None])
+def test_a_damaged_fingerprint_is_restored_from_a_checkpoint(content, interrupted, recipe, words, tmp_path, capsys):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    good = (run / "fingerprint.json").read_text()
+    (run / "fingerprint.json").unlink()
+    if content is not None:
+        (run / "fingerprint.json").write_text(content)
+    assert train(recipe, words, run, *FLAGS) == 0
+    captured = capsys.readouterr()
+    assert "it is restored from checkpoint-4" in captured.err
+    assert "going on from step 4" in captured.out
+    assert (run / "fingerprint.json").read_text() == good
+    kept = run / "fingerprint.json.aside-1"
+    assert (kept.read_text() if kept.exists() else None) == content
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"described": 3}'])
+def test_a_damaged_fingerprint_without_a_copy_is_told_in_one_line(
+    content, interrupted, recipe, words, tmp_path, capsys
+):
+    run = shutil.copytree(interrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (run / "fingerprint.json").write_text(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train(recipe, words, run, *FLAGS) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+    assert f"{run / 'fingerprint.json'}: is not " in line
+    assert "--fresh" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_is_not_taken_for_a_run(interrupted, recipe, words, capsys):
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
+    for more in ([], ["--fresh"]):
+        assert train(recipe, words, interrupted / "checkpoint-4", *FLAGS, *more) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+        assert line.endswith(f"checkpoint-4: this is a checkpoint; name the folder of its run, {interrupted}")
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_without_checkpoints_starts_again_and_keeps_its_log(interrupted, recipe, words, tmp_path, capsys):
+    run = shutil.copytree(interrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    log = (run / "log.jsonl").read_bytes()
+    assert train(recipe, words, run, *FLAGS) == 0
+    assert "no checkpoint is left, so the run starts from step 1; its log is kept as log.jsonl.aside-1" in (
+        capsys.readouterr().err
+    )
+    assert (run / "log.jsonl.aside-1").read_bytes() == log
+
+
+def test_fewer_steps_than_were_taken_are_told(interrupted, recipe, words, tmp_path, capsys):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    assert train(recipe, words, run, *FLAGS, "--max_steps", "3", "--allow_change", "max_steps") == 0
+    assert "max_steps 3: the run has already taken 4 steps; no further step is taken" in capsys.readouterr().err

@@ -522,6 +522,15 @@ def test_a_lost_best_checkpoint_is_told_and_the_next_best_is_published_with_its_
     assert results["loss"] == pytest.approx(losses[second], rel=1e-12)
 
 
+@pytest.mark.parametrize("metric", ["loss", "eval_perplexity", "bits_per_byte"])
+def test_the_lowest_of_every_metric_is_the_best(metric, recipe, words, evaluated, tmp_path):
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, *EVALUATED, *STEEP, "--metric_for_best_model", metric) == 0
+    lowest = min(row["eval_loss"] for row in log_of(folder) if "eval_loss" in row)
+    assert json.loads((folder / "model" / "minigpt.json").read_text())["results"]["loss"] == pytest.approx(lowest)
+    assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, evaluated)])
+
+
 def test_early_stopping_is_final(recipe, words, tmp_path, capsys):
     straight, folder = tmp_path / "straight", tmp_path / "run"
     flags = ["--validation_fraction", "0.3", "--eval_steps", "2", "--early_stopping_patience", "1", *STEEP]
