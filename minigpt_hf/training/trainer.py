@@ -519,8 +519,8 @@ class MiniGPTTrainer(Trainer):
         """The schedule stands where the run stands; the moments of the other optimizer are not used, which is logged."""
         if not isinstance(self.lr_scheduler, LambdaLR):
             raise ValueError(
-                f"lr_scheduler_type {self.args.lr_scheduler_type}: its state belongs to the optimizer of {checkpoint.name}, and "
-                "muon or optim is another; keep them, or say --fresh"
+                f"lr_scheduler_type {self.args.lr_scheduler_type}: its state belongs to the optimizer of {checkpoint.name}, "
+                "and muon or optim is another; keep them, or say --fresh"
             )
         logger.warning(f"muon or optim is not that of {checkpoint.name}: the optimizer starts without moments")
         saved = torch.load(checkpoint / "scheduler.pt", weights_only=True)
