@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "evaluation": set(),
     "generation": {"trust"},
     "fast": {"generation"},
-    "training": {"atomic", "data", "evaluation", "generation", "publish.folder", "publish.push"},
+    "training": {"atomic", "pretrained", "data", "evaluation", "generation", "publish.folder", "publish.push"},
     "publish": {"atomic", "model", "trust"},
     "doctor": set(),
     "pretrained": {"model", "training", "trust"},

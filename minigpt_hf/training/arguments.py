@@ -276,7 +276,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value}: it must be at least {least}, and a number")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes is {self.minutes}: it must be more than 0")
-        if self.minutes is not None and self.size is not None:
+        if self.minutes is not None and self.size not in (None, "auto"):
             raise ValueError("--minutes and --size both choose the model: give one of them")
         if self.size is not None and str(self.size) != "auto":
             number_of(str(self.size))

@@ -52,7 +52,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     flags = [name if name in settings_known() else name.removeprefix("no_") for name in flags]
     given = {*flags, *overrides}
     for value in (recipe, *argv, *overrides.values()):
-        if isinstance(value, str) and not _is_unicode(value):
+        if isinstance(value, str) and not _is_unicode(value) and not Path(value).exists():  # file names are bytes
             raise ValueError(
                 f"argument {value!r}: is not valid text in the encoding of this system, {sys.getfilesystemencoding()}; "
                 "use a name in UTF-8, and set PYTHONUTF8=1"

@@ -366,7 +366,7 @@ def test_a_recipe_keeps_what_it_says_of_its_own_text():
         ("1. e4 e5 2. Nf3\n", "1. e4 e5"),
         ("山路を登りながら、こう考えた。" * 9, ("山路を登りながら、こう考えた。" * 9)[:40]),
         ("a\x1b[2Jb c\n", "a"),
-        ("\u202e\n", ""),
+        ("\u202e\n-\n", "Liebe Grete, ich"),  # lines without letters and digits are passed over
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
