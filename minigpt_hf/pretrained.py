@@ -31,6 +31,10 @@ def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
         raise ValueError(
             f"--init_from {folder}: this is a {found.model_type}; only MiniGPT and Qwen3 models are of this shape"
         )
+    if settings.get("quantization_config"):
+        raise ValueError(
+            f"--init_from {folder}: its weights are quantized, and cannot be trained; give the model before quantization"
+        )
     known = {each.name for each in fields(MiniGPTConfig)} - {
         "auto_map",
         "architectures",

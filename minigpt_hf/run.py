@@ -24,7 +24,7 @@ from .about import describe
 from .data.blocks import Blocks
 from .data.corpus import CACHE, Corpus, load_corpus
 from .data.prepared import PreparedText, is_prepared, prepare
-from .data.tokenizer import byte_tokenizer, tokenizer_fingerprint, vocabulary_size
+from .data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM
 from .output import guarded_output
@@ -89,6 +89,13 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
     with training.main_process_first(desc="text"):  # the other processes find what the first one made
         text = prepare_text(data, dial.choose_tokenizer)
     raise_unless_same_text(text, training)
+    if architecture.init_from and is_prepared(data.data):
+        existing = load_tokenizer(architecture.init_from)
+        if tokenizer_fingerprint(existing) != tokenizer_fingerprint(text.tokenizer):
+            raise ValueError(
+                f"--data {data.data}: was prepared with another tokenizer than that of --init_from {architecture.init_from}; "
+                f"prepare the text with `minigpt tokenize --tokenizer {architecture.init_from}`"
+            )
     dial.choose_the_rest(
         text,
         lambda shape: make_model(make_config(shape, data.block_size, text.tokenizer), shape),

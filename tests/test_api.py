@@ -39,6 +39,11 @@ def test_a_folder_scores_and_writes(run_folder, text_file, capsys):
     [
         (lambda: minigpt_hf.train(data="absent.txt"), "absent.txt: no such file or folder"),
         (lambda: minigpt_hf.train(hiden_size=8), "unknown setting 'hiden_size'; did you mean hidden_size"),
+        (lambda: minigpt_hf.train(max_steps=3.7), "max_steps is 3.7: expected a whole number"),
+        (lambda: minigpt_hf.train(max_steps="many"), "max_steps.* invalid int value: 'many'"),
+        (lambda: minigpt_hf.train(muon=3), "muon is 3: expected one bool"),
+        (lambda: minigpt_hf.train(learning_rate="fast"), "learning_rate is 'fast': expected a number"),
+        (lambda: minigpt_hf.train(tokenizer=None), "tokenizer is None"),
         (lambda: minigpt_hf.train(recipe="dmeo"), "unknown recipe 'dmeo'; did you mean demo"),
         (lambda: minigpt_hf.load("absent"), "absent: no model can be loaded"),
         (lambda: minigpt_hf.evaluate("absent", "stdlib"), "absent: no model can be loaded"),

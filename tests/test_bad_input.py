@@ -129,7 +129,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     "recipes": {
         "unknown recipe": (train("--recipe", "shakespear-char"), "unknown recipe 'shakespear-char'; did you mean"),
         "no such recipe file": (train("--recipe", "absent.yaml"), "recipe absent.yaml: no such file"),
-        "unknown recipe key": (train("--recipe", "typo.yaml"), "unknown key 'hiden_size'; did you mean hidden_size"),
+        "unknown recipe key": (
+            train("--recipe", "typo.yaml"),
+            "unknown setting 'hiden_size'; did you mean hidden_size",
+        ),
         "no YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: not YAML"),
         "a list": (train("--recipe", "list.yaml"), "recipe list.yaml: expected lines of `key: value`, found a list"),
         "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),

@@ -240,6 +240,11 @@ def quantization_by_kernels(folder):
     folder.json("config.json", quantization_config={"quant_method": "finegrained_fp8"})
 
 
+@hostile("its weights are quantized, and cannot be trained", "init_from")
+def quantized_weights(folder):
+    folder.json("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+
+
 @hostile("`compile_config` leads to code outside", "generate")
 def a_compiler(folder):
     folder.json("generation_config.json", compile_config={"backend": "evil", "_compile_all_devices": True})
@@ -544,7 +549,7 @@ RECIPES = {
     "an object": ("hidden_size: !!python/object/apply:os.system ['touch canary']", "could not determine a constructor"),
     "a key twice": ("hidden_size: 8\nhidden_size: 16", "the key 'hidden_size' is there twice"),
     "a key that is a list": ("? [a]\n: 1", "unhashable"),
-    "a key that is a number": ("1: 2", "unknown key 1"),
+    "a key that is a number": ("1: 2", "unknown setting 1"),
     "nan": ("learning_rate: .nan", "learning_rate is nan"),
     "infinity": ("weight_decay: .inf", "weight_decay is inf"),
     "infinity for a whole number": ("hidden_size: .inf", "hidden_size is inf"),

@@ -129,6 +129,18 @@ def test_what_cannot_go_with_an_existing_model_is_refused(flags, message, finetu
     assert message in capsys.readouterr().err
 
 
+def test_a_text_prepared_with_another_tokenizer_is_refused(finetune, run_folder, text_file, tmp_path, capsys):
+    """Its token ids would index another vocabulary, of the same size or a smaller one."""
+    prepared = {"ours": str(run_folder / "model"), "other": "bytes"}
+    for name, tokenizer in prepared.items():
+        argv = ["tokenize", "--recipe", "demo", "--data", str(text_file), "--tokenizer", tokenizer]
+        argv += ["--validation_characters", "2000"]
+        assert main([*argv, "--output_dir", str(tmp_path / name)]) == 0
+    assert finetune("run", "--data", str(tmp_path / "other")) == 2
+    assert "was prepared with another tokenizer than that of --init_from" in capsys.readouterr().err
+    assert finetune("run", "--data", str(tmp_path / "ours")) == 0
+
+
 def test_other_architectures_and_missing_models_are_refused(finetune, tmp_path, capsys):
     assert finetune("run", folder=tmp_path / "absent") == 2
     assert "no model can be loaded from it (no such folder)" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -41,10 +42,13 @@ from .reading import (
     shown,
 )
 
+logger = logging.getLogger(__name__)
+
 BUILDERS = {"json": Json, "parquet": Parquet, "arrow": Arrow}
 CHUNK = 1 << 20
 # A column is taken for text if one of its first values is neither a number, nor a truth value, nor one of these.
 ROWS_LOOKED_AT = 1_000
+OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 NOT_TEXT = {"", "na", "n/a", "nan", "null", "none", "true", "false"}
 
 
@@ -128,10 +132,12 @@ def read_csv(paths: list[str], names: dict[str, str], decoding: Decoding, choose
         choose_column: From the names of all columns, and of those that are taken for text, to the name of one.
     """
     decoding = replace(decoding, newline="preserve")
-    columns, has_rows = {}, False
+    columns, columns_of, has_rows = {}, [], False
     for path in paths:
         name = names.get(path, path)
         header, of_text, number = _columns(path, name, decoding)
+        _check_delimiter(name, header)
+        columns_of.append(header)
         has_rows = has_rows or number > 0
         columns.setdefault(choose_column(header, of_text), name)
         if header.count(column := next(reversed(columns))) > 1:
@@ -143,6 +149,9 @@ def read_csv(paths: list[str], names: dict[str, str], decoding: Decoding, choose
         raise UnreadableFile(f"the text is in different columns, {texts}; say which: --text_column")
     if not has_rows:
         raise UnreadableFile(f"{shown(names.get(paths[0], paths[0]))}: there is no text in it: the table has no rows")
+    first = shown(names.get(paths[0], paths[0]))
+    logger.info("%s: the first row is the header, %s", first, ", ".join(map(repr, columns_of[0])))
+    _warn_of_quotes(paths, names, decoding)
     kwargs = {
         "paths": tuple(str(Path(path).absolute()) for path in paths),
         "names": tuple(names.get(path, path) for path in paths),
@@ -175,6 +184,40 @@ def _columns(path: str, name: str, decoding: Decoding) -> tuple[list[str], list[
         for column, value in zip(header, row, strict=False):
             of_text[column] = of_text[column] or _is_text(value)
     return header, [column for column, is_text in of_text.items() if is_text], number
+
+
+def _check_delimiter(name: str, header: list[str]) -> None:
+    """Refuse a table whose header is a single field that contains another delimiter.
+
+    Raises:
+        UnreadableFile: all columns would be read as one.
+    """
+    if len(header) == 1:
+        for delimiter, plural in OTHER_DELIMITERS.items():
+            if delimiter in header[0]:
+                raise UnreadableFile(
+                    f"{shown(name)}: its only column is {header[0]!r}, so its fields seem to be separated by {plural}; "
+                    "convert the file to commas (.csv) or tabs (.tsv), or read it as text: --data_format text"
+                )
+
+
+def _warn_of_quotes(paths: list[str], names: dict[str, str], decoding: Decoding) -> None:
+    """Report TSV files in which fields are enclosed in quotes: many programs write TSV in which quotes are text."""
+    for path in paths:
+        name = names.get(path, path)
+        if ending_of(name) != ".tsv":
+            continue
+        with open_bytes(path, name) as file:
+            lines = islice(io.TextIOWrapper(file, decoding.encoding, decoding.errors), ROWS_LOOKED_AT)
+            quoted = sum(field.startswith('"') for line in lines for field in line.rstrip("\r\n").split("\t"))
+        if quoted:
+            logger.warning(
+                "%s: %s fields of the first %s lines begin with a quote: the quotes around a field are removed, as in CSV; "
+                "if they are part of the text, double them",
+                shown(name),
+                f"{quoted:,}",
+                f"{ROWS_LOOKED_AT:,}",
+            )
 
 
 def _is_text(value: str) -> bool:

@@ -51,13 +51,14 @@ class MuonAdamW(torch.optim.Optimizer):
         `momentum`,
             AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
             1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
+        lr: Learning rate of groups without one, and `defaults["lr"]`, to which transformers' schedules relate `min_lr`.
 
     Raises:
         ValueError: for an unknown algorithm, or a Muon parameter that is not a matrix.
     """
 
-    def __init__(self, param_groups: Iterable[dict]):
-        defaults = {"lr": 1e-3, "weight_decay": 0.0, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8}
+    def __init__(self, param_groups: Iterable[dict], lr: float = 1e-3):
+        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8}
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             if group.get("algorithm") not in ("muon", "adamw"):
@@ -167,5 +168,6 @@ def muon_adamw(
                 "momentum": momentum,
                 "weight_decay": weight_decay,
             },
-        ]
+        ],
+        lr=lr,
     )

@@ -6,6 +6,7 @@ or, of a training, the recipe that gives it again. It refuses unknown recipes, k
 
 import difflib
 import math
+import os
 import re
 import reprlib
 import sys
@@ -57,9 +58,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
                 f"argument {value!r}: is not valid text in the encoding of this system, {sys.getfilesystemencoding()}; "
                 "use a name in UTF-8, and set PYTHONUTF8=1"
             )
-    for name in overrides:
-        if name not in settings_known():
-            raise ValueError(f"unknown setting {name!r}{_nearest(name, settings_known())}")
+    overrides = {name: os.fspath(each) if isinstance(each, os.PathLike) else each for name, each in overrides.items()}
+    overrides = _checked(overrides)
     if recipe is None:
         recipe = _default_recipe(given)
     of_recipe = read_recipe(recipe) if recipe else {}
@@ -263,28 +263,42 @@ def read_recipe(name: str) -> dict[str, Any]:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
-    known = settings_known()
+    return _checked(settings, f"recipe {name}: ")
+
+
+def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
+    """Settings by name, with the types of their fields; a number that is text becomes one where a fraction is expected.
+
+    Raises:
+        ValueError: beginning with `origin`, for an unknown name or a value of another type.
+    """
+    known, settings = settings_known(), dict(settings)
+    optional = {each.name for group in GROUPS for each in fields(group) if each.default is None}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"recipe {name}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise ValueError(f"{origin}unknown setting {key!r}{_nearest(str(key), known)}")
+        if key == "size" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = settings[key] = str(value)
         kind = next((kind for kind in (bool, int, float, str) if known[key] in (kind, kind | None)), None)
         allowed = {bool: bool | str, int: int | float | str, float: int | float | str, str: str}
+        if kind and value is None and key not in optional and not isinstance(None, known[key]):
+            raise ValueError(f"{origin}{key} is None: expected one {kind.__name__}")
         if kind and value is not None:
             right = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
             if not right:
-                raise ValueError(f"recipe {name}: {key} is {reprlib.repr(value)}: expected one {kind.__name__}")
+                raise ValueError(f"{origin}{key} is {reprlib.repr(value)}: expected one {kind.__name__}")
         if kind is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
             try:
                 value = settings[key] = float(value)
             except ValueError as error:
-                raise ValueError(f"recipe {name}: {key} is {reprlib.repr(value)}: expected a number") from error
+                raise ValueError(f"{origin}{key} is {reprlib.repr(value)}: expected a number") from error
         if isinstance(value, float):
             if not math.isfinite(value):
-                raise ValueError(f"recipe {name}: {key} is {value}: expected a finite number")
+                raise ValueError(f"{origin}{key} is {value}: expected a finite number")
             if kind is int:
-                raise ValueError(f"recipe {name}: {key} is {value}: expected a whole number")
+                raise ValueError(f"{origin}{key} is {value}: expected a whole number")
         if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise ValueError(f"recipe {name}: {key} is a number of {value.bit_length()} bits; at most 63 are possible")
+            raise ValueError(f"{origin}{key} is a number of {value.bit_length()} bits; at most 63 are possible")
     return settings
 
 

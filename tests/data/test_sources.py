@@ -288,3 +288,22 @@ def test_broken_json_names_file_and_line(tmp_path):
     write_files(tmp_path, {"a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n\n{"text": \n{"text": "c"}\n'})
     with pytest.raises(ValueError, match=r"b\.jsonl: line 3 is not JSON: "):
         texts_of(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ",")])
+def test_a_table_with_another_delimiter_is_refused(name, delimiter, tmp_path):
+    """Its rows would be taken whole for texts, the delimiters included."""
+    (tmp_path / name).write_text(f"id{delimiter}text\n1{delimiter}one\n2{delimiter}two\n")
+    with pytest.raises(ValueError, match=r"its only column is 'id.+text', so its fields seem to be separated by"):
+        texts_of(tmp_path / name)
+
+
+def test_how_a_table_is_interpreted_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO", logger="minigpt_hf")
+    (tmp_path / "a.csv").write_text('id,text\n1,"one, two"\n')
+    assert texts_of(tmp_path / "a.csv") == ["one, two"]
+    assert "a.csv: the first row is the header, 'id', 'text'" in caplog.text
+    assert "quote" not in caplog.text
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"one"\n2\ttwo "2"\n')
+    assert texts_of(tmp_path / "a.tsv") == ["one", 'two "2"']
+    assert "a.tsv: 1 fields of the first 1,000 lines begin with a quote" in caplog.text

@@ -1,12 +1,15 @@
 """Muon and AdamW in one optimizer do what torch's own do apart."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.cli import main
 from minigpt_hf.training.optimizer import MuonAdamW, muon_adamw, orthogonalize
+from minigpt_hf.training.resume import read_log
 from tests.conftest import random_ids, tiny_config, tiny_model
 
 SHAPES = [(32, 32), (96, 32), (96, 32), (32, 96), (16, 32)]
@@ -110,3 +113,15 @@ def test_what_muon_cannot_turn_and_what_has_no_rule_are_refused():
         MuonAdamW([{"params": parameters_with_gradients([(3,)]), "algorithm": "muon"}])
     with pytest.raises(ValueError, match="use 'muon' or 'adamw'"):
         MuonAdamW([{"params": parameters_with_gradients([(3, 3)])}])
+
+
+def test_the_minimum_of_a_schedule_is_the_learning_rate_that_was_asked_for(text_file, recipe_file, tmp_path):
+    """transformers divides `min_lr` by the optimizer's default learning rate."""
+    argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(tmp_path / "run")]
+    argv += ["--max_steps", "6", "--warmup_steps", "0", "--logging_steps", "1", "--learning_rate", "8e-3"]
+    argv += ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 2e-3}']
+    assert main(argv) == 0
+    rates = [row["learning_rate"] for row in read_log(tmp_path / "run" / "log.jsonl") if "learning_rate" in row]
+    # The k-th of 6 steps is taken with the rate of k - 1 steps, between peak and minimum along half a cosine.
+    expected = [2e-3 + 6e-3 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert rates == pytest.approx(expected)
