@@ -67,7 +67,8 @@ EQUIVALENT = {
     r"os\.name == \"nt\"": "needs Windows",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
 }
-ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device"}
+# `strict` of `zip` asserts lengths that are equal by construction.
+ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
 REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
 REPORTING_FUNCTIONS = {"show_plan", "device_name", "learnt", "in_words", "assumed_power", "_nearest"}
 

@@ -319,7 +319,7 @@ class MiniGPTTrainer(Trainer):
                 share=(self.args.process_index, self.args.world_size),
             )
         # Sums of natural logarithms fit float32 well enough to travel; MPS knows no float64.
-        sums = torch.tensor([nats, tokens], device=self.args.device, dtype=torch.float32)
+        sums = torch.tensor([nats, tokens], device=self.args.device)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)
         score = summarize(nats, int(tokens), stream.bytes, documents, block_size, None).to_dict()
         if not math.isfinite(score["loss"]):

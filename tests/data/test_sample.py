@@ -6,13 +6,14 @@ import random
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.texts import EXCERPTS, StreamedDocuments
+from minigpt_hf.data.texts import EXCERPTS, INDEX, StreamedDocuments, runs
 
 WINDOW = 8
 
@@ -159,3 +160,15 @@ def test_a_sampled_score_is_near_that_of_the_whole_text(many_documents, recipe_f
         scores[characters] = json.loads(capsys.readouterr().out)
     assert scores[10_000]["bytes"] < scores[10**9]["bytes"] / 2
     assert scores[10_000]["bits_per_byte"] == pytest.approx(scores[10**9]["bits_per_byte"], rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_documents_are_read_in_runs_of_at_most_a_part(seed):
+    """Each document once, in order; as many at a time as fit, or a single longer one."""
+    lengths = random.Random(seed).choices([1, 300_000, 500_000, 999_999, 1_000_000, 3_000_000], k=40)
+    index = np.zeros(len(lengths), dtype=INDEX)
+    index["row"], index["end"] = np.arange(len(lengths)), lengths
+    found = [run["end"].tolist() for run in runs(index)]
+    assert [length for run in found for length in run] == lengths
+    assert all(sum(run) <= 1_000_000 or len(run) == 1 for run in found)
+    assert all(sum(run) + after[0] > 1_000_000 for run, after in itertools.pairwise(found))

@@ -147,6 +147,14 @@ def test_a_saved_tokenizer_loads_anywhere_and_encodes_the_same(tokenizers, tmp_p
         assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / str(i)))) == tokenizer_fingerprint(tokenizer)
 
 
+def test_loaders_of_other_versions_are_told_not_to_tidy_spaces(tokenizers, tmp_path):
+    """transformers 4 removes the space in "a ." by default when it decodes."""
+    for name, tokenizer in enumerate(tokenizers):
+        tokenizer.save_pretrained(tmp_path / str(name))
+        config = json.loads((tmp_path / str(name) / "tokenizer_config.json").read_text())
+        assert config["clean_up_tokenization_spaces"] is False
+
+
 def test_a_tokenizer_that_is_not_there_or_a_vocabulary_too_small_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path))

@@ -351,6 +351,10 @@ def test_language_licence_and_prompt_of_a_recipe_are_not_claimed_for_another_tex
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
     assert (data.language, training.sample_prompt) == (["de"], "Der Rhein")
     assert "not used" not in caplog.text
+    # What is given stays, and the rest of the recipe's description is dropped all the same.
+    given = ["--sample_prompt", "Der Rhein", "--max_steps", 2]
+    (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
+    assert (data.language, training.sample_prompt) == ([], "Der Rhein")
 
 
 def test_a_recipe_keeps_what_it_says_of_its_own_text():

@@ -160,7 +160,9 @@ def test_a_run_without_checkpoints_starts_again_and_keeps_its_log(interrupted, r
     assert (run / "log.jsonl.aside-1").read_bytes() == log
 
 
-def test_fewer_steps_than_were_taken_are_told(interrupted, recipe, words, tmp_path, capsys):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fewer_steps_than_were_taken_are_told(steps, interrupted, recipe, words, tmp_path, capsys):
     run = shutil.copytree(interrupted, tmp_path / "run")
-    assert train(recipe, words, run, *FLAGS, "--max_steps", "3", "--allow_change", "max_steps") == 0
-    assert "max_steps 3: the run has already taken 4 steps; no further step is taken" in capsys.readouterr().err
+    assert train(recipe, words, run, *FLAGS, "--max_steps", str(steps), "--allow_change", "max_steps") == 0
+    message = f"max_steps {steps}: the run has already taken 4 steps; no further step is taken"
+    assert message in capsys.readouterr().err

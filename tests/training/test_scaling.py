@@ -2,7 +2,7 @@
 
 import pytest
 
-from minigpt_hf.training.scaling import Shape, distance_from_optimal, dropout, learning_rates, weight_decay
+from minigpt_hf.training.scaling import Shape, distance_from_optimal, dropout, learning_rates, shape_for, weight_decay
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,13 @@ def test_layers_and_heads_of_a_width(width, layers, heads):
     """Up to 128 a layer for each 32, then one more for each 80; heads of 32 below a width of 256, then of 64."""
     expected = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     assert Shape(width).settings() == expected
+
+
+def test_every_width_that_is_chosen_is_a_multiple_of_8():
+    """Matrix kernels prefer it."""
+    chosen = {shape_for(10_000 * 1.05**step, 1000).width for step in range(200)}
+    assert len(chosen) > 20
+    assert all(width % 8 == 0 for width in chosen)
 
 
 def test_text_that_is_read_often_is_regularised():
