@@ -37,7 +37,7 @@ from .files import (
     standard_library,
 )
 from .reading import COMPRESSED, Decoding, UnreadableFile, keep, shown
-from .tables import read_csv, read_tables
+from .tables import read_tables
 from .texts import Documents, Files, Rows, StreamedDocuments, Texts
 
 logger = logging.getLogger(__name__)
@@ -200,10 +200,8 @@ class Source:
             return Files(tuple(files), self.decoding, self.names).documents()
         if self.decoding.newline != "preserve":
             logger.warning("--newline has no effect on tables such as %s", shown(self.names.get(files[0], files[0])))
-        if kind == "csv":
-            rows = read_csv(files, self.names, self.decoding, lambda header, text: self._column(header, text, header))
-            return Rows(rows).documents(self.cache_dir)
-        return self._documents(read_tables(kind, files, self.names, self.decoding, self.cache_dir))
+        rows = read_tables(kind, files, self.names, self.decoding, self.cache_dir, self._column)
+        return Rows(rows).documents(self.cache_dir)
 
     def _regular(self, path: Path) -> str:
         """The file itself; what arrives through a descriptor of this process, as `<(command)` does, is spooled."""
@@ -292,18 +290,19 @@ class Source:
         return Rows(rows).documents(self.cache_dir)
 
     def _column(self, columns: list[str], of_text: list[str], possible: list[str]) -> str:
-        """The column that holds the text: the one asked for or called `text`, if that is possible, or the only one."""
-        asked = self.text_column or ("text" if "text" in possible else None)
+        """The column that holds the text: the one asked for, or `text` if there is one, or the only one that holds text."""
+        asked = self.text_column or ("text" if "text" in columns else None)
         if asked is None and len(of_text) == 1:
             logger.info("%s: the text is the column %r, the only one that holds text", shown(self.data), of_text[0])
             return of_text[0]
         if asked in possible:
             return asked
-        names = ", ".join(of_text) or "none"
+        names, missing = ", ".join(of_text) or "none", asked not in columns
         if asked is None:
             what = "which column is the text? say --text_column" if of_text else "no column holds text"
         else:
-            what = f"--text_column {asked}: " + ("holds no text" if asked in columns else "there is no such column")
+            asked = f"--text_column {asked}" if self.text_column else "the column 'text'"
+            what = f"{asked}: " + ("there is no such column" if missing else "holds no text, or not only text")
         also = "" if names_hub_dataset(self.data) else "; to learn the file as it stands, say --data_format text"
         raise ValueError(f"{self.data}: {what}; columns of text: {names}{also}")
 

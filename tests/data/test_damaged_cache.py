@@ -69,7 +69,7 @@ def whole(texts, tmp_path_factory):
 def files_of(cache: Path) -> list[Path]:
     return [
         file
-        for kind in ("tokenizers", "streams", "documents")
+        for kind in ("tokenizers", "streams", "documents", "tables")
         for file in (cache / kind).rglob("*.*")
         if file.is_file()
     ]
@@ -79,12 +79,12 @@ def test_the_cache_holds_what_the_damage_is_tried_on(whole):
     cache, _ = whole
     names = sorted(file.name for file in files_of(cache))
     assert [name for name in names if not name.startswith("index")] == sorted(
-        [*STREAM, *STREAM, "manifest.json", "tokenizer.json", *["manifest.json"] * (len(names) - 10 - 1)]
+        [*STREAM, *STREAM, "manifest.json", "tokenizer.json", "rows.arrow", *["manifest.json"] * (len(names) - 10 - 2)]
     )
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("kind", ["tokenizers", "streams", "documents"])
+@pytest.mark.parametrize("kind", ["tokenizers", "streams", "documents", "tables"])
 def test_each_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, whole, texts, tmp_path, caplog):
     original, expected = whole
     caplog.set_level(logging.INFO, "minigpt_hf")

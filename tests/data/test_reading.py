@@ -357,7 +357,7 @@ def test_the_column_of_csv_is_the_one_that_holds_text(tmp_path):
         ("text,text\na,b\n", r"a\.csv: 2 columns are named 'text'"),
         ('text\n"never closed\nmore\n', r"a\.csv: line 3: unexpected end of data"),
         ("text\n", r"a\.csv: there is no text in it"),
-        ("", r"a\.csv: no column holds text"),
+        ("", r"a\.csv: there is no text in it: the table has no rows"),
         (b"text\ncaf\xe9\n", r"a\.csv: not utf-8 text: byte 0xe9 at position 8"),
     ],
 )

@@ -7,8 +7,11 @@ import logging
 import lzma
 import re
 import sys
+from datetime import datetime
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -307,3 +310,80 @@ def test_how_a_table_is_interpreted_is_logged(tmp_path, caplog):
     (tmp_path / "a.tsv").write_text('id\ttext\n1\t"one"\n2\ttwo "2"\n')
     assert texts_of(tmp_path / "a.tsv") == ["one", 'two "2"']
     assert "a.tsv: 1 fields of the first 1,000 lines begin with a quote" in caplog.text
+
+
+def write_json_lines(file, *rows) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("value", [5, True, 1.10, ["a"], {"a": "b"}])
+@pytest.mark.parametrize("place", [0, 200, 5000])
+def test_a_value_that_is_not_a_string_is_refused_wherever_it_is(value, place, tmp_path):
+    """It is neither converted nor a reason to read another column."""
+    rows = [{"text": f"text of row {row}", "url": f"https://example.org/{row}"} for row in range(5001)]
+    rows[place]["text"] = value
+    write_json_lines(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: line {place + 1:,}: 'text' is .*, not a string"):
+        texts_of(tmp_path / "rows.jsonl")
+    assert texts_of(tmp_path / "rows.jsonl", text_column="url")[-1] == "https://example.org/5000"
+
+
+def test_a_column_called_text_is_not_passed_over(tmp_path):
+    write_json_lines(tmp_path / "rows.jsonl", {"text": 1, "url": "a"}, {"text": 2, "url": "b"})
+    with pytest.raises(ValueError, match="the column 'text': holds no text, or not only text; columns of text: url"):
+        texts_of(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("odd", [5, datetime(2020, 1, 1), b"bytes"])
+@pytest.mark.parametrize("first", [True, False])
+def test_files_whose_text_columns_have_different_types_are_refused(odd, first, tmp_path):
+    """Neither is cast to the type of the other, in whichever order they are read."""
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / f"{2 if first else 1}.parquet")
+    pq.write_table(pa.table({"text": [odd]}), tmp_path / f"{1 if first else 2}.parquet")
+    with pytest.raises(ValueError, match=r"'text'.*(of type \w+|holds no text)"):
+        texts_of(tmp_path)
+
+
+def test_strings_that_look_like_something_else_and_rows_that_differ_are_read_verbatim(tmp_path):
+    texts = ["2026-11-24T10:00:00Z", "1.10", "007", "null", "NaN", "2020-01-01"] * 3000
+    write_json_lines(tmp_path / "1.jsonl", *[{"text": text, "date": text} for text in texts])
+    write_json_lines(tmp_path / "2.jsonl", {"other": 1, "text": "last"}, {"other": [1, "x"]}, {"date": 3})
+    assert texts_of(tmp_path) == [*texts, "last"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2 is not JSON: the key 'text' is there twice"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "row 2 holds half of a surrogate pair"),
+        ('{"text": "a"}\n["b"]\n', "line 2 is not a JSON object"),
+        ('[{"text": "a"}, 5]', "row 2 is not a JSON object"),
+        ('[{"text": "a"},\n{"text": }]', "line 2 is not JSON: "),
+        ('{"text": "a"}\n' + '{"a": ' * 100_000 + "\n", "line 2 is nested too deeply"),
+    ],
+)
+def test_json_that_is_not_a_table_is_refused_by_line_or_row(content, message, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"a.json: {message}")):
+        texts_of(tmp_path / "a.json")
+
+
+def test_json_over_several_lines_and_arrays_of_strings_are_tables(tmp_path):
+    values = {
+        "pretty": json.dumps({"text": "a\nb"}, indent=1) * 2,
+        "strings": '["a", "b"]\n["c"]',
+        "one": '{"text": "a"}',
+    }
+    expected = {"pretty": ["a\nb", "a\nb"], "strings": ["a", "b", "c"], "one": ["a"]}
+    for name, content in values.items():
+        (tmp_path / f"{name}.json").write_text(content)
+        assert texts_of(tmp_path / f"{name}.json") == expected[name]
+
+
+def test_dictionary_encoded_and_view_columns_are_text(tmp_path):
+    column = pa.array(["a", "b", "a"])
+    for number, kind in enumerate((pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view())):
+        table = pa.table({"text": column.cast(kind) if number != 0 else column.dictionary_encode()})
+        with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as writer:
+            writer.write_table(table)
+        assert texts_of(tmp_path / f"{number}.arrow") == ["a", "b", "a"]
