@@ -109,7 +109,7 @@ def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size
     if not math.isfinite(best["eval_loss"]):
         return None
     tokens = len(validation) - len(validation.documents)
-    return summarize(best["eval_loss"] * tokens, tokens, validation.bytes, len(validation.documents), block_size, None)
+    return summarize(best["eval_loss"], tokens, validation.bytes, len(validation.documents), block_size, None)
 
 
 def describe_validation(text: PreparedText) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def evaluate_texts(
     nats, tokens, documents = score_documents(model, encoded(), opening, block_size, stride, batch_size)
     if not math.isfinite(nats):
         raise ValueError(f"the loss of this model on this text is {nats}: its weights or activations are not finite")
-    return summarize(nats, tokens, size, documents, block_size, stride)
+    if tokens == 0:
+        raise ValueError("there is no text to evaluate")
+    return summarize(nats / tokens, tokens, size, documents, block_size, stride)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -109,16 +111,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ) from error
 
 
-def summarize(nats: float, tokens: int, size: int, documents: int, block_size: int, stride: int | None) -> Score:
-    """Sums -> the figures of a `Score`.
+def summarize(loss: float, tokens: int, size: int, documents: int, block_size: int, stride: int | None) -> Score:
+    """The figures of a `Score`, all computed from the mean loss, so that a published score is repeated to the last digit.
 
-    Raises:
-        ValueError: if there was nothing to score.
+    Args:
+        loss: Mean negative log-likelihood in nats per token.
+        size: Number of UTF-8 bytes of the text.
+        stride: Default: `block_size`.
     """
-    if tokens == 0:
-        raise ValueError("there is no text to evaluate")
-    loss = nats / tokens
-    bits_per_byte = nats / math.log(2) / size
+    bits_per_byte = loss * tokens / math.log(2) / size
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
     return Score(loss, perplexity, bits_per_byte, tokens, size, documents, block_size, stride or block_size)
 

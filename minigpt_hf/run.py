@@ -4,7 +4,6 @@ In: the three dataclasses of `training.arguments`. Out: a run folder with checkp
 the folder that is published. It refuses to write into a folder that holds anything but the same run, which then goes on.
 """
 
-import atexit
 import json
 import logging
 import time
@@ -50,6 +49,7 @@ from .training.resume import (
 )
 from .training.stops import Interrupted, RunStopped, StopAtBoundary, StopWhenNoBetter, StorageFailed, is_disk_full
 from .training.trainer import MiniGPTTrainer
+from .trust import about_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
     has_model = (run / "model").exists() and not starts_over
     if has_model and from_main_process(training, lambda: is_finished(run, fingerprint)):
+        if training.process_index == 0:
+            warn_about_the_card(run / "model", data)
         return run / "model"
     checkpoint = None
     if not starts_over:
@@ -135,8 +137,6 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
 
         trainer.announced_step = done if checkpoint else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if training.world_size > 1:
-        atexit.register(leave_the_group)
     if stop.stopped:
         step = trainer.state.global_step
         where = f"and saved at step {step}; the same command goes on from there" if step else "before the first step"
@@ -144,8 +144,8 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
         if training.world_size > 1:  # a launcher ends all processes as soon as one fails
             if trainer.is_world_process_zero():
                 logger.warning(str(stopped))
-            trainer.accelerator.wait_for_everyone()
             stopped.was_reported = True
+            leave_process_group(training)
         raise stopped
     trainer.check_trained()
     if trainer.is_world_process_zero():
@@ -158,6 +158,7 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
             if stop.number is not None:
                 raise Interrupted(stop.number, f"before the push; push with `minigpt push {run / 'model'} USER/NAME`")
             print(*push_folder(run / "model", trainer.hub_model_id, training.hub_revision), flush=True)
+    leave_process_group(training)
     return run / "model"
 
 
@@ -179,9 +180,21 @@ def storage_errors(trainer: MiniGPTTrainer) -> Iterator[None]:
         raise
 
 
-def leave_the_group() -> None:
-    """Say goodbye to the other processes: torch sometimes aborts a process that ends while it is still in a group."""
-    if torch.distributed.is_initialized():
+def warn_about_the_card(model: Path, data: DataArguments) -> None:
+    """Report settings of the card that differ from those that a finished model was published with."""
+    published = about_of(model)
+    for name in ("language", "license"):
+        if (given := vars(data)[name]) and name in published and given != published[name]:
+            logger.warning(
+                f"--{name} {given}: not applied, the model was published with {name} {published[name]}; change "
+                f"{model / 'README.md'}, or train again with --fresh"
+            )
+
+
+def leave_process_group(training: MiniGPTTrainingArguments) -> None:
+    """Wait for all processes, then leave the group together: torch aborts a process that ends while others are in it."""
+    if training.world_size > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -247,6 +247,23 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "too small a vocabulary": (train("--vocab_size", "5"), "vocab_size is 5: byte-level BPE needs at least 258"),
         "no such tokenizer": (train("--tokenizer", "absent"), "absent: no tokenizer can be loaded from it"),
         "a model shorter than its blocks": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
+        "options of an optimizer beside Muon": (
+            train("--optim_args", "foo=1"),
+            "optim_args has no effect on Muon: add --no_muon",
+        ),
+        "modules of an optimizer beside Muon": (
+            train("--optim_target_modules", "all-linear"),
+            "optim_target_modules has no effect on Muon",
+        ),
+        "another order of the data": (
+            train("--train_sampling_strategy", "sequential"),
+            "train_sampling_strategy sequential is not supported",
+        ),
+        "no order of the data": (
+            train("--dataloader_num_workers", "2", "--dataloader_in_order", "false"),
+            "dataloader_in_order false is not supported",
+        ),
+        "names of labels": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
         "a checkpoint that is not there": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
     },
     "folders": {

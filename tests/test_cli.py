@@ -54,6 +54,18 @@ def test_generate_streams_the_text_of_generate_and_repeats_with_a_seed(run_folde
     assert greedy[0] == greedy[1]
 
 
+def test_a_prompt_is_printed_once_all_options_are_accepted(run_folder, capsys):
+    argv = ["generate", str(run_folder / "model"), "--prompt", "def ", "--max_new_tokens", "2"]
+    for option in ("--temperature=-1", "--repetition_penalty=-1", "--top_k=-3"):
+        assert main([*argv, option]) == 2
+        assert capsys.readouterr().out == ""
+    assert main([*argv, "--temperature", "1e-3", "--seed", "1"]) == 0
+    cold = capsys.readouterr().out
+    assert main([*argv, "--temperature", "0.001", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == cold
+    assert cold.startswith("def ")
+
+
 def test_generate_without_a_prompt_begins_a_document(run_folder, capsys):
     code, out, _ = run(capsys, "generate", run_folder / "model", "--max_new_tokens", 12, "--seed", 3)
     assert code == 0

@@ -1,8 +1,11 @@
 """`minigpt generate`: any causal LM and a prompt -> text, as it is written."""
 
+import re
 import sys
 
 from .parser import Parser, quiet
+
+SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def parser() -> Parser:
@@ -64,16 +67,25 @@ def run(argv: list[str]) -> None:
     settings = {"seed": args.seed, "special_tokens": args.special_tokens, **extra, **options}
 
     class PromptAndText(TextStreamer):
-        """Prints the prompt as it was typed when generation begins, that is, after all options have been accepted."""
+        """Prints the prompt as it was typed with the first generated token, when all options have been accepted."""
 
         def __init__(self, tokenizer, prompt: str):
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.prompt = prompt
+            self.prompt, self.has_begun = prompt, False
 
         def put(self, value) -> None:
-            if self.next_tokens_are_prompt:
-                print(self.prompt, end="", flush=True)
+            if not self.next_tokens_are_prompt:
+                self.begin()
             super().put(value)
+
+        def begin(self) -> None:
+            if not self.has_begun:
+                self.has_begun = True
+                print(self.prompt, end="", flush=True)
+
+        def end(self) -> None:
+            self.begin()
+            super().end()
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
@@ -82,7 +94,7 @@ def run(argv: list[str]) -> None:
             try:
                 write(model, tokenizer, prompt, streamer=streamer, **settings)
             except ValueError:
-                if not streamer.next_tokens_are_prompt:
+                if streamer.has_begun:
                     print(flush=True)  # the error gets a line of its own
                 raise
         else:
@@ -122,7 +134,8 @@ def _options(flags: list[str]) -> dict:
             options[name] = value  # text, not YAML: "no" and "123" are words
             continue
         try:
-            options[name] = load_yaml(value)
+            # YAML reads 1e-3 as text.
+            options[name] = float(value) if SCIENTIFIC.fullmatch(value) else load_yaml(value)
         except ValueError as error:
             raise ValueError(f"--{name} {value}: not a value: {error}") from error
     return options

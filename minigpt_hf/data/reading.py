@@ -38,10 +38,15 @@ class _Xz:
         while not data:
             if self.decompressor is None or self.decompressor.eof:
                 packed = self.decompressor.unused_data if self.decompressor else b""
-                while not (packed := packed.lstrip(b"\0")):  # padding between streams
-                    if not (packed := self.file.read(1 << 16)):
-                        return b""
-                self.decompressor = lzma.LZMADecompressor()
+                padding = len(packed) - len(packed := packed.lstrip(b"\0"))  # between streams: a multiple of 4 bytes
+                while not packed and (more := self.file.read(1 << 16)):
+                    packed = more.lstrip(b"\0")
+                    padding += len(more) - len(packed)
+                if padding % 4 or (padding and self.decompressor is None):
+                    raise EOFError("it is damaged between two streams")
+                if not packed:
+                    return b""
+                self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
             elif self.decompressor.needs_input:
                 if not (packed := self.file.read(1 << 16)):
                     raise EOFError("it ends in the middle of a stream")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from glob import has_magic
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -338,7 +339,8 @@ def _has_splits(files: list[str], root: str, are_text: bool) -> bool:
 
 
 def _is_of_split(file: str, root: str, split: str) -> bool:
-    return Path(file).stem.lower() == split.lower() or any(split.lower() in words for words in split_words(file, root))
+    names = {Path(file).stem.lower(), split_of(file, root), *chain.from_iterable(split_words(file, root))}
+    return split.lower() in names
 
 
 def names_hub_dataset(data: str) -> bool:

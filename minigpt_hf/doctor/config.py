@@ -156,6 +156,17 @@ def recipe(folder: Folder) -> Row:
     now = {**config, "rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else config.get("rope_theta")}
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
     names += ("rms_norm_eps", "use_sliding_window", "sliding_window", "tie_word_embeddings", "intermediate_size")
+    names += ("hidden_act", "rope_type", "max_position_embeddings")
+    now["rope_type"] = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    trained = {"hidden_act": "silu"} | trained
+    block_size = trained.get("block_size")
+    if not trained.get("init_from") and isinstance(
+        block_size, int
+    ):  # what training derives where the recipe has no value
+        slides = trained.get("use_sliding_window")
+        derived = {"rope_type": "default", "max_position_embeddings": block_size * (16 if slides else 1)}
+        derived |= {"sliding_window": block_size + 1} if slides else {}
+        trained |= {name: value for name, value in derived.items() if trained.get(name) is None}
     changed = [
         f"`{name}` is {now.get(name)!r}, trained with {trained[name]!r}"
         for name in names

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -286,6 +286,20 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim != TrainingArguments.optim:
             raise ValueError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
+        for name in ("optim_args", "optim_target_modules"):
+            if self.muon and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect on Muon: add --no_muon")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy {self.train_sampling_strategy} is not supported: each epoch takes the sequences in "
+                "an order computed from the seed; leave it out"
+            )
+        if not self.dataloader_in_order:
+            raise ValueError(
+                "dataloader_in_order false is not supported: the order of the data would differ from run to run; leave it out"
+            )
+        if self.label_names is not None:
+            raise ValueError(f"label_names {self.label_names} is not supported: a language model predicts its input")
         if self.ignore_data_skip:
             raise ValueError(
                 "ignore_data_skip is not supported: the position in the data is computed, so nothing is read again when a "
@@ -375,4 +389,6 @@ def log_once(training: MiniGPTTrainingArguments, message: str, level: int = logg
 
 def settings_known() -> dict[str, Any]:
     """Every setting there is, by name, with its type."""
-    return {each.name: each.type for group in GROUPS for each in fields(group) if each.init}
+    # Not `field.type`: `HfArgumentParser` replaces some of these while it adds its flags.
+    types = {name: kind for group in GROUPS for name, kind in get_type_hints(group).items()}
+    return {each.name: types[each.name] for group in GROUPS for each in fields(group) if each.init}

@@ -4,6 +4,7 @@ In: the name of a recipe (YAML, in `recipes/`) or a file, and flags or keywords.
 or, of a training, the recipe that gives it again. It refuses unknown recipes, keys and flags, and names the nearest ones.
 """
 
+import copy
 import difflib
 import math
 import os
@@ -356,27 +357,38 @@ def recipe_notes(name: str) -> dict[str, str]:
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:
-    """The settings as a recipe that gives this very training again, whatever later defaults are.
+    """The settings as a recipe that repeats this training, whatever later defaults are.
 
-    All of ours, and those of `TrainingArguments` that are not as transformers has them.
+    All settings of this package, including those of `TrainingArguments` whose default it changes, and those whose value is
+    not transformers' default.
     """
-    settings = {}
+    settings, training = {}, arguments[2]
     for group in arguments:
         values = group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
-        inherited = {each.name: each.default for each in fields(TrainingArguments)} if group is arguments[2] else {}
+        inherited = {each.name: each.default for each in fields(TrainingArguments)} if group is training else {}
+        for own in MiniGPTTrainingArguments.__annotations__:
+            inherited.pop(own, None)
         for name in [each.name for each in fields(group) if each.init and each.name not in NOT_IN_A_RECIPE]:
-            if name not in inherited or values[name] != inherited[name]:
-                settings[name] = values[name]
+            is_derived = name in DERIVED and name not in training.given
+            if not is_derived and (name not in inherited or values[name] != inherited[name]):
+                settings[name] = copy.deepcopy(values[name])  # YAML writes a shared value as a reference
+    if training.max_steps < 0:
+        settings["num_train_epochs"] = training.num_train_epochs
     return settings
 
 
-# Where a run lies and what it runs on is not part of what it does; others the Trainer derives by itself.
+# Where a run lies and what it runs on is not part of what it does.
 NOT_IN_A_RECIPE = {
     *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
-    *("bf16", "dataloader_pin_memory", "dataloader_drop_last", "accelerator_config", "fsdp_config", "hub_token"),
-    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-    *("activation_checkpointing", "gradient_checkpointing", "metric_for_best_model", "greater_is_better", "local_rank"),
+    *("dataloader_pin_memory", "hub_token", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
+    *("hub_always_push", "hub_revision", "local_rank"),
     *("do_eval", "minutes", "size"),  # what they chose is
+}
+# What is computed from the hardware or from other settings if it is not given.
+DERIVED = {
+    *("bf16", "dataloader_drop_last", "accelerator_config", "fsdp_config", "activation_checkpointing"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("metric_for_best_model", "greater_is_better"),
 }
 
 

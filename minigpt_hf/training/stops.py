@@ -166,8 +166,8 @@ class StopWhenNoBetter(TrainerCallback):
         self._stop_if_no_better(state, control)
 
     def _stop_if_no_better(self, state, control) -> None:
-        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        by_step = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
+        losses = [loss if math.isfinite(loss) else math.inf for loss in by_step.values()]
         if not losses:
             return
         since_best = len(losses) - 1 - losses.index(min(losses))

@@ -243,6 +243,12 @@ class MiniGPTTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
 
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float] | None:
+        """Because `eval_on_start`, which alone skips the scheduler, would evaluate again at each start of one run."""
+        if skip_scheduler and self.resumed_from is not None:
+            return None
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
     def _lacks_evaluation(self) -> bool:
         """Whether the checkpoint was saved for a signal, at a step at which the run would have been evaluated."""
         step, args = self.state.global_step, self.args
@@ -321,7 +327,7 @@ class MiniGPTTrainer(Trainer):
         # Sums of natural logarithms fit float32 well enough to travel; MPS knows no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)
-        score = summarize(nats, int(tokens), stream.bytes, documents, block_size, None).to_dict()
+        score = summarize(nats / tokens, int(tokens), stream.bytes, documents, block_size, None).to_dict()
         if not math.isfinite(score["loss"]):
             self.check_weights()
             what = f"step {self.state.global_step}: the validation loss is {score['loss']}"

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import socket
 import subprocess
@@ -559,3 +560,17 @@ def test_processes_that_read_the_same_text_agree(tmp_path, text):
     env = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONUTF8": "0"}
     said = subprocess.check_output([sys.executable, "-c", code, folder], env=env, cwd=ROOT, text=True)
     assert said.split() == [corpus.train.fingerprint, corpus.validation.fingerprint]
+
+
+def test_xz_streams_are_separated_by_padding_of_four_bytes(tmp_path):
+    streams = [lzma.compress(text) for text in (b"one ", b"two")]
+    for padding in (0, 4, 8, 1 << 17):
+        (tmp_path / "a.txt.xz").write_bytes((b"\0" * padding).join(streams) + b"\0" * padding)
+        assert texts_of(tmp_path / "a.txt.xz") == ["one two"]
+    for content in (streams[0] + b"\0\0\0" + streams[1], streams[0] + b"\0\0", b"\0\0\0\0" + streams[0]):
+        (tmp_path / "a.txt.xz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.txt\.xz: cannot be read: it is damaged between two streams"):
+            texts_of(tmp_path / "a.txt.xz")
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"one", lzma.FORMAT_ALONE))
+    with pytest.raises(ValueError, match=r"a\.txt\.xz: cannot be read"):
+        texts_of(tmp_path / "a.txt.xz")

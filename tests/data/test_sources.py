@@ -387,3 +387,9 @@ def test_dictionary_encoded_and_view_columns_are_text(tmp_path):
         with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as writer:
             writer.write_table(table)
         assert texts_of(tmp_path / f"{number}.arrow") == ["a", "b", "a"]
+
+
+def test_a_split_is_found_by_the_name_of_the_split_or_by_the_word_in_the_file_name(tmp_path):
+    write_files(tmp_path, {f"{name}.jsonl": json.dumps({"text": name}) for name in ("train", "val")})
+    for split in ("val", "validation"):
+        assert texts_of(tmp_path, split=split) == ["val"]

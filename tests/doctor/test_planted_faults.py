@@ -100,7 +100,7 @@ def layers_below_zero(folder: Broken):
     folder.json("config.json", num_hidden_layers=-1)
 
 
-@plant("config", says="`max_position_embeddings` is 0")
+@plant("config", "recipe", says="`max_position_embeddings` is 0")
 def no_positions(folder: Broken):
     folder.json("config.json", max_position_embeddings=0)
 
@@ -138,6 +138,26 @@ def a_window_switched_off(folder: Broken):
 @plant("recipe", says=r"`rope_theta` is 500000\.0, trained with 10000\.0")
 def another_theta(folder: Broken):
     folder.json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+
+
+@plant("recipe", says=r"`sliding_window` is 5, trained with \d+")
+def another_window(folder: Broken):
+    folder.json("config.json", sliding_window=5)
+
+
+@plant("recipe", says="`rope_type` is 'linear', trained with 'default'")
+def scaled_rotary_positions(folder: Broken):
+    folder.json("config.json", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+
+
+@plant("recipe", says="`hidden_act` is 'gelu', trained with 'silu'")
+def another_activation(folder: Broken):
+    folder.json("config.json", hidden_act="gelu")
+
+
+@plant("recipe", says=r"`max_position_embeddings` is 40, trained with \d+")
+def another_length(folder: Broken):
+    folder.json("config.json", max_position_embeddings=40)
 
 
 @plant("generation config", says="temperature")

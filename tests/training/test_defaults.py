@@ -4,16 +4,19 @@ import json
 import logging
 import re
 import time
+from dataclasses import MISSING, fields
 
 import pytest
 import yaml
 from safetensors import safe_open
+from transformers import TrainingArguments
 
 import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import vocabulary_size
 from minigpt_hf.run import make_config, make_model, prepare_text
 from minigpt_hf.training import dial
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.dial import Dial
 from minigpt_hf.training.recipe import (
     CHOSEN_FROM_THE_TEXT,
@@ -482,3 +485,57 @@ def test_the_text_decides_about_the_settings_that_the_help_says_and_no_others(le
         changed |= {name for name in chosen if chosen[name] != untouched.get(name)}
     assert changed - {"data", "save_steps"} <= {*CHOSEN_FROM_THE_TEXT}  # they are saved when they are evaluated
     assert {"vocab_size", "block_size", "hidden_size", "max_steps", "sample_prompt", "residual_dropout"} <= changed
+
+
+# -- the recipe that a run stores --------------------------------------------------------------------------------------
+
+# Settings whose default differs from transformers', with transformers' default; and those with values of other kinds.
+STORED = {
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 5e-5,
+    "adam_beta2": 0.999,
+    "warmup_steps": 0,
+    "logging_steps": 500,
+    "eval_strategy": "no",
+    "save_steps": 500,
+    "save_total_limit": None,
+    "load_best_model_at_end": False,
+    "dataloader_drop_last": True,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "max_steps": -1,
+    "num_train_epochs": 3.0,
+}
+
+
+def test_every_setting_whose_default_is_not_transformers_is_tried():
+    changed = {
+        each.name
+        for each in fields(TrainingArguments)
+        if each.name in MiniGPTTrainingArguments.__annotations__
+        and each.default is not MISSING
+        and each.default != MiniGPTTrainingArguments.__dataclass_fields__[each.name].default
+    }
+    not_numeric = {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "disable_tqdm"}
+    assert changed - not_numeric - {"bf16", "eval_steps"} <= STORED.keys()
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("recipe", ["demo", None])
+def test_the_stored_recipe_repeats_the_settings(name, recipe, text_file, tmp_path):
+    """Also values that equal transformers' default, which is not ours, and mappings, of which two may be the same object."""
+    given = {name: STORED[name]}
+    given |= {"max_steps": -1} if name == "num_train_epochs" else {}
+    given |= {"lr_scheduler_type": STORED["lr_scheduler_type"]} if name == "lr_scheduler_kwargs" else {}
+    given |= {"lr_scheduler_kwargs": STORED["lr_scheduler_kwargs"]} if name == "lr_scheduler_type" else {}
+    given |= {"gradient_checkpointing": True} if name == "gradient_checkpointing_kwargs" else {}
+    given |= {"load_best_model_at_end": False} if name == "save_steps" else {}
+    first = parse_arguments(["--use_cpu", "--data", str(text_file)], recipe, **given)
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump(resolved(first)))
+    second = parse_arguments([], str(tmp_path / "stored.yaml"))
+    assert resolved(second) == resolved(first)
+    for setting in given:
+        assert getattr(second[2], setting) == getattr(first[2], setting)

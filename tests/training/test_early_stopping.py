@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.training.conftest import train
+from tests.training.conftest import go_back, rows, train
 
 FLAGS = "--learning_rate 0 --muon_learning_rate 0 --validation_fraction 0.3 --eval_steps 1 --save_steps 1".split()
 
@@ -29,3 +29,24 @@ def test_by_default_a_run_has_patience_5_if_it_passes_over_the_text_more_than_on
         assert train(recipe, words, folder, *FLAGS, "--max_steps", steps) == 0
         ends.append(json.loads((folder / "model" / "minigpt.json").read_text())["training"]["steps"])
     assert ends == [9, 6]
+
+
+def test_an_evaluation_at_the_start_is_made_once_in_a_run_that_is_resumed(recipe, words, tmp_path):
+    """Made again at each start, it would count as an evaluation without improvement."""
+    flags = ["--validation_fraction", "0.3", "--eval_steps", "2", "--eval_on_start", "true"]
+    flags += ["--early_stopping_patience", "1", "--learning_rate", "1e-3", "--muon_learning_rate", "1e-3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(recipe, words, whole, *flags) == 0
+    go_back(whole, cut, 4)
+    assert train(recipe, words, cut, *flags) == 0
+    assert rows(cut) == rows(whole)
+    assert rows(cut)[-1]["step"] == 8
+    evaluated = [
+        [
+            row["step"]
+            for line in (run / "log.jsonl").read_text().splitlines()
+            if "eval_loss" in (row := json.loads(line))
+        ]
+        for run in (whole, cut)
+    ]
+    assert evaluated == [[0, 2, 4, 6, 8]] * 2

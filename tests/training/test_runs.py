@@ -291,6 +291,14 @@ def test_a_model_whose_card_was_edited_is_finished(recipe, words, finished, tmp_
     assert files_of(folder) == before
 
 
+def test_card_settings_of_a_finished_run_are_reported_as_not_applied(recipe, words, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert train(recipe, words, folder, "--language", "de", "--license", "mit") == 0
+    err = capsys.readouterr().err
+    assert "--language ['de']: not applied, the model was published with language []" in err
+    assert "--license mit: not applied, the model was published with license None" in err
+
+
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
