@@ -3,7 +3,7 @@
     folder = minigpt_hf.train(data="notes.txt", output_dir="runs/notes", max_steps=300)
     print(folder.results["bits_per_byte"], folder.generate("Dear ")[0])
 
-In: folders and texts by name. Out: model folders, figures, texts. What a user can put right is a `ValueError` that says in
+In: folders and texts by name. Out: model folders, figures, texts. What a user can put right is a `MiniGPTError` that says in
 one line what was given, why it cannot be, and what to do.
 """
 
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .errors import MiniGPTError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .evaluation import Score
+    from .inference.evaluation import Score
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class ModelFolder(os.PathLike):
         from .trust import about_of
 
         if not (self.path / "minigpt.json").is_file():
-            raise ValueError(f"{self.path}: there is no minigpt.json in it; give a model folder")
+            raise MiniGPTError(f"{self.path}: there is no minigpt.json in it; give a model folder")
         return about_of(self.path)
 
     @property
@@ -90,14 +92,14 @@ def train(
         The folder `model` in `output_dir`.
 
     Raises:
-        ValueError: for settings that do not exist or cannot be, a text that cannot be read, a folder in use.
-        RunStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
+        MiniGPTError: for settings that do not exist or cannot be, a text that cannot be read, a folder in use.
+        TrainingStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
     """
     from .training.recipe import parse_arguments
 
     named = {"data": data, "output_dir": None if output_dir is None else os.fspath(output_dir)}
     arguments = parse_arguments([], recipe, **{k: v for k, v in named.items() if v is not None}, **overrides)
-    from . import run
+    from .training import train as run
 
     return ModelFolder(run.train(arguments))
 
@@ -136,24 +138,24 @@ def evaluate(
         trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
 
     Raises:
-        ValueError: if there is no such model or text, or nothing is held out.
+        MiniGPTError: if there is no such model or text, or nothing is held out.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
+        raise MiniGPTError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
     if not isinstance(data, str | os.PathLike):
-        raise ValueError(
+        raise MiniGPTError(
             f"data is a {type(data).__name__}: give one name; several are a mixture, 'plays:0.7,notes:0.3'"
         )
     data = os.fspath(data)
 
     from .data.corpus import load_corpus
+    from .data.documents import Mixture
     from .data.prepared import ValidationSample, report_what_is_lost, warn_about_a_small_sample
     from .data.sources import has_split
-    from .data.texts import Mixture
-    from .evaluation import evaluate_texts, longest_context
+    from .inference.evaluation import evaluate_texts, longest_context
 
     if max_characters is not None and max_characters < 1:
-        raise ValueError(f"max_characters is {max_characters}: it must be at least 1")
+        raise MiniGPTError(f"max_characters is {max_characters}: it must be at least 1")
     loaded, tokenizer = load(model, trust_remote_code)
     recipe = recipe_of(model)
 
@@ -178,7 +180,7 @@ def evaluate(
         whole = Mixture.joined([corpus.train, corpus.unused])
         logger.info("scored with the text: the validation split that comes with it")
     if whole is None or whole.characters == 0:
-        raise ValueError(f"nothing of {data} is held out for validation; say how much with --validation_fraction")
+        raise MiniGPTError(f"nothing of {data} is held out for validation; say how much with --validation_fraction")
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = given_or_as_trained("block_size", block_size)
@@ -225,9 +227,9 @@ def generate(
         `num_return_sequences` texts, each with its prompt.
 
     Raises:
-        ValueError: if there is no such model, an option does not exist, or the prompt cannot be encoded.
+        MiniGPTError: if there is no such model, an option does not exist, or the prompt cannot be encoded.
     """
-    from .generation import generate
+    from .inference.generation import generate
 
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
@@ -241,9 +243,9 @@ def load(
     """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
 
     Raises:
-        ValueError: if there is no model there, or it brings code that is not trusted.
+        MiniGPTError: if there is no model there, or it brings code that is not trusted.
     """
-    from .generation import load
+    from .inference.generation import load
 
     return load(os.fspath(model), trust_remote_code)
 
@@ -262,18 +264,18 @@ def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
     """What `minigpt.json` says of how a model folder was trained; nothing, if it is not one of ours.
 
     Raises:
-        ValueError: if it is malformed, or a setting that evaluation uses is of another type.
+        MiniGPTError: if it is malformed, or a setting that evaluation uses is of another type.
     """
     from .trust import about_of
 
     about = about_of(model)
     recipe = about.get("recipe", {} if not about else None)
     if not isinstance(recipe, dict):
-        raise ValueError(f"{model}: minigpt.json has no `recipe`; restore it from where the model was trained")
+        raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from where the model was trained")
     for names, kind in USED_OF_A_RECIPE.items():
         for name in names:
             if (value := recipe.get(name)) is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise ValueError(
+                raise MiniGPTError(
                     f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from where the model was trained"
                 )
     return recipe

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .errors import MiniGPTError
+
 MANIFEST = "manifest.json"
 PREFIX = ".minigpt-tmp-"
 OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what `rename` answers if the target exists
@@ -98,7 +100,7 @@ def read_manifest(directory: Path) -> dict[str, dict]:
     """Name -> size and SHA-256 of each file of a sealed directory.
 
     Raises:
-        ValueError: if there is none, or it is damaged.
+        MiniGPTError: if there is none, or it is damaged.
     """
     try:
         entries = json.loads((directory / MANIFEST).read_bytes())
@@ -108,9 +110,9 @@ def read_manifest(directory: Path) -> dict[str, dict]:
             raise ValueError
         return entries
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
+        raise MiniGPTError(f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is damaged ({type(error).__name__})") from None
+        raise MiniGPTError(f"{MANIFEST} is damaged ({type(error).__name__})") from None
 
 
 def sha256(file: Path) -> str:

@@ -19,12 +19,13 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .data.hub_access import cache_alone_if_unreachable
 from .doctor.config import leads_outside, size, size_faults
 from .doctor.files import INDEX, WEIGHTS
 from .doctor.folder import Folder, Unreadable
 from .doctor.row import plain
 from .doctor.weights import Unsound, places_of
-from .network import cache_alone_if_unreachable
+from .errors import MiniGPTError
 
 # What the loaders of transformers read by its name; only `.py` files are left out unless they are trusted.
 SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
@@ -49,10 +50,10 @@ def checked_folder(
         with_weights: Download the weights of a Hub id, and check the weights.
 
     Raises:
-        ValueError: if there is no such folder or repository, or it must not be loaded.
+        MiniGPTError: if there is no such folder or repository, or it must not be loaded.
     """
     if not name:
-        raise ValueError(f"no {what} can be loaded from an empty name; give a folder or a Hub id")
+        raise MiniGPTError(f"no {what} can be loaded from an empty name; give a folder or a Hub id")
     remedy = "restore the file from where the model was made"
     try:
         path = Path(name)
@@ -65,9 +66,13 @@ def checked_folder(
         if fault is None and not trust_remote_code and (fault := next(leads_outside(folder), None)):
             remedy = f"remove this setting{TRUST if trust_remote_code is not None else ''}"
     except (Unreadable, Unsound, SafetensorError) as error:
-        raise ValueError(f"{name}: no {what} can be loaded from it ({plain(str(error))}); {remedy}") from error
+        raise MiniGPTError(f"{name}: no {what} can be loaded from it ({plain(str(error))}); {remedy}") from error
+    except MiniGPTError:
+        raise
+    except ValueError as error:  # of `Folder`: not a folder, or one of another kind
+        raise MiniGPTError(str(error)) from error
     if fault:
-        raise ValueError(f"{name}: no {what} can be loaded from it ({plain(fault)}); {remedy}")
+        raise MiniGPTError(f"{name}: no {what} can be loaded from it ({plain(fault)}); {remedy}")
     return path
 
 
@@ -75,14 +80,14 @@ def about_of(folder: str | Path) -> dict[str, Any]:
     """The content of `minigpt.json`; empty if the folder has none.
 
     Raises:
-        ValueError: if it is not a JSON object of at most 16 MiB.
+        MiniGPTError: if it is not a JSON object of at most 16 MiB.
     """
     if not (Path(folder) / "minigpt.json").exists():
         return {}
     try:
         return Folder(folder, follow=True).json("minigpt.json")
     except Unreadable as error:
-        raise ValueError(f"{folder}: {plain(str(error))}; restore it from where the model was trained") from error
+        raise MiniGPTError(f"{folder}: {plain(str(error))}; restore it from where the model was trained") from error
 
 
 @contextmanager
@@ -92,7 +97,7 @@ def loading(
     advice: str = "give a folder or a Hub id",
     trust_remote_code: bool | None = None,
 ) -> Iterator[None]:
-    """Turn whatever a loader raises within the block into a `ValueError` of one line.
+    """Turn whatever a loader raises within the block into a `MiniGPTError` of one line.
 
     Args:
         name, what, trust_remote_code: As for `checked_folder`.
@@ -112,14 +117,14 @@ def loading(
             advice += TRUST if trust_remote_code is not None else ""
         elif not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        raise ValueError(f"{name}: no {what} can be loaded from it ({plain(reason)}); {advice}") from error
+        raise MiniGPTError(f"{name}: no {what} can be loaded from it ({plain(reason)}); {advice}") from error
 
 
 def _snapshot(name: str, what: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(
+        raise MiniGPTError(
             f"{name}: no {what} can be loaded from it (no such folder); give a folder or a Hub id"
         ) from error
     with loading(name, what), cache_alone_if_unreachable():

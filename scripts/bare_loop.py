@@ -17,9 +17,9 @@ from transformers import get_scheduler, set_seed
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks, BlockSampler
-from minigpt_hf.run import make_config, make_model, prepare_text
 from minigpt_hf.training.arguments import Arguments, MiniGPTTrainingArguments
 from minigpt_hf.training.recipe import parse_arguments
+from minigpt_hf.training.train import make_config, make_model, prepare_text
 from minigpt_hf.training.trainer import optimizer_factory
 
 

@@ -19,7 +19,7 @@ import torch
 
 from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import character_tokenizer
-from minigpt_hf.publish.folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_suitcase
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPINNED = ("transformers==", "huggingface_hub==")

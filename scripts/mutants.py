@@ -43,7 +43,7 @@ from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation import mutators
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("minigpt_hf/data/*.py", "minigpt_hf/training/*.py", "minigpt_hf/evaluation.py")
+SOURCES = ("minigpt_hf/data/*.py", "minigpt_hf/training/*.py", "minigpt_hf/inference/evaluation.py")
 TESTS = (
     "tests/data",
     "tests/training",
@@ -52,8 +52,8 @@ TESTS = (
     "tests/test_bad_input.py",
     "tests/test_cli.py",
     "tests/test_docs.py",
-    "tests/test_evaluation.py",
-    "tests/test_pretrained.py",
+    "tests/inference/test_evaluation.py",
+    "tests/training/test_initialize.py",
 )
 THRESHOLD = 0.1  # share of mutants that may survive
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import minigpt_hf.run  # noqa: F401 (imported before forking)
+import minigpt_hf.training.train  # noqa: F401 (imported before forking)
 from minigpt_hf.cli import main
 from minigpt_hf.training.checkpoint import checkpoints, newest_valid, what_is_wrong
 

@@ -65,7 +65,7 @@ def test_a_notebook_gets_a_bar_in_place_of_lines(recipe_file, text_file, tmp_pat
             super().close()
 
     monkeypatch.setattr(callbacks, "tqdm", Bar)
-    monkeypatch.setattr("minigpt_hf.run.is_in_notebook", lambda: True)
+    monkeypatch.setattr("minigpt_hf.training.train.is_in_notebook", lambda: True)
     minigpt_hf.train(data=str(text_file), recipe=str(recipe_file), output_dir=tmp_path / "run", **SHORT)
     out = capsys.readouterr().out
     assert "validation loss" in out

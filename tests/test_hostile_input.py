@@ -615,7 +615,7 @@ def test_control_characters_in_a_prompt_are_text(prompt, run_folder, capfd):
 
 def test_a_prompt_that_spells_a_special_token_is_text_as_in_training(run_folder, monkeypatch, capfd):
     from minigpt_hf.data.tokenizer import Encoder
-    from minigpt_hf.generation import encode_prompt
+    from minigpt_hf.inference.generation import encode_prompt
 
     folder = run_folder / "model"
     model, tokenizer = minigpt_hf.load(folder)

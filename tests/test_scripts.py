@@ -10,7 +10,7 @@ import torch
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer
-from minigpt_hf.publish.folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_suitcase
 from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
 

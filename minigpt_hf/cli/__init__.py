@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..errors import MiniGPTError
 from ..output import discard, guarded_output, open_standard_descriptors
 
 VERBS = {
@@ -87,20 +88,17 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
     except BrokenPipeError:  # `| head` has what it wanted; the code is that of a program that SIGPIPE ended
         discard(sys.stdout)
         return 141
-    except Exception as error:
-        from huggingface_hub.errors import StrictDataclassError
-
-        from ..training.stops import RunStopped
-
-        if debug or not isinstance(error, ValueError | OSError | ImportError | StrictDataclassError | RunStopped):
+    except (MiniGPTError, OSError) as error:
+        if debug:
             raise
-        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-            error = error.__cause__  # the sentence of the check, without the name of the checker
         if not getattr(error, "was_reported", False):
             print(f"minigpt {verb}: {_printable(str(error))}", file=sys.stderr)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return errno.ENOSPC  # as DiskFull: the log, too, needs room
-        return error.exit_code if isinstance(error, RunStopped) else 2
+        if isinstance(error, OSError):
+            return errno.ENOSPC if error.errno == errno.ENOSPC else 2  # as `DiskFullError`: the log needs space, too
+        return error.exit_code
+    except Exception as error:
+        error.add_note("This is a bug: please report it with this traceback and the command.")
+        raise
     return code or 0
 
 

@@ -28,8 +28,12 @@ def run(argv: list[str]) -> int:
     from dataclasses import asdict
 
     from ..doctor import examine, failures
+    from ..errors import MiniGPTError
 
-    rows = examine(args.folder, args.trust_remote_code)
+    try:
+        rows = examine(args.folder, args.trust_remote_code)
+    except ValueError as error:  # there is no model folder to check
+        raise MiniGPTError(str(error)) from error
     failed = failures(rows)
     if args.json:
         print(json.dumps({"folder": args.folder, "failed": len(failed), "rows": [asdict(row) for row in rows]}))

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from ..errors import MiniGPTError
 from .parser import Parser, quiet
 
 FORMATS = ("native", "gguf", "onnx")
@@ -42,25 +43,25 @@ def run(argv: list[str]) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that no model here has
     try:
         if args.to == "native":
-            from ..publish.export.native import export_native
+            from ..export.native import export_native
 
             if args.dtype:
-                raise ValueError("--to native keeps the weights as they are, byte by byte: leave --dtype out")
+                raise MiniGPTError("--to native keeps the weights as they are, byte by byte: leave --dtype out")
             export_native(folder, out, args.context)
             said = "Qwen3ForCausalLM with no code of ours; the same weights, and the same logits bit for bit"
         elif args.to == "gguf":
-            from ..publish.export.gguf import export_gguf
+            from ..export.gguf import export_gguf
 
             export_gguf(folder, out, args.dtype, args.context)
             (file,) = out.glob("*.gguf")
             said = f"{file.name} and a Modelfile; transformers reads the model's weights and tokens from it"
         else:
-            from ..publish.export.onnx import PROMPTS, TOLERANCE, export_onnx
+            from ..export.onnx import PROMPTS, TOLERANCE, export_onnx
 
             export_onnx(folder, out, args.dtype, args.context)
             said = f"onnxruntime's logits are within {TOLERANCE}, and {PROMPTS} prompts go on by the same tokens"
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MiniGPTError(
             f"--to {args.to} needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
     print(f"the export is in {out}\nverified: {said}")

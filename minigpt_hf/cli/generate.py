@@ -3,6 +3,7 @@
 import re
 import sys
 
+from ..errors import MiniGPTError
 from .parser import Parser, quiet
 
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -39,24 +40,24 @@ def run(argv: list[str]) -> None:
     options = _options(rest)
     for name in ("max_new_tokens", "max_length", "max_cache_len", "num_return_sequences", "num_beams"):
         if name in options and (type(options[name]) is not int or options[name] < 1):
-            raise ValueError(f"--{name} {options[name]}: a whole number of at least 1 is required")
+            raise MiniGPTError(f"--{name} {options[name]}: a whole number of at least 1 is required")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
 
     from transformers import TextStreamer
 
-    from ..generation import encode_prompt, load
-    from ..generation import generate as write
+    from ..inference.generation import encode_prompt, load
+    from ..inference.generation import generate as write
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
 
     extra = {}
     if args.fast:
-        from ..fast import UNSUPPORTED_OPTIONS, compile_for_generation
+        from ..inference.compiled import UNSUPPORTED_OPTIONS, compile_for_generation
 
         if unsupported := [name for name in UNSUPPORTED_OPTIONS if name in options]:
-            raise ValueError(f"--{unsupported[0]} cannot be combined with --fast, which decodes one token per step")
+            raise MiniGPTError(f"--{unsupported[0]} cannot be combined with --fast, which decodes one token per step")
         print("compiling the model …", file=sys.stderr, flush=True)
         sizes = {name: options[name] for name in ("max_new_tokens", "num_return_sequences") if name in options}
         longest = max(options.pop("max_cache_len", 0), options.get("max_length", 0))
@@ -125,7 +126,7 @@ def _options(flags: list[str]) -> dict:
     while flags:
         flag, *flags = flags
         if not flag.startswith("--"):
-            raise ValueError(f"unexpected argument {flag!r}; options look like --top_k 50")
+            raise MiniGPTError(f"unexpected argument {flag!r}; options look like --top_k 50")
         name, is_joined, value = flag[2:].partition("=")
         if not is_joined:
             value, flags = (flags[0], flags[1:]) if flags and not flags[0].startswith("--") else ("true", flags)
@@ -137,5 +138,5 @@ def _options(flags: list[str]) -> dict:
             # YAML reads 1e-3 as text.
             options[name] = float(value) if SCIENTIFIC.fullmatch(value) else load_yaml(value)
         except ValueError as error:
-            raise ValueError(f"--{name} {value}: not a value: {error}") from error
+            raise MiniGPTError(f"--{name} {value}: not a value: {error}") from error
     return options

@@ -19,7 +19,7 @@ def run(argv: list[str]) -> None:
     """Convert, check, and say where it is."""
     args = parser().parse_args(argv)
 
-    from ..nanogpt import import_checkpoint, vocabulary_for
+    from ..integrations.nanogpt import import_checkpoint, vocabulary_for
 
     quiet()
     vocabulary = vocabulary_for(args.checkpoint, args.meta, args.tokenizer)

@@ -1,18 +1,19 @@
-"""What the verbs share: a parser whose errors are `ValueError`s, and silence where nothing takes long."""
+"""What the verbs share: a parser whose errors are `MiniGPTError`s, and silence where nothing takes long."""
 
 import argparse
 
+from ..errors import MiniGPTError
 from . import VERBS
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser for one verb; abbreviations are not guessed, and a bad value is a `ValueError`."""
+    """A parser for one verb; abbreviations are not guessed, and a bad value is a `MiniGPTError`."""
 
     def __init__(self, verb: str, **kwargs):
         super().__init__(prog=f"minigpt {verb}", description=VERBS[verb], allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        raise ValueError(message)
+        raise MiniGPTError(message)
 
 
 def quiet() -> None:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from ..errors import MiniGPTError
 from .parser import Parser
 
 logger = logging.getLogger(__name__)
@@ -25,16 +26,16 @@ def run(argv: list[str]) -> None:
 
     output, logs = Path(args.output), {}
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--output {output}: pictures are written as .png, .svg or .pdf")
+        raise MiniGPTError(f"--output {output}: pictures are written as .png, .svg or .pdf")
     if output.exists() and not output.is_file():
-        raise ValueError(f"--output {output}: is there already and is not a file; name another one")
+        raise MiniGPTError(f"--output {output}: is there already and is not a file; name another one")
     for name in args.runs:
         if not (Path(name) / "log.jsonl").is_file():
-            raise ValueError(f"{name}: no run there (it has no log.jsonl); name what --output_dir was")
+            raise MiniGPTError(f"{name}: no run there (it has no log.jsonl); name what --output_dir was")
         try:
             log, faults = rows_and_faults(Path(name) / "log.jsonl")
         except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
-            raise ValueError(f"{name}: its log.jsonl cannot be read ({error}); name another run") from error
+            raise MiniGPTError(f"{name}: its log.jsonl cannot be read ({error}); name another run") from error
         if faults:
             logger.warning("%s: %d incomplete lines of log.jsonl are not drawn", name, len(faults))
         drawn = [row[key] for row in log for key in ("bits_per_byte", "eval_bits_per_byte") if key in row]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..errors import MiniGPTError
 from .parser import Parser, quiet
 
 
@@ -24,6 +25,7 @@ def run(argv: list[str]) -> None:
     """Look the folder over, upload it, and print where it is."""
     args = parser().parse_args(argv)
 
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     from ..doctor import examine, failures
@@ -31,12 +33,15 @@ def run(argv: list[str]) -> None:
 
     quiet()
     folder = Path(args.folder)
-    validate_repo_id(args.repo_id)
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        raise MiniGPTError(str(error)) from error
     check_whole(folder)
     checked = state_of(folder)
     if found := failures(examine(folder)):
         faults = "; ".join(f"{row.name}: {row.reason}" for row in found)
-        raise ValueError(
+        raise MiniGPTError(
             f"{folder}: is not pushed, the doctor found {faults}; `minigpt doctor {folder}` says what to do"
         )
     print(*push_folder(folder, args.repo_id, args.revision, args.private, args.native, checked), sep="\n")

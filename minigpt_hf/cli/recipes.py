@@ -2,6 +2,7 @@
 
 import textwrap
 
+from ..errors import MiniGPTError
 from .parser import Parser
 
 
@@ -21,7 +22,7 @@ def run(argv: list[str]) -> None:
 
     if args.show:
         if args.name is None:
-            raise ValueError(f"recipes show: which one? {', '.join(recipe_names())}")
+            raise MiniGPTError(f"recipes show: which one? {', '.join(recipe_names())}")
         print(recipe_text(args.name), end="")
         return
     for name in recipe_names():

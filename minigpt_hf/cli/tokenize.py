@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import MiniGPTError
 from .parser import quiet
 from .train import parser as parser_of_train
 from .train import split_recipe
@@ -56,19 +57,19 @@ def _run(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser().print_help()
         return
-    from ..run import prepare_text
-    from ..training.dial import Dial
+    from ..training.autoconfig import Dial
     from ..training.recipe import parse_arguments
+    from ..training.train import prepare_text
 
     recipe, rest = split_recipe(argv)
     arguments = parse_arguments(rest, recipe)
     data, _, training = arguments
     if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
-        raise ValueError("say where to keep it: --output_dir FOLDER")
+        raise MiniGPTError("say where to keep it: --output_dir FOLDER")
     quiet()
     folder = Path(training.output_dir)
     if folder.exists():
-        raise ValueError(f"--output_dir {folder}: is there already; name another folder, or remove it")
+        raise MiniGPTError(f"--output_dir {folder}: is there already; name another folder, or remove it")
     text = prepare_text(data, Dial(arguments, folder, time.perf_counter()).choose_tokenizer)
     text.keep(folder, vars(data))
     held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"

@@ -28,7 +28,7 @@ def run(argv: list[str]) -> None:
     recipe, rest = split_recipe(argv)
     arguments = parse_arguments(rest, recipe)
 
-    from .. import run
+    from ..training import train as run
 
     quiet()
     run.train(arguments, began)

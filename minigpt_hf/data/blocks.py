@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..errors import MiniGPTError
 from .stream import TokenStream
 
 
@@ -27,7 +28,7 @@ class Blocks(Dataset):
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
         if len(stream) < block_size + 1:
-            raise ValueError(
+            raise MiniGPTError(
                 f"the training text has {len(stream):,} tokens, less than one block of {block_size:,} and its labels: "
                 "give more text, or a smaller --block_size"
             )

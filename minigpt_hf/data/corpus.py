@@ -13,10 +13,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ..errors import MiniGPTError
+from .documents import Documents, Mixture, StreamedDocuments, Texts
 from .files import FORMATS, exists, is_url
 from .reading import NEWLINES, Decoding, shown
 from .sources import Reading, Source, has_split
-from .texts import Documents, Mixture, StreamedDocuments, Texts
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +73,22 @@ def load_corpus(
         cache_dir: Folder that remembers what a large text holds.
 
     Raises:
-        ValueError: if there is nothing there, no text in it, or it is not text in that encoding.
+        MiniGPTError: if there is nothing there, no text in it, or it is not text in that encoding.
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}: a share in [0, 1) is held out, e.g. 0.1")
+        raise MiniGPTError(f"validation_fraction is {validation_fraction}: a share in [0, 1) is held out, e.g. 0.1")
     if data_format is not None and data_format not in FORMATS:
-        raise ValueError(f"data_format {data_format!r}: there are {', '.join(FORMATS)}")
+        raise MiniGPTError(f"data_format {data_format!r}: there are {', '.join(FORMATS)}")
     if encoding_errors not in ("strict", "replace", "ignore"):
-        raise ValueError(f"encoding_errors {encoding_errors!r}: there are strict, replace, ignore")
+        raise MiniGPTError(f"encoding_errors {encoding_errors!r}: there are strict, replace, ignore")
     if newline not in NEWLINES:
-        raise ValueError(f"newline {newline!r}: there are {', '.join(NEWLINES)}")
+        raise MiniGPTError(f"newline {newline!r}: there are {', '.join(NEWLINES)}")
     try:
         codecs.lookup(encoding)
         b"a".decode(encoding, "replace")  # refuses codecs that do not decode bytes to text, such as rot13 and base64
     except (LookupError, ValueError) as error:
         what = "is unknown" if "unknown encoding" in str(error) else "does not decode bytes to text"
-        raise ValueError(f"encoding {encoding!r} {what}; try utf-8, latin-1, cp1252 or utf-16") from error
+        raise MiniGPTError(f"encoding {encoding!r} {what}; try utf-8, latin-1, cp1252 or utf-16") from error
 
     decoding = Decoding(encoding, encoding_errors, newline)
 
@@ -154,15 +155,15 @@ def mixture(data: str) -> dict[str, float] | None:
         try:
             share = float(one[2])
         except (TypeError, ValueError):
-            raise ValueError(
+            raise MiniGPTError(
                 f"{data}: {part.strip()!r} is no part of a mixture; write each as name:share, e.g. plays.txt:0.7,notes:0.3"
             ) from None
         if one[1] in shares:
-            raise ValueError(f"{data}: {one[1]} is named twice in this mixture; give its whole share once")
+            raise MiniGPTError(f"{data}: {one[1]} is named twice in this mixture; give its whole share once")
         shares[one[1]] = share
         rest = rest[len(part) + 1 :]
     if not min(shares.values(), default=0) > 0 or not np.isfinite(sum(shares.values())):
-        raise ValueError(f"{data}: each share of a mixture must be more than 0")
+        raise MiniGPTError(f"{data}: each share of a mixture must be more than 0")
     return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
@@ -180,7 +181,7 @@ def _cut(readings: list[tuple[str, Reading]], fraction: float) -> list[Corpus]:
     for name, reading in readings:
         for part in (reading.train, reading.validation):
             if part is not None and part.characters == 0:
-                raise ValueError(f"{name}: there is no text in it; give a file or a folder with some")
+                raise MiniGPTError(f"{name}: there is no text in it; give a file or a folder with some")
     if fraction == 0:
         corpora = [Corpus(name, reading.train, None, "no validation", reading.validation) for name, reading in readings]
     else:
@@ -296,7 +297,7 @@ def _without_copies(corpora: list[Corpus], is_published: list[bool]) -> list[Cor
         if is_copy.any():
             train, copies = corpus.train.select(~is_copy), int(is_copy.sum())
             if not train.characters:
-                raise ValueError(
+                raise MiniGPTError(
                     f"{corpus.name}: all of its documents are held out for validation, as copies; give other text, or "
                     "hold out none: --validation_fraction 0"
                 )

@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlparse
 
+from ..errors import MiniGPTError
 from .reading import COMPRESSED, shown
 
 TEXT = (
@@ -151,7 +152,7 @@ def files_below(folder: Path, endings: Iterable[str] | None = FORMAT_OF, without
         without: Names of folders that are not looked into, nor reported.
 
     Raises:
-        ValueError: for a folder below it that cannot be read.
+        MiniGPTError: for a folder below it that cannot be read.
     """
     found = Found()
     for file, is_hidden in _walk(str(folder), set(without)):
@@ -168,7 +169,7 @@ def _walk(folder: str, without: set[str]) -> Iterator[tuple[str, bool]]:
     """(path, is it hidden?) of everything below a folder that is not itself a folder to look into."""
 
     def refuse(error: OSError) -> None:
-        raise ValueError(
+        raise MiniGPTError(
             f"{shown(error.filename)}: cannot be read: {error.strerror}; change its permissions, or leave it out"
         ) from error
 

@@ -28,10 +28,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
+from ..errors import MiniGPTError
 from .cache import cached, damage
 from .corpus import CACHE, Corpus, public
+from .documents import Texts
 from .stream import TokenStream, build_stream
-from .texts import Texts
 from .tokenizer import (
     byte_level_bpe,
     byte_tokenizer,
@@ -112,11 +113,11 @@ class PreparedText:
             cache_dir: Remembers which files have been verified.
 
         Raises:
-            ValueError: if it is damaged, or of another version of the format.
+            MiniGPTError: if it is damaged, or of another version of the format.
         """
         about = _read_about(folder)
         if (fault := damage(folder, cache_dir)) is not None:
-            raise ValueError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
+            raise MiniGPTError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
         try:
             del about["settings"]
             scored = about.pop("scored")
@@ -128,11 +129,11 @@ class PreparedText:
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
+            raise MiniGPTError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
         ours = tokenizer_fingerprint(text.tokenizer)[:16]
         for stream in (text.train, text.validation):
             if stream is not None and ours not in stream.fingerprint.split("-"):
-                raise ValueError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {REMEDY}")
+                raise MiniGPTError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {REMEDY}")
         return text
 
     def keep(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -142,10 +143,10 @@ class PreparedText:
             settings: The `TEXT_SETTINGS` that it was made with; see `prepared_settings`.
 
         Raises:
-            ValueError: if `folder` exists.
+            MiniGPTError: if `folder` exists.
             OSError: if it cannot be written; nothing is left of it.
         """
-        exists = ValueError(f"{folder}: exists already; name another folder, or remove it")
+        exists = MiniGPTError(f"{folder}: exists already; name another folder, or remove it")
         if folder.exists():
             raise exists
         # On another machine nothing tells a path from a name, so only what may be published is stored.
@@ -187,13 +188,13 @@ def prepared_settings(folder: Path) -> dict[str, Any]:
     """The `TEXT_SETTINGS` that a prepared text was made with. (`PreparedText.open` verifies that they are unchanged.)
 
     Raises:
-        ValueError: if they cannot be read, or are of another version of the format.
+        MiniGPTError: if they cannot be read, or are of another version of the format.
     """
     try:
         settings = _read_about(folder)["settings"]
         return {name: settings[name] for name in TEXT_SETTINGS}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
+        raise MiniGPTError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -202,9 +203,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         version = about.pop("version", 1)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
+        raise MiniGPTError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
     if version != VERSION:
-        raise ValueError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {REMEDY}")
+        raise MiniGPTError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {REMEDY}")
     return about
 
 
@@ -239,7 +240,7 @@ def prepare(
     if len(train) == len(train.documents):
         held_out = "nothing" if corpus.validation is None else f"{corpus.validation.characters or 0:,} characters"
         limit = "" if max_tokens is None else f", and max_tokens is {max_tokens:,}"
-        raise ValueError(
+        raise MiniGPTError(
             f"{corpus.name}: no text is left to train on: there are {corpus.train.characters or 0:,} characters of it, "
             f"{held_out} held out for validation{limit}; give more text, or a lower --validation_fraction"
         )
@@ -249,7 +250,7 @@ def prepare(
         sampled = corpus.validation.sample(validation_characters, window)
         validation = build_stream(sampled, chosen, cache_dir, num_proc)
         if not len(validation):
-            raise ValueError(
+            raise MiniGPTError(
                 f"{corpus.name}: nothing of it is held out for validation; raise --validation_fraction, or 0"
             )
         scored = ValidationSample(

@@ -1,7 +1,7 @@
 """A file -> its bytes, unpacked, or its characters, decoded piece by piece.
 
 In: the name of a regular file. Out: bytes or pieces of text, so that memory is bounded by a piece whatever the length of a
-file or line. Nothing is changed on the way, unless `Decoding` says so. Raises `UnreadableFile`, a `ValueError`, for
+file or line. Nothing is changed on the way, unless `Decoding` says so. Raises `UnreadableFileError`, a `ValueError`, for
 bytes that are not text, for a damaged or truncated compressed file, and for one that expands without bound.
 """
 
@@ -20,6 +20,8 @@ from typing import BinaryIO
 from urllib.parse import urlparse
 
 import pyarrow as pa
+
+from ..errors import UnreadableFileError
 
 # A file that expands more than this many times is refused once it has produced this many bytes. Text compresses about
 # 4-fold, logs 20-fold; gzip reaches at most 1,032, zstd 32,000.
@@ -73,10 +75,6 @@ LINE_END = re.compile(r"\n(?=\S)")
 LINE_END_WITHIN = 65_536  # characters before the end of a piece
 
 
-class UnreadableFile(ValueError):
-    """A file that is damaged, not text, or not the table that it should be; the message names it."""
-
-
 @dataclass(frozen=True)
 class Decoding:
     """How bytes become characters: `encoding` and `errors` as in `bytes.decode`; `newline` is one of `NEWLINES`."""
@@ -86,9 +84,9 @@ class Decoding:
     newline: str = "preserve"
 
 
-def has_changed(name: str) -> UnreadableFile:
+def has_changed(name: str) -> UnreadableFileError:
     """The error for a file whose content is not what it was a moment ago."""
-    return UnreadableFile(
+    return UnreadableFileError(
         f"{shown(name)}: has changed while it was being read; wait until nothing writes to it, or give a copy"
     )
 
@@ -114,10 +112,10 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self.stream.read(len(buffer))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise UnreadableFile(f"{self.name}: cannot be read: {str(error) or type(error).__name__}") from error
+            raise UnreadableFileError(f"{self.name}: cannot be read: {str(error) or type(error).__name__}") from error
         self.produced += len(data)
         if self.produced > max(EXPANSION_CHECKED_ABOVE_BYTES, MAX_EXPANSION * self.packed):
-            raise UnreadableFile(
+            raise UnreadableFileError(
                 f"{self.name}: its {self.packed:,} bytes expand more than {MAX_EXPANSION}-fold (to {self.produced:,} "
                 "bytes and more); if that is meant, unpack it and give the unpacked file"
             )
@@ -139,14 +137,14 @@ def open_bytes(path: str, name: str) -> BinaryIO:
     """Open a file for reading; one whose name ends in .gz, .zst or .xz is unpacked.
 
     Raises:
-        UnreadableFile: if it cannot be opened.
+        UnreadableFileError: if it cannot be opened.
     """
     try:
         if packing := packing_of(name):
             return io.BufferedReader(_Unpacked(path, name, packing), buffer_size=1 << 16)
         return Path(path).open("rb")
     except OSError as error:
-        raise UnreadableFile(f"{shown(name)}: cannot be read: {error.strerror or error}") from error
+        raise UnreadableFileError(f"{shown(name)}: cannot be read: {error.strerror or error}") from error
 
 
 def chunks(path: str, name: str, size: int) -> Iterator[bytes]:
@@ -206,12 +204,12 @@ def decoded(path: str, name: str, decoding: Decoding, size: int, seen: Seen | No
         except UnicodeDecodeError as error:
             # `error.object` is what the decoder had kept of the chunks before, and this one.
             place = fed - len(error.object) + error.start
-            raise UnreadableFile(
+            raise UnreadableFileError(
                 f"{shown(name)}: not {decoding.encoding} text: byte {error.object[error.start]:#04x} at position {place}; "
                 "name its encoding, e.g. --encoding latin-1, leave this file out, or say --encoding_errors replace"
             ) from error
         except UnicodeError as error:
-            raise UnreadableFile(f"{shown(name)}: not {decoding.encoding} text: {error}") from error
+            raise UnreadableFileError(f"{shown(name)}: not {decoding.encoding} text: {error}") from error
         if newlines is not None:
             seen.newlines_converted += text.count("\r")
             text = newlines.decode(text, is_last)

@@ -22,7 +22,8 @@ import fsspec
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
 
-from ..network import cache_alone_if_unreachable
+from ..errors import MiniGPTError, UnreadableFileError
+from .documents import Documents, Files, Rows, StreamedDocuments, Texts
 from .files import (
     ABOUT,
     FORMAT_OF,
@@ -37,9 +38,9 @@ from .files import (
     split_words,
     standard_library,
 )
-from .reading import COMPRESSED, Decoding, UnreadableFile, keep, shown
+from .hub_access import cache_alone_if_unreachable
+from .reading import COMPRESSED, Decoding, keep, shown
 from .tables import read_tables
-from .texts import Documents, Files, Rows, StreamedDocuments, Texts
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +70,19 @@ class Source:
     def read(self) -> Reading:
         """The text to learn from, and the validation split that comes with it, if one does and no split was asked for."""
         if not self.data.strip():
-            raise ValueError(
+            raise MiniGPTError(
                 f"data is {self.data!r}: it names no text; give a file, a folder (`.` for this one), a URL, a Hub dataset, "
                 "`stdlib`, or - for standard input"
             )
         path = Path(self.data)
         if self.streaming and not names_hub_dataset(self.data):
-            raise ValueError(f"--streaming reads datasets of the Hub as they arrive; {self.data} is none: leave it out")
+            raise MiniGPTError(
+                f"--streaming reads datasets of the Hub as they arrive; {self.data} is none: leave it out"
+            )
         if (path / "prepared.json").is_file():
-            raise ValueError(f"{self.data}: is a prepared text, tokens which only training takes; give the text itself")
+            raise MiniGPTError(
+                f"{self.data}: is a prepared text, tokens which only training takes; give the text itself"
+            )
         try:
             if self.data == "stdlib":
                 if path.exists():
@@ -91,20 +96,20 @@ class Source:
                 return self._of_saved(path) if is_saved(path) else self._of_folder(path)
             if os.path.lexists(path):
                 if self.data.endswith(os.sep):
-                    raise ValueError(f"{self.data}: is a file, not a folder; leave out the {os.sep} at the end")
+                    raise MiniGPTError(f"{self.data}: is a file, not a folder; leave out the {os.sep} at the end")
                 return self._of_files([self._regular(path)])
             if (found := files_matching(self.data)).files:
                 return self._of_found(found, folder_of(self.data), "read as a pattern, since no file has that name: ")
             if names_hub_dataset(self.data):
                 with cache_alone_if_unreachable():
                     return self._of_hub()
-        except UnreadableFile:
+        except UnreadableFileError:
             raise
         except DatasetGenerationError as error:
             raise _unreadable(self.data, error) from error
         except (OSError, pa.ArrowException) as error:  # a URL that does not answer, no permission, half a file
-            raise ValueError(f"{self.data}: cannot be read: {_first_line(error)}") from error
-        raise ValueError(
+            raise MiniGPTError(f"{self.data}: cannot be read: {_first_line(error)}") from error
+        raise MiniGPTError(
             f"{self.data}: no such file or folder; give a text file, a table, a folder, a glob, a URL, a Hub dataset "
             "(user/name), `stdlib`, or - for standard input"
         )
@@ -120,14 +125,14 @@ class Source:
             found.keep(lambda file: not Path(file).stem.lower().startswith(ABOUT), "named README or LICENSE")
         kinds = {formats[file]: ending_of(file) for file in found.files}
         if len(kinds) > 1:
-            raise ValueError(
+            raise MiniGPTError(
                 f"{folder}: holds {len(found.files) - len(tables):,} files of text and {len(tables):,} tables "
                 f"({', '.join(sorted(kinds.values()))}), of which the documents would not be alike; name one kind, "
                 f"--data '{folder}/**/*{ending_of(tables[0])}', or learn all as text: --data_format text"
             )
         if not found.files:
             skipped = f" ({found.reasons}); --data_format text reads every file" if found.skipped else ""
-            raise ValueError(
+            raise MiniGPTError(
                 f"{folder}: no text file or table in this folder; looked for {' '.join(FORMAT_OF)}{skipped}"
             )
         return self._of_found(found, str(folder))
@@ -141,7 +146,7 @@ class Source:
             asked = {file for file in found.files if _is_of_split(file, root, self.split)}
             if not asked:
                 stems = sorted({shown(Path(file).stem) for file in found.files})
-                raise ValueError(
+                raise MiniGPTError(
                     f"{self.data}: has no file for --data_split {self.split}; there are {', '.join(stems)}"
                 )
             found.keep(asked.__contains__, "of other splits")
@@ -162,7 +167,7 @@ class Source:
 
     def _of_files(self, files: list[str], found: Found | None = None) -> Reading:
         if self.split:
-            raise ValueError(
+            raise MiniGPTError(
                 f"--data_split {self.split}: splits are of datasets, and {shown(self.data)} is not one; leave it out"
             )
         return Reading(self._read(files), note=found.note if found else "")
@@ -178,7 +183,7 @@ class Source:
             return self.data_format
         ending = ending_of(name := self.names.get(file, file))
         if ending and ending not in FORMAT_OF:
-            raise ValueError(
+            raise MiniGPTError(
                 f"{name}: nothing here reads {ending} files; known are {' '.join(FORMAT_OF)}, plain or "
                 f"{' '.join(COMPRESSED)}; if it is text, say --data_format text"
             )
@@ -188,12 +193,12 @@ class Source:
         """Each file is a document, if they are text; each row is one, if they are tables."""
         formats = {self._format_of(file): file for file in files}
         if len(formats) > 1:
-            raise ValueError(
+            raise MiniGPTError(
                 f"{self.data}: holds files of different kinds ({', '.join(formats.values())}); name one kind"
             )
         for file in files:
             if not os.access(file, os.R_OK):
-                raise ValueError(f"{file}: you may not read this file; change its permissions, or leave it out")
+                raise MiniGPTError(f"{file}: you may not read this file; change its permissions, or leave it out")
         (kind,) = formats
         if kind == "text":
             if self.text_column:
@@ -213,7 +218,7 @@ class Source:
             with path.open("rb") as file:
                 return self._spooled(self.data, file.read)
         kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
-        raise ValueError(
+        raise MiniGPTError(
             f"{self.data}: is a {kinds.get(stat.S_IFMT(mode), 'special file')}, not a regular file; write its content to a "
             "file, or pipe it in: … | minigpt … --data -"
         )
@@ -221,7 +226,7 @@ class Source:
     def _spooled(self, name: str, read: Callable[[int], bytes]) -> str:
         """Kept as a file under the hash of its content: it can be read once, and a text is read several times."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"--data {self.data}: {name} reaches one process of several; write it to a file")
+            raise MiniGPTError(f"--data {self.data}: {name} reaches one process of several; write it to a file")
         path, _ = keep(iter(lambda: read(1 << 20), b""), self.cache_dir / "stdin", ".txt")
         self.names[str(path)] = name
         return str(path)
@@ -260,14 +265,14 @@ class Source:
             identity = " ".join(Path(builder.cache_dir).parts[-4:])
             return self._of_splits(builder.as_streaming_dataset(), identity)
         except (ConnectionError, FileNotFoundError) as error:
-            raise ValueError(
+            raise MiniGPTError(
                 f"{self.data}: is no file or folder here, and cannot be had from the Hub: {_first_line(error)}"
             ) from error
 
     def _of_splits(self, splits: dict, identity: str = "") -> Reading:
         asked = self.split or "train"
         if asked not in splits:
-            raise ValueError(f"{self.data}: has no split {asked!r}; say --data_split, one of {', '.join(splits)}")
+            raise MiniGPTError(f"{self.data}: has no split {asked!r}; say --data_split, one of {', '.join(splits)}")
         own = next((name for name in SPLITS["validation"] if name in splits), None) if self.split is None else None
         texts = [self._of_rows(splits[name], f"{identity} {name}") for name in (asked, own) if name is not None]
         return Reading(*texts)
@@ -305,7 +310,7 @@ class Source:
             asked = f"--text_column {asked}" if self.text_column else "the column 'text'"
             what = f"{asked}: " + ("there is no such column" if missing else "holds no text, or not only text")
         also = "" if names_hub_dataset(self.data) else "; to learn the file as it stands, say --data_format text"
-        raise ValueError(f"{self.data}: {what}; columns of text: {names}{also}")
+        raise MiniGPTError(f"{self.data}: {what}; columns of text: {names}{also}")
 
 
 def _is_text(kind) -> bool:
@@ -358,14 +363,14 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
 
 
-def _unreadable(data: str, error: BaseException) -> ValueError:
+def _unreadable(data: str, error: BaseException) -> MiniGPTError:
     """The error of ours that `datasets` has wrapped, or else one that names what could not be read."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, UnreadableFile):
+        if isinstance(cause, UnreadableFileError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    return ValueError(f"{data}: cannot be read: {_reason(error)}")
+    return MiniGPTError(f"{data}: cannot be read: {_reason(error)}")
 
 
 def _reason(error: DatasetGenerationError) -> str:

@@ -30,8 +30,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import MiniGPTError
 from .cache import cached
-from .texts import Texts
+from .documents import Texts
 from .tokenizer import Encoder, opening_token, tokenizer_fingerprint, vocabulary_size
 
 SAMPLED_DOCUMENTS = 1000  # of so many it is checked at every start that an E opens them
@@ -54,7 +55,7 @@ class TokenStream:
         """Map a stream that `build_stream` wrote.
 
         Raises:
-            ValueError: if its files do not fit together.
+            MiniGPTError: if its files do not fit together.
         """
         about = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
         size = (folder / "tokens.bin").stat().st_size
@@ -64,7 +65,7 @@ class TokenStream:
         documents = np.load(folder / "documents.npy", mmap_mode="r")
         counts = (len(tokens), len(documents))
         if counts != (about["tokens"], about["documents"]):
-            raise ValueError(f"{counts} tokens and documents instead of {about['tokens'], about['documents']}")
+            raise MiniGPTError(f"{counts} tokens and documents instead of {about['tokens'], about['documents']}")
         sample = documents[:: -(-len(documents) // SAMPLED_DOCUMENTS) or 1]
         if len(documents) and (
             documents[0] != 0
@@ -72,7 +73,7 @@ class TokenStream:
             or not (np.diff(documents) > 0).all()
             or not (tokens[sample] == about["end_of_text"]).all()
         ):
-            raise ValueError("the offsets of the documents do not point to the tokens that open them")
+            raise MiniGPTError("the offsets of the documents do not point to the tokens that open them")
         return cls(
             folder=folder,
             tokens=tokens,
@@ -203,7 +204,7 @@ def _encode(
     try:
         yield from _in_order(pool, jobs, 2 * num_proc)
     except BrokenProcessPool as error:
-        raise ValueError(
+        raise MiniGPTError(
             "a process that tokenizes was killed, perhaps because memory ran out; use fewer processes (--num_proc) or "
             "free memory"
         ) from error

@@ -27,20 +27,10 @@ import pyarrow.parquet as pq
 from datasets.arrow_writer import ArrowWriter
 from datasets.table import MemoryMappedTable
 
+from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
 from .files import ending_of
-from .reading import (
-    BYTE_ORDER_MARK,
-    Decoding,
-    UnreadableFile,
-    chunks,
-    decoded,
-    digest_of,
-    has_changed,
-    open_bytes,
-    packing_of,
-    shown,
-)
+from .reading import BYTE_ORDER_MARK, Decoding, chunks, decoded, digest_of, has_changed, open_bytes, packing_of, shown
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +60,7 @@ class Table:
         """Names of all columns, of those that seem to hold text, and of those that may be chosen.
 
         Raises:
-            UnreadableFile: if the file is not a table.
+            UnreadableFileError: if the file is not a table.
         """
         raise NotImplementedError
 
@@ -78,15 +68,15 @@ class Table:
         """The values of a column.
 
         Raises:
-            UnreadableFile: naming the row, for a value that is not a string.
+            UnreadableFileError: naming the row, for a value that is not a string.
         """
         raise NotImplementedError
 
     def describe(self) -> None:
         """Log how the file was interpreted, where that is not obvious."""
 
-    def error(self, message: str) -> UnreadableFile:
-        return UnreadableFile(f"{shown(self.name)}: {message}")
+    def error(self, message: str) -> UnreadableFileError:
+        return UnreadableFileError(f"{shown(self.name)}: {message}")
 
     @contextmanager
     def lines(self, newline: str) -> Iterator[Iterator[str]]:
@@ -123,7 +113,7 @@ def read_tables(
         choose_column: Maps the result of `Table.columns` to the name of a column.
 
     Raises:
-        UnreadableFile: for a table that is damaged or empty, or whose text column is missing, ambiguous or not text.
+        UnreadableFileError: for a table that is damaged or empty, or whose text column is missing, ambiguous or not text.
     """
     tables = [FORMATS[kind](path, names.get(path, path), decoding) for path in paths]
     digests = [digest_of(table.path, table.name) for table in tables]
@@ -134,7 +124,7 @@ def read_tables(
             chosen.setdefault(choose_column(*columns), table)
     if len(chosen) > 1:
         texts = ", ".join(f"{column!r} in {shown(table.name)}" for column, table in chosen.items())
-        raise UnreadableFile(f"the text is in different columns, {texts}; say which: --text_column")
+        raise UnreadableFileError(f"the text is in different columns, {texts}; say which: --text_column")
     if not chosen:
         raise tables[0].error("there is no text in it: the table has no rows")
     (column,) = chosen
@@ -268,7 +258,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise MiniGPTError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return row
 
 

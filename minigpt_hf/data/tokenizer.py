@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 from .cuts import PIECE_CHARACTERS, RUN, pieces
 
@@ -54,11 +55,11 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
             occur twice; then the tokenizer is smaller.
 
     Raises:
-        ValueError: if `vocab_size` has no room for the bytes.
+        MiniGPTError: if `vocab_size` has no room for the bytes.
     """
     smallest = 2 + len(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < smallest:
-        raise ValueError(
+        raise MiniGPTError(
             f"vocab_size is {vocab_size}: byte-level BPE needs at least {smallest} (2 specials, 256 bytes)"
         )
     tokenizer = _byte_level(models.BPE())
@@ -123,7 +124,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """An existing tokenizer: a folder, or a Hub id. No code of the folder is run.
 
     Raises:
-        ValueError: if there is none, if it needs code of its own, if it is not a fast one, or if it has no end-of-text token.
+        MiniGPTError: if there is none, it needs code of its own, it is not a fast one, or it has no end-of-text token.
     """
     path = checked_folder(folder, what="tokenizer", with_weights=False)
     with loading(
@@ -131,7 +132,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     ):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {folder}: it needs a `tokenizer.json` and an `eos_token` to separate documents")
+        raise MiniGPTError(f"tokenizer {folder}: it needs a `tokenizer.json` and an `eos_token` to separate documents")
     return tokenizer
 
 
@@ -220,7 +221,7 @@ class Encoder:
         except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
             for character in piece:
                 if self.tokenizer.token_to_id(character) is None:
-                    raise ValueError(
+                    raise MiniGPTError(
                         f"the tokenizer does not know the character {character!r} (U+{ord(character):04X}): it was made "
                         "from text that has none; leave it out, or use `--tokenizer bpe` or `bytes`, which know all"
                     ) from error

@@ -14,12 +14,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import about_of
 from .card import render_card
-from .folder import OPTIONAL, REQUIRED, published_files
+from .model_folder import OPTIONAL, REQUIRED, published_files
 
 REMEDIES = {
     401: "it does not know your token: log in again with `hf auth login`, or set HF_TOKEN to one that is valid",
@@ -51,24 +52,24 @@ def push_folder(
         An address for each branch.
 
     Raises:
-        ValueError: if the folder is not whole, or something asked for cannot be.
+        MiniGPTError: if the folder is not whole, or something asked for cannot be.
         OSError: if the Hub refuses, or cannot be reached: in words, with what to do.
     """
     check_whole(folder)
     if native and revision == "native":
-        raise ValueError(
+        raise MiniGPTError(
             "--revision native: the twin without code goes there; name another branch, or leave out --native"
         )
     with tempfile.TemporaryDirectory() as scratch:
         branches = [(revision, folder)]
         if native:
-            from .export.native import export_native  # loads two models to compare them: not for those who do not ask
+            from ..export.native import export_native  # loads two models to compare them: not for those who do not ask
 
             branches.append(("native", export_native(folder, Path(scratch) / "native")))
         repo_id = open_repository(repo_id, private)
         card = card_for(folder, repo_id)
         if checked is not None and state_of(folder) != checked:
-            raise ValueError(
+            raise MiniGPTError(
                 f"{folder}: has changed since it was examined: wait until nothing writes there, and push again"
             )
         return [commit_folder(each, repo_id, branch, card=card) for branch, each in branches]
@@ -78,15 +79,15 @@ def open_repository(repo_id: str, private: bool = False) -> str:
     """Make a repository, if it is not there, and return its full name.
 
     Raises:
-        ValueError: if there is no token, or the repository is to be private and is public already.
+        MiniGPTError: if there is no token, or the repository is to be private and is public already.
         OSError: as `push_folder`.
     """
     if get_token() is None:
-        raise ValueError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+        raise MiniGPTError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
     with hub_in_words(repo_id):
         repo_id = HfApi().create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if private and not HfApi().model_info(repo_id).private:
-            raise ValueError(
+            raise MiniGPTError(
                 f"{repo_id}: is there already, and public: change that in its settings, or name another one"
             )
     return repo_id
@@ -149,14 +150,14 @@ def commit_in_background(folder: Path, repo_id: str, revision: str | None, messa
 def check_whole(folder: Path) -> None:
     """Refuse a folder that lacks what a stranger needs, or in which a name stands for a file elsewhere."""
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: this is a run; its model is in {folder / 'model'}")
+        raise MiniGPTError(f"{folder}: this is a run; its model is in {folder / 'model'}")
     names = {file.name for file in published_files(folder)}
     if "model.safetensors.index.json" in names:
         names.add("model.safetensors")
     if missing := [name for name in REQUIRED if name not in names]:
-        raise ValueError(f"{folder}: no model folder, it lacks {', '.join(missing)}")
+        raise MiniGPTError(f"{folder}: no model folder, it lacks {', '.join(missing)}")
     if links := [file for file in folder.rglob("*") if file.is_symlink()]:
-        raise ValueError(f"{links[0]}: is a link; put the file itself there")
+        raise MiniGPTError(f"{links[0]}: is a link; put the file itself there")
 
 
 def state_of(folder: Path) -> dict[Path, tuple[int, ...]]:
@@ -178,6 +179,8 @@ def hub_in_words(repo_id: str) -> Iterator[None]:
     """Turn what huggingface_hub raises within the block into an `OSError` with one sentence."""
     try:
         yield
+    except HFValidationError as error:
+        raise MiniGPTError(str(error)) from error
     except (HTTPError, RuntimeError) as error:
         cause = error
         while isinstance(cause, RuntimeError) and cause.__cause__ is not None:

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..errors import MiniGPTError
 from .scaling import number_of
 
 # What the Hub takes in the metadata of a card; it knows the names of licences itself.
@@ -118,21 +119,23 @@ class DataArguments:
 
     def __post_init__(self):
         if not self.data.strip():
-            raise ValueError(
+            raise MiniGPTError(
                 f"data is {self.data!r}: it names no text; give a file, a folder (`.` for this one) or a URL"
             )
         for name in ("block_size", "validation_characters", "num_proc", "max_tokens"):
             if (value := vars(self)[name]) is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+                raise MiniGPTError(f"{name} is {value}: it must be at least 1")
         if self.streaming and self.max_tokens is None:
-            raise ValueError("--streaming needs --max_tokens: how much of the stream to take")
+            raise MiniGPTError("--streaming needs --max_tokens: how much of the stream to take")
         self.language = [self.language] if isinstance(self.language, str) else self.language
         for code in self.language:
             if not isinstance(code, str) or not LANGUAGE.fullmatch(code):
                 hint = " (in a recipe, Norwegian is 'no' in quotes)" if code is False else ""
-                raise ValueError(f"language {code!r}: expected an ISO 639 code such as en or deu, or `code`{hint}")
+                raise MiniGPTError(f"language {code!r}: expected an ISO 639 code such as en or deu, or `code`{hint}")
         if self.license is not None and not LICENSE.fullmatch(self.license):
-            raise ValueError(f"license {self.license!r}: expected a name of the Hub's, such as mit, cc-by-4.0 or other")
+            raise MiniGPTError(
+                f"license {self.license!r}: expected a name of the Hub's, such as mit, cc-by-4.0 or other"
+            )
 
 
 @dataclass
@@ -273,56 +276,56 @@ class MiniGPTTrainingArguments(TrainingArguments):
         for name, least in smallest.items():
             value = vars(self)[name]
             if value is not None and not least <= value < math.inf:  # nor is it nan
-                raise ValueError(f"{name} is {value}: it must be at least {least}, and a number")
+                raise MiniGPTError(f"{name} is {value}: it must be at least {least}, and a number")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ValueError(f"minutes is {self.minutes}: it must be more than 0")
+            raise MiniGPTError(f"minutes is {self.minutes}: it must be more than 0")
         if self.minutes is not None and self.size not in (None, "auto"):
-            raise ValueError("--minutes and --size both choose the model: give one of them")
+            raise MiniGPTError("--minutes and --size both choose the model: give one of them")
         if self.size is not None and str(self.size) != "auto":
             number_of(str(self.size))
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(
+            raise MiniGPTError(
                 f"max_steps is {self.max_steps}: give a number of steps, or -1 to train for num_train_epochs"
             )
         if self.muon and self.optim != TrainingArguments.optim:
-            raise ValueError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
+            raise MiniGPTError(f"optim {self.optim} has no effect beside Muon: add --no_muon")
         for name in ("optim_args", "optim_target_modules"):
             if self.muon and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect on Muon: add --no_muon")
+                raise MiniGPTError(f"{name} has no effect on Muon: add --no_muon")
         if self.train_sampling_strategy != "random":
-            raise ValueError(
+            raise MiniGPTError(
                 f"train_sampling_strategy {self.train_sampling_strategy} is not supported: each epoch takes the sequences in "
                 "an order computed from the seed; leave it out"
             )
         if not self.dataloader_in_order:
-            raise ValueError(
+            raise MiniGPTError(
                 "dataloader_in_order false is not supported: the order of the data would differ from run to run; leave it out"
             )
         if self.label_names is not None:
-            raise ValueError(f"label_names {self.label_names} is not supported: a language model predicts its input")
+            raise MiniGPTError(f"label_names {self.label_names} is not supported: a language model predicts its input")
         if self.ignore_data_skip:
-            raise ValueError(
+            raise MiniGPTError(
                 "ignore_data_skip is not supported: the position in the data is computed, so nothing is read again when a "
                 "run resumes; leave it out"
             )
         if self.data_seed is not None:
-            raise ValueError(
+            raise MiniGPTError(
                 f"data_seed {self.data_seed} is not supported: seed decides the order of the data; give --seed"
             )
         if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
-            raise ValueError(
+            raise MiniGPTError(
                 f"metric_for_best_model {self.metric_for_best_model}: there is no such metric; give {', '.join(METRICS)}"
             )
         if self.greater_is_better:
-            raise ValueError(
+            raise MiniGPTError(
                 f"greater_is_better is {self.greater_is_better}: lower is better for {', '.join(METRICS)}; leave it out"
             )
         if self.metric_for_best_model is not None:
             self.greater_is_better = False  # transformers infers True from every name that does not end in `loss`
         if self.hub_token:
-            raise ValueError("hub_token is not taken: log in once with `hf auth login`, or set HF_TOKEN")
+            raise MiniGPTError("hub_token is not taken: log in once with `hf auth login`, or set HF_TOKEN")
         if self.push_to_hub and self.hub_strategy not in ("every_save", "end"):
-            raise ValueError(
+            raise MiniGPTError(
                 f"hub_strategy {self.hub_strategy} would upload optimizer states, which are pickles: say every_save or end"
             )
         if self.bf16 is None:
@@ -339,11 +342,11 @@ class MiniGPTTrainingArguments(TrainingArguments):
         for name in self.report_to:
             if name not in (available := get_available_reporting_integrations()):
                 installed = ", ".join(available) or "none"
-                raise ValueError(
+                raise MiniGPTError(
                     f"report_to {name}: is unknown or not installed; install it, or name one of: {installed}"
                 )
         if self.device.type == "cpu" and self.fp16:
-            raise ValueError("fp16 needs an accelerator, and there is none here: leave it out")
+            raise MiniGPTError("fp16 needs an accelerator, and there is none here: leave it out")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinned memory speeds up copies to an accelerator; there is none
         if self.world_size > 1:
@@ -354,7 +357,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
         """Whether each checkpoint is validated, where the best one is to be published.
 
         Raises:
-            ValueError: if not.
+            MiniGPTError: if not.
         """
         if not self.load_best_model_at_end or self.save_strategy != "steps" or self.eval_strategy != "steps":
             return
@@ -364,7 +367,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
         shares = (save < 1, evaluate < 1)
         ratio = save / evaluate
         if (any(shares) and not all(shares)) or abs(ratio - round(ratio)) > 1e-9:
-            raise ValueError(
+            raise MiniGPTError(
                 f"load_best_model_at_end needs a validation at each checkpoint: save_steps is {save:g}, and must be a "
                 f"multiple of eval_steps, which is {evaluate:g}; give --save_steps {evaluate:g}, or --load_best_model_at_end "
                 "false to publish the last step"

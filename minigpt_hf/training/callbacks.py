@@ -19,11 +19,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..generation import check_ids, encode_prompt, generate
+from ..errors import NonFiniteLossError
+from ..inference.generation import check_ids, encode_prompt, generate
 from .checkpoint import write_atomically
 from .plan import duration
 from .resume import append_to_log, read_log
-from .stops import BadLoss, StopAtBoundary
+from .stopping import StopAtBoundary
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +167,13 @@ class Samples(TrainerCallback):
         """What goes into the card: seeds 0, 1 and 2, so that nobody has chosen.
 
         Raises:
-            BadLoss: if the model cannot generate text.
+            NonFiniteLossError: if the model cannot generate text.
         """
         seeds = range(3 if self.tokens else 0)
         try:
             return [sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in seeds]
         except Exception as error:
-            raise BadLoss(
+            raise NonFiniteLossError(
                 f"the trained model cannot generate text ({error}); no model is published; start again with a lower "
                 "--learning_rate and --muon_learning_rate and --fresh"
             ) from error

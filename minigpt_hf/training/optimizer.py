@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from ..errors import MiniGPTError
+
 # Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵ maps singular values in (0, 1] towards 1, with
 # the largest slope at 0. Five iterations bring them into about [0.7, 1.2], which suffices in practice (Jordan et al.).
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -54,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: Learning rate of groups without one, and `defaults["lr"]`, to which transformers' schedules relate `min_lr`.
 
     Raises:
-        ValueError: for an unknown algorithm, or a Muon parameter that is not a matrix.
+        MiniGPTError: for an unknown algorithm, or a Muon parameter that is not a matrix.
     """
 
     def __init__(self, param_groups: Iterable[dict], lr: float = 1e-3):
@@ -62,10 +64,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             if group.get("algorithm") not in ("muon", "adamw"):
-                raise ValueError(f"a parameter group has algorithm {group.get('algorithm')!r}: use 'muon' or 'adamw'")
+                raise MiniGPTError(f"a parameter group has algorithm {group.get('algorithm')!r}: use 'muon' or 'adamw'")
             for parameter in group["params"]:
                 if group["algorithm"] == "muon" and parameter.ndim != 2:
-                    raise ValueError(
+                    raise MiniGPTError(
                         f"Muon requires matrices, but a parameter has shape {tuple(parameter.shape)}: use 'adamw'"
                     )
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, Trainer
 
 from ..data.prepared import PreparedText
+from ..errors import MiniGPTError
 from .arguments import MiniGPTTrainingArguments, ModelArguments
 
 
@@ -27,7 +28,7 @@ def check_memory(config: PreTrainedConfig, architecture: ModelArguments, trainin
     With LoRA what is learnt is little, and 4 bytes are enough; with FSDP processes share.
 
     Raises:
-        ValueError: before anything is allocated, if they will not.
+        MiniGPTError: before anything is allocated, if they will not.
     """
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
@@ -37,7 +38,7 @@ def check_memory(config: PreTrainedConfig, architecture: ModelArguments, trainin
     free = torch.cuda.mem_get_info(training.device)[0] if on_gpu else psutil.virtual_memory().available
     needed = (4 if architecture.lora_rank else 16) * parameters / (training.world_size if training.fsdp else 1)
     if needed > free:
-        raise ValueError(
+        raise MiniGPTError(
             f"this model has {parameters:,} parameters, which need about {needed / 1e9:,.1f} GB to train, and "
             f"{free / 1e9:,.1f} GB are free: lower --hidden_size, --num_hidden_layers or --vocab_size"
         )

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..errors import MiniGPTError
 from .arguments import (
     AUTO,
     GROUPS,
@@ -47,7 +48,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         overrides: The same settings as flags, by name.
 
     Raises:
-        ValueError: for an unknown recipe, key or flag, naming the nearest ones; or an invalid value.
+        MiniGPTError: for an unknown recipe, key or flag, naming the nearest ones; or an invalid value.
     """
     flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
     # HfArgumentParser adds --no_X for each X that is true by default.
@@ -55,7 +56,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     given = {*flags, *overrides}
     for value in (recipe, *argv, *overrides.values()):
         if isinstance(value, str) and not _is_unicode(value) and not Path(value).exists():  # file names are bytes
-            raise ValueError(
+            raise MiniGPTError(
                 f"argument {value!r}: is not valid text in the encoding of this system, {sys.getfilesystemencoding()}; "
                 "use a name in UTF-8, and set PYTHONUTF8=1"
             )
@@ -73,37 +74,42 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             break
     parser = argument_parser(prog="minigpt train")
     parser.set_defaults(**settings)
-    data, model, training, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        data, model, training, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except MiniGPTError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # of `TrainingArguments`
+        raise MiniGPTError(str(error)) from error
     if unknown:
-        raise ValueError(
+        raise MiniGPTError(
             f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), settings_known())}"
         )
     if model.init_from:
         if training.minutes or training.size:
-            raise ValueError(
+            raise MiniGPTError(
                 "--minutes and --size choose a shape, and --init_from brings its own: leave out one of them"
             )
         if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
-            raise ValueError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
+            raise MiniGPTError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
         data.tokenizer = model.init_from
     _take_over_settings_of_a_prepared_text(data, given)
     if model.lora_rank < 0:
-        raise ValueError(f"lora_rank is {model.lora_rank}: it must be at least 0")
+        raise MiniGPTError(f"lora_rank is {model.lora_rank}: it must be at least 0")
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
-        raise ValueError("there is no model to go on from: name a folder or a Hub id with --init_from")
+        raise MiniGPTError("there is no model to go on from: name a folder or a Hub id with --init_from")
     if model.lora_rank and training.muon:
-        raise ValueError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
+        raise MiniGPTError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
     training.given = frozenset(given | settings.keys())
     training.given_in_command = frozenset(given)
     if training.minutes and "num_train_epochs" in training.given:
-        raise ValueError("--minutes chooses how long to train, and num_train_epochs is given: leave out one of them")
+        raise MiniGPTError("--minutes chooses how long to train, and num_train_epochs is given: leave out one of them")
     if training.minutes and "max_steps" in training.given:
         where = "leave it out" if "max_steps" in given else f"recipe {recipe} has it: name none"
-        raise ValueError(f"--minutes chooses max_steps, which is given: {where}")
+        raise MiniGPTError(f"--minutes chooses max_steps, which is given: {where}")
     if training.size == AUTO and training.minutes:
-        raise ValueError("--minutes and --size auto both choose how long to train: leave out one of them")
+        raise MiniGPTError("--minutes and --size auto both choose how long to train: leave out one of them")
     if data.validation_fraction == 0:
         training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
         training.load_best_model_at_end = False
@@ -120,7 +126,7 @@ def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str])
     """What a prepared text was made with is part of what is trained on it; settings of a recipe are replaced.
 
     Raises:
-        ValueError: if a flag or keyword asks for another text than the prepared one.
+        MiniGPTError: if a flag or keyword asks for another text than the prepared one.
     """
     from ..data.corpus import public  # imports `datasets`, which `--help` does not need
     from ..data.prepared import is_prepared, prepared_settings
@@ -136,7 +142,7 @@ def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str])
     if other := [name for name, value in asked.items() if value != made_with[name]]:
         flags = ", ".join(f"--{name} {asked[name]}" for name in other)
         stored = ", ".join(f"{name} {made_with[name]}" for name in other)
-        raise ValueError(
+        raise MiniGPTError(
             f"{flags}: {data.data} was prepared with {stored}; leave out what differs, or prepare the text again with "
             "`minigpt tokenize`"
         )
@@ -201,11 +207,11 @@ def _fit_heads(model: ModelArguments, training: MiniGPTTrainingArguments, given:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
-        raise ValueError(message)
+        raise MiniGPTError(message)
 
 
 def argument_parser(**kwargs) -> HfArgumentParser:
-    """The parser of every flag there is; abbreviations are not guessed, and a bad value is a `ValueError`."""
+    """The parser of every flag there is; abbreviations are not guessed, and a bad value is a `MiniGPTError`."""
     return _Parser(GROUPS, allow_abbrev=False, **kwargs)
 
 
@@ -243,27 +249,27 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The settings of a named recipe, or of a YAML file.
 
     Raises:
-        ValueError: if there is no such recipe, it is no YAML mapping, or a key is not the name of a setting.
+        MiniGPTError: if there is no such recipe, it is no YAML mapping, or a key is not the name of a setting.
     """
     if name.endswith((".yaml", ".yml")):
         source = Path(name)
         if not source.is_file():
-            raise ValueError(f"recipe {name}: no such file")
+            raise MiniGPTError(f"recipe {name}: no such file")
         if source.stat().st_size > LONGEST:
-            raise ValueError(f"recipe {name}: has more than {LONGEST:,} bytes; a recipe has some hundred")
+            raise MiniGPTError(f"recipe {name}: has more than {LONGEST:,} bytes; a recipe has some hundred")
     else:
         source = RECIPES / f"{name}.yaml"
         if not source.is_file():
-            raise ValueError(
+            raise MiniGPTError(
                 f"unknown recipe {name!r}{_nearest(name, recipe_names())}; known: {', '.join(recipe_names())}"
             )
     try:
         settings = load_yaml(source.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError included
-        raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
+        raise MiniGPTError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise ValueError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
+        raise MiniGPTError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
     return _checked(settings, f"recipe {name}: ")
 
 
@@ -271,35 +277,35 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
     """Settings by name, with the types of their fields; a number that is text becomes one where a fraction is expected.
 
     Raises:
-        ValueError: beginning with `origin`, for an unknown name or a value of another type.
+        MiniGPTError: beginning with `origin`, for an unknown name or a value of another type.
     """
     known, settings = settings_known(), dict(settings)
     optional = {each.name for group in GROUPS for each in fields(group) if each.default is None}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"{origin}unknown setting {key!r}{_nearest(str(key), known)}")
+            raise MiniGPTError(f"{origin}unknown setting {key!r}{_nearest(str(key), known)}")
         if key == "size" and isinstance(value, int | float) and not isinstance(value, bool):
             value = settings[key] = str(value)
         kind = next((kind for kind in (bool, int, float, str) if known[key] in (kind, kind | None)), None)
         allowed = {bool: bool | str, int: int | float | str, float: int | float | str, str: str}
         if kind and value is None and key not in optional and not isinstance(None, known[key]):
-            raise ValueError(f"{origin}{key} is None: expected one {kind.__name__}")
+            raise MiniGPTError(f"{origin}{key} is None: expected one {kind.__name__}")
         if kind and value is not None:
             right = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
             if not right:
-                raise ValueError(f"{origin}{key} is {reprlib.repr(value)}: expected one {kind.__name__}")
+                raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected one {kind.__name__}")
         if kind is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
             try:
                 value = settings[key] = float(value)
             except ValueError as error:
-                raise ValueError(f"{origin}{key} is {reprlib.repr(value)}: expected a number") from error
+                raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected a number") from error
         if isinstance(value, float):
             if not math.isfinite(value):
-                raise ValueError(f"{origin}{key} is {value}: expected a finite number")
+                raise MiniGPTError(f"{origin}{key} is {value}: expected a finite number")
             if kind is int:
-                raise ValueError(f"{origin}{key} is {value}: expected a whole number")
+                raise MiniGPTError(f"{origin}{key} is {value}: expected a whole number")
         if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise ValueError(f"{origin}{key} is a number of {value.bit_length()} bits; at most 63 are possible")
+            raise MiniGPTError(f"{origin}{key} is a number of {value.bit_length()} bits; at most 63 are possible")
     return settings
 
 
@@ -328,14 +334,14 @@ def load_yaml(text: str) -> Any:
     """YAML -> plain values.
 
     Raises:
-        ValueError: in one line, if it is not YAML, is nested too deeply, names a key twice, or holds references or objects.
+        MiniGPTError: in one line, if it is not YAML, is nested too deeply, names a key twice, or holds references or objects.
     """
     try:
         return yaml.load(text, _Loader)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise MiniGPTError("it is nested too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the latter of numbers and dates
-        raise ValueError(" ".join(str(error).split())) from error
+        raise MiniGPTError(" ".join(str(error).split())) from error
 
 
 def recipe_names() -> list[str]:

@@ -22,8 +22,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
-from ..pretrained import content_of
-from ..publish.folder import damage
+from ..errors import MiniGPTError
+from ..publish.model_folder import damage
 from .arguments import Arguments, MiniGPTTrainingArguments
 from .checkpoint import (
     DESCRIBED,
@@ -36,8 +36,9 @@ from .checkpoint import (
     what_is_wrong,
     write_atomically,
 )
-from .lock import LOCK, FolderLock
+from .initialize import content_of
 from .plan import tokens_per_step
+from .run_folder import LOCK, FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +50,16 @@ def run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
     """Lock `output_dir` within the block; with several processes the main process holds the lock for all.
 
     Raises:
-        ValueError: on every process, if another training holds the lock, or the folder is not empty and holds no run.
+        MiniGPTError: on every process, if another training holds the lock, or the folder is not empty and holds no run.
     """
     run = Path(training.output_dir)
     lock = FolderLock(run)
 
     def acquire() -> None:
         if run.exists() and not run.is_dir():
-            raise ValueError(f"--output_dir {run}: this is a file; name a folder")
+            raise MiniGPTError(f"--output_dir {run}: this is a file; name a folder")
         if (run / FINGERPRINT).is_file() and (run / "trainer_state.json").is_file():
-            raise ValueError(
+            raise MiniGPTError(
                 f"--output_dir {run}: this is a checkpoint; name the folder of its run, {run.absolute().parent}"
             )
         if (run / "model").is_dir() and not os.access(run, os.W_OK):
@@ -69,7 +70,7 @@ def run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
             names -= {temporary(run / FINGERPRINT).name, "recipe.yaml"}
         restore_fingerprint(run)
         if names and not (run / FINGERPRINT).is_file():
-            raise ValueError(f"--output_dir {run}: is not empty and holds no run; name another folder")
+            raise MiniGPTError(f"--output_dir {run}: is not empty and holds no run; name another folder")
 
     try:
         from_main_process(training, acquire)
@@ -108,11 +109,11 @@ def is_finished(run: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether the run has its model; a damaged one is set aside, to be published again from a checkpoint.
 
     Raises:
-        ValueError: if the folder holds another run, or a damaged model and no checkpoint to publish it from.
+        MiniGPTError: if the folder holds another run, or a damaged model and no checkpoint to publish it from.
     """
     old = read_fingerprint(run / FINGERPRINT)
     if changed := changes(old, fingerprint):
-        raise ValueError(
+        raise MiniGPTError(
             f"--output_dir {run}: holds another run, which is finished ({in_words(changed, old, fingerprint)}); name "
             "another folder, or say --fresh"
         )
@@ -120,7 +121,7 @@ def is_finished(run: Path, fingerprint: dict[str, Any]) -> bool:
         print(f"this run is finished; the model is in {run / 'model'}", flush=True)
         return True
     if all(what_is_wrong(checkpoint) for checkpoint in checkpoints(run)):
-        raise ValueError(
+        raise MiniGPTError(
             f"--output_dir {run}: its model is damaged ({fault}), and no checkpoint is left to publish it from; restore "
             f"{run / 'model'} from a copy, or train again with --fresh"
         )
@@ -133,12 +134,12 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
     """The newest checkpoint that is whole, if the run was started with the same settings."""
     if not (run / FINGERPRINT).is_file():
         if training.resume_from_checkpoint:
-            raise ValueError(f"--resume_from_checkpoint: there is no run in {run} that could go on")
+            raise MiniGPTError(f"--resume_from_checkpoint: there is no run in {run} that could go on")
         return None
     if training.resume_from_checkpoint:
         checkpoint = Path(training.resume_from_checkpoint)
         if fault := what_is_wrong(checkpoint):
-            raise ValueError(f"--resume_from_checkpoint {checkpoint}: it is broken ({fault})")
+            raise MiniGPTError(f"--resume_from_checkpoint {checkpoint}: it is broken ({fault})")
     else:
         checkpoint, lines = newest_valid(run)
         print(*lines, sep="\n", end="\n" if lines else "", flush=True)
@@ -149,17 +150,17 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
         return in_words(pairs, old, fingerprint)
 
     if fixed := {name: pair for name, pair in changed.items() if name.startswith("config.") and name not in MAY_CHANGE}:
-        raise ValueError(
+        raise MiniGPTError(
             f"--output_dir {run}: holds another run, its model is another ({said(fixed)}); name another folder, or "
             "say --fresh"
         )
     known = [name for name in fingerprint if name != DESCRIBED]
     for name in training.allow_change:
         if name not in known:
-            raise ValueError(f"--allow_change {name}: a run is not known by that; there are {', '.join(known)}")
+            raise MiniGPTError(f"--allow_change {name}: a run is not known by that; there are {', '.join(known)}")
     refused = {name: pair for name, pair in changed.items() if name not in training.allow_change}
     if refused:
-        raise ValueError(
+        raise MiniGPTError(
             f"--output_dir {run}: holds another run, or this one with other settings ({said(refused)}); name another folder, "
             f"say --fresh, or let it go on with --allow_change {' '.join(refused)}"
         )
@@ -301,13 +302,13 @@ def read_fingerprint(file: Path) -> dict[str, Any]:
     """The fingerprint of a run or checkpoint.
 
     Raises:
-        ValueError: if it is missing or damaged.
+        MiniGPTError: if it is missing or damaged.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: is missing; restore it, name another --output_dir, or say --fresh")
+        raise MiniGPTError(f"{file}: is missing; restore it, name another --output_dir, or say --fresh")
     fingerprint = read_json(file)
     if not isinstance(fingerprint, dict) or not isinstance(fingerprint.get(DESCRIBED, {}), dict):
-        raise ValueError(
+        raise MiniGPTError(
             f"{file}: is not the fingerprint of a run; restore it, name another --output_dir, or say --fresh"
         )
     return fingerprint
@@ -369,7 +370,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: is not valid JSON ({error}); restore it, or say --fresh") from error
+        raise MiniGPTError(f"{file}: is not valid JSON ({error}); restore it, or say --fresh") from error
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import MiniGPTError
+
 TOKENS_PER_PARAMETER = 10
 READINGS_AS_GOOD_AS_NEW = 4
 # What is learnt from a text for which nobody said how long or how large: see `size_for_text`.
@@ -117,7 +119,7 @@ def shape_for(
         width, layers, heads, key_value_heads: What is fixed.
 
     Raises:
-        ValueError: if no width fits the number of heads.
+        MiniGPTError: if no width fits the number of heads.
     """
     step = math.lcm(2 * heads, 8) if heads else 8
     widths = [width] if width else [each for each in FINE_WIDTHS if each % step == 0] or [step]
@@ -131,7 +133,7 @@ def shape_for(
         depths = [layers] if layers else [usual] if width else range(few, many + 1)
         shapes += [Shape(each, depth, heads, key_value_heads) for depth in depths]
     if not shapes:
-        raise ValueError(
+        raise MiniGPTError(
             f"hidden_size {width} does not divide into a number of heads that is a multiple of num_key_value_heads "
             f"{key_value_heads}, with an even width of each head: choose another hidden_size or num_key_value_heads"
             if width
@@ -205,7 +207,7 @@ def number_of(size: str) -> float:
     """ "10m" -> 10,000,000; "800k", "0.8M" and "800000" are the same.
 
     Raises:
-        ValueError: if it is no number of parameters.
+        MiniGPTError: if it is no number of parameters.
     """
     units = {"k": 1e3, "m": 1e6, "b": 1e9}
     try:
@@ -213,5 +215,5 @@ def number_of(size: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < math.inf:
-        raise ValueError(f"--size {size}: this is no number of parameters; give one like 800k, 10m or 124m")
+        raise MiniGPTError(f"--size {size}: this is no number of parameters; give one like 800k, 10m or 124m")
     return number

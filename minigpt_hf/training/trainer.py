@@ -26,14 +26,15 @@ from transformers.utils import PushInProgress
 
 from ..data.blocks import Blocks, BlockSampler
 from ..data.stream import TokenStream
-from ..evaluation import score_documents, summarize
-from ..publish.folder import non_finite_parameter, published_files, save_suitcase, write_story
+from ..errors import DiskFullError, MiniGPTError, NonFiniteLossError, UntrainedModelError
+from ..inference.evaluation import score_documents, summarize
+from ..publish.model_folder import non_finite_parameter, published_files, save_suitcase, write_story
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments
 from .checkpoint import FINGERPRINT, checkpoints, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
 from .optimizer import muon_adamw
 from .resume import read_json, read_log
-from .stops import BadLoss, DiskFull, Untrained, ignore_signals, is_disk_full
+from .stopping import ignore_signals, is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +101,11 @@ class MiniGPTTrainer(Trainer):
         """Whether an epoch has at least one full batch for each process, where incomplete ones are left out.
 
         Raises:
-            ValueError: if it does not: no step would be taken.
+            MiniGPTError: if it does not: no step would be taken.
         """
         if len(self.get_train_dataloader()) == 0:
             size, processes, blocks = self._train_batch_size, self.args.world_size, self.train_dataset
-            raise ValueError(
+            raise MiniGPTError(
                 f"the training text has {len(blocks):,} blocks of {blocks.block_size:,} tokens, and a step needs "
                 f"{size * processes:,}: per_device_train_batch_size {size} × {processes} processes; lower "
                 "--per_device_train_batch_size or --block_size, start fewer processes, or give more text"
@@ -114,13 +115,13 @@ class MiniGPTTrainer(Trainer):
         """Whether at least half of the optimizer steps were taken, and the weights are finite.
 
         Raises:
-            Untrained: if most steps were skipped: such a model is never published.
-            BadLoss: if a weight is not finite.
+            UntrainedModelError: if most steps were skipped: such a model is never published.
+            NonFiniteLossError: if a weight is not finite.
         """
         skipped, steps = self.skipped_steps, self.state.global_step
         if steps <= skipped or skipped > steps / 2:
             what = "no optimizer step was taken" if steps <= skipped else "most optimizer steps were not taken"
-            raise Untrained(
+            raise UntrainedModelError(
                 f"{what}: {skipped} of {steps} steps were skipped because of a non-finite or exploded loss or gradient; no "
                 "model is published; start again with a lower --learning_rate and --muon_learning_rate and --fresh, or look "
                 "at the text"
@@ -133,12 +134,12 @@ class MiniGPTTrainer(Trainer):
         """Whether all weights are finite; on every process if one of them finds a value that is not.
 
         Raises:
-            BadLoss: whatever `on_bad_loss` is: no later step can repair such weights.
+            NonFiniteLossError: whatever `on_bad_loss` is: no later step can repair such weights.
         """
         name = non_finite_parameter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         names = gather_object([name]) if self.args.world_size > 1 else [name]
         if found := next((each for each in names if each), None):
-            raise BadLoss(
+            raise NonFiniteLossError(
                 f"step {self.state.global_step}: {found} has values that are not finite; these weights are neither saved nor "
                 f"published, earlier checkpoints are untouched; {self.advice()}"
             )
@@ -192,7 +193,7 @@ class MiniGPTTrainer(Trainer):
                     logger.info(f"{name} was {saved[name]} and is {new} from here on")
             self._find_best_checkpoint()
             if self.announced_step not in (None, self.state.global_step):
-                raise ValueError(
+                raise MiniGPTError(
                     f"{self.resumed_from}: was saved at step {self.announced_step}, and is loaded at step "
                     f"{self.state.global_step}: it was changed meanwhile; run the same command again"
                 )
@@ -332,7 +333,9 @@ class MiniGPTTrainer(Trainer):
             self.check_weights()
             what = f"step {self.state.global_step}: the validation loss is {score['loss']}"
             if self.args.on_bad_loss == "stop":
-                raise BadLoss(f"{what}; the model is not saved, earlier checkpoints are untouched; {self.advice()}")
+                raise NonFiniteLossError(
+                    f"{what}; the model is not saved, earlier checkpoints are untouched; {self.advice()}"
+                )
             if self.is_world_process_zero():
                 logger.warning(f"{what}; it does not count as the best")
         metrics = {f"{metric_key_prefix}_{name}": score[name] for name in ("loss", "perplexity", "bits_per_byte")}
@@ -396,7 +399,7 @@ class MiniGPTTrainer(Trainer):
             content = {"what": what, "ranks": ranks, "losses": losses, "input_ids": ids, "texts": texts}
             file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
         self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one fails
-        raise BadLoss(
+        raise NonFiniteLossError(
             f"{what}; no weight was changed by it, its data are in {file}, earlier checkpoints are untouched; "
             f"{self.advice()}, or add --on_bad_loss skip"
         )
@@ -456,11 +459,11 @@ class MiniGPTTrainer(Trainer):
             best = self.state.best_model_checkpoint
             remove_old_checkpoints(run, self.args.save_total_limit, checkpoint, Path(best) if best else None)
 
-    def disk_full(self, what: str) -> DiskFull:
+    def disk_full(self, what: str) -> DiskFullError:
         """What to raise where there is no room for `what`."""
         it = "it" if what.startswith("checkpoint") else "a checkpoint"
         needed, free = self.bytes_of_a_checkpoint(), shutil.disk_usage(self.args.output_dir).free
-        return DiskFull(
+        return DiskFullError(
             f"no room for {what}: {it} needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier "
             "checkpoints are whole; make room, and the same command goes on from there"
         )
@@ -483,7 +486,7 @@ class MiniGPTTrainer(Trainer):
         """Whether the checkpoints that are kept, the one being written, and the model folder will fit.
 
         Raises:
-            DiskFull: before the first step, if they will not.
+            DiskFullError: before the first step, if they will not.
         """
         if self.args.save_strategy == "no":
             return
@@ -492,7 +495,7 @@ class MiniGPTTrainer(Trainer):
         needed = (kept + 1) * self.bytes_of_a_checkpoint() + 4 * self.model.num_parameters() * copies
         free = shutil.disk_usage(self.args.output_dir).free
         if free < needed:
-            raise DiskFull(
+            raise DiskFullError(
                 f"no room for this run in {self.args.output_dir}: {kept} checkpoints, one being written and the model need "
                 f"about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, or name another --output_dir"
             )
@@ -524,7 +527,7 @@ class MiniGPTTrainer(Trainer):
     def _take_position_of_schedule(self, checkpoint: Path) -> None:
         """The schedule stands where the run stands; the moments of the other optimizer are not used, which is logged."""
         if not isinstance(self.lr_scheduler, LambdaLR):
-            raise ValueError(
+            raise MiniGPTError(
                 f"lr_scheduler_type {self.args.lr_scheduler_type}: its state belongs to the optimizer of {checkpoint.name}, "
                 "and muon or optim is another; keep them, or say --fresh"
             )

@@ -153,8 +153,8 @@ def compiled_generator(minigpt, batch: int, tokens: int) -> tuple[Callable[[], f
     import torch
 
     from minigpt_hf.data.tokenizer import byte_tokenizer
-    from minigpt_hf.fast import compile_for_generation
-    from minigpt_hf.generation import generate
+    from minigpt_hf.inference.compiled import compile_for_generation
+    from minigpt_hf.inference.generation import generate
 
     torch._dynamo.reset()  # discard graphs compiled for another batch size
     model, tokenizer = copy.deepcopy(minigpt), byte_tokenizer()

@@ -118,7 +118,7 @@ def train_nanogpt(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     argv = [sys.executable, "train.py", *nanogpt.CPU_EXAMPLE, *steps, "--log_interval=1"]
     trained = timed([*argv, f"--out_dir={folder / 'out'}"], cwd=clone)
 
-    from minigpt_hf.nanogpt import character_vocabulary, import_checkpoint, read_checkpoint
+    from minigpt_hf.integrations.nanogpt import character_vocabulary, import_checkpoint, read_checkpoint
 
     import_checkpoint(
         folder / "out" / "ckpt.pt", folder / "model", character_vocabulary(clone / nanogpt.DATA / "meta.pkl")
@@ -179,8 +179,8 @@ def measurements(
 def score(model_folder: Path, data: Path) -> float:
     """Evaluate a model folder: nats per character of the last tenth of the text, in windows of 64."""
     from minigpt_hf.data.corpus import load_corpus
-    from minigpt_hf.evaluation import evaluate_texts
-    from minigpt_hf.generation import load
+    from minigpt_hf.inference.evaluation import evaluate_texts
+    from minigpt_hf.inference.generation import load
 
     model, tokenizer = load(str(model_folder))
     return evaluate_texts(model, tokenizer, load_corpus(str(data)).validation, block_size=64).loss

@@ -124,8 +124,8 @@ def make_candidates(args: argparse.Namespace, folder: Path) -> dict[str, Callabl
     """Return, by name, functions that train for a given number of steps."""
     import bare_loop
 
-    from minigpt_hf.run import train
     from minigpt_hf.training.recipe import parse_arguments
+    from minigpt_hf.training.train import train
 
     flags = ["--data", str(args.data.resolve()), "--cache_dir", str(folder / "cache"), "--use_cpu", "--fresh"]
     flags += [

@@ -12,10 +12,10 @@ from transformers import set_seed
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks
 from minigpt_hf.data.stream import TokenStream
-from minigpt_hf.evaluation import score_documents
-from minigpt_hf.run import make_config, make_model, prepare_text
+from minigpt_hf.inference.evaluation import score_documents
 from minigpt_hf.training.arguments import Arguments
 from minigpt_hf.training.recipe import parse_arguments
+from minigpt_hf.training.train import make_config, make_model, prepare_text
 
 QUIET = ("--output_dir", "unused", "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "1000000")
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel
 
-from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM, MiniGPTModel, vllm_plugin
+from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM, MiniGPTModel
+from minigpt_hf.integrations import vllm as vllm_plugin
 from minigpt_hf.model import modeling_minigpt
 from minigpt_hf.model.modeling_minigpt import MiniGPTAttention, eager_attention_forward
 from tests.conftest import random_ids, tiny_config, tiny_model

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.texts import Documents
+from minigpt_hf.data.documents import Documents
 
 
 def write_files(folder, texts: dict[str, str]):

@@ -19,7 +19,8 @@ import pytest
 
 from minigpt_hf import evaluate
 from minigpt_hf.cli import main
-from minigpt_hf.data import reading, texts
+from minigpt_hf.data import documents as texts
+from minigpt_hf.data import reading
 from minigpt_hf.data.corpus import load_corpus
 from tests.conftest import ROOT
 from tests.data.test_corpus import write_files

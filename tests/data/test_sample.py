@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.texts import EXCERPTS, INDEX, StreamedDocuments, runs
+from minigpt_hf.data.documents import EXCERPTS, INDEX, StreamedDocuments, runs
 
 WINDOW = 8
 

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 import minigpt_hf
-from minigpt_hf.data import texts
+from minigpt_hf.data import documents as texts
 from minigpt_hf.data.corpus import load_corpus, mixture
 from minigpt_hf.data.files import FORMAT_OF, FORMATS
 from tests.data.test_corpus import write_files

@@ -24,7 +24,7 @@ from minigpt_hf.data.tokenizer import (
     tokenizer_fingerprint,
     what_is_lost,
 )
-from minigpt_hf.publish.folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_suitcase
 from tests.conftest import tiny_model
 
 # Text that is likely to break something: any character, the specials, white space in every mixture.

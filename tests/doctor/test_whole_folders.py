@@ -11,9 +11,9 @@ from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_level_bpe, tokenizer_fingerprint
 from minigpt_hf.doctor import behaviour, card, code, config, loading, tokenizer, weights
 from minigpt_hf.doctor import files as files_room
-from minigpt_hf.generation import AutoTokenizer
+from minigpt_hf.inference.generation import AutoTokenizer
 from minigpt_hf.model.configuration_minigpt import AUTO_MAP
-from minigpt_hf.publish.folder import REQUIRED
+from minigpt_hf.publish.model_folder import REQUIRED
 from tests.conftest import ROOT
 from tests.doctor.conftest import make_twin
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.cli import main
-from minigpt_hf.publish.export import gguf_vocabulary
-from minigpt_hf.publish.export.gguf import export_gguf
-from minigpt_hf.publish.folder import save_suitcase
+from minigpt_hf.export import gguf_vocabulary
+from minigpt_hf.export.gguf import export_gguf
+from minigpt_hf.publish.model_folder import save_suitcase
 from tests.conftest import tiny_model
 from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 

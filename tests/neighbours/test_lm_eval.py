@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from minigpt_hf.evaluation import evaluate_texts
+from minigpt_hf.inference.evaluation import evaluate_texts
 from tests.neighbours.conftest import EMAIL
 
 WINDOW = 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mlx_lm import load, stream_generate
 
-from minigpt_hf.publish.export.native import export_native
+from minigpt_hf.export.native import export_native
 from tests.neighbours.conftest import RECIPE
 
 CONTEXT = 64  # mlx-lm's Qwen3 does not support sliding windows: export with a context within the window

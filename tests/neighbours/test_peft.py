@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from minigpt_hf.publish.export.native import export_native
+from minigpt_hf.export.native import export_native
 
 PROMPT = "def get_payload(self, i=None, decode=False):"
 

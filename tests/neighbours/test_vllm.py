@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt_hf.publish.export.native import export_native
+from minigpt_hf.export.native import export_native
 from tests.conftest import ROOT
 from tests.neighbours.conftest import CACHE
 

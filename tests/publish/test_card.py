@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import character_tokenizer
 from minigpt_hf.publish.card import code, energy, eval_results, fenced, literal, render_card, shell
-from minigpt_hf.publish.folder import write_model_folder
+from minigpt_hf.publish.model_folder import write_model_folder
 from minigpt_hf.publish.push import push_folder
 from tests.conftest import ROOT, tiny_config, tiny_model
 from tests.hub_server import TOKEN

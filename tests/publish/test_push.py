@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
-from minigpt_hf.publish.folder import REQUIRED, published_files
+from minigpt_hf.publish.model_folder import REQUIRED, published_files
 from minigpt_hf.publish.push import push_folder
 from tests.conftest import random_ids, tiny_model
 from tests.hub_server import TOKEN

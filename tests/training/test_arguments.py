@@ -7,9 +7,9 @@ import torch
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
-from minigpt_hf.run import make_config, train
 from minigpt_hf.training.plan import duration
 from minigpt_hf.training.recipe import parse_arguments, read_recipe, recipe_names, recipe_notes
+from minigpt_hf.training.train import make_config, train
 
 # Tiny Shakespeare's: letters, eleven punctuation marks, a 3, space and line end.
 SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -17,14 +17,7 @@ from safetensors.torch import load_file
 
 from minigpt_hf import atomic
 from minigpt_hf.cli import main
-from minigpt_hf.training.checkpoint import (
-    MANIFEST,
-    newest_valid,
-    seal,
-    set_aside,
-    what_is_wrong,
-    whole_or_absent,
-)
+from minigpt_hf.training.checkpoint import MANIFEST, newest_valid, seal, set_aside, what_is_wrong, whole_or_absent
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train

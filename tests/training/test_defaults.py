@@ -14,10 +14,9 @@ from transformers import TrainingArguments
 import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import vocabulary_size
-from minigpt_hf.run import make_config, make_model, prepare_text
-from minigpt_hf.training import dial
+from minigpt_hf.training import autoconfig as dial
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments
-from minigpt_hf.training.dial import Dial
+from minigpt_hf.training.autoconfig import Dial
 from minigpt_hf.training.recipe import (
     CHOSEN_FROM_THE_TEXT,
     effective_defaults,
@@ -39,6 +38,7 @@ from minigpt_hf.training.scaling import (
     usual_layers,
     vocabulary_for_text,
 )
+from minigpt_hf.training.train import make_config, make_model, prepare_text
 
 LETTER = "Liebe Grete, ich schreibe dir aus Köln.\nDer Rhein steht hoch, und die Glocken läuten früh.\n"
 SHORT = {"max_steps": 2, "sample_tokens": 2, "use_cpu": True}

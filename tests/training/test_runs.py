@@ -166,7 +166,7 @@ def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(
     def changed(*args):
         shutil.copy(finished / "checkpoint-2" / "trainer_state.json", folder / "checkpoint-4")
 
-    monkeypatch.setattr("minigpt_hf.run.show_plan", changed)
+    monkeypatch.setattr("minigpt_hf.training.train.show_plan", changed)
     assert train(recipe, words, folder) == 2
     assert "was saved at step 4, and is loaded at step 2" in capsys.readouterr().err
 
@@ -657,20 +657,20 @@ def test_a_run_stopped_where_it_would_be_evaluated_is_evaluated_when_it_resumes(
 def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
     where, recipe, words, tmp_path, capsys, monkeypatch
 ):
-    import minigpt_hf.run
+    import minigpt_hf.training.train
 
-    real = getattr(minigpt_hf.run, where)
+    real = getattr(minigpt_hf.training.train, where)
 
     def asked(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(minigpt_hf.run, where, asked)
+    monkeypatch.setattr(minigpt_hf.training.train, where, asked)
     assert train(recipe, words, tmp_path / "run") == 143
     err = capsys.readouterr().err
     assert "stopped by SIGTERM (before training began); run the same command again" in err
     assert (tmp_path / "run").exists() == (where == "show_plan")
-    monkeypatch.setattr(minigpt_hf.run, where, real)
+    monkeypatch.setattr(minigpt_hf.training.train, where, real)
     assert train(recipe, words, tmp_path / "run") == 0
 
 
@@ -686,15 +686,15 @@ def test_a_signal_that_was_ignored_stays_ignored(recipe, words, tmp_path, monkey
 
 
 def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monkeypatch):
-    import minigpt_hf.run
+    import minigpt_hf.training.train
 
-    real = minigpt_hf.run.write_model_folder
+    real = minigpt_hf.training.train.write_model_folder
 
     def asked(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(minigpt_hf.run, "write_model_folder", asked)
+    monkeypatch.setattr(minigpt_hf.training.train, "write_model_folder", asked)
     assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
     assert generate(tmp_path / "run" / "model", "a", max_new_tokens=1)
 

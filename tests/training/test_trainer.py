@@ -14,8 +14,8 @@ from minigpt_hf.data.blocks import Blocks
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import byte_tokenizer
-from minigpt_hf.evaluation import evaluate_texts
-from minigpt_hf.generation import load
+from minigpt_hf.inference.evaluation import evaluate_texts
+from minigpt_hf.inference.generation import load
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.callbacks import random_state_kept
 from minigpt_hf.training.recipe import parse_arguments

@@ -18,8 +18,8 @@ from transformers import TrainerControl
 
 from minigpt_hf.data.blocks import BlockSampler
 from minigpt_hf.training.checkpoint import checkpoints
-from minigpt_hf.training.lock import FolderLock
-from minigpt_hf.training.stops import StopAtBoundary
+from minigpt_hf.training.run_folder import FolderLock
+from minigpt_hf.training.stopping import StopAtBoundary
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, train

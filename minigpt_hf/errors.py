@@ -1,0 +1,60 @@
+"""Exceptions that a user can act on.
+
+The command line reports these, and errors of the operating system, in one line; `exit_code` is what it returns. Any other
+exception is a bug and keeps its traceback.
+"""
+
+import signal
+
+
+class MiniGPTError(ValueError):
+    """Invalid input. The message says what was given, why it is invalid, and what to do."""
+
+    exit_code = 2
+
+
+class UnreadableFileError(MiniGPTError):
+    """A file is damaged, is not text, or is not the table that it should be. The message names it."""
+
+
+class TrainingStopped(MiniGPTError):
+    """Training ended early. Checkpoints are intact; the message says how to resume.
+
+    Attributes:
+        was_reported: Whether one process has logged the message for all.
+    """
+
+    exit_code = 1
+    was_reported = False
+
+
+class TrainingInterrupted(TrainingStopped):
+    """A signal ended training. `exit_code` is 128 + its number, as in shells."""
+
+    def __init__(self, number: int, what: str):
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name} {what}")
+
+
+class DiskFullError(TrainingStopped):
+    """There is no space for the next checkpoint. `exit_code` is ENOSPC."""
+
+    exit_code = 28
+
+
+class NonFiniteLossError(TrainingStopped):
+    """A loss, gradient or weight is not finite, or the loss has exploded. `exit_code` is EX_DATAERR of sysexits.h."""
+
+    exit_code = 65
+
+
+class UntrainedModelError(TrainingStopped):
+    """Most optimizer steps were skipped, so no model is published. `exit_code` is EX_DATAERR of sysexits.h."""
+
+    exit_code = 65
+
+
+class StorageError(TrainingStopped):
+    """The run folder was removed, became read-only, or its device fails. `exit_code` is EX_IOERR of sysexits.h."""
+
+    exit_code = 74

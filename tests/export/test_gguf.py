@@ -1,0 +1,283 @@
+"""GGUF: the weights and tokens that transformers reads from the file are the model's, and what cannot be said is refused."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer, character_tokenizer
+from minigpt_hf.export import gguf as module
+from minigpt_hf.export.gguf import export_gguf
+from minigpt_hf.export.gguf_vocabulary import encoded, merged, vocabulary_of
+from minigpt_hf.export.native import qwen3_settings
+from minigpt_hf.publish.model_folder import save_suitcase
+from tests.conftest import random_ids, tiny_model
+from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model without windows, in bytes."""
+    folder = tmp_path_factory.mktemp("model") / "bytes"
+    save_suitcase(tiny_model(vocab_size=260), byte_tokenizer(), folder)
+    return folder
+
+
+def tensors_of(out) -> dict[str, gguf.ReaderTensor]:
+    (file,) = out.glob("*.gguf")
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_folder_is_read_by_transformers_and_gives_the_same_logits(run_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    out = export_gguf(run_folder / "model", tmp_path / "out", context=33)
+    assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "tiny-F32.gguf"]
+    theirs = Qwen3ForCausalLM.from_pretrained(
+        out, gguf_file="tiny-F32.gguf", config=Qwen3Config(**qwen3_settings(model, 33)), dtype=torch.float32
+    )
+    ids = random_ids(2, 32)
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_written_once(tied, tmp_path):
+    save_suitcase(tiny_model(vocab_size=258, tie_word_embeddings=tied), byte_tokenizer(), tmp_path / "model")
+    names = set(tensors_of(export_gguf(tmp_path / "model", tmp_path / "out")))
+    assert ("output.weight" in names) != tied
+    assert len(names) == 2 * 11 + 2 + (not tied)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("q8_0", 34 / 32)])
+def test_each_dtype_rounds_once_and_takes_its_size(folder, dtype, size, tmp_path):
+    tensors = tensors_of(export_gguf(folder, tmp_path / "out", dtype))
+    weight = AutoModelForCausalLM.from_pretrained(folder).model.embed_tokens.weight.detach()
+    embedding = tensors["token_embd.weight"]
+    assert embedding.n_bytes == weight.numel() * size
+    read = torch.tensor(gguf.quants.dequantize(embedding.data, embedding.tensor_type))
+    if dtype == "q8_0":  # one step in 127 of the largest of 32, as a float16; each weight a whole number of steps
+        steps = weight.reshape(-1, 32).abs().amax(dim=1, keepdim=True) / 127
+        assert ((read - weight).reshape(-1, 32).abs() <= 0.57 * steps).all()
+    else:
+        assert torch.equal(read, weight.to(getattr(torch, dtype)).float())
+    assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+
+
+def test_a_block_of_q8_0_by_hand():
+    """The largest is 127, so a step is 1, and every weight goes to the nearest whole number."""
+    block = np.array([[127.0, 1.4, -2.6, 0.4] + [0.0] * 28], dtype=np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    read = gguf.quants.dequantize(gguf.quants.quantize(block, kind), kind)
+    assert read[0, :4].tolist() == [127.0, 1.0, -3.0, 0.0]
+    assert module._is_stored_as(torch.from_numpy(block), torch.from_numpy(read), kind)
+    assert not module._is_stored_as(torch.from_numpy(block), torch.from_numpy(read) + 0.6, kind)
+
+
+def test_nothing_is_cast_unasked(tmp_path):
+    save_suitcase(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
+    out = export_gguf(tmp_path / "model", tmp_path / "out")
+    assert (out / "model-BF16.gguf").is_file()
+    assert tensors_of(out)["token_embd.weight"].tensor_type.name == "BF16"
+
+
+def test_the_modelfile_samples_as_the_model_does(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    lines = (export_gguf(other, tmp_path / "out", context=50) / "Modelfile").read_text().splitlines()
+    assert lines == [
+        "FROM ./model-F32.gguf",
+        'TEMPLATE """{{ .Prompt }}"""',
+        "PARAMETER num_ctx 50",
+        "PARAMETER temperature 0.8",
+        "PARAMETER top_k 50",
+        "PARAMETER top_p 0.9",
+        "PARAMETER repeat_penalty 1.0",
+        'PARAMETER stop "<|endoftext|>"',
+    ]
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_the_vocabulary_alone_gives_the_ids_of_200_strings(make):
+    tokenizer = make()
+    vocabulary = vocabulary_of(tokenizer, len(tokenizer) + 2)
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    assert len(strings()) == 200
+    for text in strings():
+        assert encoded(text, vocabulary) == plain.encode(text, add_special_tokens=False).ids, text
+    assert [kind.name for kind in vocabulary.types[:3]] == ["CONTROL", "CONTROL", "NORMAL"]
+    assert vocabulary.tokens[-1] == f"[unused{len(tokenizer) + 1}]"
+    assert vocabulary.types[-1].name == "UNUSED"
+
+
+def test_a_wrong_order_of_merges_is_seen_on_the_adversarial_tokenizer():
+    """So the test above can fail: the same merges, the other way round."""
+    tokenizer = adversarial_tokenizer()
+    vocabulary = vocabulary_of(tokenizer, len(tokenizer))
+    right = [encoded(text, vocabulary) for text in strings()]
+    vocabulary.merges.reverse()
+    assert sum(encoded(text, vocabulary) != ids for text, ids in zip(strings(), right, strict=True)) > 20
+
+
+def test_a_character_is_merged_from_its_bytes_and_from_nothing_else():
+    """€ is E2 82 AC, which byte-level BPE writes â Ĥ ¬; a needs no merge."""
+    vocabulary = vocabulary_of(character_tokenizer(["a€"]), 4)
+    assert vocabulary.tokens[2:] == ["a", "âĤ¬"]
+    assert vocabulary.merges == ["â Ĥ", "âĤ ¬"]
+    assert encoded("€a€€", vocabulary) == [3, 2, 3, 3]
+    assert encoded("é", vocabulary) == [None, None]  # no character of this tokenizer
+
+
+def test_merging_by_hand():
+    assert merged("abc", {"b c": 0, "a b": 1}) == ["a", "bc"]
+    assert merged("aaa", {"a a": 0}) == ["aa", "a"]
+    assert merged("", {}) == []
+
+
+def tokenizer_with(**parts) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    for name, part in parts.items():
+        setattr(tokenizer.backend_tokenizer, name, part)
+    return tokenizer
+
+
+def words_of_characters() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({END_OF_TEXT: 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def ordinary_special() -> PreTrainedTokenizerFast:
+    return adversarial_tokenizer(["<eos>"] * 20)
+
+
+def with_a_byte_fallback() -> PreTrainedTokenizerFast:
+    vocab = byte_tokenizer().get_vocab()
+    return tokenizer_with(model=BPE(vocab=vocab, merges=[], byte_fallback=True))
+
+
+REFUSED = {
+    "a normalizer": (lambda: tokenizer_with(normalizer=normalizers.NFC()), r"rewrites text first \(NFC\)"),
+    "tokens added to a text": (
+        lambda: tokenizer_with(
+            post_processor=processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
+        ),
+        "adds tokens of its own",
+    ),
+    "other words": (lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.Metaspace()), "share those of qwen2 and gpt-2"),
+    "a space before the first word": (
+        lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "share those of qwen2 and gpt-2",
+    ),
+    "no words at all": (lambda: tokenizer_with(pre_tokenizer=None), "share those of qwen2 and gpt-2"),
+    "a list of words": (words_of_characters, "no tokenizer of the kind WordLevel"),
+    "byte fallback": (with_a_byte_fallback, "a BPE with byte_fallback"),
+    "an ordinary <eos>": (ordinary_special, "its token '<eos>' is an ordinary one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(case):
+    make, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=f"no faithful form in GGUF: .*{reason}"):
+        vocabulary_of(make(), 700)
+
+
+def test_more_tokens_than_embeddings_are_refused():
+    with pytest.raises(ValueError, match="ids up to 257, and the model embeddings for 200 of them"):
+        vocabulary_of(byte_tokenizer(), 200)
+
+
+def test_a_strange_name_becomes_a_file_name_and_no_line_of_the_modelfile(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "model")
+    (other / "minigpt.json").write_text(json.dumps({"name": '../a b\nSYSTEM """x'}))
+    out = export_gguf(other, tmp_path / "out")
+    assert (out / "Modelfile").read_text().splitlines()[0] == "FROM ./..-a-b-SYSTEM-x-F32.gguf"
+    assert (out / "..-a-b-SYSTEM-x-F32.gguf").is_file()
+
+
+# -- what cannot be said ----------------------------------------------------------------------------------------------
+
+
+def test_windows_are_refused_and_the_remedy_works(run_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"slide a window of 33 tokens .* Say --context 33: .*--to native"):
+        export_gguf(run_folder / "model", tmp_path / "out")
+    with pytest.raises(ValueError, match="--context 34: give 1 to 33 tokens"):
+        export_gguf(run_folder / "model", tmp_path / "out", context=34)
+    out = export_gguf(run_folder / "model", tmp_path / "out", context=33)
+    fields = gguf.GGUFReader(out / "tiny-F32.gguf").fields
+    assert fields["qwen3.context_length"].contents() == 33
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, None, r"scaled \(linear\)"),
+        ({"hidden_act": "gelu"}, None, "its activation is gelu"),
+        ({"eos_token_id": [0, 5]}, None, r"stops at any of the tokens \[0, 5\]"),
+        ({"head_dim": 12}, "q8_0", r"o_proj\.weight has rows of 48 weights, and Q8_0 stores blocks of 32"),
+        ({}, "float16", "embed_tokens.weight has weights beyond 65,504"),
+        ({}, "float64", "--dtype float64: GGUF files are written in float32, float16, bfloat16, q8_0"),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused_with_the_reason(overrides, dtype, reason, tmp_path):
+    model = tiny_model(vocab_size=258, **overrides)
+    model.model.embed_tokens.weight.data[7, 7] = 7e4
+    save_suitcase(model, byte_tokenizer(), tmp_path / "model")
+    with pytest.raises(ValueError, match=reason):
+        export_gguf(tmp_path / "model", tmp_path / "out", dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# -- an export that is not the model is not there ---------------------------------------------------------------------
+
+
+def other_weights(monkeypatch):
+    right = gguf.quants.quantize
+    monkeypatch.setattr(gguf.quants, "quantize", lambda data, kind: right(np.nextafter(data, np.float32(9)), kind))
+
+
+def other_rotation(monkeypatch):
+    right = gguf.GGUFWriter.add_rope_freq_base
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, base: right(writer, base * 100))
+
+
+def other_tokens(monkeypatch):
+    right = gguf.GGUFWriter.add_token_list
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda writer, tokens: right(writer, tokens[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "claim"),
+    [
+        (other_weights, r"model\.embed_tokens\.weight is the model's in float32"),
+        (other_rotation, "rope_theta is the model's"),
+        (other_tokens, "its vocabulary makes the same tokens of a text"),
+    ],
+)
+def test_a_file_that_is_not_the_model_is_not_there(spoil, claim, folder, tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    with pytest.raises(ValueError, match=f"does not hold that {claim}"):
+        export_gguf(folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_character_model_keeps_its_characters(tmp_path, text):
+    tokenizer = character_tokenizer([text, "€"])
+    save_suitcase(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    out = export_gguf(tmp_path / "model", tmp_path / "out")
+    vocabulary = module._read_vocabulary(next(out.glob("*.gguf")))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert encoded(text[:5000] + "€", vocabulary) == loaded(text[:5000] + "€").input_ids

@@ -1,0 +1,126 @@
+"""The native twin: another config beside the same bytes, and transformers' own Qwen3 computes the same."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+
+from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.export import native as module
+from minigpt_hf.export.native import export_native
+from minigpt_hf.publish.model_folder import save_suitcase
+from tests.conftest import random_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def twin(run_folder, tmp_path_factory):
+    return export_native(run_folder / "model", tmp_path_factory.mktemp("native") / "twin")
+
+
+def content(folder) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_the_config_differs_and_the_code_stays_behind(run_folder, twin):
+    ours, theirs = content(run_folder / "model"), content(twin)
+    assert set(ours) - set(theirs) == {"configuration_minigpt.py", "modeling_minigpt.py"}
+    assert [name for name in theirs if theirs[name] != ours[name]] == ["config.json"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_qwen3_gives_the_same_logits_bit_for_bit_beyond_the_window(run_folder, twin, attention):
+    ours = AutoModelForCausalLM.from_pretrained(run_folder / "model", attn_implementation=attention)
+    theirs = AutoModelForCausalLM.from_pretrained(twin, trust_remote_code=False, attn_implementation=attention)
+    assert type(theirs) is Qwen3ForCausalLM
+    ids = random_ids(2, 80)  # more than two blocks
+    assert torch.equal(theirs(ids).logits, ours(ids).logits)
+
+
+def test_a_process_without_this_package_loads_it_and_encodes_the_same(run_folder, twin, tmp_path):
+    code = (
+        "import sys; sys.modules['minigpt_hf'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "print(model.generate(**tokenizer('def é', return_tensors='pt'), max_new_tokens=9, do_sample=False).tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, twin], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    inputs = AutoTokenizer.from_pretrained(run_folder / "model")("def é", return_tensors="pt")
+    assert done.stdout.strip() == str(ours.generate(**inputs, max_new_tokens=9, do_sample=False).tolist()), done.stderr
+
+
+def test_every_number_of_the_architecture_is_written_out(twin):
+    settings = json.loads((twin / "config.json").read_text())
+    assert (settings["head_dim"], settings["use_sliding_window"], settings["sliding_window"]) == (8, True, 33)
+    assert settings["layer_types"] == ["sliding_attention"] * 2
+    assert settings["rope_parameters"] == {"rope_type": "default", "rope_theta": settings["rope_theta"]}
+    assert not {"auto_map", "embedding_dropout", "residual_dropout"} & set(settings)
+
+
+def test_a_context_takes_the_place_of_the_window_for_engines_that_know_none(run_folder, tmp_path):
+    twin = export_native(run_folder / "model", tmp_path / "twin", context=32)
+    settings = json.loads((twin / "config.json").read_text())
+    assert (settings["use_sliding_window"], settings["max_position_embeddings"]) == (False, 32)
+    assert AutoTokenizer.from_pretrained(twin).model_max_length == 32
+    ids = random_ids(2, 32)
+    ours = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(twin)(ids).logits, ours(ids).logits)
+    for context in (0, 34):
+        with pytest.raises(ValueError, match=rf"--context {context}: give 1 to 33 tokens.* a window of 33"):
+            export_native(run_folder / "model", tmp_path / "other", context)
+
+
+def test_sharded_and_bfloat16_weights_and_mixed_layers_stay_as_they_are(tmp_path):
+    model = tiny_model(
+        vocab_size=258, use_sliding_window=True, sliding_window=8, max_window_layers=1, initializer_range=1
+    ).to(torch.bfloat16)
+    save_suitcase(model, byte_tokenizer(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    twin = export_native(tmp_path / "model", tmp_path / "twin")
+    assert len(list(twin.glob("*.safetensors"))) > 1
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(place) for place in (tmp_path / "model", twin))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs(random_ids(1, 40)).logits, ours(random_ids(1, 40)).logits)
+
+
+def test_an_export_that_is_not_the_model_is_not_there(run_folder, tmp_path, monkeypatch):
+    """The window forgotten, as a plain copy of Qwen3's defaults would: seen, and nothing is left."""
+    right = module.qwen3_settings
+
+    def without_a_window(model, context):
+        return {**right(model, context), "use_sliding_window": False, "layer_types": None}
+
+    monkeypatch.setattr(module, "qwen3_settings", without_a_window)
+    with pytest.raises(ValueError, match="does not hold that its logits are the model's, bit for bit"):
+        export_native(run_folder / "model", tmp_path / "twin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_exported_are_refused(run_folder, twin, tmp_path):
+    model = run_folder / "model"
+    with pytest.raises(ValueError, match=f"this is a run; its model is in {model}"):
+        export_native(run_folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no config\.json in it; give a model folder"):
+        export_native(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="a model of type 'qwen3'; only MiniGPT folders"):
+        export_native(twin, tmp_path / "out")
+    with pytest.raises(ValueError, match="is there already"):
+        export_native(model, twin)
+
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(model / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys in its weights: \['model\.norm\.weight'\]"):
+        export_native(broken, tmp_path / "out")
+    weights["model.norm.weight"] = torch.full_like(norm, float("inf"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has values that are not finite"):
+        export_native(broken, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]

@@ -1,0 +1,91 @@
+"""ONNX: onnxruntime computes what torch computes, with a cache, in batches, beyond the window."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.export import onnx as module
+from minigpt_hf.export.onnx import export_onnx
+from minigpt_hf.export.onnx_runner import Runner, names
+from minigpt_hf.publish.model_folder import save_suitcase
+from tests.conftest import random_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def exported(run_folder, tmp_path_factory):
+    """Its layers slide a window of 33 tokens."""
+    return export_onnx(run_folder / "model", tmp_path_factory.mktemp("onnx") / "out")
+
+
+@pytest.fixture(scope="module")
+def model(run_folder):
+    return AutoModelForCausalLM.from_pretrained(run_folder / "model").eval()
+
+
+def test_the_folder_holds_what_a_stranger_needs(exported):
+    files = {str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()}
+    assert files == {
+        *("onnx/model.onnx", "run_onnx.py", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+
+
+def test_twenty_prompts_go_on_by_the_same_tokens_beyond_the_window(exported, run_folder, model, text):
+    runner, tokenizer = Runner(exported), AutoTokenizer.from_pretrained(run_folder / "model")
+    for start in range(0, 20_000, 1000):
+        ids = runner.tokenizer.encode(text[start : start + 20]).ids
+        assert ids == tokenizer(text[start : start + 20]).input_ids
+        inputs = torch.tensor([ids])
+        greedy = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=30)
+        assert list(runner.generate(ids, 30)) == [token for token in greedy[0, len(ids) :].tolist() if token != 0]
+
+
+def test_a_batch_with_padding_gives_the_logits_of_its_rows(exported, model):
+    session = Runner(exported).session
+    ids, padding = random_ids(2, 50), 7
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[1, :padding] = 0
+    cache = {name: np.zeros((2, 2, 0, 8), dtype=np.float32) for name in names("past_key_values", 2)}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy(), **cache}
+    logits = session.run(["logits"], feed)[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(logits[0], model(ids[:1]).logits[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(logits[1, padding:], model(ids[1:, padding:]).logits[0], atol=1e-4, rtol=0)
+
+
+def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported, run_folder, model, tmp_path):
+    code = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['minigpt_hf'] = None; "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    argv = [sys.executable, "-c", code, exported / "run_onnx.py", "--prompt", "def ", "--max_new_tokens", "40"]
+    done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
+    greedy = model.generate(**tokenizer("def ", return_tensors="pt"), do_sample=False, max_new_tokens=40)
+    assert done.stdout == tokenizer.decode(greedy[0], skip_special_tokens=True) + "\n"
+
+
+def test_drawing_repeats_with_a_seed_and_differs_without(exported):
+    runner = Runner(exported)
+    drawn = [list(runner.generate([5, 6], 20, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_graph_of_another_model_is_not_taken(exported, model):
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    with pytest.raises(ValueError, match=r"its logits are the model's within 0\.0001"):
+        module._verify(exported, other)
+
+
+def test_half_precision_is_refused_and_nothing_is_cast_unasked(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="ONNX in float16: the graph is written in float32 alone"):
+        export_onnx(run_folder / "model", tmp_path / "out", "float16")
+    save_suitcase(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"ONNX in bfloat16: .* say --dtype float32, which changes none of them"):
+        export_onnx(tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,148 @@
+"""Text is written by transformers' own `generate`, from any model folder."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.cli import main
+from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
+from minigpt_hf.inference.compiled import compile_for_generation
+from minigpt_hf.inference.generation import generate, load
+from minigpt_hf.publish.model_folder import save_suitcase
+from tests.conftest import random_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def written(run_folder):
+    return load(str(run_folder / "model"))
+
+
+def test_greedy_text_is_that_of_generate(written):
+    model, tokenizer = written
+    ids = tokenizer("def ", return_tensors="pt").input_ids
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
+    assert generate(model, tokenizer, "def ", max_new_tokens=20, do_sample=False) == [expected]
+
+
+def test_a_seed_repeats_and_another_differs(written):
+    texts = [generate(*written, "def ", seed=seed, max_new_tokens=20)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_without_a_prompt_a_document_begins(written):
+    model, tokenizer = written
+    start = torch.tensor([[tokenizer.bos_token_id]])
+    expected = tokenizer.decode(model.generate(start, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
+    assert generate(model, tokenizer, max_new_tokens=8, do_sample=False) == [expected]
+
+
+def test_several_sequences_can_be_asked_for(written):
+    texts = generate(*written, "def ", seed=0, max_new_tokens=12, num_return_sequences=3)
+    assert len(set(texts)) == 3
+    assert all(text.startswith("def ") for text in texts)
+
+
+def test_text_goes_on_past_the_context_that_was_learnt(written):
+    """Every layer looks back one block; what it writes after many blocks is what it writes after one."""
+    model, tokenizer = written
+    block_size = 32
+    assert model.config.sliding_window == block_size + 1
+    ids = tokenizer("def main(", return_tensors="pt").input_ids
+    long = model.generate(ids, max_new_tokens=5 * block_size, do_sample=False)
+    steps = [ids]
+    for _ in range(5 * block_size):  # without a cache, one token at a time
+        steps.append(model(torch.cat(steps, 1), use_cache=False).logits[:, -1:].argmax(-1))
+        if steps[-1].item() == tokenizer.eos_token_id:
+            break
+    assert torch.equal(long, torch.cat(steps, 1))
+
+
+def test_an_option_that_generate_does_not_have_is_refused_with_the_nearest(written):
+    with pytest.raises(ValueError, match="no option 'temprature'; near: temperature"):
+        generate(*written, "def ", temprature=1)
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_named():
+    with pytest.raises(ValueError, match=r"does not know: 'é' \(U\+00E9\)"):
+        generate(tiny_model(), character_tokenizer(["abc"]), "abé")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no model can be loaded"):
+        load(str(tmp_path))
+
+
+def test_code_of_others_is_not_run_unless_it_is_trusted(tmp_path):
+    """The same folder under a name that no installed package knows, so that only its own code can load it."""
+    save_suitcase(tiny_model(), character_tokenizer(["abc"]), tmp_path)
+    for file in ("config.json", "configuration_minigpt.py"):
+        renamed = (tmp_path / file).read_text().replace('"minigpt"', '"foreign"')
+        (tmp_path / file).write_text(renamed)
+    with pytest.raises(ValueError, match=r"no model can be loaded from it .*custom code"):
+        load(str(tmp_path))
+    model, tokenizer = load(str(tmp_path), trust_remote_code=True)
+    assert model.config.model_type == "foreign"
+    assert generate(model, tokenizer, "ab", max_new_tokens=3, do_sample=False)[0].startswith("ab")
+
+
+def test_no_method_of_generation_is_overridden():
+    assert "generate" not in vars(MiniGPTForCausalLM)
+    assert MiniGPTForCausalLM.generate.__module__ == "transformers.generation.utils"
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "static"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_ways_of_generating_agree_with_the_plain_one(options, window):
+    model = tiny_model(use_sliding_window=window is not None, sliding_window=window)
+    ids = random_ids(1, 7)
+    plain = model.generate(ids, max_new_tokens=30, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, **options), plain)
+
+
+def test_a_pipeline_writes_text(run_folder):
+    folder = run_folder / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = pipeline("text-generation", model, tokenizer=tokenizer)("def ", max_new_tokens=10, do_sample=False)
+    assert text[0]["generated_text"] == generate(model, tokenizer, "def ", max_new_tokens=10, do_sample=False)[0]
+
+
+def test_a_compiled_model_generates_likely_tokens_with_one_graph():
+    """Sliding window, prompts of different lengths and a batch: no recompilation, probabilities within 0.02 of float32."""
+    model = tiny_model(vocab_size=258, num_hidden_layers=1, use_sliding_window=True, sliding_window=8)
+    reference, tokenizer = copy.deepcopy(model), byte_tokenizer()
+    torch._dynamo.utils.counters.clear()
+    compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2, tune=False)
+    assert (compiled.max_cache_len, model.dtype) == (128, torch.bfloat16)
+    assert 0 < compiled.max_probability_difference < 0.02
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 2, "top_k": 1, "do_sample": True}
+    for prompt in ("ab", "a longer one"):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        written = model.generate(ids, **options, **compiled.generation_options(ids.shape[1], options))
+        assert written.shape == (2, ids.shape[1] + 30)
+        probabilities = reference(written).logits.softmax(-1)[
+            :, ids.shape[1] - 1 : -1
+        ]  # of what was written, in float32
+        chosen = probabilities.gather(-1, written[:, ids.shape[1] :, None])[..., 0]
+        assert (probabilities.amax(-1) - chosen).max() < 0.02
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with pytest.raises(ValueError, match="are 302 tokens, but the cache of --fast holds 128: increase --max_cache_len"):
+        generate(
+            model, tokenizer, "ab", extra_options=compiled.generation_options, **{**options, "max_new_tokens": 300}
+        )
+
+
+def test_fast_rejects_models_and_options_it_does_not_support(run_folder, capsys):
+    model = tiny_model()
+    model._can_compile_fullgraph = False
+    with pytest.raises(
+        ValueError,
+        match="--fast compiles the model as one graph, which transformers does not support for model type 'minigpt'",
+    ):
+        compile_for_generation(model, byte_tokenizer())
+    assert main(["generate", str(run_folder / "model"), "--fast", "--num_beams", "2"]) == 2
+    assert "--num_beams cannot be combined with --fast" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""A model folder is whole or it is not there, and holds exactly what it should."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from minigpt_hf.data.tokenizer import character_tokenizer
+from minigpt_hf.publish import model_folder as module
+from minigpt_hf.publish.model_folder import REQUIRED, write_model_folder
+from tests.conftest import random_ids, tiny_model
+
+
+@pytest.fixture
+def about(run_folder):
+    return json.loads((run_folder / "model" / "minigpt.json").read_text())
+
+
+def files_of(folder) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_folder_holds_exactly_its_files(run_folder):
+    assert files_of(run_folder / "model") == {*REQUIRED, "figures/loss.png", "figures/training.png"}
+    assert {path.name for path in run_folder.iterdir()} == {
+        *("checkpoint-20", "checkpoint-40", "model", "recipe.yaml", "fingerprint.json", "log.jsonl", "samples.md")
+    }
+
+
+def test_the_trained_folder_is_a_qwen3_with_other_words_in_its_config(run_folder):
+    folder = run_folder / "model"
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    shared = {name: settings[name] for name in Qwen3Config().to_dict() if name in settings and name != "model_type"}
+    twin = Qwen3ForCausalLM.from_pretrained(folder, config=Qwen3Config(**shared))
+    ids = random_ids(2, 80)  # more than two blocks: the sliding window is at work
+    assert torch.equal(twin(ids).logits, ours(ids).logits)
+
+
+def test_minigpt_json_says_where_the_model_comes_from(about):
+    assert about["recipe"]["block_size"] == 32
+    assert about["recipe"]["validation_fraction"] == 0.1
+    assert about["data"]["cut"].startswith("the last ")
+    assert about["data"]["train"]["tokens"] > about["data"]["validation"]["tokens"] > 0
+    assert about["training"]["steps"] == 40
+    assert about["training"]["tokens"] == 40 * 4 * 32
+
+
+def test_the_figure_is_a_picture_of_the_width_of_a_card(run_folder):
+    with Image.open(run_folder / "model" / "figures" / "loss.png") as picture:
+        assert picture.size == (1350, 540)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty sheet
+
+
+def test_a_folder_that_fails_half_way_is_not_there(about, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "render_card", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+    assert not (tmp_path / "model").exists()
+    monkeypatch.undo()
+    write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_are_not_finite_are_never_published(about, tmp_path):
+    model = tiny_model()
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has values that are not finite"):
+        write_model_folder(tmp_path / "model", model, character_tokenizer(["ab"]), about, [])
+    assert list(tmp_path.iterdir()) == []

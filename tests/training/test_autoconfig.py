@@ -1,0 +1,206 @@
+"""One dial chooses what was not given, by rules that can be computed by hand, for the time that was asked."""
+
+import logging
+import re
+import time
+
+import pytest
+import yaml
+
+from minigpt_hf.cli import main
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.training import autoconfig as dial
+from minigpt_hf.training.autoconfig import OTHER_SECONDS, Dial, number_of
+from minigpt_hf.training.recipe import parse_arguments, resolved
+from minigpt_hf.training.scaling import Shape, block_size_for, learning_rates, tokens_in_a_step, vocabulary_for
+from minigpt_hf.training.train import make_config, make_model, prepare_text
+from tests.conftest import SHAKESPEARE
+from tests.training.conftest import go_back
+
+
+def dialled(argv, folder, began=None):
+    """The arguments of a command after the dial was turned, and the text it was turned for."""
+    arguments = parse_arguments([*argv, "--output_dir", str(folder / "run"), "--use_cpu", "--cache_dir", str(folder)])
+    data = arguments[0]
+    turned = Dial(arguments, folder / "run", time.perf_counter() if began is None else began)
+    text = prepare_text(data, turned.choose_tokenizer)
+
+    def build(architecture):
+        return make_model(make_config(architecture, data.block_size, text.tokenizer), architecture)
+
+    turned.choose_the_rest(text, build)
+    return arguments, text.train
+
+
+def test_rules_at_sizes_that_can_be_computed_by_hand():
+    small = Shape(128)
+    assert small.settings() == {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    assert small.parameters(67) == 4 * (4 * 128 * 128 + 3 * 128 * 352) + 67 * 128
+    assert [Shape(width).layers for width in (64, 256, 384, 768)] == [2, 5, 7, 12]
+    assert [block_size_for(tokens) for tokens in (1e5, 1e7, 1.1e7, 2e8, 5e9, 1e12)] == [128, 128, 256, 512, 1024, 1024]
+    assert [vocabulary_for(characters) for characters in (1e6, 8_400_000, 17_000_000, 1e12)] == [
+        1024,
+        1024,
+        2048,
+        32768,
+    ]
+    assert [tokens_in_a_step(tokens) for tokens in (1e5, 1.5e6, 6e6)] == [768, 768, 1536]
+    assert learning_rates(128) == {"learning_rate": 4e-3, "muon_learning_rate": 0.02}
+    assert learning_rates(512) == {"learning_rate": 2e-3, "muon_learning_rate": 0.02}
+
+
+def test_sizes_are_written_as_people_write_them():
+    assert [number_of(size) for size in ("10m", "800k", "0.8M", "800000")] == [1e7, 8e5, 8e5, 8e5]
+    with pytest.raises(ValueError, match="--size ten: this is no number of parameters; give one like 800k"):
+        number_of("ten")
+
+
+def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)  # the test is not to take 18 seconds
+    argv = ["--minutes", "3", "--data", str(text_file), "--sample_tokens", "0"]
+    argv += ["--validation_characters", "500", "--learning_rate", "0.003"]
+    began = time.perf_counter()
+    (data, architecture, training), stream = dialled(argv, tmp_path, began)
+    assert (data.tokenizer, data.block_size) == ("characters", 128)
+    out = caplog.text
+    assert f"at width {architecture.hidden_size}" in out
+    (asked,) = [message for message in caplog.messages if message.startswith("asked ")]
+    seconds = [int(word) for word in asked.split() if word.isdigit()]  # text, measuring, learning, rest
+    assert abs(sum(seconds[-4:]) - 180) <= 2  # each is rounded
+    assert seconds[-1] >= OTHER_SECONDS
+    assert seconds[-3] <= 18 or out.count("at width") <= 2  # on a machine that stands still no more shapes are tried
+    assert (training.learning_rate, training.muon_learning_rate) == (0.003, 0.02)  # what was given holds
+    readings = training.max_steps * training.per_device_train_batch_size * data.block_size / len(stream)
+    assert (
+        ("small text" in out) == (readings > 4) == (training.weight_decay == 0.1) == (architecture.residual_dropout > 0)
+    )
+
+
+def test_a_size_chooses_the_nearest_shape_and_as_many_steps_as_it_is_worth(text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    (data, architecture, training), _ = dialled(["--size", "0.8m", "--data", str(text_file)], tmp_path)
+    assert (architecture.hidden_size, architecture.num_hidden_layers, architecture.use_sliding_window) == (128, 4, True)
+    step = training.per_device_train_batch_size * data.block_size
+    assert training.max_steps * step == pytest.approx(10 * Shape(128).parameters(data_vocabulary(text_file)), rel=0.01)
+    assert "small text" in caplog.text
+
+
+def data_vocabulary(text_file) -> int:
+    return len(set(text_file.read_text())) + 2
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt")
+def test_the_tokenizer_follows_from_the_text_unless_it_is_told(tmp_path):
+    for argv, expected in (
+        ([], ("characters", 1024)),
+        (["--vocab_size", "600"], ("bpe", 600)),
+        (["--tokenizer", "bytes"], ("bytes", 1024)),
+    ):
+        arguments = parse_arguments(["--minutes", "3", "--data", str(SHAKESPEARE), *argv])
+        Dial(arguments, tmp_path, 0.0).choose_tokenizer(load_corpus(str(SHAKESPEARE), 0.1))
+        assert (arguments[0].tokenizer, arguments[0].vocab_size) == expected
+
+
+def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_file, tmp_path, capsys):
+    argv = ["train", "--size", "110k", "--max_steps", "2", "--sample_tokens", "0", "--validation_characters", "500"]
+    argv += ["--data", str(text_file), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    assert main(argv) == 0
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (recipe["hidden_size"], recipe["num_hidden_layers"], recipe["tokenizer"]) == (64, 2, "characters")
+    assert not {"size", "minutes"} & recipe.keys()  # the recipe gives this very training again
+    again = parse_arguments(argv[1:])
+    Dial(again, tmp_path / "run", 0.0)
+    assert {name: recipe[name] for name in resolved(again)} == resolved(again)
+    assert main(argv) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    argv[2] = "800k"
+    assert main(argv) == 2
+    assert "holds another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sized(text_file, tmp_path_factory):
+    """A command without a recipe, and the run that it made."""
+    run = tmp_path_factory.mktemp("sized") / "run"
+    argv = ["train", "--size", "110k", "--max_steps", "2", "--sample_tokens", "0", "--validation_characters", "500"]
+    argv += ["--data", str(text_file), "--use_cpu", "--eval_steps", "1"]
+    assert main([*argv, "--output_dir", str(run)]) == 0
+    return argv, run
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [("--no_muon", "muon"), ("--no-muon", "muon"), ("--no_tie_word_embeddings", "tie_word_embeddings")],
+)
+def test_a_setting_that_is_switched_off_counts_as_given_beside_a_run(flag, name, sized, tmp_path, capsys):
+    argv, finished = sized
+    interrupted = tmp_path / "interrupted"
+    go_back(finished, interrupted, 1)
+    for run in (finished, interrupted):
+        assert main([*argv, "--output_dir", str(run), flag]) == 2
+        assert f"{name} was True and is False" in capsys.readouterr().err
+    if name == "muon":  # another architecture is another run
+        assert main([*argv, "--output_dir", str(interrupted), flag, "--allow_change", name]) == 0
+        assert yaml.safe_load((interrupted / "recipe.yaml").read_text())["muon"] is False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (None, "no such file"),
+        (b"- a\n", "found a list"),
+        (b"\xff\xfe\x00", "not YAML"),
+    ],
+)
+def test_a_recipe_of_a_run_that_cannot_be_read_is_told_in_one_line(content, message, sized, tmp_path, capsys):
+    argv, finished = sized
+    run = tmp_path / "run"
+    go_back(finished, run, 1)
+    if content is None:
+        (run / "recipe.yaml").unlink()
+    else:
+        (run / "recipe.yaml").write_bytes(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([*argv, "--output_dir", str(run)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+    assert f"recipe {run / 'recipe.yaml'}: " in line
+    assert message in line
+    assert "--fresh" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_intervals_that_do_not_fit_those_of_the_run_are_told_in_one_line(sized, tmp_path, capsys):
+    """The best checkpoint is published by default, and only how often to validate is given."""
+    argv, finished = sized
+    run = tmp_path / "run"
+    go_back(finished, run, 1)
+    for command in ([*argv, "--eval_steps", "2"], ["train", "--recipe", str(run / "recipe.yaml"), "--eval_steps", "2"]):
+        assert main([*command, "--output_dir", str(run)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+        assert "save_steps is 1, and must be a multiple of eval_steps, which is 2; give --save_steps 2" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--minutes", "3", "--max_steps", "5"], "--minutes chooses max_steps, which is given: leave it out"),
+        (["--minutes", "3", "--recipe", "shakespeare-char"], "recipe shakespeare-char has it: name none"),
+        (["--minutes", "3", "--num_train_epochs", "2"], "--minutes chooses how long to train, and num_train_epochs is"),
+        (["--minutes", "3", "--size", "auto"], "--minutes and --size auto both choose how long to train"),
+        (["--minutes", "3", "--hidden_size", "64"], "--hidden_size is part of the shape"),
+        (["--minutes", "0"], "minutes is 0.0: it must be more than 0"),
+        (
+            ["--minutes", "0.1", "--sample_tokens", "0"],
+            "--minutes 0.1: .* too little is left to learn in; ask for more",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(argv, message, text_file, tmp_path, capsys):
+    argv = ["train", *argv, "--data", str(text_file), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert [line.partition(":")[0] for line in error.splitlines()][-1] == "minigpt train"
+    assert error.count("minigpt train") == 1  # choices that were made before are logged above it
