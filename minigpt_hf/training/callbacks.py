@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..errors import NonFiniteLossError
 from ..inference.generation import check_ids, encode_prompt, generate
 from .checkpoint import write_atomically
-from .plan import duration
+from .report import duration
 from .resume import append_to_log, read_log
 from .stopping import StopAtBoundary
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_TEMPERATURE = 0.8
 
 
-class Lines(TrainerCallback):
+class ProgressLogger(TrainerCallback):
     """A line for each log and each validation, with units and the time left; and `log.jsonl`.
 
     Must exist because the Trainer's own printing shows raw dictionaries and neither bits per byte nor the time left.
@@ -109,7 +109,7 @@ class Lines(TrainerCallback):
             self.bar.close()
 
 
-class Samples(TrainerCallback):
+class SampleLogger(TrainerCallback):
     """What the model writes before, during and after training.
 
     Must exist because a loss does not show whether the text reads like the text it learnt from. All of them stand side by

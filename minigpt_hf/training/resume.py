@@ -24,7 +24,7 @@ from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import damage
-from .arguments import Arguments, MiniGPTTrainingArguments
+from .arguments import MiniGPTTrainingArguments, Settings
 from .checkpoint import (
     DESCRIBED,
     FINGERPRINT,
@@ -37,7 +37,7 @@ from .checkpoint import (
     write_atomically,
 )
 from .initialize import content_of
-from .plan import tokens_per_step
+from .report import tokens_per_step
 from .run_folder import LOCK, FolderLock
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def step_of(checkpoint: Path) -> int:
 MAY_CHANGE = {"config.attention_dropout", "config.embedding_dropout", "config.residual_dropout"}
 
 
-def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedConfig) -> dict[str, Any]:
+def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedConfig) -> dict[str, Any]:
     """Everything that decides which numbers a run computes, by name; a run goes on only where it is the same."""
     data, architecture, training = arguments
     model = config.to_dict()

@@ -11,7 +11,6 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,14 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils import PushInProgress
 
 from ..data.blocks import Blocks, BlockSampler
+from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import DiskFullError, MiniGPTError, NonFiniteLossError, UntrainedModelError
 from ..inference.evaluation import score_documents, summarize
 from ..publish.model_folder import non_finite_parameter, published_files, save_suitcase, write_story
 from ..publish.push import commit_in_background, open_repository
-from .arguments import MiniGPTTrainingArguments
+from .arguments import MiniGPTTrainingArguments, Settings
+from .callbacks import SAMPLE_TEMPERATURE, ProgressLogger, SampleLogger
 from .checkpoint import FINGERPRINT, checkpoints, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
 from .optimizer import muon_adamw
+from .report import TrainingResult, describe
 from .resume import read_json, read_log
 from .stopping import ignore_signals, is_disk_full
 
@@ -54,8 +56,10 @@ class MiniGPTTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
         fingerprint: dict[str, Any] | None = None,
-        story: Callable[["MiniGPTTrainer"], dict[str, Any]] | None = None,
+        settings: Settings | None = None,
+        text: PreparedText | None = None,
     ):
+        args = args.mutable_copy()  # the Trainer assigns to its arguments; the settings of the run stay frozen
         super().__init__(
             model=model,
             args=args,
@@ -68,8 +72,9 @@ class MiniGPTTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `callbacks` print lines instead of dictionaries
         self.fingerprint = fingerprint or {}
-        assert story is not None or not args.push_to_hub, "what is pushed while it trains needs a card"
-        self.story = story  # what the card is to tell, at any moment
+        self.settings, self.text = settings, text  # for the model card of what is uploaded during training
+        self.progress = next((each for each in callbacks if isinstance(each, ProgressLogger)), None)
+        self.samples = next((each for each in callbacks if isinstance(each, SampleLogger)), None)
         self.step_batches: list[torch.Tensor] = []  # input ids of this step, kept until it is known to be good
         self.loss_before_step = 0.0
         self.skipped_steps = self.skipped_since_log = 0
@@ -540,6 +545,40 @@ class MiniGPTTrainer(Trainer):
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
         assert not missing and not load_result.unexpected_keys, f"checkpoint does not fit the model: {load_result}"
 
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def result(self, finished: PreTrainedModel | None = None) -> TrainingResult:
+        """The outcome so far.
+
+        Args:
+            finished: The model to publish, if training has ended: its samples are generated.
+        """
+        samples = self.samples
+        latest = [samples.latest] if samples.latest else []
+        return TrainingResult(
+            name=self.hub_model_id or Path(self.args.output_dir).absolute().name,
+            parameters=(finished or self.model).num_parameters(),
+            steps=self.state.global_step,
+            skipped_steps=self.skipped_steps,
+            planned_steps=self.state.max_steps,
+            seconds=self.progress.seconds,
+            evaluation=self._evaluation_of_weights(finished is not None),
+            prompt=samples.prompt,
+            temperature=SAMPLE_TEMPERATURE,
+            sample_tokens=samples.tokens,
+            samples=samples.first_seeds(finished) if finished else latest,
+        )
+
+    def _evaluation_of_weights(self, finished: bool) -> dict[str, Any] | None:
+        """The log row of the evaluation of the current weights: at the end those of the best evaluation, if it is loaded."""
+        evaluations = [row for row in self.state.log_history if "eval_loss" in row]
+        if not finished:
+            evaluations = [row for row in evaluations if row["step"] == self.state.global_step]
+        if finished and self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            evaluations = [row for row in evaluations if row["step"] == self.state.best_global_step] or evaluations
+            return evaluations[0] if evaluations else None
+        return evaluations[-1] if evaluations else None
+
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
@@ -569,7 +608,8 @@ class MiniGPTTrainer(Trainer):
         folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run / ".pushing"))
         for file in published_files(checkpoint):
             shutil.copyfile(file, folder / file.name)
-        write_story(folder, self.story(self), self.model.config, read_log(run / "log.jsonl"))
+        metadata = describe(self.settings, self.text, self.result())
+        write_story(folder, metadata, self.model.config, read_log(run / "log.jsonl"))
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])

@@ -121,7 +121,7 @@ def test_lora_goes_on_exactly_where_it_was_stopped(finetune, tmp_path):
         (["--hidden_size", "64"], "--hidden_size comes with the model"),
         (["--tokenizer", "bytes"], "--tokenizer comes with the model"),
         (["--block_size", "5000"], "is less than --block_size 5000"),
-        (["--lora_rank", "2", "--muon"], "learnt by AdamW"),
+        (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
     ],
 )
 def test_what_cannot_go_with_an_existing_model_is_refused(flags, message, finetune, capsys):
