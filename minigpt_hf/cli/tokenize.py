@@ -59,6 +59,7 @@ def _run(argv: list[str]) -> None:
         return
     from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
+    from ..training.run_folder import RunFolder
     from ..training.train import prepare_text
 
     recipe, rest = split_recipe(argv)
@@ -70,7 +71,7 @@ def _run(argv: list[str]) -> None:
     folder = Path(training.output_dir)
     if folder.exists():
         raise MiniGPTError(f"--output_dir {folder}: is there already; name another folder, or remove it")
-    configurator = AutoConfigurator(arguments, folder, time.perf_counter())
+    configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
     text = prepare_text(configurator.data, configurator.choose_tokenizer)
     text.keep(folder, vars(configurator.data))
     held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"

@@ -15,7 +15,6 @@ import math
 import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from ..data.stream import TokenStream
 from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
 from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_once
-from .checkpoint import FINGERPRINT
 from .initialize import build_config, build_model
 from .recipe import read_recipe
 from .report import device_name, duration
+from .run_folder import RunFolder
 from .scaling import (
     LARGEST_UNASKED,
     MAX_EFFECTIVE_EPOCHS,
@@ -78,7 +77,7 @@ class AutoConfigurator:
         MiniGPTError: if what it would choose was given, or there are several processes.
     """
 
-    def __init__(self, settings: Settings, run: Path, began: float):
+    def __init__(self, settings: Settings, run: RunFolder, began: float):
         self.settings, self.began = settings, began
         self.asked_vocabulary = self.data.vocab_size
         self.by_text = self.training.size == AUTO
@@ -92,11 +91,11 @@ class AutoConfigurator:
                 )
         if self.training.world_size > 1 and not self.by_text:
             raise MiniGPTError("--minutes and --size measure one process: name the settings themselves for several")
-        if (run / FINGERPRINT).is_file() and not self.training.fresh:
+        if run.exists() and not self.training.fresh:
             stored = settings_of(run)
             names = {name for group in settings for name in vars(group)}
             self._fill_in({name: value for name, value in stored.items() if name in names})
-            self._say(f"settings that are not given are those that this run was started with: {run / 'recipe.yaml'}")
+            self._say(f"settings that are not given are those that this run was started with: {run.recipe}")
             self.training.check_intervals()
             self.enabled = False
             return
@@ -483,13 +482,13 @@ class AutoConfigurator:
             self.settings = self.settings.replace(**new)
 
 
-def settings_of(run: Path) -> dict[str, Any]:
+def settings_of(run: RunFolder) -> dict[str, Any]:
     """What a run was started with.
 
     Raises:
         MiniGPTError: if its recipe is missing, empty or damaged.
     """
-    file = run / "recipe.yaml"
+    file = run.recipe
     try:
         settings = read_recipe(str(file))
         if not settings:

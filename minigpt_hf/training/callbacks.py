@@ -19,11 +19,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from ..atomic import write_files
 from ..errors import NonFiniteLossError
 from ..inference.generation import check_ids, encode_prompt, generate
-from .checkpoint import write_atomically
 from .report import duration
-from .resume import append_to_log, read_log
+from .run_folder import append_to_log, read_log
 from .stopping import StopAtBoundary
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class SampleLogger(TrainerCallback):
                 flush=True,
             )
             append_to_log(self.log, {"step": state.global_step, "sample": self.latest})
-            write_atomically({self.log.with_name("samples.md"): side_by_side(read_log(self.log))})
+            write_files({self.log.with_name("samples.md"): side_by_side(read_log(self.log))})
 
 
 def side_by_side(log: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from transformers import set_seed
 from transformers.utils import is_in_notebook
 
 from .. import __version__
+from ..atomic import write_files
 from ..data.blocks import Blocks
 from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.prepared import PreparedText, is_prepared, prepare
@@ -33,7 +34,6 @@ from ..trust import about_of
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 from .autoconfig import AutoConfigurator
 from .callbacks import ProgressLogger, SampleLogger
-from .checkpoint import FINGERPRINT, write_atomically
 from .initialize import (
     build_config,
     build_model,
@@ -41,6 +41,7 @@ from .initialize import (
     pretrained_config,
     settings_of_config,
 )
+from .lock import FolderLock
 from .recipe import resolved
 from .report import check_memory, describe, show_plan, tokens_per_step
 from .resume import (
@@ -48,12 +49,11 @@ from .resume import (
     fingerprint_of,
     from_main_process,
     is_finished,
-    read_log,
-    run_folder,
+    locked_run_folder,
     start_over,
     step_of,
 )
-from .run_folder import FolderLock
+from .run_folder import RunFolder, read_log
 from .stopping import EarlyStopping, StopAtBoundary, is_disk_full
 from .trainer import MiniGPTTrainer
 
@@ -93,19 +93,20 @@ def train(settings: Settings, began: float | None = None) -> Path:
         TrainingStopped: if the run ended early: by a signal, a full disk, or a non-finite loss.
     """
     stop, began = StopAtBoundary(), began or time.perf_counter()
-    with guarded_output(lasting=True), stop.listening(), run_folder(settings.training) as lock:
-        plan = resolve(settings, lock.folder, began)
+    with guarded_output(lasting=True), stop.listening(), locked_run_folder(settings.training) as lock:
+        run = RunFolder(lock.folder)
+        plan = resolve(settings, run, began)
         if not plan.is_finished:
             trainer = run_training(plan, lock, stop)
-            publish(plan, trainer, lock.folder, stop)
+            publish(plan, trainer, run, stop)
             leave_process_group(plan.settings.training)
-        return lock.folder / "model"
+        return run.model
 
 
 # -- resolve ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(settings: Settings, run: Path, began: float) -> Plan:
+def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
     """Complete the settings from the text and the hardware, and decide where the run starts.
 
     Args:
@@ -114,7 +115,7 @@ def resolve(settings: Settings, run: Path, began: float) -> Plan:
         began: See `train`.
     """
     training = settings.training
-    starts_over = training.fresh and (run / FINGERPRINT).is_file()
+    starts_over = training.fresh and run.exists()
     if training.save_only_model:
         raise MiniGPTError(
             "save_only_model is not supported: such checkpoints cannot be resumed from or verified; leave it out, and limit "
@@ -141,10 +142,10 @@ def resolve(settings: Settings, run: Path, began: float) -> Plan:
     fingerprint = {**fingerprint_of(settings, text, config), "minigpt_hf": __version__}
     finished, checkpoint = False, None
     if not starts_over:
-        if (run / "model").exists():
+        if run.model.exists():
             finished = from_main_process(training, lambda: is_finished(run, fingerprint))
         if finished and training.process_index == 0:
-            warn_about_the_card(run / "model", settings.data)
+            warn_about_the_card(run.model, settings.data)
         if not finished:
             checkpoint = from_main_process(training, lambda: checkpoint_to_resume(run, fingerprint, settings.training))
     return Plan(settings, text, config, fingerprint, checkpoint, starts_over, finished)
@@ -240,19 +241,17 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     Raises:
         TrainingStopped: if the run ended early.
     """
-    settings, text, run = plan.settings, plan.text, lock.folder
+    settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
     data, architecture, training = settings
     model = build_model(plan.config, architecture)
     blocks = Blocks(text.train, data.block_size, training.seed)
     progress = ProgressLogger(
-        run / "log.jsonl",
+        run.log,
         tokens_per_step(training, data.block_size),
         len(text.train) / text.train.bytes,
         is_in_notebook(),
     )
-    samples = SampleLogger(
-        run / "log.jsonl", model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop
-    )
+    samples = SampleLogger(run.log, model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
     callbacks = [progress, samples, stop, EarlyStopping(patience(training, blocks))]
     trainer = MiniGPTTrainer(
         model, training, blocks, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
@@ -266,7 +265,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
                 start_over(lock)
             recipe = yaml.safe_dump(resolved(settings), sort_keys=False)
             fingerprint = json.dumps(plan.fingerprint, indent=2) + "\n"
-            write_atomically({run / "recipe.yaml": recipe, run / FINGERPRINT: fingerprint})
+            write_files({run.recipe: recipe, run.fingerprint: fingerprint})
             show_plan(trainer, text, done)
         trainer.announced_step = done if plan.checkpoint else None
         trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
@@ -321,16 +320,16 @@ def leave_process_group(training: MiniGPTTrainingArguments) -> None:
 # -- publish ----------------------------------------------------------------------------------------------------------
 
 
-def publish(plan: Plan, trainer: MiniGPTTrainer, run: Path, stop: StopAtBoundary) -> None:
+def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBoundary) -> None:
     """Write the model folder, and upload it if asked. Only the main process does."""
     training = plan.settings.training
     if not trainer.is_world_process_zero():
         return
-    folder = run / "model"
+    folder = run.model
     with storage_errors(trainer):
         model = merge_lora(trainer.model) if plan.settings.model.lora_rank else trainer.model
         metadata = describe(plan.settings, plan.text, trainer.result(model))
-        write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run / "log.jsonl"))
+        write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run.log))
     print(f"the model is in {folder}", flush=True)
     if training.push_to_hub:
         if stop.number is not None:

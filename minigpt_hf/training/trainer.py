@@ -32,10 +32,10 @@ from ..publish.model_folder import non_finite_parameter, published_files, save_s
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
 from .callbacks import SAMPLE_TEMPERATURE, ProgressLogger, SampleLogger
-from .checkpoint import FINGERPRINT, checkpoints, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
+from .checkpoint import atomic_checkpoint, remove_old_checkpoints, staging_folder, verification_error
 from .optimizer import muon_adamw
 from .report import TrainingResult, describe
-from .resume import read_json, read_log
+from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
 from .stopping import ignore_signals, is_disk_full
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class MiniGPTTrainer(Trainer):
         """From where to resume after a bad loss, and how."""
         guess = math.log(self.model.config.vocab_size)
         losses = {f"checkpoint-{row['step']}": row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
-        found = list(reversed(checkpoints(Path(self.args.output_dir))))
+        found = list(reversed(RunFolder(Path(self.args.output_dir)).checkpoints()))
         if not found:
             return (
                 "there is no checkpoint: start again with a lower --learning_rate and --muon_learning_rate and --fresh"
@@ -223,7 +223,7 @@ class MiniGPTTrainer(Trainer):
         order = sorted(folders, key=lambda step: (folders[step][0] * (-1 if self.args.greater_is_better else 1), step))
         for step in order:
             value, folder = folders[step]
-            if what_is_wrong(folder) is None:
+            if verification_error(folder) is None:
                 break
         else:
             step, value, folder = None, None, None
@@ -394,7 +394,7 @@ class MiniGPTTrainer(Trainer):
             if self.is_world_process_zero():
                 print(f"{what}; it is left out ({self.skipped_steps} so far)", flush=True)
             return norm
-        file = Path(self.args.output_dir) / f"bad-step-{step}.json"
+        file = RunFolder(Path(self.args.output_dir)).bad_step(step)
         rows = [(self.args.process_index, row) for batch in batches for row in batch.tolist()]
         if self.args.world_size > 1:
             rows = gather_object(rows)
@@ -437,10 +437,10 @@ class MiniGPTTrainer(Trainer):
         """Because a checkpoint is to be whole or absent, and the Trainer writes it in its place, file by file."""
         self.check_weights()
         run, step = Path(self.args.output_dir), self.state.global_step
-        checkpoint = run / f"checkpoint-{step}"
+        checkpoint = RunFolder(run).checkpoint(step)
         self.state.stateful_callbacks[TOTALS] = {"args": {}, "attributes": self._totals()}
         try:
-            staged = whole_or_absent(checkpoint) if self.args.should_save else nullcontext(unfinished(checkpoint))
+            staged = atomic_checkpoint(checkpoint) if self.args.should_save else nullcontext(staging_folder(checkpoint))
             with staged as folder:
                 self.args.output_dir = str(folder.parent)
                 self.accelerator.wait_for_everyone()  # the folder is there
@@ -462,7 +462,7 @@ class MiniGPTTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)  # the Trainer noted where it was staged
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            remove_old_checkpoints(run, self.args.save_total_limit, checkpoint, Path(best) if best else None)
+            remove_old_checkpoints(RunFolder(run), self.args.save_total_limit, checkpoint, Path(best) if best else None)
 
     def disk_full(self, what: str) -> DiskFullError:
         """What to raise where there is no room for `what`."""
@@ -584,7 +584,7 @@ class MiniGPTTrainer(Trainer):
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
         """Because a refusal of the Hub is to be told in one line, and a public repository not to pass for a private one."""
         if self.is_world_process_zero():
-            shutil.rmtree(Path(self.args.output_dir) / ".pushing", ignore_errors=True)  # what a killed run left
+            shutil.rmtree(RunFolder(Path(self.args.output_dir)).pushing, ignore_errors=True)  # what a killed run left
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             self.hub_model_id = open_repository(name, bool(private or self.args.hub_private_repo))
         self.push_in_progress = None
@@ -603,13 +603,13 @@ class MiniGPTTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         checkpoint = Path(checkpoint_folder)  # RUN/.unfinished/checkpoint-N
-        run = checkpoint.parents[1]
-        (run / ".pushing").mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run / ".pushing"))
+        run = RunFolder(checkpoint.parents[1])
+        run.pushing.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run.pushing))
         for file in published_files(checkpoint):
             shutil.copyfile(file, folder / file.name)
         metadata = describe(self.settings, self.text, self.result())
-        write_story(folder, metadata, self.model.config, read_log(run / "log.jsonl"))
+        write_story(folder, metadata, self.model.config, read_log(run.log))
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])

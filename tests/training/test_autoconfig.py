@@ -12,6 +12,7 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.training import autoconfig as dial
 from minigpt_hf.training.autoconfig import OTHER_SECONDS, AutoConfigurator, number_of
 from minigpt_hf.training.recipe import parse_arguments, resolved
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import Shape, block_size_for, learning_rates, tokens_in_a_step, vocabulary_for
 from minigpt_hf.training.train import prepare_text
 from tests.conftest import SHAKESPEARE
@@ -21,7 +22,9 @@ from tests.training.conftest import go_back
 def dialled(argv, folder, began=None):
     """The resolved settings of a command, and the token stream they were chosen for."""
     arguments = parse_arguments([*argv, "--output_dir", str(folder / "run"), "--use_cpu", "--cache_dir", str(folder)])
-    configurator = AutoConfigurator(arguments, folder / "run", time.perf_counter() if began is None else began)
+    configurator = AutoConfigurator(
+        arguments, RunFolder(folder / "run"), time.perf_counter() if began is None else began
+    )
     text = prepare_text(configurator.data, configurator.choose_tokenizer)
     return configurator.choose_remaining(text), text.train
 
@@ -92,7 +95,9 @@ def test_the_tokenizer_follows_from_the_text_unless_it_is_told(tmp_path):
         (["--tokenizer", "bytes"], ("bytes", 1024)),
     ):
         arguments = parse_arguments(["--minutes", "3", "--data", str(SHAKESPEARE), *argv])
-        data = AutoConfigurator(arguments, tmp_path, 0.0).choose_tokenizer(load_corpus(str(SHAKESPEARE), 0.1))
+        data = AutoConfigurator(arguments, RunFolder(tmp_path), 0.0).choose_tokenizer(
+            load_corpus(str(SHAKESPEARE), 0.1)
+        )
         assert (data.tokenizer, data.vocab_size) == expected
 
 
@@ -103,7 +108,7 @@ def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_fil
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (recipe["hidden_size"], recipe["num_hidden_layers"], recipe["tokenizer"]) == (64, 2, "characters")
     assert not {"size", "minutes"} & recipe.keys()  # the recipe gives this very training again
-    again = AutoConfigurator(parse_arguments(argv[1:]), tmp_path / "run", 0.0).settings
+    again = AutoConfigurator(parse_arguments(argv[1:]), RunFolder(tmp_path / "run"), 0.0).settings
     assert {name: recipe[name] for name in resolved(again)} == resolved(again)
     assert main(argv) == 0
     assert "this run is finished" in capsys.readouterr().out

@@ -28,6 +28,7 @@ from minigpt_hf.training.recipe import (
     resolved,
 )
 from minigpt_hf.training.report import describe
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import (
     LARGEST_UNASKED,
     LONGEST_UNASKED,
@@ -63,7 +64,7 @@ def choices_are_logged(caplog):
 def fitted(folder, argv=(), recipe=None, **overrides):
     """The arguments of a command once its text is known, and the text."""
     arguments = parse_arguments([*map(str, argv)], recipe, use_cpu=True, num_proc=1, **overrides)
-    configurator = AutoConfigurator(arguments, folder / "run", time.perf_counter())
+    configurator = AutoConfigurator(arguments, RunFolder(folder / "run"), time.perf_counter())
     text = prepare_text(configurator.data, configurator.choose_tokenizer)
     return configurator.choose_remaining(text), text
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from minigpt_hf.cli import main
-from minigpt_hf.training.resume import read_log
+from minigpt_hf.training.run_folder import read_log
 from tests.conftest import random_ids, tiny_model
 from tests.training.conftest import rows
 
