@@ -1,7 +1,6 @@
-"""A recipe and what overrides it -> the arguments of a training; and back.
+"""Recipes, flags and keywords as settings, and settings as a recipe.
 
-In: the name of a recipe (YAML, in `recipes/`) or a file, and flags or keywords. Out: the three dataclasses of `arguments`;
-or, of a training, the recipe that gives it again. It refuses unknown recipes, keys and flags, and names the nearest ones.
+A recipe is a YAML file whose keys are names of settings, in `recipes/` or elsewhere; flags and keywords override it.
 """
 
 import copy

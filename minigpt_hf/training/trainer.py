@@ -1,7 +1,6 @@
-"""Blocks -> checkpoints: the one subclass of transformers' `Trainer`, and why each override must exist.
+"""`MiniGPTTrainer`, the subclass of transformers' `Trainer`, with the reason for each override.
 
-In: a model, training blocks, a validation stream. Out: `checkpoint-N/` folders that each load with `from_pretrained`. The
-loop, devices, accumulation, mixed precision, schedules and logging are the Trainer's own.
+The training loop, devices, gradient accumulation, mixed precision, schedules and logging are the Trainer's own.
 """
 
 import dataclasses
