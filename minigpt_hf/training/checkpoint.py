@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..atomic import MANIFEST, seal, sha256, to_disk
+from ..atomic import MANIFEST, fsync, seal, sha256
 
 FINGERPRINT = "fingerprint.json"
 DESCRIBED = "described"  # entry of a fingerprint: names and sizes for messages, no part of the comparison
@@ -38,7 +38,7 @@ def whole_or_absent(checkpoint: Path) -> Iterator[Path]:
         if checkpoint.exists():  # a run that went back to an earlier checkpoint writes this one again
             set_aside(checkpoint)
         folder.rename(checkpoint)
-        to_disk(checkpoint.parent)
+        fsync(checkpoint.parent)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
@@ -122,10 +122,10 @@ def write_atomically(contents: dict[Path, str]) -> None:
     """
     for file, content in contents.items():
         temporary(file).write_text(content, encoding="utf-8")
-        to_disk(temporary(file))
+        fsync(temporary(file))
     for file in contents:
         temporary(file).replace(file)
-        to_disk(file.parent)
+        fsync(file.parent)
 
 
 def temporary(file: Path) -> Path:

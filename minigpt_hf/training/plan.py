@@ -61,7 +61,7 @@ def show_plan(trainer: Trainer, text: PreparedText, done: int = 0) -> None:
     print(
         f"device        {device_name(args)}, {precision}\n"
         f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
-        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.cut}"
+        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.split_description}"
         f"{f'; scored: {text.scored}' if text.scored else ''}\n"
         f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
         f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{learnt(model)}\n"

@@ -128,7 +128,7 @@ def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str])
     Raises:
         MiniGPTError: if a flag or keyword asks for another text than the prepared one.
     """
-    from ..data.corpus import public  # imports `datasets`, which `--help` does not need
+    from ..data.corpus import public_name  # imports `datasets`, which `--help` does not need
     from ..data.prepared import is_prepared, prepared_settings
 
     if not is_prepared(data.data):
@@ -138,7 +138,7 @@ def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str])
         del made_with["vocab_size"]  # it has no effect on another tokenizer, which `Dial` reports
     asked = {name: vars(data)[name] for name in made_with if name in given}
     if "tokenizer" in asked:
-        asked["tokenizer"] = public(data.tokenizer)
+        asked["tokenizer"] = public_name(data.tokenizer)
     if other := [name for name, value in asked.items() if value != made_with[name]]:
         flags = ", ".join(f"--{name} {asked[name]}" for name in other)
         stored = ", ".join(f"{name} {made_with[name]}" for name in other)

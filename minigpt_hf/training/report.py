@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..data.corpus import public
+from ..data.corpus import public_name
 from ..data.prepared import PreparedText
 from ..data.sources import names_hub_dataset
 from ..data.stream import TokenStream
@@ -57,16 +57,16 @@ def describe(
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": {name: public(value) if name in WHERE else value for name, value in resolved(arguments).items()},
+        "recipe": {name: public_name(value) if name in WHERE else value for name, value in resolved(arguments).items()},
         "data": {
-            "name": public(text.name),
+            "name": public_name(text.name),
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
-            "cut": text.cut,
+            "cut": text.split_description,
             "train": describe_stream(text.train),
             "validation": describe_validation(text) if text.validation else None,
         },
         "tokenizer": {
-            "kind": {"bpe": "byte-level BPE"}.get(text.kind, public(text.kind)),
+            "kind": {"bpe": "byte-level BPE"}.get(text.kind, public_name(text.kind)),
             "vocab_size": vocabulary_size(text.tokenizer),
             "bytes_per_token": text.train.bytes / (len(text.train) - len(text.train.documents)),
             "opening": text.tokenizer.eos_token if text.tokenizer.bos_token is None else text.tokenizer.bos_token,

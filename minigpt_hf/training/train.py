@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import is_in_notebook
 
 from .. import __version__
-from ..data.blocks import Blocks
+from ..data.blocks import SequenceDataset
 from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.prepared import PreparedText, is_prepared, prepare
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -104,7 +104,7 @@ def train_in(lock: FolderLock, arguments: Arguments, stop: StopAtBoundary, began
     )
     config = make_config(architecture, data.block_size, text.tokenizer)
     check_memory(config, architecture, training)
-    blocks = Blocks(text.train, data.block_size, training.seed)
+    blocks = SequenceDataset(text.train, data.block_size, training.seed)
     fingerprint = {**fingerprint_of(arguments, text, config), "minigpt_hf": __version__}
     has_model = (run / "model").exists() and not starts_over
     if has_model and from_main_process(training, lambda: is_finished(run, fingerprint)):
@@ -309,7 +309,7 @@ def make_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTraine
     return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model
 
 
-def patience(training: MiniGPTTrainingArguments, blocks: Blocks) -> int:
+def patience(training: MiniGPTTrainingArguments, blocks: SequenceDataset) -> int:
     """Evaluations without a better one after which to stop; 0 for never: what is read once is not learnt by heart."""
     if training.early_stopping_patience is not None:
         return training.early_stopping_patience

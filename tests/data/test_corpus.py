@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.documents import Documents
+from minigpt_hf.data.documents import IndexedDocuments
 
 
 def write_files(folder, texts: dict[str, str]):
@@ -29,7 +29,7 @@ def test_a_file_is_one_document_and_its_tail_is_validation(text, text_file):
     cut = int(len(text) * 0.9)
     assert list(corpus.train) == [text[:cut]]
     assert list(corpus.validation) == [text[cut:]]
-    assert corpus.cut == f"the last {len(text) - cut:,} of {len(text):,} characters"
+    assert corpus.split_description == f"the last {len(text) - cut:,} of {len(text):,} characters"
 
 
 def test_the_cut_of_few_documents_may_fall_inside_one_or_between_two(tmp_path):
@@ -77,7 +77,7 @@ def test_the_head_is_a_prefix_of_the_text_and_the_fingerprint_follows_the_conten
 
 def test_the_standard_library_is_real_text_on_this_disk():
     corpus = load_corpus("stdlib")
-    assert isinstance(corpus.train, Documents)
+    assert isinstance(corpus.train, IndexedDocuments)
     assert corpus.train.characters > 3_000_000
     assert any("class ArgumentParser" in text for part in (corpus.train, corpus.validation) for text in part)
     assert not any("import pytest" in text for text in corpus.train)

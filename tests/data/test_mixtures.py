@@ -22,7 +22,7 @@ def write_folder(folder, contents: list[str]) -> str:
 def sides(corpus) -> tuple[set[str], set[str]]:
     """Documents of each side, without one that is itself cut in two."""
     train, validation = list(corpus.train), list(corpus.validation or ())
-    parts = [*corpus.train.texts, *(corpus.validation.texts if corpus.validation else ())]
+    parts = [*corpus.train.components, *(corpus.validation.components if corpus.validation else ())]
     whole = {
         text
         for part in parts
@@ -52,10 +52,10 @@ def test_overlapping_texts_share_no_document_between_train_and_validation(tmp_pa
     # Nor is a document cut in two on the other side as a whole.
     cut = {
         digest.tobytes()
-        for part in (corpus.validation.texts if corpus.validation else ())
+        for part in (corpus.validation.components if corpus.validation else ())
         for digest in part.index["digest"]
     }
-    for part in corpus.train.texts:
+    for part in corpus.train.components:
         for one, text in zip(part.index, part, strict=True):
             assert one["digest"].tobytes() not in cut or text not in WORDS
     assert corpus.validation is None or corpus.validation.characters > 0
@@ -73,11 +73,11 @@ def test_copies_of_what_is_held_out_leave_training_and_are_counted(tmp_path, cap
     assert len(whole) > len(expected) > 0
     with caplog.at_level(logging.INFO):
         corpus = load_corpus(f"{one}:0.5,{few}:0.5", 0.3)
-    assert list(corpus.train.texts[1])[: len(expected)] == expected
-    assert set(corpus.train.texts[0]).isdisjoint(WORDS[len(whole) : 19])
+    assert list(corpus.train.components[1])[: len(expected)] == expected
+    assert set(corpus.train.components[0]).isdisjoint(WORDS[len(whole) : 19])
     copies = [text for text in WORDS[len(whole) : 19] if text not in held_out]
     in_part_of_few = WORDS[len(whole)] in held_out  # the document that is cut in two is held out of the other text, too
-    one_cut, few_cut = (part.split("; ")[-1] for part in corpus.cut.split("; of few: "))
+    one_cut, few_cut = (part.split("; ")[-1] for part in corpus.split_description.split("; of few: "))
     assert one_cut == f"{len(copies)} copies of validation documents left out of training"
     number = len(whole) - len(expected) + in_part_of_few
     assert few_cut == f"{number} {'copy' if number == 1 else 'copies'} of validation documents left out of training"
@@ -88,7 +88,9 @@ def test_copies_among_few_documents_that_are_cut_by_position_leave_training(tmp_
     folder = write_folder(tmp_path / "a", ["same text here", "another", "same text here"])
     corpus = load_corpus(folder, 0.3)
     assert (list(corpus.train), list(corpus.validation)) == (["another", "sam"], ["e text here"])
-    assert corpus.cut == "the last 11 of 35 characters; 1 copy of validation documents left out of training"
+    assert (
+        corpus.split_description == "the last 11 of 35 characters; 1 copy of validation documents left out of training"
+    )
     with pytest.raises(ValueError, match="all of its documents are held out for validation, as copies"):
         load_corpus(write_folder(tmp_path / "b", ["same", "same"]), 0.5)
 
@@ -100,7 +102,7 @@ def test_a_part_of_which_nothing_is_held_out_leaves_validation_to_the_others(tmp
     rest = [text for text in WORDS[:100] if text not in held_out][:20]
     corpus = load_corpus(f"{many}:0.5,{write_folder(tmp_path / 'rest', rest)}:0.5", 0.05)
     assert set(corpus.validation) == held_out
-    assert "of rest: none of 20 documents" in corpus.cut
+    assert "of rest: none of 20 documents" in corpus.split_description
     assert corpus.validation.shares == [1.0]
 
 
@@ -124,7 +126,7 @@ def test_a_dataset_with_its_own_validation_split_stays_as_published_with_a_warni
     assert (list(corpus.train), list(corpus.validation)) == (rows["train"], rows["validation"])
     assert "5 documents of its training split are in its own validation split, too" in caplog.text
     mixed = load_corpus(f"{tmp_path / 'saved'}:0.5,{write_folder(tmp_path / 'few', WORDS[20:30])}:0.5")
-    assert [text for text in mixed.train.texts[1] if text in WORDS[25:30]] == []
+    assert [text for text in mixed.train.components[1] if text in WORDS[25:30]] == []
 
 
 def test_a_stream_in_a_mixture_shares_no_document_with_the_other_side(hub, tmp_path):
@@ -134,6 +136,8 @@ def test_a_stream_in_a_mixture_shares_no_document_with_the_other_side(hub, tmp_p
     datasets.Dataset.from_dict({"text": WORDS[:40]}).to_parquet(tmp_path / "more.parquet")
     hub.put("user/more", {"train.parquet": (tmp_path / "more.parquet").read_bytes()}, repo_type="datasets")
     corpus = load_corpus("user/words:0.5,user/more:0.5", 0.2, streaming=True)
-    train, validation = ({text for part in side.texts for text in part} for side in (corpus.train, corpus.validation))
+    train, validation = (
+        {text for part in side.components for text in part} for side in (corpus.train, corpus.validation)
+    )
     assert train.isdisjoint(validation)
     assert train | validation == set(WORDS)

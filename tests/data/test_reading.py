@@ -102,7 +102,7 @@ def test_a_folder_reports_what_it_skips_and_how_to_include_it(tmp_path, caplog):
         assert reason in line
     assert "1 *.png, 1 broken links, 2 others" in line  # links to folders and what is not a regular file
     assert line.endswith("--data_format text reads every file that is not hidden")
-    assert "read 2 of 12 files" in corpus.cut
+    assert "read 2 of 12 files" in corpus.split_description
 
 
 def test_data_format_text_reads_every_file_that_is_not_hidden(tmp_path, caplog):

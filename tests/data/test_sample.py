@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.documents import EXCERPTS, INDEX, StreamedDocuments, runs
+from minigpt_hf.data.documents import INDEX_DTYPE, MIN_EXCERPTS, StreamedDocuments, document_batches
 
 WINDOW = 8
 
@@ -51,7 +51,7 @@ def test_every_document_contributes_the_same_share(tmp_path):
 def test_a_long_document_is_sampled_from_all_its_sections(tmp_path):
     whole, texts = corpus_of([10_000], tmp_path)
     places = sorted(excerpts_by_document(whole.sample(1000, WINDOW), texts)[0])
-    assert len(places) >= EXCERPTS
+    assert len(places) >= MIN_EXCERPTS
     for section in range(10):  # an excerpt begins in each tenth of the document
         assert any(section * 1000 <= begin < (section + 1) * 1000 for begin, _ in places)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))  # no overlap
@@ -105,7 +105,7 @@ def test_a_streamed_text_is_sampled_from_many_documents():
     assert sum(map(len, sample)) == 200
     assert max(map(len, sample)) == 8  # a twentieth of the budget, in whole windows
     assert streamed.sample(200, WINDOW).fingerprint != streamed.head(200).fingerprint
-    assert replace(streamed, most=200).fingerprint == streamed.head(200).fingerprint
+    assert replace(streamed, max_characters=200).fingerprint == streamed.head(200).fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_a_sampled_score_is_near_that_of_the_whole_text(many_documents, recipe_f
 def test_documents_are_read_in_runs_of_at_most_a_part(seed):
     """Each document once, in order; as many at a time as fit, or a single longer one."""
     lengths = random.Random(seed).choices([1, 300_000, 500_000, 999_999, 1_000_000, 3_000_000], k=40)
-    index = np.zeros(len(lengths), dtype=INDEX)
+    index = np.zeros(len(lengths), dtype=INDEX_DTYPE)
     index["row"], index["end"] = np.arange(len(lengths)), lengths
-    found = [run["end"].tolist() for run in runs(index)]
+    found = [run["end"].tolist() for run in document_batches(index)]
     assert [length for run in found for length in run] == lengths
     assert all(sum(run) <= 1_000_000 or len(run) == 1 for run in found)
     assert all(sum(run) + after[0] > 1_000_000 for run, after in itertools.pairwise(found))

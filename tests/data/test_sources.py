@@ -18,7 +18,7 @@ import zstandard
 import minigpt_hf
 from minigpt_hf.data import documents as texts
 from minigpt_hf.data.corpus import load_corpus, mixture
-from minigpt_hf.data.files import FORMAT_OF, FORMATS
+from minigpt_hf.data.files import FORMAT_BY_EXTENSION, FORMATS
 from tests.data.test_corpus import write_files
 
 ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
@@ -71,7 +71,7 @@ def test_packed_files_are_unpacked(table, ending, packing, tmp_path):
 
 
 def test_every_ending_has_a_known_format():
-    assert set(FORMAT_OF.values()) == set(FORMATS)
+    assert set(FORMAT_BY_EXTENSION.values()) == set(FORMATS)
 
 
 def test_a_glob_stands_for_the_files_it_matches_in_order(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_folder_that_save_to_disk_wrote_brings_its_splits(table, tmp_path):
     both.save_to_disk(tmp_path / "two")
     corpus = load_corpus(str(tmp_path / "two"))
     assert (list(corpus.train), list(corpus.validation)) == (ROWS, ROWS[:2])
-    assert corpus.cut == "the validation split that comes with it"
+    assert corpus.split_description == "the validation split that comes with it"
     assert list(load_corpus(str(tmp_path / "two"), 0, split="dev").train) == ROWS[:2]
     assert load_corpus(str(tmp_path / "two"), 0).validation is None
 
@@ -180,12 +180,12 @@ def test_text_from_all_over_is_some_of_it_in_order(text, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PART_CHARACTERS", 500)
     folder = write_files(tmp_path, {f"{i:02}.txt": text[i * 300 : (i + 1) * 300] for i in range(100)})
     train = load_corpus(folder, 0).train
-    some = list(train.evenly(6_000))
+    some = list(train.evenly_spaced(6_000))
     assert 5_000 < sum(map(len, some)) < 8_000
     places = [text.index(part) for part in some]
     assert places == sorted(places)
     assert places[-1] > 25_000
-    assert "".join(train.evenly(10**9)) == "".join(train)
+    assert "".join(train.evenly_spaced(10**9)) == "".join(train)
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------

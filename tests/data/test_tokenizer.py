@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from minigpt_hf.cli import main
-from minigpt_hf.data import cuts
+from minigpt_hf.data import chunking
 from minigpt_hf.data import tokenizer as module
-from minigpt_hf.data.cuts import pieces
+from minigpt_hf.data.chunking import split_into_chunks
 from minigpt_hf.data.tokenizer import (
     END_OF_TEXT,
     PAD,
@@ -21,8 +21,8 @@ from minigpt_hf.data.tokenizer import (
     byte_tokenizer,
     character_tokenizer,
     load_tokenizer,
+    lost_characters,
     tokenizer_fingerprint,
-    what_is_lost,
 )
 from minigpt_hf.publish.model_folder import save_suitcase
 from tests.conftest import tiny_model
@@ -74,8 +74,8 @@ def test_pieces_encode_to_the_same_tokens_as_the_whole(bpe, text, size):
 
 def _pieces_of_size(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "PIECE_CHARACTERS", size)
-        yield from (piece for _, piece in pieces([(True, text[: size * 3]), (False, text[size * 3 :])]))
+        patch.setattr(chunking, "CHUNK_CHARACTERS", size)
+        yield from (piece for _, piece in split_into_chunks([(True, text[: size * 3]), (False, text[size * 3 :])]))
 
 
 def test_real_text_is_cut_and_encodes_the_same(bpe, text):
@@ -193,4 +193,4 @@ def test_a_tokenizer_that_loses_text_is_reported_and_published_with_the_figures(
 
 def test_our_tokenizers_lose_nothing_as_existing_ones_either(text, bpe):
     for tokenizer in (bpe, byte_tokenizer(), character_tokenizer([text])):
-        assert what_is_lost(tokenizer, [text[:5000], " a\n"]) is None
+        assert lost_characters(tokenizer, [text[:5000], " a\n"]) is None

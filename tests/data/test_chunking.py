@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_hf.data import cuts
+from minigpt_hf.data import chunking
 from minigpt_hf.data import tokenizer as module
-from minigpt_hf.data.cuts import LETTER, PUNCTUATION, pieces
+from minigpt_hf.data.chunking import LETTER, PUNCTUATION, split_into_chunks
 from minigpt_hf.data.tokenizer import Encoder, byte_level_bpe, byte_tokenizer, character_tokenizer
 from tests.conftest import ROOT
 
@@ -63,8 +63,8 @@ def small(monkeypatch):
     """Pieces and windows of some characters, so that a short text has many."""
 
     def sizes(piece: int, long: int = 10**9, overlap: int = 8) -> None:
-        monkeypatch.setattr(cuts, "PIECE_CHARACTERS", piece)
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", piece)
+        monkeypatch.setattr(chunking, "CHUNK_CHARACTERS", piece)
+        monkeypatch.setattr(module, "CHUNK_CHARACTERS", piece)
         monkeypatch.setattr(module, "LONG_WORD", long)
         monkeypatch.setattr(module, "OVERLAP", overlap)
 
@@ -77,11 +77,11 @@ def in_parts(text: str, bounds: list[int]) -> list[tuple[bool, str]]:
 
 
 def check_pieces(encoder, bpe, text: str, bounds: list[int]) -> int:
-    cut = [piece for _, piece in pieces(in_parts(text, bounds))]
+    cut = [piece for _, piece in split_into_chunks(in_parts(text, bounds))]
     assert "".join(cut) == text
     ids = [i for piece in cut for i in encoder(piece)]
     assert ids == bpe(text, split_special_tokens=True).input_ids, repr(text)
-    assert cut == [piece for _, piece in pieces([(True, text)])]  # however the text comes in parts
+    assert cut == [piece for _, piece in split_into_chunks([(True, text)])]  # however the text comes in parts
     return len(cut)
 
 
@@ -89,7 +89,7 @@ def check_pieces(encoder, bpe, text: str, bounds: list[int]) -> int:
 @given(text=st.lists(st.sampled_from(NASTY), max_size=60).map("".join), size=st.integers(1, 9), data=st.data())
 def test_pieces_of_nasty_text_give_the_tokens_of_the_whole(encoder, bpe, text, size, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "PIECE_CHARACTERS", size)
+        patch.setattr(chunking, "CHUNK_CHARACTERS", size)
         check_pieces(encoder, bpe, text, data.draw(st.lists(st.integers(0, 60), max_size=4)))
 
 
@@ -160,7 +160,7 @@ def test_windows_that_do_not_agree_are_enlarged(word, overlap):
     tokenizer = byte_level_bpe(["AB" * 64, "A" * 128, "BA" * 30, "AAB" * 40], 300)
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("PIECE_CHARACTERS", 20), ("LONG_WORD", 20), ("OVERLAP", overlap)):
+        for name, value in (("CHUNK_CHARACTERS", 20), ("LONG_WORD", 20), ("OVERLAP", overlap)):
             patch.setattr(module, name, value)
         assert list(encoder(word)) == tokenizer(word).input_ids
 
@@ -173,7 +173,7 @@ def test_a_tokenizer_with_added_tokens_that_are_text_gets_documents_whole(bpe):
     backend.add_tokens([AddedToken("tool_call 1;", special=False)])
     encoder = Encoder(backend.to_str())
     text = "a tool_call 1; b\n" * 20_000
-    assert [text] == [piece for _, piece in encoder.pieces([(True, text)])]
+    assert [text] == [piece for _, piece in encoder.split_into_chunks([(True, text)])]
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["ab"])], ids=["bytes", "characters"])
@@ -181,7 +181,7 @@ def test_one_long_line_comes_in_pieces_for_tokenizers_without_merges(tokenizer, 
     small(100, long=300)
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())
     text = "ab" * 5000
-    cut = [piece for _, piece in encoder.pieces([(True, text[:7000]), (False, text[7000:])])]
+    cut = [piece for _, piece in encoder.split_into_chunks([(True, text[:7000]), (False, text[7000:])])]
     assert [i for piece in cut for i in encoder(piece)] == tokenizer(text).input_ids
     if tokenizer.convert_ids_to_tokens(2) == "a":
         assert {len(piece) for piece in cut} == {100}
@@ -208,7 +208,7 @@ lines = {
 before = peak()
 for text in lines.values():
     encoder = Encoder(byte_level_bpe([text], 300).backend_tokenizer.to_str())
-    assert sum(len(encoder(piece)) for _, piece in encoder.pieces([(True, text)])) > 500_000
+    assert sum(len(encoder(piece)) for _, piece in encoder.split_into_chunks([(True, text)])) > 500_000
 print(peak() - before)
 """
 
@@ -223,7 +223,7 @@ def test_memory_does_not_depend_on_the_length_of_a_line():
 
 def test_it_is_said_that_merges_of_long_words_are_learned_from_a_sample(small, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    monkeypatch.setattr(module, "SAMPLES", 10)
+    monkeypatch.setattr(module, "MAX_SAMPLES", 10)
     small(1000, long=3000)
     tokenizer = byte_level_bpe(["ACGT" * 25_000, "plain words"], 262)
     assert "words of more than 3,000 characters: merges are learned from" in caplog.text
