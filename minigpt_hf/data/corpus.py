@@ -262,8 +262,8 @@ def _split_one(
 def _without_copies(corpora: list[Corpus], has_own_validation: list[bool]) -> list[Corpus]:
     """Remove copies of validation documents, of the same or another source, from training.
 
-    A document that is divided between both splits keeps its first part in training. A dataset with its own validation split is
-    left as published.
+    A document that is divided between both splits keeps its first part in training. A dataset with its own validation split
+    is left as published.
     """
     held_out: dict[bytes, list[tuple[int, int, int]]] = {}  # SHA-256 -> (source, begin, end)
     for number, corpus in enumerate(corpora):

@@ -2,8 +2,8 @@
 
 Values are read verbatim: CSV fields are not interpreted as numbers or missing values, JSON strings are not interpreted as
 dates, and a value that is not a string is an error that states its row. The column is cached, and verified like a token
-stream, under a key that depends on the SHA-256 of the content of every file. (The builders of `datasets` infer and cast types,
-interpret file names as patterns, identify files by modification time, and do not verify their cache.)
+stream, under a key that depends on the SHA-256 of the content of every file. (The builders of `datasets` infer and cast
+types, interpret file names as patterns, identify files by modification time, and do not verify their cache.)
 """
 
 import csv
