@@ -220,7 +220,7 @@ def test_a_prepared_text_of_an_earlier_format_without_a_manifest_is_an_error(
     assert "has format 1, and 3 is required: create it again with `minigpt tokenize`" in capsys.readouterr().err
 
 
-def test_a_stream_of_another_tokenizer_is_an_error_although_all_sums_are_correct(
+def test_a_stream_of_another_tokenizer_is_an_error_although_sums_are_correct(
     prepared_folder, recipe_file, tmp_path, capsys
 ):
     from minigpt_hf.atomic import seal

@@ -23,13 +23,13 @@ def splits(corpus) -> tuple[set[str], set[str]]:
     """The documents of each split, except one that is divided between both."""
     train, validation = list(corpus.train), list(corpus.validation or ())
     parts = [*corpus.train.components, *(corpus.validation.components if corpus.validation else ())]
-    whole = {
+    complete = {
         text
         for part in parts
         for one, text in zip(part.index, part, strict=True)
         if one["begin"] == 0 and text in WORDS
     }
-    return set(train) & whole, set(validation) & whole
+    return set(train) & complete, set(validation) & complete
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,18 +68,18 @@ def test_copies_of_validation_documents_are_removed_from_training_and_counted(tm
     held_out = set(load_corpus(one, 0.3).validation)
     assert len(held_out) == 15
     end, total = 0, sum(map(len, WORDS[:19]))
-    whole = [text for text in WORDS[:19] if (end := end + len(text)) <= int(total * 0.7)]
-    expected = [text for text in whole if text not in held_out]
-    assert len(whole) > len(expected) > 0
+    complete = [text for text in WORDS[:19] if (end := end + len(text)) <= int(total * 0.7)]
+    expected = [text for text in complete if text not in held_out]
+    assert len(complete) > len(expected) > 0
     with caplog.at_level(logging.INFO):
         corpus = load_corpus(f"{one}:0.5,{few}:0.5", 0.3)
     assert list(corpus.train.components[1])[: len(expected)] == expected
-    assert set(corpus.train.components[0]).isdisjoint(WORDS[len(whole) : 19])
-    copies = [text for text in WORDS[len(whole) : 19] if text not in held_out]
-    in_part_of_few = WORDS[len(whole)] in held_out  # the divided document is also held out from the other source
+    assert set(corpus.train.components[0]).isdisjoint(WORDS[len(complete) : 19])
+    copies = [text for text in WORDS[len(complete) : 19] if text not in held_out]
+    in_part_of_few = WORDS[len(complete)] in held_out  # the divided document is also held out from the other source
     one_description, few_description = (part.split("; ")[-1] for part in corpus.split_description.split("; of few: "))
     assert one_description == f"{len(copies)} copies of validation documents left out of training"
-    number = len(whole) - len(expected) + in_part_of_few
+    number = len(complete) - len(expected) + in_part_of_few
     assert (
         few_description
         == f"{number} {'copy' if number == 1 else 'copies'} of validation documents left out of training"

@@ -75,7 +75,7 @@ def test_names_in_a_mixture_may_contain_commas_and_colons(tmp_path, monkeypatch)
     text = "".join(load_corpus("a,b.txt:0.5,c:d.txt:0.25, e:1,f.txt:0.25", 0).train)
     assert (text.count("a"), text.count("c"), text.count("e")) == (100, 50, 50)
     for wrong, message in (
-        ("a,b.txt:1,absent,x:1", "'absent' is not a valid component of a mixture"),
+        ("a,b.txt:1,absent,x:1", "'absent' is not a valid component"),
         ("c:1,c:2", "occurs twice"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -151,7 +151,7 @@ def test_standard_input_is_a_document(monkeypatch, tmp_path):
     assert texts_of("-", cache_dir=tmp_path) == ["über\nalles"]
 
 
-# -- parts of documents ------------------------------------------------------------------------------------------------------------
+# -- parts of documents -----------------------------------------------------------------------------------------------
 
 
 def test_the_corpus_does_not_depend_on_the_size_of_parts(text, tmp_path, monkeypatch):
