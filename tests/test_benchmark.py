@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from tests.conftest import ROOT
@@ -194,7 +194,7 @@ def test_both_pipelines_tokenize_the_complete_text(tmp_path):
 
 def test_fixed_offset_blocks_are_the_same_in_every_epoch(tmp_path):
     stream = TokenStream(tmp_path, torch.arange(100).numpy(), torch.zeros(1).numpy(), 0, 100, 100, "")
-    fixed, shifted = ablation.FixedOffsetBlocks(stream, 8, seed=0), Blocks(stream, 8, seed=0)
+    fixed, shifted = ablation.FixedOffsetBlocks(stream, 8, seed=0), SequenceDataset(stream, 8, seed=0)
     assert [fixed[epoch, 0]["input_ids"][0] for epoch in range(3)] == [0, 0, 0]
     assert len({int(shifted[epoch, 0]["input_ids"][0]) for epoch in range(3)}) > 1
 

@@ -110,7 +110,7 @@ def test_training_says_its_plan_then_lines_then_where_the_model_is(recipe_file, 
         ),
     )
     assert code == 0
-    assert re.fullmatch("the validation score rests on only .*\n", err)  # the text is small
+    assert re.fullmatch("the validation score is based on only .*\n", err)  # the text is small
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["device", "text", "model", "training", "time"]
     assert "8 steps of 128 tokens = 1,024 tokens" in lines[3]
@@ -140,12 +140,12 @@ def test_a_sample_prompt_in_another_alphabet_gives_way(recipe_file, tmp_path, ca
         *("--max_steps", 2, "--logging_steps", 1, "--tokenizer", "characters"),
     )
     assert code == 0
-    assert "samples begin a document: the prompt has a character that this model's tokenizer does not know: 'd'" in out
+    assert "samples begin a document: the prompt has a character that the tokenizer does not know: 'd'" in out
     latin = tmp_path / "latin.txt"
     latin.write_text("arma virumque cano")
     code, _, err = run(capsys, "evaluate", tmp_path / "run" / "model", "--data", latin)
     assert (code, err.count("\n")) == (2, 1)
-    assert "the text has a character that this model's tokenizer does not know: 'a' (U+0061)" in err
+    assert "the text has a character that the tokenizer does not know: 'a' (U+0061)" in err
 
 
 def test_an_existing_tokenizer_can_be_used(recipe_file, run_folder, text_file, tmp_path, capsys):

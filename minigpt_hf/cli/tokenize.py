@@ -73,10 +73,10 @@ def _run(argv: list[str]) -> None:
         raise MiniGPTError(f"--output_dir {folder}: is there already; name another folder, or remove it")
     configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
     text = prepare_text(configurator.data, configurator.choose_tokenizer)
-    text.keep(folder, vars(configurator.data))
+    text.save(folder, vars(configurator.data))
     held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"
     print(
         f"{folder}: {text.train.characters:,} characters -> {len(text.train):,} tokens of "
-        f"{text.train.bytes / len(text.train):.2f} bytes; {held_out} ({text.cut})\n"
+        f"{text.train.bytes / len(text.train):.2f} bytes; {held_out} ({text.split_description})\n"
         f"minigpt train --data {folder} …  learns from it"
     )

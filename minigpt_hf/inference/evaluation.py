@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenizer import unknown_character_error
 from ..errors import MiniGPTError
 
 UNLIMITED_CONTEXT = 2048  # window of a model whose configuration names no longest sequence
@@ -104,13 +105,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
-        vocabulary = tokenizer.get_vocab()
-        unknown = next((character for character in text if character not in vocabulary), None)
-        if unknown is None:
-            raise
-        raise MiniGPTError(
-            f"the text has a character that this model's tokenizer does not know: {unknown!r} (U+{ord(unknown):04X})"
-        ) from error
+        if unknown := unknown_character_error(text, tokenizer.get_vocab(), "the text"):
+            raise unknown from error
+        raise
 
 
 def summarize(loss: float, tokens: int, size: int, documents: int, block_size: int, stride: int | None) -> Score:

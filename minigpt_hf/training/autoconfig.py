@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.blocks import Blocks
+from ..data.blocks import SequenceDataset
 from ..data.corpus import Corpus
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
@@ -410,7 +410,7 @@ class AutoConfigurator:
                 training.device
             )
         settings, _ = self._schedule(shape, TOKENS_PER_PARAMETER * shape.parameters(self.vocabulary))
-        blocks = Blocks(self.stream, self.data.block_size, training.seed)
+        blocks = SequenceDataset(self.stream, self.data.block_size, training.seed)
         rows = settings["per_device_train_batch_size"]
         batch = blocks.collate([blocks[0, i % len(blocks)] for i in range(rows)])
         batch = {name: tensor.to(training.device) for name, tensor in batch.items()}

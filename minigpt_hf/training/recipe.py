@@ -125,7 +125,7 @@ def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Se
     Raises:
         MiniGPTError: if a flag or keyword asks for another text than the prepared one.
     """
-    from ..data.corpus import public  # imports `datasets`, which `--help` does not need
+    from ..data.corpus import public_name  # imports `datasets`, which `--help` does not need
     from ..data.prepared import is_prepared, prepared_settings
 
     data = settings.data
@@ -136,7 +136,7 @@ def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Se
         del stored["vocab_size"]  # it has no effect on another tokenizer, which `AutoConfigurator` reports
     asked = {name: vars(data)[name] for name in stored if name in given}
     if "tokenizer" in asked:
-        asked["tokenizer"] = public(data.tokenizer)
+        asked["tokenizer"] = public_name(data.tokenizer)
     if other := [name for name, value in asked.items() if value != stored[name]]:
         flags = ", ".join(f"--{name} {asked[name]}" for name in other)
         made_with = ", ".join(f"{name} {stored[name]}" for name in other)
