@@ -51,7 +51,7 @@ def test_counts_describe_the_text_truncated_by_max_tokens(kind, tmp_path):
     first = int(complete.documents[1])  # number of tokens of the first document, including BOS
     for limit in (first - 1, first, first + 1, first + 2, first + 40, first + 41, len(complete) - 1, len(complete)):
         text = prepare(corpus, kind, 300, tmp_path, block_size=16, validation_characters=100, max_tokens=limit)
-        stream, decoded = text.train, [text.tokenizer.decode(ids) for ids in text.train.texts()]
+        stream, decoded = text.train, [text.tokenizer.decode(ids) for ids in text.train.iterate_documents()]
         assert limit - 4 < len(stream) <= limit  # a character has at most 4 bytes
         assert "".join(decoded) == (words * 403)[: stream.characters]
         assert stream.bytes == len("".join(decoded).encode())
