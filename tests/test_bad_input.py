@@ -45,7 +45,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown encoding": (train("--encoding", "utf-9"), "encoding 'utf-9' is unknown; try utf-8"),
         "an unknown way with bad bytes": (
             train("--encoding_errors", "guess"),
-            "encoding_errors 'guess': there are strict",
+            "encoding_errors is 'guess': it must be one of strict",
         ),
         "an ending without a reader": (
             data("thesis.pdf"),
@@ -87,10 +87,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a row with more fields than columns": (
             data("comma.csv"),
-            "comma.csv: the row that ends on line 2 has 2 fields and the header 1; put text",
+            "comma.csv: the row that ends on line 2 has 2 fields and the header 1; quote fields",
         ),
         "an open quotation in csv": (data("quote.csv"), "quote.csv: line 2: unexpected end of data"),
-        "an empty name": (data(""), "data is '', which is empty"),
+        "an empty name": (data(""), "data is ''"),
         "a blank name in a mixture": (data(" :0.5,text.txt:0.5"), "data is ' ', which is empty"),
         "a part named twice": (data("text.txt:0.5,text.txt:0.5"), "text.txt occurs twice in this mixture"),
         "a device": (data("/dev/zero"), "/dev/zero: is a device, not a regular file"),
@@ -105,7 +105,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "encoding 'rot13' does not decode bytes to text; try utf-8",
         ),
         "unknown line ends": (train("--newline", "unix"), "argument --newline … invalid choice: 'unix'"),
-        "an unknown format": (train("--data_format", "yaml"), "data_format 'yaml': there are text, json, csv"),
+        "an unknown format": (
+            train("--data_format", "yaml"),
+            "data_format is 'yaml': it must be one of text, json, csv",
+        ),
         "a mixture without a share": (data("text.txt:0.5,two.csv"), "'two.csv' is not a valid component of a mixture"),
         "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be positive and finite"),
         "a mixture with a missing part": (data("text.txt:1,absent.txt:1"), "absent.txt: no such file or folder"),
@@ -135,7 +138,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a name with a zero in it": (data("a\0b"), "no such file or folder"),
         "a validation share of 2": (
             train("--validation_fraction", "2"),
-            "validation_fraction is 2.0: a share in [0, 1)",
+            "validation_fraction is 2.0: it must be in [0, 1)",
         ),
         "no validation characters": (train("--validation_characters", "0"), "validation_characters is 0"),
         "no tokens": (train("--max_tokens", "0"), "max_tokens is 0: it must be at least 1"),
