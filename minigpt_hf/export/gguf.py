@@ -31,7 +31,7 @@ from transformers import (
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..trust import about_of
+from ..trust import read_metadata
 from . import check, check_context, load_model, longest_context, whole_or_absent
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
@@ -231,7 +231,7 @@ def _read_vocabulary(file: Path) -> Vocabulary:
 
 def _name(folder: Path) -> str:
     """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder; fit for a file name."""
-    name = about_of(folder).get("name")
+    name = read_metadata(folder).get("name")
     if not isinstance(name, str) or not name:
         name = folder.resolve().name
     return re.sub(r"[^\w.-]+", "-", name)

@@ -47,7 +47,7 @@ def published_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in (*REQUIRED, *OPTIONAL) for file in folder.glob(pattern) if file.is_file()})
 
 
-def save_suitcase(
+def save_model_files(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict | None = None
 ) -> None:
     """Write what `from_pretrained` needs: weights as safetensors, configurations, tokenizer, and the model's own code.
@@ -91,8 +91,8 @@ def write_model_folder(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        save_suitcase(model, tokenizer, unfinished)
-        write_story(unfinished, about, model.config, log)
+        save_model_files(model, tokenizer, unfinished)
+        write_metadata(unfinished, about, model.config, log)
         for path in (*unfinished.rglob("*"), unfinished):
             to_disk(path)
         unfinished.rename(folder)
@@ -137,7 +137,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def write_story(folder: Path, about: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:
+def write_metadata(folder: Path, about: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:
     """Write what tells people and programs where a model comes from: `minigpt.json`, the figures, the card, the results."""
     (folder / "minigpt.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "figures").mkdir()

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
-from ..trust import about_of
+from ..trust import read_metadata
 from .card import render_card
 from .model_folder import OPTIONAL, REQUIRED, published_files
 
@@ -84,7 +84,7 @@ def open_repository(repo_id: str, private: bool = False) -> str:
     """
     if get_token() is None:
         raise MiniGPTError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
-    with hub_in_words(repo_id):
+    with hub_errors(repo_id):
         repo_id = HfApi().create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if private and not HfApi().model_info(repo_id).private:
             raise MiniGPTError(
@@ -105,7 +105,7 @@ def commit_folder(
         card: Goes up in place of `README.md`.
     """
     api, branch = HfApi(), revision or "main"
-    with hub_in_words(repo_id):
+    with hub_errors(repo_id):
         if branch == "native":  # begins with nothing of `main`: what has code there is not to be seen here
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
@@ -169,13 +169,13 @@ def state_of(folder: Path) -> dict[Path, tuple[int, ...]]:
 def card_for(folder: Path, repo_id: str) -> str:
     """The card of a folder as it goes up: with the name of the repository, unless somebody has written in it."""
     card = (folder / "README.md").read_text(encoding="utf-8")
-    about = about_of(folder)
+    about = read_metadata(folder)
     config = MiniGPTConfig.from_pretrained(folder)
     return render_card({**about, "name": repo_id}, config) if card == render_card(about, config) else card
 
 
 @contextmanager
-def hub_in_words(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Turn what huggingface_hub raises within the block into an `OSError` with one sentence."""
     try:
         yield

@@ -30,7 +30,7 @@ from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..output import guarded_output
 from ..publish.model_folder import write_model_folder
 from ..publish.push import push_folder
-from ..trust import about_of
+from ..trust import read_metadata
 from .arguments import Arguments, DataArguments, MiniGPTTrainingArguments, ModelArguments
 from .autoconfig import Dial
 from .callbacks import Lines, Samples
@@ -186,7 +186,7 @@ def storage_errors(trainer: MiniGPTTrainer) -> Iterator[None]:
 
 def warn_about_the_card(model: Path, data: DataArguments) -> None:
     """Report settings of the card that differ from those that a finished model was published with."""
-    published = about_of(model)
+    published = read_metadata(model)
     for name in ("language", "license"):
         if (given := vars(data)[name]) and name in published and given != published[name]:
             logger.warning(

@@ -28,7 +28,7 @@ from ..data.blocks import Blocks, BlockSampler
 from ..data.stream import TokenStream
 from ..errors import DiskFullError, MiniGPTError, NonFiniteLossError, UntrainedModelError
 from ..inference.evaluation import score_documents, summarize
-from ..publish.model_folder import non_finite_parameter, published_files, save_suitcase, write_story
+from ..publish.model_folder import non_finite_parameter, published_files, save_model_files, write_metadata
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments
 from .checkpoint import FINGERPRINT, checkpoints, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
@@ -323,7 +323,8 @@ class MiniGPTTrainer(Trainer):
                 stream.end_of_text,
                 block_size,
                 batch_size=self.args.per_device_eval_batch_size,
-                share=(self.args.process_index, self.args.world_size),
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
             )
         # Sums of natural logarithms fit float32 well enough to travel; MPS knows no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
@@ -473,7 +474,7 @@ class MiniGPTTrainer(Trainer):
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        save_suitcase(model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
+        save_model_files(model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
 
     def bytes_of_a_checkpoint(self) -> int:
         """Weights in float32, one number of Muon or two of AdamW for each of them, and the small files."""
@@ -569,7 +570,7 @@ class MiniGPTTrainer(Trainer):
         folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run / ".pushing"))
         for file in published_files(checkpoint):
             shutil.copyfile(file, folder / file.name)
-        write_story(folder, self.story(self), self.model.config, read_log(run / "log.jsonl"))
+        write_metadata(folder, self.story(self), self.model.config, read_log(run / "log.jsonl"))
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])

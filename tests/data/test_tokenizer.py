@@ -24,7 +24,7 @@ from minigpt_hf.data.tokenizer import (
     tokenizer_fingerprint,
     what_is_lost,
 )
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import tiny_model
 
 # Text that is likely to break something: any character, the specials, white space in every mixture.
@@ -138,7 +138,7 @@ def test_special_tokens_are_as_promised(tokenizers):
 def test_a_saved_tokenizer_loads_anywhere_and_encodes_the_same(tokenizers, tmp_path, text):
     for i, tokenizer in enumerate([*tokenizers, character_tokenizer([text])]):
         tokenizer.model_max_length = 64
-        save_suitcase(tiny_model(), tokenizer, tmp_path / str(i))
+        save_model_files(tiny_model(), tokenizer, tmp_path / str(i))
         assert "PreTrainedTokenizerFast" in (tmp_path / str(i) / "tokenizer_config.json").read_text()
         loaded = AutoTokenizer.from_pretrained(tmp_path / str(i))
         assert loaded.model_max_length == 64

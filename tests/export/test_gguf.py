@@ -16,7 +16,7 @@ from minigpt_hf.export import gguf as module
 from minigpt_hf.export.gguf import export_gguf
 from minigpt_hf.export.gguf_vocabulary import encoded, merged, vocabulary_of
 from minigpt_hf.export.native import qwen3_settings
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 
@@ -25,7 +25,7 @@ from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 def folder(tmp_path_factory):
     """A model without windows, in bytes."""
     folder = tmp_path_factory.mktemp("model") / "bytes"
-    save_suitcase(tiny_model(vocab_size=260), byte_tokenizer(), folder)
+    save_model_files(tiny_model(vocab_size=260), byte_tokenizer(), folder)
     return folder
 
 
@@ -50,7 +50,7 @@ def test_a_trained_folder_is_read_by_transformers_and_gives_the_same_logits(run_
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_head_is_written_once(tied, tmp_path):
-    save_suitcase(tiny_model(vocab_size=258, tie_word_embeddings=tied), byte_tokenizer(), tmp_path / "model")
+    save_model_files(tiny_model(vocab_size=258, tie_word_embeddings=tied), byte_tokenizer(), tmp_path / "model")
     names = set(tensors_of(export_gguf(tmp_path / "model", tmp_path / "out")))
     assert ("output.weight" in names) != tied
     assert len(names) == 2 * 11 + 2 + (not tied)
@@ -82,7 +82,7 @@ def test_a_block_of_q8_0_by_hand():
 
 
 def test_nothing_is_cast_unasked(tmp_path):
-    save_suitcase(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
+    save_model_files(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
     out = export_gguf(tmp_path / "model", tmp_path / "out")
     assert (out / "model-BF16.gguf").is_file()
     assert tensors_of(out)["token_embd.weight"].tensor_type.name == "BF16"
@@ -235,7 +235,7 @@ def test_windows_are_refused_and_the_remedy_works(run_folder, tmp_path):
 def test_what_the_format_cannot_say_is_refused_with_the_reason(overrides, dtype, reason, tmp_path):
     model = tiny_model(vocab_size=258, **overrides)
     model.model.embed_tokens.weight.data[7, 7] = 7e4
-    save_suitcase(model, byte_tokenizer(), tmp_path / "model")
+    save_model_files(model, byte_tokenizer(), tmp_path / "model")
     with pytest.raises(ValueError, match=reason):
         export_gguf(tmp_path / "model", tmp_path / "out", dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -276,7 +276,7 @@ def test_a_file_that_is_not_the_model_is_not_there(spoil, claim, folder, tmp_pat
 
 def test_a_saved_character_model_keeps_its_characters(tmp_path, text):
     tokenizer = character_tokenizer([text, "€"])
-    save_suitcase(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
     out = export_gguf(tmp_path / "model", tmp_path / "out")
     vocabulary = module._read_vocabulary(next(out.glob("*.gguf")))
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model")

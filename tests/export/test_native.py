@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export import native as module
 from minigpt_hf.export.native import export_native
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 
 
@@ -79,7 +79,7 @@ def test_sharded_and_bfloat16_weights_and_mixed_layers_stay_as_they_are(tmp_path
     model = tiny_model(
         vocab_size=258, use_sliding_window=True, sliding_window=8, max_window_layers=1, initializer_range=1
     ).to(torch.bfloat16)
-    save_suitcase(model, byte_tokenizer(), tmp_path / "model")
+    save_model_files(model, byte_tokenizer(), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     twin = export_native(tmp_path / "model", tmp_path / "twin")

@@ -12,7 +12,7 @@ from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export import onnx as module
 from minigpt_hf.export.onnx import export_onnx
 from minigpt_hf.export.onnx_runner import Runner, names
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 
 
@@ -85,7 +85,7 @@ def test_a_graph_of_another_model_is_not_taken(exported, model):
 def test_half_precision_is_refused_and_nothing_is_cast_unasked(run_folder, tmp_path):
     with pytest.raises(ValueError, match="ONNX in float16: the graph is written in float32 alone"):
         export_onnx(run_folder / "model", tmp_path / "out", "float16")
-    save_suitcase(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
+    save_model_files(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
     with pytest.raises(ValueError, match=r"ONNX in bfloat16: .* say --dtype float32, which changes none of them"):
         export_onnx(tmp_path / "model", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
