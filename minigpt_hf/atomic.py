@@ -130,3 +130,29 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_files(contents: dict[Path, str]) -> None:
+    """Replace files atomically: each has its old or its new content, never a part of it.
+
+    All of them are on disk before the first is renamed; they are renamed in the order given.
+    """
+    for file, content in contents.items():
+        temporary_name(file).write_text(content, encoding="utf-8")
+        to_disk(temporary_name(file))
+    for file in contents:
+        temporary_name(file).replace(file)
+        to_disk(file.parent)
+
+
+def temporary_name(file: Path) -> Path:
+    """Where `write_files` writes before the rename."""
+    return file.with_name(f".{file.name}.unfinished")
+
+
+def rename_aside(path: Path) -> Path:
+    """Rename `path` to `path.aside-1`, `-2`, …, so that nothing is deleted; return the new path."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.aside-{number}")).exists():
+        number += 1
+    return path.rename(aside)

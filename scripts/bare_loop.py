@@ -17,13 +17,14 @@ from transformers import get_scheduler, set_seed
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks, BlockSampler
-from minigpt_hf.training.arguments import Arguments, MiniGPTTrainingArguments
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments, Settings
+from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.recipe import parse_arguments
-from minigpt_hf.training.train import make_config, make_model, prepare_text
+from minigpt_hf.training.train import prepare_text
 from minigpt_hf.training.trainer import optimizer_factory
 
 
-def train(arguments: Arguments) -> list[float]:
+def train(arguments: Settings) -> list[float]:
     """Prepare the data, train a new model and save it.
 
     Returns:
@@ -32,8 +33,8 @@ def train(arguments: Arguments) -> list[float]:
     data, architecture, training = arguments
     set_seed(training.seed)
     text = prepare_text(data)
-    config = make_config(architecture, data.block_size, text.tokenizer)
-    model = make_model(config, architecture).to(training.device)
+    config = build_config(architecture, data.block_size, text.tokenizer)
+    model = build_model(config, architecture).to(training.device)
     losses = train_model(model, Blocks(text.train, data.block_size, training.seed), training)
     model.save_pretrained(training.output_dir)
     text.tokenizer.save_pretrained(training.output_dir)

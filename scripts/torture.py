@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 import minigpt_hf.training.train  # noqa: F401 (imported before forking)
 from minigpt_hf.cli import main
-from minigpt_hf.training.checkpoint import checkpoints, newest_valid, what_is_wrong
+from minigpt_hf.training.checkpoint import newest_valid, verification_error
+from minigpt_hf.training.run_folder import RunFolder
 
 RECIPE = """
 tokenizer: bytes
@@ -144,8 +145,8 @@ def torture(kills: int, folder: Path, seed: int) -> list[str]:
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
             code = wait_for(child)
-        latest = checkpoints(interrupted)[-1:]
-        error = what_is_wrong(latest[0]) if latest else None
+        latest = RunFolder(interrupted).checkpoints()[-1:]
+        error = verification_error(latest[0]) if latest else None
         if error:
             failures.append(f"kill {number} left {latest[0].name} corrupt: {error}")
         if code not in (-signal.SIGKILL, 0):
@@ -178,7 +179,7 @@ def corrupt_every_file(run: Path, folder: Path) -> list[str]:
     Returns:
         The failures.
     """
-    previous, latest = checkpoints(run)[-2:]
+    previous, latest = RunFolder(run).checkpoints()[-2:]
     failures = []
     print(f"{'file':<28}" + "".join(f"{name:>11}" for name in CORRUPTIONS))
     for file in sorted(latest.iterdir()):
@@ -188,7 +189,7 @@ def corrupt_every_file(run: Path, folder: Path) -> list[str]:
             for checkpoint in (previous, latest):
                 shutil.copytree(checkpoint, copy / checkpoint.name)
             corrupt(copy / latest.name / file.name)
-            selected, messages = newest_valid(copy)
+            selected, messages = newest_valid(RunFolder(copy))
             is_renamed = (copy / f"{latest.name}.aside-1").is_dir()
             passed = selected == copy / previous.name and len(messages) == 1 and is_renamed
             cells.append("passed" if passed else "FAILED")
@@ -200,7 +201,7 @@ def corrupt_every_file(run: Path, folder: Path) -> list[str]:
 
 def compare_final_states(reference: Path, interrupted: Path) -> list[str]:
     """Compare the last checkpoints of two runs. Returns the failures."""
-    last = checkpoints(reference)[-1].name
+    last = RunFolder(reference).checkpoints()[-1].name
     names = differing_states(reference / last, interrupted / last)
     return [f"{len(names)} states differ at the end, the first is {names[0]}"] if names else []
 

@@ -22,7 +22,7 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
 
     from ..publish.figures import draw_comparison, is_number
-    from ..training.resume import rows_and_faults
+    from ..training.run_folder import rows_and_faults
 
     output, logs = Path(args.output), {}
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):

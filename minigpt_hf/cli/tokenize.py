@@ -57,21 +57,23 @@ def _run(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser().print_help()
         return
-    from ..training.autoconfig import Dial
+    from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
+    from ..training.run_folder import RunFolder
     from ..training.train import prepare_text
 
     recipe, rest = split_recipe(argv)
     arguments = parse_arguments(rest, recipe)
-    data, _, training = arguments
+    training = arguments.training
     if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
         raise MiniGPTError("say where to keep it: --output_dir FOLDER")
     quiet()
     folder = Path(training.output_dir)
     if folder.exists():
         raise MiniGPTError(f"--output_dir {folder}: is there already; name another folder, or remove it")
-    text = prepare_text(data, Dial(arguments, folder, time.perf_counter()).choose_tokenizer)
-    text.keep(folder, vars(data))
+    configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
+    text = prepare_text(configurator.data, configurator.choose_tokenizer)
+    text.keep(folder, vars(configurator.data))
     held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"
     print(
         f"{folder}: {text.train.characters:,} characters -> {len(text.train):,} tokens of "

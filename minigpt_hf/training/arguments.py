@@ -4,12 +4,14 @@ In: values. Out: three dataclasses, validated; `recipe` fills them from YAML and
 Every flag of `TrainingArguments` works; only defaults differ where a small GPT wants others.
 """
 
+import copy
+import dataclasses
 import logging
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import FrozenInstanceError, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -29,7 +31,7 @@ METRICS = ("loss", "perplexity", "bits_per_byte")  # of the validation text; low
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     """What to learn from."""
 
@@ -127,7 +129,8 @@ class DataArguments:
                 raise MiniGPTError(f"{name} is {value}: it must be at least 1")
         if self.streaming and self.max_tokens is None:
             raise MiniGPTError("--streaming needs --max_tokens: how much of the stream to take")
-        self.language = [self.language] if isinstance(self.language, str) else self.language
+        if isinstance(self.language, str):
+            object.__setattr__(self, "language", [self.language])
         for code in self.language:
             if not isinstance(code, str) or not LANGUAGE.fullmatch(code):
                 hint = " (in a recipe, Norwegian is 'no' in quotes)" if code is False else ""
@@ -138,7 +141,7 @@ class DataArguments:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
     """The architecture; names and meanings are those of `MiniGPTConfig`. Or a model to go on from, which has its own."""
 
@@ -270,7 +273,24 @@ class MiniGPTTrainingArguments(TrainingArguments):
     # Lines in our own format instead of a bar: they can be read an hour later.
     disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar of the Trainer's."})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if vars(self).get("_is_frozen") and not name.startswith("_"):
+            raise FrozenInstanceError(f"cannot assign to {name}: settings are frozen once resolved")
+        super().__setattr__(name, value)
+
+    def mutable_copy(self) -> "MiniGPTTrainingArguments":
+        """A copy for the Trainer, which assigns to its arguments."""
+        copied = copy.copy(self)
+        copied._is_frozen = False
+        return copied
+
     def __post_init__(self):
+        self._is_frozen = False
+        self._resolve()
+        self._is_frozen = True
+
+    def _resolve(self) -> None:
+        """Validate, and fill in what follows from the hardware or from other settings."""
         smallest = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         smallest |= {"early_stopping_patience": 0, "learning_rate": 0, "muon_learning_rate": 0, "sample_tokens": 0}
         for name, least in smallest.items():
@@ -374,8 +394,35 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
 
 
-Arguments = tuple[DataArguments, ModelArguments, MiniGPTTrainingArguments]
 GROUPS = (DataArguments, ModelArguments, MiniGPTTrainingArguments)
+
+
+class Settings(NamedTuple):
+    """All settings of a training run. Frozen: `replace` returns new settings."""
+
+    data: DataArguments
+    model: ModelArguments
+    training: MiniGPTTrainingArguments
+
+    def replace(self, **values: Any) -> "Settings":
+        """Settings with other values, validated again.
+
+        Args:
+            values: By name; a name belongs to exactly one of the three groups.
+        """
+        groups = []
+        for group in self:
+            own = {name: values.pop(name) for name in [*values] if name in group.__dataclass_fields__}
+            given = {name: own.pop(name) for name in ("given", "given_in_command") if name in own}
+            new = dataclasses.replace(group, **own) if own else group
+            if isinstance(group, MiniGPTTrainingArguments) and (own or given):
+                new = new.mutable_copy()
+                for name in ("given", "given_in_command"):
+                    setattr(new, name, given.get(name, getattr(group, name)))
+                new._is_frozen = True
+            groups.append(new)
+        assert not values, f"unknown settings: {', '.join(values)}"
+        return Settings(*groups)
 
 
 # What an existing model brings along; the rest of `ModelArguments` is a matter of training.

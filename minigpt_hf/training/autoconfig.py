@@ -15,8 +15,6 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +26,15 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
-from .arguments import AUTO, Arguments, ModelArguments, log_once
-from .checkpoint import FINGERPRINT
-from .plan import device_name, duration
+from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_once
+from .initialize import build_config, build_model
 from .recipe import read_recipe
+from .report import device_name, duration
+from .run_folder import RunFolder
 from .scaling import (
     LARGEST_UNASKED,
+    MAX_EFFECTIVE_EPOCHS,
     PARAMETERS_PER_BYTE,
-    READINGS_AS_GOOD_AS_NEW,
     TOKENS_PER_PARAMETER,
     WIDTHS,
     Shape,
@@ -66,10 +65,8 @@ FEWEST_BLOCKS, SHORTEST_BLOCK = 8, 16
 READ_A_MINUTE = {"cpu": 2e6, "accelerator": 2e8}
 VALIDATED_A_MINUTE = {"cpu": 5e4, "accelerator": 1e6}
 
-Build = Callable[[ModelArguments], PreTrainedModel]
 
-
-class Dial:
+class AutoConfigurator:
     """The arguments of a run, being filled in.
 
     Args:
@@ -80,13 +77,12 @@ class Dial:
         MiniGPTError: if what it would choose was given, or there are several processes.
     """
 
-    def __init__(self, arguments: Arguments, run: Path, began: float):
-        self.data, self.architecture, self.training = arguments
-        self.began = began
+    def __init__(self, settings: Settings, run: RunFolder, began: float):
+        self.settings, self.began = settings, began
         self.asked_vocabulary = self.data.vocab_size
         self.by_text = self.training.size == AUTO
-        self.is_turned = bool(self.training.minutes or self.training.size)
-        if not self.is_turned:
+        self.enabled = bool(self.training.minutes or self.training.size)
+        if not self.enabled:
             return
         for name in () if self.by_text else Shape(64).settings():
             if name in self.training.given:
@@ -95,29 +91,44 @@ class Dial:
                 )
         if self.training.world_size > 1 and not self.by_text:
             raise MiniGPTError("--minutes and --size measure one process: name the settings themselves for several")
-        if (run / FINGERPRINT).is_file() and not self.training.fresh:
-            chosen = settings_of(run)
-            for group in arguments:
-                self._fill_in(group, {name: chosen[name] for name in vars(group) if name in chosen})
-            self._say(f"settings that are not given are those that this run was started with: {run / 'recipe.yaml'}")
+        if run.exists() and not self.training.fresh:
+            stored = settings_of(run)
+            names = {name for group in settings for name in vars(group)}
+            self._fill_in({name: value for name, value in stored.items() if name in names})
+            self._say(f"settings that are not given are those that this run was started with: {run.recipe}")
             self.training.check_intervals()
-            self.is_turned = False
+            self.enabled = False
             return
         # Until the text is known: what is given can be validated together with these.
-        self._fill_in(self.data, {"block_size": self._at_most_the_context(128)})
+        self._fill_in({"block_size": self._at_most_the_context(128)})
         if self.by_text:
-            self._fill_in(self.architecture, self._shape(LARGEST_UNASKED, vocabulary=2048).settings())
+            self._fill_in(self._shape(LARGEST_UNASKED, vocabulary=2048).settings())
 
-    def choose_tokenizer(self, corpus: Corpus) -> None:
-        """Tokenizer, vocabulary, and how much is validated: before anything is tokenized or measured."""
-        if not self.is_turned:
-            return
+    @property
+    def data(self) -> DataArguments:
+        return self.settings.data
+
+    @property
+    def architecture(self) -> ModelArguments:
+        return self.settings.model
+
+    @property
+    def training(self) -> MiniGPTTrainingArguments:
+        return self.settings.training
+
+    def choose_tokenizer(self, corpus: Corpus) -> DataArguments:
+        """Choose tokenizer, vocabulary and validation sample, before anything is tokenized or measured."""
+        if self.enabled:
+            self._choose_tokenizer(corpus)
+        return self.data
+
+    def _choose_tokenizer(self, corpus: Corpus) -> None:
         characters = corpus.train.characters or STREAMED_TEXT
         if self.by_text:
             if self.data.tokenizer == "bpe":
                 length = f"{characters:,} characters" if corpus.train.characters else "a stream"
                 why = f"320, and one more for each 1,000 characters, at most 2,048; the training text is {length}"
-                self._choose(self.data, why, vocab_size=vocabulary_for_text(characters))
+                self._choose(why, vocab_size=vocabulary_for_text(characters))
             return
         kind = "cpu" if self.training.device.type == "cpu" else "accelerator"
         is_small = characters <= SMALL_TEXT and "vocab_size" not in self.training.given
@@ -127,40 +138,36 @@ class Dial:
                 f"the text is at most {SMALL_TEXT:,} characters long and has {different} different ones; the model will "
                 "refuse any other character, --tokenizer bpe none"
             )
-            self._choose(self.data, why, tokenizer="characters")
+            self._choose(why, tokenizer="characters")
         else:
             long = f"the text is longer than {SMALL_TEXT:,} characters, or has more than 256 different ones"
-            self._choose(
-                self.data, "vocab_size is given" if "vocab_size" in self.training.given else long, tokenizer="bpe"
-            )
+            self._choose("vocab_size is given" if "vocab_size" in self.training.given else long, tokenizer="bpe")
         if self.training.minutes:
             characters = min(characters, self.training.minutes * READ_A_MINUTE[kind])
             validated = int(min(1e6, max(2e4, self.training.minutes * VALIDATED_A_MINUTE[kind])))
-            self._choose(self.data, "as much as the time allows", validation_characters=validated)
-        self._fill_in(self.data, {"vocab_size": vocabulary_for(characters)})
+            self._choose("as much as the time allows", validation_characters=validated)
+        self._fill_in({"vocab_size": vocabulary_for(characters)})
         if self.data.tokenizer == "bpe" and "vocab_size" not in self.training.given:
             self._say(f"vocab_size {self.data.vocab_size:,}: about one token for each 8,000 characters that are read")
         self.characters = characters
 
-    def choose_the_rest(self, text: PreparedText, build: Build) -> None:
+    def choose_remaining(self, text: PreparedText) -> Settings:
         """Shape, batch, learning rates, steps and regularisation; logged with the reasons.
 
         Without a dial only what reports and describes is fitted to the text: `logging_steps` and `sample_prompt`.
 
-        Args:
-            build: Makes a model of an architecture.
-
         Raises:
             MiniGPTError: if the time asked is too short, or the text.
         """
-        if self.is_turned:
-            self.stream, self.validation, self.build = text.train, text.validation, build
+        if self.enabled:
+            self.stream, self.validation, self.tokenizer = text.train, text.validation, text.tokenizer
             self.vocabulary = vocabulary_size(text.tokenizer)
             if self.by_text:
                 self._choose_for_the_text(text)
             else:
                 self._choose_for_size_or_time()
         self._fit_reports(text)
+        return self.settings
 
     def _choose_for_size_or_time(self) -> None:
         characters = getattr(self, "characters", self.stream.characters)  # a prepared text brings its own tokenizer
@@ -215,13 +222,11 @@ class Dial:
             )
 
     def _choose_for(self, shape: Shape, tokens: float, why: str) -> None:
-        """All that follows from a shape and a number of tokens to learn from."""
-        training, architecture = self.training, self.architecture
-        self._fill_in(architecture, shape.settings())
+        """Choose everything that follows from a shape and a number of training tokens."""
+        training = self.training
+        self._fill_in(shape.settings())
         self._say_chosen(shape.settings(), f"{self._parameters():,} parameters, {why}")
-        self._choose(
-            architecture, "the model can write past its block, as no layer looks further back", use_sliding_window=True
-        )
+        self._choose("the model can write past its block, as no layer looks further back", use_sliding_window=True)
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)
         schedule, steps = self._schedule(shape, tokens)
@@ -229,26 +234,24 @@ class Dial:
         tokens = steps * step  # what will really be learnt from
         readings = tokens / len(self.stream)
         batch = {name: schedule.pop(name) for name in ("per_device_train_batch_size", "max_steps")}
-        self._fill_in(training, batch)
+        self._fill_in(batch)
         self._say_chosen(
             batch,
             f"{steps:,} steps of {step:,} tokens = {tokens:,} tokens, {tokens / self._parameters():.2f} for each parameter; "
             f"the text is read {readings:.2f} times",
         )
         rates = {name: schedule.pop(name) for name in ("learning_rate", "muon_learning_rate")}
-        self._choose(training, f"for width {shape.width}", **rates)
-        self._choose(training, f"for {steps:,} steps", **schedule)
-        is_small = readings > READINGS_AS_GOOD_AS_NEW
-        why = (
-            f"the text is read {'more' if is_small else 'at most'} {'than ' * is_small}{READINGS_AS_GOOD_AS_NEW} times"
-        )
-        self._choose(architecture, why, residual_dropout=dropout(readings))
-        self._choose(training, why, weight_decay=weight_decay(readings))
+        self._choose(f"for width {shape.width}", **rates)
+        self._choose(f"for {steps:,} steps", **schedule)
+        is_small = readings > MAX_EFFECTIVE_EPOCHS
+        why = f"the text is read {'more' if is_small else 'at most'} {'than ' * is_small}{MAX_EFFECTIVE_EPOCHS} times"
+        self._choose(why, residual_dropout=dropout(readings))
+        self._choose(why, weight_decay=weight_decay(readings))
         if is_small:
             if self.by_text and self.validation is not None:
                 self._choose_evaluations()
             self._say(
-                f"small text: it is read {readings:.1f} times, and readings beyond {READINGS_AS_GOOD_AS_NEW} teach less: "
+                f"small text: it is read {readings:.1f} times, and readings beyond {MAX_EFFECTIVE_EPOCHS} teach less: "
                 "more text would help more than more time"
             )
 
@@ -258,7 +261,7 @@ class Dial:
         if training.given & {"eval_steps", "save_steps", "eval_strategy", "save_strategy", "load_best_model_at_end"}:
             return
         why = "the best checkpoint by validation loss is published, and 5 evaluations without a better one end the training"
-        self._choose(training, why, eval_steps=0.1, save_steps=0.1)
+        self._choose(why, eval_steps=0.1, save_steps=0.1)
 
     def _compare_with(self, size: float, shape: Shape) -> None:
         """Say why the shape does not have the size that was asked for, if it does not."""
@@ -280,8 +283,9 @@ class Dial:
             if "logging_steps" in given:
                 self._say(f"logging_steps {training.logging_steps:g}: no training loss is shown in {steps:,} steps")
             else:
-                asked, training.logging_steps = training.logging_steps, max(1, steps // 10)
-                self._say(f"logging_steps {training.logging_steps}: {asked:g} would be more than the {steps:,} steps")
+                fitted = max(1, steps // 10)
+                self._say(f"logging_steps {fitted}: {training.logging_steps:g} would be more than the {steps:,} steps")
+                self.settings = self.settings.replace(logging_steps=fitted)
         if 1 <= steps <= training.warmup_steps:
             self._warn(
                 f"warmup_steps {training.warmup_steps:g}: there are {steps:,} steps, so the learning rate does not reach "
@@ -297,9 +301,9 @@ class Dial:
                 f"vocab_size {self.asked_vocabulary:,}: not used, tokenizer {text.kind} has {vocabulary:,} tokens"
             )
         if training.sample_prompt is None:
-            training.sample_prompt = first_words(text)
-            if training.sample_prompt:
-                self._say(f"sample_prompt {training.sample_prompt!r}: the first words of the text")
+            self.settings = self.settings.replace(sample_prompt=first_words(text))
+            if self.training.sample_prompt:
+                self._say(f"sample_prompt {self.training.sample_prompt!r}: the first words of the text")
             else:
                 self._say("sample_prompt is empty, so samples begin a document: the text does not begin with words")
 
@@ -328,10 +332,13 @@ class Dial:
     def _parameters(self) -> int:
         """Of the architecture as it is now."""
         with torch.random.fork_rng([]), torch.device("meta"):
-            return self.build(self.architecture).num_parameters()
+            return self._build(self.architecture).num_parameters()
+
+    def _build(self, architecture: ModelArguments) -> PreTrainedModel:
+        return build_model(build_config(architecture, self.data.block_size, self.tokenizer), architecture)
 
     def _choose_block(self, block_size: int, why: str) -> None:
-        self._choose(self.data, why, block_size=self._at_most_the_context(block_size))
+        self._choose(why, block_size=self._at_most_the_context(block_size))
 
     def _at_most_the_context(self, block_size: int) -> int:
         return min(block_size, self.architecture.max_position_embeddings or block_size)
@@ -340,9 +347,9 @@ class Dial:
         """Batches of `per_device_train_batch_size` in an optimizer step."""
         return self.training.gradient_accumulation_steps * self.training.world_size
 
-    def _choose(self, group: Any, why: str, **values: Any) -> None:
+    def _choose(self, why: str, **values: Any) -> None:
         """Set what is not given, and log it with the reason."""
-        self._fill_in(group, values)
+        self._fill_in(values)
         self._say_chosen(values, why)
 
     def _say_chosen(self, values: dict[str, Any], why: str) -> None:
@@ -402,7 +409,7 @@ class Dial:
         """Tokens a second in whole steps; seconds of all evaluations and samples. At least three steps are taken."""
         training = self.training
         with torch.random.fork_rng([training.device] if training.device.type == "cuda" else []):
-            model = self.build(ModelArguments(**vars(self.architecture) | self._architecture(shape))).to(
+            model = self._build(ModelArguments(**vars(self.architecture) | self._architecture(shape))).to(
                 training.device
             )
         settings, _ = self._schedule(shape, TOKENS_PER_PARAMETER * shape.parameters(self.vocabulary))
@@ -469,20 +476,19 @@ class Dial:
             **learning_rates(shape.width),
         }, steps
 
-    def _fill_in(self, group: Any, chosen: dict[str, Any]) -> None:
-        """Set what was chosen, but for what was given."""
-        for name, value in chosen.items():
-            if name not in self.training.given:
-                setattr(group, name, value)
+    def _fill_in(self, chosen: dict[str, Any]) -> None:
+        """Set what was chosen, except for what was given."""
+        if new := {name: value for name, value in chosen.items() if name not in self.training.given}:
+            self.settings = self.settings.replace(**new)
 
 
-def settings_of(run: Path) -> dict[str, Any]:
+def settings_of(run: RunFolder) -> dict[str, Any]:
     """What a run was started with.
 
     Raises:
         MiniGPTError: if its recipe is missing, empty or damaged.
     """
-    file = run / "recipe.yaml"
+    file = run.recipe
     try:
         settings = read_recipe(str(file))
         if not settings:

@@ -19,11 +19,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from ..atomic import write_files
 from ..errors import NonFiniteLossError
 from ..inference.generation import check_ids, encode_prompt, generate
-from .checkpoint import write_atomically
-from .plan import duration
-from .resume import append_to_log, read_log
+from .report import duration
+from .run_folder import append_to_log, read_log
 from .stopping import StopAtBoundary
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_TEMPERATURE = 0.8
 
 
-class Lines(TrainerCallback):
+class ProgressLogger(TrainerCallback):
     """A line for each log and each validation, with units and the time left; and `log.jsonl`.
 
     Must exist because the Trainer's own printing shows raw dictionaries and neither bits per byte nor the time left.
@@ -109,7 +109,7 @@ class Lines(TrainerCallback):
             self.bar.close()
 
 
-class Samples(TrainerCallback):
+class SampleLogger(TrainerCallback):
     """What the model writes before, during and after training.
 
     Must exist because a loss does not show whether the text reads like the text it learnt from. All of them stand side by
@@ -194,7 +194,7 @@ class Samples(TrainerCallback):
                 flush=True,
             )
             append_to_log(self.log, {"step": state.global_step, "sample": self.latest})
-            write_atomically({self.log.with_name("samples.md"): side_by_side(read_log(self.log))})
+            write_files({self.log.with_name("samples.md"): side_by_side(read_log(self.log))})
 
 
 def side_by_side(log: list[dict[str, Any]]) -> str:

@@ -1,55 +1,46 @@
-"""What a checkpoint promises: it is whole or it is not there, it is verified before it is used, and it is exact.
+"""Atomic, verified checkpoints.
 
-In: a folder that the Trainer fills. Out: `checkpoint-N/` with a manifest; or, when a run goes on, the newest checkpoint
-that is still what was written. It refuses a checkpoint in which any byte differs, and never deletes one for it.
-
-Why the promises hold, in the order of events:
-
-1. *Write.* Everything goes into `.unfinished/checkpoint-N/`. Whatever happens there, no checkpoint is touched.
-2. *Seal.* `manifest.json` lists the size and SHA-256 of every file; each file and the folder are forced to disk.
-3. *Rename.* One rename, atomic on POSIX file systems, makes it `checkpoint-N/`; the parent folder is forced to disk.
-4. *Resume.* Checkpoints are verified against their manifests, newest first. A broken one is renamed, not deleted.
+1. *Write.* All files are written into `.unfinished/checkpoint-N/`; existing checkpoints are not touched.
+2. *Seal.* `manifest.json` lists the size and SHA-256 of every file; each file and the directory are fsynced.
+3. *Rename.* One rename, atomic on POSIX file systems, makes it `checkpoint-N/`; the parent directory is fsynced.
+4. *Resume.* Checkpoints are verified against their manifests, newest first. An invalid one is renamed, never deleted.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ..atomic import MANIFEST, seal, sha256, to_disk
-
-FINGERPRINT = "fingerprint.json"
-DESCRIBED = "described"  # entry of a fingerprint: names and sizes for messages, no part of the comparison
+from ..atomic import MANIFEST, rename_aside, seal, sha256, to_disk
+from .run_folder import FINGERPRINT, RunFolder
 
 
 @contextmanager
-def whole_or_absent(checkpoint: Path) -> Iterator[Path]:
-    """Yield a folder to fill; when the block ends without an error, it becomes `checkpoint`, sealed."""
-    folder = unfinished(checkpoint)
+def atomic_checkpoint(checkpoint: Path) -> Iterator[Path]:
+    """Yield a folder to fill; if the block ends without an error, it is sealed and renamed to `checkpoint`."""
+    folder = staging_folder(checkpoint)
     shutil.rmtree(folder.parent, ignore_errors=True)  # what a killed run left
     folder.parent.mkdir()  # fails if the run folder was removed: a checkpoint alone could not be resumed
     folder.mkdir()
     try:
         yield folder
         seal(folder)
-        if checkpoint.exists():  # a run that went back to an earlier checkpoint writes this one again
-            set_aside(checkpoint)
+        if checkpoint.exists():  # the run was resumed from an earlier checkpoint
+            rename_aside(checkpoint)
         folder.rename(checkpoint)
         to_disk(checkpoint.parent)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def unfinished(checkpoint: Path) -> Path:
-    """Where a checkpoint lies until it is whole."""
+def staging_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it is renamed."""
     return checkpoint.parent / ".unfinished" / checkpoint.name
 
 
-def what_is_wrong(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest; `None` if every byte is as it was written."""
+def verification_error(checkpoint: Path) -> str | None:
+    """Compare a checkpoint with its manifest; `None` if every byte is as written."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
@@ -67,67 +58,26 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     return f"{', '.join(sorted(needed))} not in {MANIFEST}" if needed else None
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """`checkpoint-N` folders of a run, by step in ascending order; `checkpoint-10-old` and `checkpoint-010` are not ours."""
-    steps = {path: re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name) for path in run.glob("checkpoint-*")}
-    return sorted(
-        (path for path, step in steps.items() if step and path.is_dir()), key=lambda path: int(steps[path][1])
-    )
-
-
-def remove_old_checkpoints(run: Path, limit: int | None, newest: Path, best: Path | None) -> None:
+def remove_old_checkpoints(run: RunFolder, limit: int | None, newest: Path, best: Path | None) -> None:
     """Delete the oldest checkpoints until `limit` are left; never `newest`, `best`, a link, or any other folder.
 
     transformers' `rotate_checkpoints` also counts and deletes `checkpoint-10-old` and `checkpoint-6.aside-1`.
     """
     if not limit:
         return
-    kept = {newest} | ({best} if best else set())
-    found = [path for path in checkpoints(run) if not path.is_symlink()]
-    old = [path for path in found if path not in kept]
-    for path in old[: max(0, len(found) - max(limit, len(kept)))]:
+    protected = {newest} | ({best} if best else set())
+    found = [path for path in run.checkpoints() if not path.is_symlink()]
+    old = [path for path in found if path not in protected]
+    for path in old[: max(0, len(found) - max(limit, len(protected)))]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and a line about each broken one that was set aside on the way to it."""
+def newest_valid(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint, and a message for each invalid one that was renamed."""
     lines = []
-    for checkpoint in reversed(checkpoints(run)):
-        fault = what_is_wrong(checkpoint)
+    for checkpoint in reversed(run.checkpoints()):
+        fault = verification_error(checkpoint)
         if fault is None:
             return checkpoint, lines
-        kept = set_aside(checkpoint)
-        lines.append(f"{checkpoint.name} is broken ({fault}); it is kept as {kept.name}")
+        lines.append(f"{checkpoint.name} is broken ({fault}); it is kept as {rename_aside(checkpoint).name}")
     return None, lines
-
-
-def set_aside(path: Path) -> Path:
-    """Rename `path` to `path.aside-1`, `-2`, …: nothing is deleted."""
-    number = 1
-    while (kept := path.with_name(f"{path.name}.aside-{number}")).exists():
-        number += 1
-    return path.rename(kept)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Entries of two fingerprints that differ: name -> (old, new)."""
-    names = sorted({*old, *new} - {DESCRIBED})
-    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
-
-
-def write_atomically(contents: dict[Path, str]) -> None:
-    """Write files by temporary files, fsync and rename: each is the old one or the new one, never a part of it.
-
-    All of them are on disk before the first is renamed; they are renamed in the order given.
-    """
-    for file, content in contents.items():
-        temporary(file).write_text(content, encoding="utf-8")
-        to_disk(temporary(file))
-    for file in contents:
-        temporary(file).replace(file)
-        to_disk(file.parent)
-
-
-def temporary(file: Path) -> Path:
-    """Where a file lies until it is complete."""
-    return file.with_name(f".{file.name}.unfinished")

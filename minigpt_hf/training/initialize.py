@@ -1,15 +1,17 @@
-"""A model folder -> a MiniGPT to go on training, whole or beside frozen matrices (LoRA).
+"""Builds the model to train: configuration, fresh or pretrained weights, LoRA.
 
-In: a folder or Hub id of a MiniGPT, or of a Qwen3, its twin. Out: a `MiniGPTForCausalLM` in float32. It refuses other
-architectures, weights that are missing, and settings that MiniGPT does not have.
+Pretrained weights are those of a MiniGPT or Qwen3 folder or Hub id; they are loaded in float32.
 """
 
 import hashlib
 from dataclasses import fields
+from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -17,11 +19,11 @@ from ..trust import checked_folder, loading
 from .arguments import OF_THE_MODEL, ModelArguments
 
 
-def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
-    """The configuration of `init_from`, as a MiniGPT's; it is filled into `architecture`, all but the dropouts.
+def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
+    """The configuration of `init_from` as a `MiniGPTConfig`, with the dropout rates of `architecture`.
 
     Raises:
-        MiniGPTError: if there is no model there, or it is neither a MiniGPT nor a Qwen3.
+        MiniGPTError: if there is no model there, it is quantized, or it is neither a MiniGPT nor a Qwen3 model.
     """
     folder = architecture.init_from
     path = checked_folder(folder)
@@ -45,10 +47,77 @@ def existing_config(architecture: ModelArguments) -> MiniGPTConfig:
     config = MiniGPTConfig(**{name: value for name, value in settings.items() if name in known})
     for name in ("attention_dropout", "embedding_dropout", "residual_dropout"):
         setattr(config, name, vars(architecture)[name])
-    for name in OF_THE_MODEL - {"rope_theta"}:
-        setattr(architecture, name, settings[name] if name in settings else vars(config)[name])
-    architecture.rope_theta = config.rope_parameters["rope_theta"]
     return config
+
+
+def settings_of_config(config: MiniGPTConfig) -> dict[str, Any]:
+    """The architecture of a pretrained model as values of `ModelArguments`."""
+    values = {name: vars(config)[name] for name in OF_THE_MODEL if name in vars(config)}
+    return values | {"rope_theta": config.rope_parameters["rope_theta"]}
+
+
+def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
+    """The configuration of the model to train: that of `init_from`, or one for fresh weights.
+
+    Raises:
+        MiniGPTError: if the architecture is invalid, or does not fit `block_size` (in tokens) or the tokenizer.
+    """
+    config = (
+        pretrained_config(architecture) if architecture.init_from else fresh_config(architecture, block_size, tokenizer)
+    )
+    if config.max_position_embeddings < block_size:
+        raise MiniGPTError(
+            f"--max_position_embeddings {config.max_position_embeddings} is less than --block_size {block_size}: "
+            "the model could not take its own training sequences"
+        )
+    if config.vocab_size < (size := vocabulary_size(tokenizer)):
+        raise MiniGPTError(f"the tokenizer has {size:,} tokens, and the model's vocabulary only {config.vocab_size:,}")
+    tokenizer.model_max_length = config.max_position_embeddings
+    config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    return config
+
+
+def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
+    """The configuration of a model with fresh weights."""
+    settings = dict(vars(architecture))
+    for name in ("init_from", "lora_rank"):
+        del settings[name]
+    rope_theta, longest = settings.pop("rope_theta"), settings.pop("max_position_embeddings")
+    if architecture.use_sliding_window:
+        # No layer looks further back than training did, so the model can write on past its block. One token more than a
+        # block: then no block needs a mask for the window, and attention keeps its fast path.
+        settings["sliding_window"] = settings["sliding_window"] or block_size + 1
+        longest = longest or 16 * block_size
+    try:
+        return MiniGPTConfig(
+            vocab_size=vocabulary_size(tokenizer),
+            max_position_embeddings=longest or block_size,
+            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings,
+        )
+    except StrictDataclassError as error:  # its cause is the error of the check, without the name of the check
+        raise MiniGPTError(str(error.__cause__ or error)) from error
+    except ValueError as error:
+        raise MiniGPTError(str(error)) from error
+
+
+def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrainedModel:
+    """The model to train: fresh or pretrained weights in float32, with LoRA if asked, and a generation configuration."""
+    folder = architecture.init_from
+    model = pretrained_model(folder, config) if folder else MiniGPTForCausalLM(config)
+    bos, eos = config.bos_token_id, config.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        bos_token_id=bos,
+        # A BOS token that differs from EOS separates documents in the training text.
+        eos_token_id=eos if bos in (None, eos) or isinstance(eos, list) else [eos, bos],
+        pad_token_id=config.pad_token_id,
+    )
+    return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model
 
 
 def content_of(folder: str) -> str:
@@ -64,7 +133,7 @@ def content_of(folder: str) -> str:
     return content.hexdigest()
 
 
-def existing_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
+def pretrained_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
     """The weights of a folder or Hub id, in float32, whatever they were saved in."""
     path = checked_folder(folder)
     with loading(folder):
@@ -77,7 +146,7 @@ def existing_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
 
 
 def with_lora(model: MiniGPTForCausalLM, rank: int) -> PreTrainedModel:
-    """Freeze the model, and put trainable factors A [rank, in] and B [out, rank] beside each matrix of its layers.
+    """Freeze the model and add trainable factors A [rank, in] and B [out, rank] to each matrix of its layers.
 
     W becomes W + 2 · B · A, and B starts at zero: at first nothing changes (Hu et al. 2021, arXiv:2106.09685).
     """
@@ -95,6 +164,6 @@ def with_lora(model: MiniGPTForCausalLM, rank: int) -> PreTrainedModel:
     return get_peft_model(model, settings)
 
 
-def merged(model: PreTrainedModel) -> MiniGPTForCausalLM:
-    """The factors multiplied out into the matrices: a model like any other."""
+def merge_lora(model: PreTrainedModel) -> MiniGPTForCausalLM:
+    """Merge the LoRA factors into the matrices."""
     return model.merge_and_unload()

@@ -25,10 +25,8 @@ from .arguments import (
     AUTO,
     GROUPS,
     OF_THE_MODEL,
-    Arguments,
-    DataArguments,
     MiniGPTTrainingArguments,
-    ModelArguments,
+    Settings,
     log_once,
     settings_known,
 )
@@ -38,7 +36,7 @@ LONGEST = 1 << 16  # bytes of a recipe
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
-def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides: Any) -> Arguments:
+def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides: Any) -> Settings:
     """A recipe, overridden by flags or by keywords -> the dataclasses.
 
     Args:
@@ -65,15 +63,15 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     if recipe is None:
         recipe = _default_recipe(given)
     of_recipe = read_recipe(recipe) if recipe else {}
-    settings = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **of_recipe, **overrides}
+    values = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **of_recipe, **overrides}
     for layer in (given, of_recipe):  # a number of epochs takes precedence over the number of steps of a layer below
         if "max_steps" in layer:
             break
         if "num_train_epochs" in layer:
-            settings["max_steps"] = -1
+            values["max_steps"] = -1
             break
     parser = argument_parser(prog="minigpt train")
-    parser.set_defaults(**settings)
+    parser.set_defaults(**values)
     try:
         data, model, training, unknown = parser.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -86,6 +84,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         raise MiniGPTError(
             f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), settings_known())}"
         )
+    settings = Settings(data, model, training)
     if model.init_from:
         if training.minutes or training.size:
             raise MiniGPTError(
@@ -93,37 +92,36 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
         if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
             raise MiniGPTError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
-        data.tokenizer = model.init_from
-    _take_over_settings_of_a_prepared_text(data, given)
+        settings = settings.replace(tokenizer=model.init_from)
+    settings = _with_settings_of_a_prepared_text(settings, given)
     if model.lora_rank < 0:
         raise MiniGPTError(f"lora_rank is {model.lora_rank}: it must be at least 0")
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
-        raise MiniGPTError("there is no model to go on from: name a folder or a Hub id with --init_from")
+        raise MiniGPTError("there is no model to start from: name a folder or a Hub id with --init_from")
     if model.lora_rank and training.muon:
-        raise MiniGPTError("--lora_rank: the factors of LoRA are learnt by AdamW: add --no_muon, or use --recipe lora")
-    training.given = frozenset(given | settings.keys())
-    training.given_in_command = frozenset(given)
+        raise MiniGPTError("--lora_rank: LoRA is trained with AdamW: add --no_muon, or use --recipe lora")
+    settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))
+    training = settings.training
     if training.minutes and "num_train_epochs" in training.given:
         raise MiniGPTError("--minutes chooses how long to train, and num_train_epochs is given: leave out one of them")
     if training.minutes and "max_steps" in training.given:
-        where = "leave it out" if "max_steps" in given else f"recipe {recipe} has it: name none"
+        where = "leave it out" if "max_steps" in given else f"recipe {recipe} sets it: leave out the recipe"
         raise MiniGPTError(f"--minutes chooses max_steps, which is given: {where}")
     if training.size == AUTO and training.minutes:
         raise MiniGPTError("--minutes and --size auto both choose how long to train: leave out one of them")
-    if data.validation_fraction == 0:
-        training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
-        training.load_best_model_at_end = False
-    if data.data != of_recipe.get("data", data.data):
-        _drop_what_describes_another_text(data, training, of_recipe, given)
+    if settings.data.validation_fraction == 0:
+        settings = settings.replace(eval_strategy="no", do_eval=False, load_best_model_at_end=False)
+    if settings.data.data != of_recipe.get("data", settings.data.data):
+        settings = _without_description_of_another_text(settings, of_recipe, given)
     if given >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:
         log_once(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
     if not model.init_from and training.size != AUTO:
-        _fit_heads(model, training, given)
-    return data, model, training
+        settings = _with_fitting_heads(settings, given)
+    return settings
 
 
-def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str]) -> None:
-    """What a prepared text was made with is part of what is trained on it; settings of a recipe are replaced.
+def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Settings:
+    """Replace the settings of a recipe by those that a prepared text was made with.
 
     Raises:
         MiniGPTError: if a flag or keyword asks for another text than the prepared one.
@@ -131,23 +129,23 @@ def _take_over_settings_of_a_prepared_text(data: DataArguments, given: set[str])
     from ..data.corpus import public  # imports `datasets`, which `--help` does not need
     from ..data.prepared import is_prepared, prepared_settings
 
+    data = settings.data
     if not is_prepared(data.data):
-        return
-    made_with = prepared_settings(Path(data.data))
-    if made_with["tokenizer"] != "bpe" and "vocab_size" in given:
-        del made_with["vocab_size"]  # it has no effect on another tokenizer, which `Dial` reports
-    asked = {name: vars(data)[name] for name in made_with if name in given}
+        return settings
+    stored = prepared_settings(Path(data.data))
+    if stored["tokenizer"] != "bpe" and "vocab_size" in given:
+        del stored["vocab_size"]  # it has no effect on another tokenizer, which `AutoConfigurator` reports
+    asked = {name: vars(data)[name] for name in stored if name in given}
     if "tokenizer" in asked:
         asked["tokenizer"] = public(data.tokenizer)
-    if other := [name for name, value in asked.items() if value != made_with[name]]:
+    if other := [name for name, value in asked.items() if value != stored[name]]:
         flags = ", ".join(f"--{name} {asked[name]}" for name in other)
-        stored = ", ".join(f"{name} {made_with[name]}" for name in other)
+        made_with = ", ".join(f"{name} {stored[name]}" for name in other)
         raise MiniGPTError(
-            f"{flags}: {data.data} was prepared with {stored}; leave out what differs, or prepare the text again with "
+            f"{flags}: {data.data} was prepared with {made_with}; leave out what differs, or prepare the text again with "
             "`minigpt tokenize`"
         )
-    for name, value in made_with.items():
-        setattr(data, name, value)
+    return settings.replace(**stored)
 
 
 def _is_unicode(text: str) -> bool:
@@ -168,41 +166,35 @@ def _default_recipe(given: set[str]) -> str | None:
     return "demo"
 
 
-def _drop_what_describes_another_text(
-    data: DataArguments, training: MiniGPTTrainingArguments, recipe: dict[str, Any], given: set[str]
-) -> None:
-    """Language, licence and prompt of a recipe describe the text of the recipe, not one given in its place."""
+def _without_description_of_another_text(settings: Settings, recipe: dict[str, Any], given: set[str]) -> Settings:
+    """Drop language, license and prompt of a recipe: they describe the text of the recipe, not one given in its place."""
     dropped = {name for name in ("language", "license", "sample_prompt") if name in recipe and name not in given}
     if not dropped:
-        return
-    if "language" in dropped:
-        data.language = []
-    if "license" in dropped:
-        data.license = None
-    if "sample_prompt" in dropped:
-        training.sample_prompt = None
-    training.given -= dropped
+        return settings
     described = ", ".join(f"{name} {recipe[name]!r}" for name in sorted(dropped))
     log_once(
-        training,
-        f"--data {data.data} replaces the text of the recipe, {recipe['data']}: the recipe's {described} not used",
+        settings.training,
+        f"--data {settings.data.data} replaces the text of the recipe, {recipe['data']}: the recipe's {described} not used",
     )
+    empty = {"language": [], "license": None, "sample_prompt": None}
+    return settings.replace(**{name: empty[name] for name in dropped}, given=settings.training.given - dropped)
 
 
-def _fit_heads(model: ModelArguments, training: MiniGPTTrainingArguments, given: set[str]) -> None:
+def _with_fitting_heads(settings: Settings, given: set[str]) -> Settings:
     """Choose the number of heads if only the width was given and the recipe's number of heads does not divide it."""
+    model = settings.model
     heads, width = model.num_attention_heads, model.hidden_size
     if "hidden_size" not in given or given & {"num_attention_heads", "head_dim"} or model.head_dim or heads < 1:
-        return
+        return settings
     fits = width % heads == 0 and width // heads % 2 == 0
     if fits or width < 1 or (chosen := heads_for(width, model.num_key_value_heads or 1)) is None:
-        return  # if nothing fits, the architecture is refused with the reason
-    model.num_attention_heads = chosen
+        return settings  # if nothing fits, the architecture is refused with the reason
     log_once(
-        training,
+        settings.training,
         f"num_attention_heads {chosen}: hidden_size {width} does not divide into {heads} heads of even width; "
-        f"now each is {width // chosen} wide",
+        f"each head has width {width // chosen}",
     )
+    return settings.replace(num_attention_heads=chosen)
 
 
 class _Parser(HfArgumentParser):
@@ -362,7 +354,7 @@ def recipe_notes(name: str) -> dict[str, str]:
     return {"what": first.removeprefix("# "), **notes}
 
 
-def resolved(arguments: Arguments) -> dict[str, Any]:
+def resolved(arguments: Settings) -> dict[str, Any]:
     """The settings as a recipe that repeats this training, whatever later defaults are.
 
     All settings of this package, including those of `TrainingArguments` whose default it changes, and those whose value is

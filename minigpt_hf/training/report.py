@@ -1,18 +1,16 @@
-"""What is known of a run -> the content of `minigpt.json`: recipe, text, tokenizer, training, results, samples.
-
-In: the arguments, the text, the trainer and what it has shown. Out: a dictionary, at any moment of a training. It refuses to
-tell where on this machine a text lies.
-"""
+"""What a run reports about itself: the plan printed before training, and the metadata of a model folder (`minigpt.json`)."""
 
 import math
 import sys
+import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, Trainer
 
 from .. import __version__
 from ..data.corpus import public
@@ -20,36 +18,48 @@ from ..data.prepared import PreparedText
 from ..data.sources import names_hub_dataset
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from ..errors import MiniGPTError
 from ..inference.evaluation import Score, summarize
-from .arguments import Arguments
-from .callbacks import SAMPLE_TEMPERATURE, Lines, Samples
-from .plan import assumed_power, device_name, duration, tokens_per_step
+from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .recipe import resolved
-from .trainer import MiniGPTTrainer
 
 WHERE = ("data", "tokenizer", "init_from")  # settings that may name a place on this machine
 
 
-def describe(
-    arguments: Arguments,
-    text: PreparedText,
-    lines: Lines,
-    samples: Samples,
-    trainer: MiniGPTTrainer,
-    finished: PreTrainedModel | None = None,
-) -> dict[str, Any]:
-    """Everything that a model folder tells about where it comes from.
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of a training run so far.
 
     Args:
-        finished: The model that is published, if training has ended.
+        name: Repository or run name.
+        parameters: Number of parameters of the published model.
+        steps, skipped_steps, planned_steps: Optimizer steps.
+        seconds: Training time, over all starts of the run.
+        evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
+        prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
     """
-    data, _, training = arguments
+
+    name: str
+    parameters: int
+    steps: int
+    skipped_steps: int
+    planned_steps: int
+    seconds: float
+    evaluation: dict[str, Any] | None
+    prompt: str
+    temperature: float
+    sample_tokens: int
+    samples: list[str]
+
+
+def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> dict[str, Any]:
+    """The content of `minigpt.json`: how a model folder was made. Local paths are reduced to their last part."""
+    data, _, training = settings
     step = tokens_per_step(training, data.block_size)
-    seconds, power = lines.seconds, assumed_power(training)
-    results = score_of(trainer, text.validation, data.block_size, finished is not None)
-    latest = [samples.latest] if samples.latest else []
+    power = assumed_power(training)
+    score = score_of(result, text.validation, data.block_size)
     return {
-        "name": trainer.hub_model_id or Path(training.output_dir).absolute().name,
+        "name": result.name,
         "date": datetime.now(UTC).date().isoformat(),
         "language": data.language,
         "license": data.license,
@@ -57,7 +67,7 @@ def describe(
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": {name: public(value) if name in WHERE else value for name, value in resolved(arguments).items()},
+        "recipe": {name: public(value) if name in WHERE else value for name, value in resolved(settings).items()},
         "data": {
             "name": public(text.name),
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
@@ -74,42 +84,35 @@ def describe(
             "lossy": text.lossy,
         },
         "training": {
-            "parameters": (finished or trainer.model).num_parameters(),
-            "steps": trainer.state.global_step,
-            "skipped_steps": trainer.skipped_steps,
-            "planned_steps": trainer.state.max_steps,
+            "parameters": result.parameters,
+            "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
+            "planned_steps": result.planned_steps,
             "tokens_per_step": step,
-            "tokens": trainer.state.global_step * step,
-            "seconds": round(seconds, 1),
-            "time": duration(seconds),
+            "tokens": result.steps * step,
+            "seconds": round(result.seconds, 1),
+            "time": duration(result.seconds),
             "device": device_name(training),
             "power": power,
-            "energy_wh": seconds * power["devices"] * power["watts"] / 3600,
+            "energy_wh": result.seconds * power["devices"] * power["watts"] / 3600,
         },
-        "results": results.to_dict() if results else {},
+        "results": score.to_dict() if score else {},
         "sample": {
-            "prompt": samples.prompt,
-            "temperature": SAMPLE_TEMPERATURE,
-            "tokens": samples.tokens,
-            "texts": samples.first_seeds(finished) if finished else latest,
+            "prompt": result.prompt,
+            "temperature": result.temperature,
+            "tokens": result.sample_tokens,
+            "texts": result.samples,
         },
     }
 
 
-def score_of(trainer: MiniGPTTrainer, validation: TokenStream | None, block_size: int, finished: bool) -> Score | None:
-    """The validation score of the weights there are: at the end of the best evaluation, which they were taken from."""
-    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
-    if not finished:
-        evaluations = [row for row in evaluations if row["step"] == trainer.state.global_step]
-    if validation is None or not evaluations:
-        return None
-    best = evaluations[-1]
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        best = next((row for row in evaluations if row["step"] == trainer.state.best_global_step), best)
-    if not math.isfinite(best["eval_loss"]):
+def score_of(result: TrainingResult, validation: TokenStream | None, block_size: int) -> Score | None:
+    """The validation score of the published weights, if they were evaluated and it is finite."""
+    if validation is None or result.evaluation is None or not math.isfinite(result.evaluation["eval_loss"]):
         return None
     tokens = len(validation) - len(validation.documents)
-    return summarize(best["eval_loss"], tokens, validation.bytes, len(validation.documents), block_size, None)
+    loss, documents = result.evaluation["eval_loss"], len(validation.documents)
+    return summarize(loss, tokens, validation.bytes, documents, block_size, None)
 
 
 def describe_validation(text: PreparedText) -> dict[str, Any]:
@@ -134,3 +137,117 @@ def describe_stream(stream: TokenStream) -> dict[str, Any]:
         "tokens": len(stream),
         "fingerprint": stream.fingerprint,
     }
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
+    """Tokens that one optimizer step learns from, over all processes."""
+    blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return blocks * block_size
+
+
+def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:
+    """Whether weights, gradients and two moments of each parameter, in float32, will fit: 16 bytes for each.
+
+    With LoRA what is learnt is little, and 4 bytes are enough; with FSDP processes share.
+
+    Raises:
+        MiniGPTError: before anything is allocated, if they will not.
+    """
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    parameters = config.num_hidden_layers * layer + embeddings
+    on_gpu = training.device.type == "cuda"
+    free = torch.cuda.mem_get_info(training.device)[0] if on_gpu else psutil.virtual_memory().available
+    needed = (4 if architecture.lora_rank else 16) * parameters / (training.world_size if training.fsdp else 1)
+    if needed > free:
+        raise MiniGPTError(
+            f"this model has {parameters:,} parameters, which need about {needed / 1e9:,.1f} GB to train, and "
+            f"{free / 1e9:,.1f} GB are free: lower --hidden_size, --num_hidden_layers or --vocab_size"
+        )
+
+
+def show_plan(trainer: Trainer, text: PreparedText, done: int = 0) -> None:
+    """What is about to happen, before it does.
+
+    Args:
+        done: Steps that were taken before, if a run is resumed: the time is that of the rest.
+    """
+    args, model, stream = trainer.args, trainer.model, text.train
+    steps = args.max_steps
+    if steps <= 0:
+        steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
+        steps = math.ceil(steps_per_epoch * args.num_train_epochs)
+    step = tokens_per_step(args, trainer.train_dataset.block_size)
+    rest = f" for the remaining {steps - done:,} steps" if done else ""
+    precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
+    print(
+        f"device        {device_name(args)}, {precision}\n"
+        f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
+        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.cut}"
+        f"{f'; scored: {text.scored}' if text.scored else ''}\n"
+        f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
+        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{learnt(model)}\n"
+        f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
+        f"{steps * step / len(stream):.2f} times the text\n"
+        f"time          about {duration((steps - done) * seconds_per_step(trainer))}{rest}, evaluations left out",
+        flush=True,
+    )
+
+
+def learnt(model) -> str:
+    """How many of the parameters are learnt, where it is not all of them."""
+    few, all_of_them = model.num_parameters(only_trainable=True), model.num_parameters()
+    return f"; {few:,} of them are learnt ({few / all_of_them:.1%})" if few < all_of_them else ""
+
+
+def seconds_per_step(trainer: Trainer) -> float:
+    """Time forward and backward on one batch, three times, and forget the gradients; the fastest is taken."""
+    args = trainer.args
+    rows = min(args.train_batch_size, len(trainer.train_dataset))
+    batch = trainer.train_dataset.collate([trainer.train_dataset[0, i] for i in range(rows)])
+    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+    devices = [args.device] if args.device.type == "cuda" else []
+    seconds = []
+    with torch.random.fork_rng(devices):  # dropout draws numbers
+        for _ in range(3):
+            began = time.perf_counter()
+            with trainer.accelerator.autocast():
+                loss = trainer.model.train()(**batch, use_cache=False).loss
+            loss.backward()
+            loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+    trainer.model.zero_grad()
+    return min(seconds) * args.gradient_accumulation_steps
+
+
+def device_name(args: MiniGPTTrainingArguments) -> str:
+    """The hardware, in words."""
+    if args.device.type == "cuda":
+        return f"{args.world_size} × {torch.cuda.get_device_name(args.device)}"
+    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+    processes = f", {args.world_size} processes" if args.world_size > 1 else ""
+    return f"{args.device.type}{threads}{processes}"
+
+
+def assumed_power(args: MiniGPTTrainingArguments) -> dict[str, Any]:
+    """What an estimate of energy goes by, since nothing here measures any.
+
+    The watts are those that Green Algorithms (arXiv:2007.07610) takes for a processor core, and for an accelerator, of
+    an unknown kind.
+    """
+    if args.device.type == "cpu":
+        return {"devices": torch.get_num_threads() * args.world_size, "kind": "processor core", "watts": 12}
+    return {"devices": args.world_size, "kind": "accelerator", "watts": 200}
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45 s"; 200 -> "3 min 20 s"; 7500 -> "2 h 5 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

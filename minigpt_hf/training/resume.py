@@ -1,7 +1,7 @@
-"""Whether a run may go on, and from where.
+"""Whether a run may be resumed, and from which checkpoint.
 
-In: an output folder and what a run is about to do. Out: the checkpoint to go on from, or none. It refuses to mix two runs:
-a run goes on only where everything that decides its numbers is the same, or where a change was allowed by name.
+A run is resumed only if everything that determines its numbers (its fingerprint) is unchanged, or a change was allowed by
+name.
 """
 
 import json
@@ -19,64 +19,68 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..atomic import rename_aside, temporary_name, write_files
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import damage
-from .arguments import Arguments, MiniGPTTrainingArguments
-from .checkpoint import (
-    DESCRIBED,
-    FINGERPRINT,
-    checkpoints,
-    differences,
-    newest_valid,
-    set_aside,
-    temporary,
-    what_is_wrong,
-    write_atomically,
-)
+from .arguments import MiniGPTTrainingArguments, Settings
+from .checkpoint import newest_valid, verification_error
 from .initialize import content_of
-from .plan import tokens_per_step
-from .run_folder import LOCK, FolderLock
+from .lock import LOCK, FolderLock
+from .report import tokens_per_step
+from .run_folder import FINGERPRINT, RunFolder, read_json, truncate_log
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DESCRIBED = "described"  # entry of a fingerprint: names and sizes for messages, not compared
+
 
 @contextmanager
-def run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
+def locked_run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
     """Lock `output_dir` within the block; with several processes the main process holds the lock for all.
 
     Raises:
         MiniGPTError: on every process, if another training holds the lock, or the folder is not empty and holds no run.
     """
-    run = Path(training.output_dir)
-    lock = FolderLock(run)
+    run = RunFolder(Path(training.output_dir))
+    lock = FolderLock(run.path)
 
     def acquire() -> None:
-        if run.exists() and not run.is_dir():
-            raise MiniGPTError(f"--output_dir {run}: this is a file; name a folder")
-        if (run / FINGERPRINT).is_file() and (run / "trainer_state.json").is_file():
+        if run.path.exists() and not run.path.is_dir():
+            raise MiniGPTError(f"--output_dir {run.path}: this is a file; name a folder")
+        if run.exists() and (run.path / "trainer_state.json").is_file():
             raise MiniGPTError(
-                f"--output_dir {run}: this is a checkpoint; name the folder of its run, {run.absolute().parent}"
+                f"--output_dir {run.path}: this is a checkpoint; name the folder of its run, {run.path.absolute().parent}"
             )
-        if (run / "model").is_dir() and not os.access(run, os.W_OK):
+        if run.model.is_dir() and not os.access(run.path, os.W_OK):
             return  # finished and read-only: nothing can be written there
         lock.acquire()
-        names = {path.name for path in run.iterdir()} - {LOCK, temporary(run / "recipe.yaml").name}
-        if temporary(run / FINGERPRINT).name in names:  # an earlier start was killed while it wrote its first files
-            names -= {temporary(run / FINGERPRINT).name, "recipe.yaml"}
+        names = {path.name for path in run.path.iterdir()} - {LOCK, temporary_name(run.recipe).name}
+        if temporary_name(run.fingerprint).name in names:  # an earlier start was killed while it wrote its first files
+            names -= {temporary_name(run.fingerprint).name, run.recipe.name}
         restore_fingerprint(run)
-        if names and not (run / FINGERPRINT).is_file():
-            raise MiniGPTError(f"--output_dir {run}: is not empty and holds no run; name another folder")
+        if names and not run.exists():
+            raise MiniGPTError(f"--output_dir {run.path}: is not empty and holds no run; name another folder")
 
     try:
         from_main_process(training, acquire)
         yield lock
     finally:
         lock.release()
+
+
+def start_over(lock: FolderLock) -> None:
+    """Rename the run folder, and lock a new one in its place."""
+    run = lock.folder
+    print(f"the run that was in {run} is kept as {(aside := rename_aside(run))}", flush=True)
+    lock.moved_to(aside)
+    lock.release()
+    lock.moved_to(run)
+    lock.acquire()
 
 
 def from_main_process(training: MiniGPTTrainingArguments, compute: Callable[[], T]) -> T:
@@ -95,55 +99,47 @@ def from_main_process(training: MiniGPTTrainingArguments, compute: Callable[[], 
     return outcome[0]
 
 
-def start_over(lock: FolderLock) -> None:
-    """Rename the run folder, and lock a new one in its place."""
-    run = lock.folder
-    print(f"the run that was in {run} is kept as {(kept := set_aside(run))}", flush=True)
-    lock.moved_to(kept)
-    lock.release()
-    lock.moved_to(run)
-    lock.acquire()
-
-
-def is_finished(run: Path, fingerprint: dict[str, Any]) -> bool:
+def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
     """Whether the run has its model; a damaged one is set aside, to be published again from a checkpoint.
 
     Raises:
         MiniGPTError: if the folder holds another run, or a damaged model and no checkpoint to publish it from.
     """
-    old = read_fingerprint(run / FINGERPRINT)
+    old = read_fingerprint(run.fingerprint)
     if changed := changes(old, fingerprint):
         raise MiniGPTError(
-            f"--output_dir {run}: holds another run, which is finished ({in_words(changed, old, fingerprint)}); name "
+            f"--output_dir {run.path}: holds another run, which is finished ({in_words(changed, old, fingerprint)}); name "
             "another folder, or say --fresh"
         )
-    if (fault := damage(run / "model")) is None:
-        print(f"this run is finished; the model is in {run / 'model'}", flush=True)
+    if (fault := damage(run.model)) is None:
+        print(f"this run is finished; the model is in {run.model}", flush=True)
         return True
-    if all(what_is_wrong(checkpoint) for checkpoint in checkpoints(run)):
+    if all(verification_error(checkpoint) for checkpoint in run.checkpoints()):
         raise MiniGPTError(
-            f"--output_dir {run}: its model is damaged ({fault}), and no checkpoint is left to publish it from; restore "
-            f"{run / 'model'} from a copy, or train again with --fresh"
+            f"--output_dir {run.path}: its model is damaged ({fault}), and no checkpoint is left to publish it from; restore "
+            f"{run.model} from a copy, or train again with --fresh"
         )
-    kept = set_aside(run / "model")
-    logger.warning(f"{run / 'model'} is damaged ({fault}); it is kept as {kept.name}, and is published again")
+    kept = rename_aside(run.model)
+    logger.warning(f"{run.model} is damaged ({fault}); it is kept as {kept.name}, and is published again")
     return False
 
 
-def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniGPTTrainingArguments) -> Path | None:
+def checkpoint_to_resume(
+    run: RunFolder, fingerprint: dict[str, Any], training: MiniGPTTrainingArguments
+) -> Path | None:
     """The newest checkpoint that is whole, if the run was started with the same settings."""
-    if not (run / FINGERPRINT).is_file():
+    if not run.exists():
         if training.resume_from_checkpoint:
-            raise MiniGPTError(f"--resume_from_checkpoint: there is no run in {run} that could go on")
+            raise MiniGPTError(f"--resume_from_checkpoint: there is no run in {run.path} that could go on")
         return None
     if training.resume_from_checkpoint:
         checkpoint = Path(training.resume_from_checkpoint)
-        if fault := what_is_wrong(checkpoint):
+        if fault := verification_error(checkpoint):
             raise MiniGPTError(f"--resume_from_checkpoint {checkpoint}: it is broken ({fault})")
     else:
         checkpoint, lines = newest_valid(run)
         print(*lines, sep="\n", end="\n" if lines else "", flush=True)
-    old = read_fingerprint((checkpoint or run) / FINGERPRINT)
+    old = read_fingerprint((checkpoint or run.path) / FINGERPRINT)
     changed = changes(old, fingerprint)
 
     def said(pairs: dict[str, tuple[Any, Any]]) -> str:
@@ -151,7 +147,7 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
 
     if fixed := {name: pair for name, pair in changed.items() if name.startswith("config.") and name not in MAY_CHANGE}:
         raise MiniGPTError(
-            f"--output_dir {run}: holds another run, its model is another ({said(fixed)}); name another folder, or "
+            f"--output_dir {run.path}: holds another run, its model is another ({said(fixed)}); name another folder, or "
             "say --fresh"
         )
     known = [name for name in fingerprint if name != DESCRIBED]
@@ -161,22 +157,22 @@ def checkpoint_to_resume(run: Path, fingerprint: dict[str, Any], training: MiniG
     refused = {name: pair for name, pair in changed.items() if name not in training.allow_change}
     if refused:
         raise MiniGPTError(
-            f"--output_dir {run}: holds another run, or this one with other settings ({said(refused)}); name another folder, "
-            f"say --fresh, or let it go on with --allow_change {' '.join(refused)}"
+            f"--output_dir {run.path}: holds another run, or this one with other settings ({said(refused)}); name "
+            f"another folder, say --fresh, or allow it with --allow_change {' '.join(refused)}"
         )
     if changed:
         print(f"changed: {said(changed)}", flush=True)
     step = step_of(checkpoint) if checkpoint else -1
     if training.resume_from_checkpoint:  # else a later start would take the newer ones, which this run leaves behind
-        for later in [path for path in checkpoints(run) if int(path.name.removeprefix("checkpoint-")) > step]:
+        for later in [path for path in run.checkpoints() if int(path.name.removeprefix("checkpoint-")) > step]:
             logger.info(
-                f"{later.name} is later than the checkpoint to resume from; it is kept as {set_aside(later).name}"
+                f"{later.name} is later than the checkpoint to resume from; it is kept as {rename_aside(later).name}"
             )
-    if checkpoint is None and (log := run / "log.jsonl").is_file() and log.stat().st_size:
+    if checkpoint is None and (log := run.log).is_file() and log.stat().st_size:
         logger.warning(
-            f"{run}: no checkpoint is left, so the run starts from step 1; its log is kept as {set_aside(log).name}"
+            f"{run.path}: no checkpoint is left, so the run starts from step 1; its log is kept as {rename_aside(log).name}"
         )
-    keep_log_until(run / "log.jsonl", step)
+    truncate_log(run.log, step)
     if 0 < training.max_steps < step:
         logger.warning(
             f"max_steps {training.max_steps}: the run has already taken {step} steps; no further step is taken, and the "
@@ -196,7 +192,7 @@ def step_of(checkpoint: Path) -> int:
 MAY_CHANGE = {"config.attention_dropout", "config.embedding_dropout", "config.residual_dropout"}
 
 
-def fingerprint_of(arguments: Arguments, text: PreparedText, config: PreTrainedConfig) -> dict[str, Any]:
+def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedConfig) -> dict[str, Any]:
     """Everything that decides which numbers a run computes, by name; a run goes on only where it is the same."""
     data, architecture, training = arguments
     model = config.to_dict()
@@ -314,19 +310,25 @@ def read_fingerprint(file: Path) -> dict[str, Any]:
     return fingerprint
 
 
-def restore_fingerprint(run: Path) -> None:
+def restore_fingerprint(run: RunFolder) -> None:
     """Replace a missing or damaged fingerprint by the copy in the newest checkpoint that is whole, if there is one."""
-    file = run / FINGERPRINT
+    file = run.fingerprint
     try:
         read_fingerprint(file)
     except ValueError as error:
-        whole = (each for each in reversed(checkpoints(run)) if what_is_wrong(each) is None)
+        whole = (each for each in reversed(run.checkpoints()) if verification_error(each) is None)
         if (checkpoint := next(whole, None)) is None:
             return  # told by whoever reads it
-        kept = f" (kept as {set_aside(file).name})" if file.is_file() else ""
-        write_atomically({file: (checkpoint / FINGERPRINT).read_text(encoding="utf-8")})
+        kept = f" (kept as {rename_aside(file).name})" if file.is_file() else ""
+        write_files({file: (checkpoint / FINGERPRINT).read_text(encoding="utf-8")})
         reason = str(error).partition(";")[0]
         logger.warning(f"{reason}{kept}: it is restored from {checkpoint.name}")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries of two fingerprints that differ: name -> (old, new)."""
+    names = sorted({*old, *new} - {DESCRIBED})
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
 def sizes(stream: TokenStream) -> str:
@@ -348,80 +350,3 @@ def in_words(changed: dict[str, tuple[Any, Any]], old: dict[str, Any], new: dict
         else:
             words.append(f"{name} was {known[0]} and is another of the same name and size")
     return ", ".join(words)
-
-
-def keep_log_until(file: Path, step: int) -> None:
-    """Drop the rows of lost steps, which will be taken again, and what a resumed run writes again at this one."""
-
-    def stays(row: dict[str, Any]) -> bool:
-        return row["step"] < step or (row["step"] == step and not row.keys() & {"sample", "train_runtime"})
-
-    if not file.is_file():
-        return
-    rows, faults = rows_and_faults(file)
-    if faults:
-        lines = ", ".join(f"line {number}" for number in faults)
-        logger.warning(f"{file}: removed what is not a complete row, as an interruption leaves it ({lines})")
-    write_log(file, [row for row in rows if stays(row)])
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of this package's making."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MiniGPTError(f"{file}: is not valid JSON ({error}); restore it, or say --fresh") from error
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of `log.jsonl`; a line that is incomplete, as a kill or a full disk leaves it, is left out."""
-    return rows_and_faults(file)[0]
-
-
-def rows_and_faults(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of `log.jsonl`, and the numbers of its lines that are incomplete or hold values of a wrong type."""
-    rows, faults = [], []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if is_row(row):
-            rows.append(row)
-        else:
-            faults.append(number)
-    return rows, faults
-
-
-def is_row(row: Any) -> bool:
-    """Whether a line of `log.jsonl` is what this package writes: numbers, and a sample that is text."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
-
-    return (
-        isinstance(row, dict)
-        and type(row.get("step")) is int
-        and row["step"] >= 0
-        and all(is_number(row[name]) for name in ("step", "seconds", "eval_loss") if name in row)
-        and isinstance(row.get("sample", ""), str)
-    )
-
-
-def write_log(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace `log.jsonl`."""
-    write_atomically({file: "".join(json.dumps(row) + "\n" for row in rows)})
-
-
-def append_to_log(file: Path, row: dict[str, Any]) -> None:
-    """Add a row to `log.jsonl`: the whole line or, if that fails, nothing."""
-    line = (json.dumps(row) + "\n").encode()
-    with file.open("ab", buffering=0) as opened:
-        size = opened.seek(0, os.SEEK_END)
-        try:
-            written = opened.write(line)
-            while written < len(line):  # a nearly full disk takes a part, and refuses the next
-                written += opened.write(line[written:])
-        except OSError:
-            opened.truncate(size)
-            raise

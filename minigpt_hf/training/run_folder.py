@@ -1,141 +1,159 @@
-"""One training at a time in a run folder: an advisory lock, released by the operating system when its holder ends.
+"""File layout of a run folder, and its log.
 
-In: a folder. Out: an exclusive lock, held through the file `.lock` in it, which names the holder. A lock whose holder was
-killed is free.
+```text
+RUN/
+  recipe.yaml            settings as resolved
+  fingerprint.json       what determines the numbers of the run; see `resume`
+  log.jsonl              one JSON object per logged step, evaluation and sample
+  samples.md             the samples, side by side
+  checkpoint-N/          after N optimizer steps; see `checkpoint`
+  bad-step-N.json        data of a step whose loss was not finite
+  model/                 the model folder that is published
+  .lock                  held while a process trains here; see `lock`
+  .unfinished/           the checkpoint that is being written
+  .pushing/              copies that are being uploaded
+```
 """
 
-import errno
 import json
 import logging
 import os
-import socket
-from datetime import datetime
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..atomic import write_files
 from ..errors import MiniGPTError
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-PLACE_ON_WINDOWS = 1 << 30  # beyond the content: locked bytes cannot be read by others there
+FINGERPRINT = "fingerprint.json"
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
-class FolderLock:
-    """An exclusive lock on a folder.
+@dataclass(frozen=True)
+class RunFolder:
+    """The names of everything in a run folder."""
 
-    POSIX record locks (`fcntl.lockf`) work over NFS and are not inherited by forked processes, so no loader worker keeps
-    the lock of a dead parent. They are lost when their process closes *any* descriptor of the file: nothing else in this
-    package opens `.lock`.
-    """
+    path: Path
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.file = folder / LOCK
-        self.descriptor: int | None = None
-        self.created: list[Path] = []  # folders that did not exist before
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
 
-    def acquire(self) -> None:
-        """Create the folder if it does not exist, and lock it.
+    @property
+    def fingerprint(self) -> Path:
+        return self.path / FINGERPRINT
 
-        Raises:
-            MiniGPTError: if another process holds the lock, or the folder cannot be written.
-        """
-        self.created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        for _ in range(100):  # another process may remove the file, or a folder it created, between two lines
-            self.descriptor = self._open()
-            if self.descriptor is None:
-                continue
-            try:
-                _lock(self.descriptor)
-            except OSError as error:
-                if error.errno in UNSUPPORTED:
-                    logger.warning(
-                        f"{self.folder}: this file system does not support locks ({error.strerror}); do not start a second "
-                        "training there"
-                    )
-                    return
-                holder = self._holder()
-                os.close(self.descriptor)
-                self.descriptor = None
-                self._remove_created()
-                if error.errno not in HELD:
-                    raise
-                raise MiniGPTError(
-                    f"--output_dir {self.folder}: another process ({holder}) is training there; wait for it, stop it, or "
-                    "name another folder"
-                ) from error
-            if self._is_current():
-                break
-            os.close(self.descriptor)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": datetime.now().isoformat(" ", "seconds")}
-        os.ftruncate(self.descriptor, 0)
-        os.write(self.descriptor, json.dumps(holder).encode())
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
 
-    def release(self) -> None:
-        """Remove the file, unlock, and remove the folders that `acquire` created, if they are empty."""
-        if self.descriptor is None:
-            return
-        if os.name != "nt" and self._is_current():  # unlinked while it is locked: whoever opened it before looks again
-            self.file.unlink()
-        os.close(self.descriptor)
-        self.descriptor = None
-        if os.name == "nt":
-            self.file.unlink(missing_ok=True)
-        self._remove_created()
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.md"
 
-    def moved_to(self, folder: Path) -> None:
-        """The folder was renamed; the lock is on the file, and so still held."""
-        self.folder, self.file, self.created = folder, folder / LOCK, []
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
 
-    def _open(self) -> int | None:
-        """A descriptor of the file; `None` if the folder vanished meanwhile."""
+    @property
+    def pushing(self) -> Path:
+        return self.path / ".pushing"
+
+    def bad_step(self, step: int) -> Path:
+        return self.path / f"bad-step-{step}.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints in ascending order of steps. Only names as written by `checkpoint` count, not `checkpoint-010`."""
+        steps = {path: CHECKPOINT.fullmatch(path.name) for path in self.path.glob("checkpoint-*")}
+        found = (path for path, step in steps.items() if step and path.is_dir())
+        return sorted(found, key=lambda path: int(steps[path][1]))
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.fingerprint.is_file()
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+
+def truncate_log(file: Path, step: int) -> None:
+    """Remove the rows of steps after `step`, which are repeated, and those of this step that a resumed run writes again."""
+
+    def stays(row: dict[str, Any]) -> bool:
+        return row["step"] < step or (row["step"] == step and not row.keys() & {"sample", "train_runtime"})
+
+    if not file.is_file():
+        return
+    rows, faults = rows_and_faults(file)
+    if faults:
+        lines = ", ".join(f"line {number}" for number in faults)
+        logger.warning(f"{file}: removed what is not a complete row, as an interruption leaves it ({lines})")
+    write_log(file, [row for row in rows if stays(row)])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of this package's making."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MiniGPTError(f"{file}: is not valid JSON ({error}); restore it, or say --fresh") from error
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The rows of `log.jsonl`; a line that is incomplete, as a kill or a full disk leaves it, is left out."""
+    return rows_and_faults(file)[0]
+
+
+def rows_and_faults(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of `log.jsonl`, and the numbers of its lines that are incomplete or hold values of a wrong type."""
+    rows, faults = [], []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MiniGPTError(f"--output_dir {self.folder}: cannot be created ({error.strerror})") from error
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if is_row(row):
+            rows.append(row)
+        else:
+            faults.append(number)
+    return rows, faults
+
+
+def is_row(row: Any) -> bool:
+    """Whether a line of `log.jsonl` is what this package writes: numbers, and a sample that is text."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and row["step"] >= 0
+        and all(is_number(row[name]) for name in ("step", "seconds", "eval_loss") if name in row)
+        and isinstance(row.get("sample", ""), str)
+    )
+
+
+def write_log(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace `log.jsonl`."""
+    write_files({file: "".join(json.dumps(row) + "\n" for row in rows)})
+
+
+def append_to_log(file: Path, row: dict[str, Any]) -> None:
+    """Add a row to `log.jsonl`: the whole line or, if that fails, nothing."""
+    line = (json.dumps(row) + "\n").encode()
+    with file.open("ab", buffering=0) as opened:
+        size = opened.seek(0, os.SEEK_END)
         try:
-            return os.open(self.file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            self._remove_created()
-            raise MiniGPTError(
-                f"--output_dir {self.folder}: cannot be written ({error.strerror}); make it writable, or name another folder"
-            ) from error
-
-    def _is_current(self) -> bool:
-        """Whether the path still names the file that is open."""
-        try:
-            return os.path.samestat(os.fstat(self.descriptor), self.file.lstat())
-        except FileNotFoundError:
-            return False
-
-    def _holder(self) -> str:
-        try:
-            holder = json.loads(os.read(self.descriptor, 1000))
-            return f"pid {holder['pid']} on host {holder['host']}, started {holder['started']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "which has not written its name yet"
-
-    def _remove_created(self) -> None:
-        for folder in self.created:
-            try:
-                folder.rmdir()
-            except OSError:  # not empty: the run is in it
-                break
-
-
-def _lock(descriptor: int) -> None:
-    """Take the lock, or raise `OSError` at once."""
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(descriptor, PLACE_ON_WINDOWS, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    else:
-        import fcntl
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            written = opened.write(line)
+            while written < len(line):  # a nearly full disk takes a part, and refuses the next
+                written += opened.write(line[written:])
+        except OSError:
+            opened.truncate(size)
+            raise

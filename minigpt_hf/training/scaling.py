@@ -29,7 +29,7 @@ from typing import Any
 from ..errors import MiniGPTError
 
 TOKENS_PER_PARAMETER = 10
-READINGS_AS_GOOD_AS_NEW = 4
+MAX_EFFECTIVE_EPOCHS = 4
 # What is learnt from a text for which nobody said how long or how large: see `size_for_text`.
 PARAMETERS_PER_BYTE = 4
 MOST_READINGS = 20
@@ -158,7 +158,7 @@ def size_for_text(size: int, tokens: int) -> tuple[float, float]:
 
     4 kB in 2,000 tokens -> 16,000 and 40,000; 1 MB in 400,000 tokens -> 1,000,000 and 1,500,000.
     """
-    learnt = max(READINGS_AS_GOOD_AS_NEW * tokens, min(MOST_READINGS * tokens, SHORTEST_TRAINING))
+    learnt = max(MAX_EFFECTIVE_EPOCHS * tokens, min(MOST_READINGS * tokens, SHORTEST_TRAINING))
     return min(PARAMETERS_PER_BYTE * size, LARGEST_UNASKED), min(learnt, LONGEST_UNASKED)
 
 
@@ -189,12 +189,12 @@ def learning_rates(width: int) -> dict[str, float]:
 
 def weight_decay(readings: float) -> float:
     """By how often the text is read."""
-    return 0.1 if readings > READINGS_AS_GOOD_AS_NEW else 0.0
+    return 0.1 if readings > MAX_EFFECTIVE_EPOCHS else 0.0
 
 
 def dropout(readings: float) -> float:
     """Of each branch, by how often the text is read."""
-    return 0.0 if readings <= READINGS_AS_GOOD_AS_NEW else 0.1 if readings <= 10 else 0.2
+    return 0.0 if readings <= MAX_EFFECTIVE_EPOCHS else 0.1 if readings <= 10 else 0.2
 
 
 def distance_from_optimal(shape: Shape, vocabulary: int, compute: float) -> float:

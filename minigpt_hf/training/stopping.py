@@ -112,7 +112,7 @@ def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> Non
         initialize(worker)
 
 
-class StopWhenNoBetter(TrainerCallback):
+class EarlyStopping(TrainerCallback):
     """End after so many evaluations without a better one; 0 for never.
 
     Must exist because transformers' `EarlyStoppingCallback` counts from zero again when a run goes on; this one looks at

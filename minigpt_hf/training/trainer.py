@@ -11,7 +11,6 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,15 +24,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils import PushInProgress
 
 from ..data.blocks import Blocks, BlockSampler
+from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import DiskFullError, MiniGPTError, NonFiniteLossError, UntrainedModelError
 from ..inference.evaluation import score_documents, summarize
 from ..publish.model_folder import non_finite_parameter, published_files, save_model_files, write_metadata
 from ..publish.push import commit_in_background, open_repository
-from .arguments import MiniGPTTrainingArguments
-from .checkpoint import FINGERPRINT, checkpoints, remove_old_checkpoints, unfinished, what_is_wrong, whole_or_absent
+from .arguments import MiniGPTTrainingArguments, Settings
+from .callbacks import SAMPLE_TEMPERATURE, ProgressLogger, SampleLogger
+from .checkpoint import atomic_checkpoint, remove_old_checkpoints, staging_folder, verification_error
 from .optimizer import muon_adamw
-from .resume import read_json, read_log
+from .report import TrainingResult, describe
+from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
 from .stopping import ignore_signals, is_disk_full
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,10 @@ class MiniGPTTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
         fingerprint: dict[str, Any] | None = None,
-        story: Callable[["MiniGPTTrainer"], dict[str, Any]] | None = None,
+        settings: Settings | None = None,
+        text: PreparedText | None = None,
     ):
+        args = args.mutable_copy()  # the Trainer assigns to its arguments; the settings of the run stay frozen
         super().__init__(
             model=model,
             args=args,
@@ -68,8 +72,9 @@ class MiniGPTTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `callbacks` print lines instead of dictionaries
         self.fingerprint = fingerprint or {}
-        assert story is not None or not args.push_to_hub, "what is pushed while it trains needs a card"
-        self.story = story  # what the card is to tell, at any moment
+        self.settings, self.text = settings, text  # for the model card of what is uploaded during training
+        self.progress = next((each for each in callbacks if isinstance(each, ProgressLogger)), None)
+        self.samples = next((each for each in callbacks if isinstance(each, SampleLogger)), None)
         self.step_batches: list[torch.Tensor] = []  # input ids of this step, kept until it is known to be good
         self.loss_before_step = 0.0
         self.skipped_steps = self.skipped_since_log = 0
@@ -148,7 +153,7 @@ class MiniGPTTrainer(Trainer):
         """From where to resume after a bad loss, and how."""
         guess = math.log(self.model.config.vocab_size)
         losses = {f"checkpoint-{row['step']}": row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
-        found = list(reversed(checkpoints(Path(self.args.output_dir))))
+        found = list(reversed(RunFolder(Path(self.args.output_dir)).checkpoints()))
         if not found:
             return (
                 "there is no checkpoint: start again with a lower --learning_rate and --muon_learning_rate and --fresh"
@@ -218,7 +223,7 @@ class MiniGPTTrainer(Trainer):
         order = sorted(folders, key=lambda step: (folders[step][0] * (-1 if self.args.greater_is_better else 1), step))
         for step in order:
             value, folder = folders[step]
-            if what_is_wrong(folder) is None:
+            if verification_error(folder) is None:
                 break
         else:
             step, value, folder = None, None, None
@@ -390,7 +395,7 @@ class MiniGPTTrainer(Trainer):
             if self.is_world_process_zero():
                 print(f"{what}; it is left out ({self.skipped_steps} so far)", flush=True)
             return norm
-        file = Path(self.args.output_dir) / f"bad-step-{step}.json"
+        file = RunFolder(Path(self.args.output_dir)).bad_step(step)
         rows = [(self.args.process_index, row) for batch in batches for row in batch.tolist()]
         if self.args.world_size > 1:
             rows = gather_object(rows)
@@ -433,10 +438,10 @@ class MiniGPTTrainer(Trainer):
         """Because a checkpoint is to be whole or absent, and the Trainer writes it in its place, file by file."""
         self.check_weights()
         run, step = Path(self.args.output_dir), self.state.global_step
-        checkpoint = run / f"checkpoint-{step}"
+        checkpoint = RunFolder(run).checkpoint(step)
         self.state.stateful_callbacks[TOTALS] = {"args": {}, "attributes": self._totals()}
         try:
-            staged = whole_or_absent(checkpoint) if self.args.should_save else nullcontext(unfinished(checkpoint))
+            staged = atomic_checkpoint(checkpoint) if self.args.should_save else nullcontext(staging_folder(checkpoint))
             with staged as folder:
                 self.args.output_dir = str(folder.parent)
                 self.accelerator.wait_for_everyone()  # the folder is there
@@ -458,7 +463,7 @@ class MiniGPTTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)  # the Trainer noted where it was staged
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            remove_old_checkpoints(run, self.args.save_total_limit, checkpoint, Path(best) if best else None)
+            remove_old_checkpoints(RunFolder(run), self.args.save_total_limit, checkpoint, Path(best) if best else None)
 
     def disk_full(self, what: str) -> DiskFullError:
         """What to raise where there is no room for `what`."""
@@ -541,12 +546,46 @@ class MiniGPTTrainer(Trainer):
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
         assert not missing and not load_result.unexpected_keys, f"checkpoint does not fit the model: {load_result}"
 
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def result(self, finished: PreTrainedModel | None = None) -> TrainingResult:
+        """The outcome so far.
+
+        Args:
+            finished: The model to publish, if training has ended: its samples are generated.
+        """
+        samples = self.samples
+        latest = [samples.latest] if samples.latest else []
+        return TrainingResult(
+            name=self.hub_model_id or Path(self.args.output_dir).absolute().name,
+            parameters=(finished or self.model).num_parameters(),
+            steps=self.state.global_step,
+            skipped_steps=self.skipped_steps,
+            planned_steps=self.state.max_steps,
+            seconds=self.progress.seconds,
+            evaluation=self._evaluation_of_weights(finished is not None),
+            prompt=samples.prompt,
+            temperature=SAMPLE_TEMPERATURE,
+            sample_tokens=samples.tokens,
+            samples=samples.first_seeds(finished) if finished else latest,
+        )
+
+    def _evaluation_of_weights(self, finished: bool) -> dict[str, Any] | None:
+        """The log row of the evaluation of the current weights: at the end those of the best evaluation, if it is loaded."""
+        evaluations = [row for row in self.state.log_history if "eval_loss" in row]
+        if not finished:
+            evaluations = [row for row in evaluations if row["step"] == self.state.global_step]
+        if finished and self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            evaluations = [row for row in evaluations if row["step"] == self.state.best_global_step] or evaluations
+            return evaluations[0] if evaluations else None
+        return evaluations[-1] if evaluations else None
+
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
         """Because a refusal of the Hub is to be told in one line, and a public repository not to pass for a private one."""
         if self.is_world_process_zero():
-            shutil.rmtree(Path(self.args.output_dir) / ".pushing", ignore_errors=True)  # what a killed run left
+            shutil.rmtree(RunFolder(Path(self.args.output_dir)).pushing, ignore_errors=True)  # what a killed run left
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             self.hub_model_id = open_repository(name, bool(private or self.args.hub_private_repo))
         self.push_in_progress = None
@@ -565,12 +604,13 @@ class MiniGPTTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         checkpoint = Path(checkpoint_folder)  # RUN/.unfinished/checkpoint-N
-        run = checkpoint.parents[1]
-        (run / ".pushing").mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run / ".pushing"))
+        run = RunFolder(checkpoint.parents[1])
+        run.pushing.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run.pushing))
         for file in published_files(checkpoint):
             shutil.copyfile(file, folder / file.name)
-        write_metadata(folder, self.story(self), self.model.config, read_log(run / "log.jsonl"))
+        metadata = describe(self.settings, self.text, self.result())
+        write_metadata(folder, metadata, self.model.config, read_log(run.log))
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])

@@ -13,9 +13,10 @@ from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import Blocks
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.inference.evaluation import score_documents
-from minigpt_hf.training.arguments import Arguments
+from minigpt_hf.training.arguments import Settings
+from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.recipe import parse_arguments
-from minigpt_hf.training.train import make_config, make_model, prepare_text
+from minigpt_hf.training.train import prepare_text
 
 QUIET = ("--output_dir", "unused", "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "1000000")
 
@@ -24,7 +25,7 @@ QUIET = ("--output_dir", "unused", "--eval_strategy", "no", "--save_strategy", "
 class Trial:
     """A prepared training run."""
 
-    arguments: Arguments
+    arguments: Settings
     model: MiniGPTForCausalLM
     blocks: Blocks
     validation: TokenStream
@@ -57,7 +58,7 @@ def prepare(
     arguments = data, architecture, training = parse_arguments([*QUIET, *flags], recipe)
     set_seed(training.seed)
     text = prepare_text(data)
-    config = make_config(architecture, data.block_size, text.tokenizer)
-    model = make_model(config, architecture).to(training.device)
+    config = build_config(architecture, data.block_size, text.tokenizer)
+    model = build_model(config, architecture).to(training.device)
     initialize(model)
     return Trial(arguments, model, dataset_class(text.train, data.block_size, training.seed), text.validation)

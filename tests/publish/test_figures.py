@@ -8,7 +8,7 @@ from PIL import Image
 from minigpt_hf.cli import main
 from minigpt_hf.publish.figures import columns, short
 from minigpt_hf.training.callbacks import side_by_side
-from minigpt_hf.training.resume import read_log
+from minigpt_hf.training.run_folder import read_log
 
 
 def test_every_figure_is_drawn_and_each_of_its_curves_has_points(run_folder):

@@ -7,9 +7,10 @@ import torch
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
-from minigpt_hf.training.plan import duration
+from minigpt_hf.training.initialize import build_config
 from minigpt_hf.training.recipe import parse_arguments, read_recipe, recipe_names, recipe_notes
-from minigpt_hf.training.train import make_config, train
+from minigpt_hf.training.report import duration
+from minigpt_hf.training.train import train
 
 # Tiny Shakespeare's: letters, eleven punctuation marks, a 3, space and line end.
 SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -21,7 +22,7 @@ def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(n
     assert training.output_dir == f"runs/{name}"
     # The vocabulary of each, with the text that it is for: 65 different characters and two specials.
     tokenizer = character_tokenizer([SHAKESPEARE_LETTERS]) if data.tokenizer == "characters" else byte_tokenizer()
-    config = make_config(architecture, data.block_size, tokenizer)
+    config = build_config(architecture, data.block_size, tokenizer)
     if data.tokenizer == "bpe":
         config.vocab_size = data.vocab_size
     with torch.device("meta"):
@@ -114,7 +115,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(text, message, tmp_path):
 def test_a_sliding_window_is_one_block_and_one_token():
     """With T inputs in a block the furthest look back is T - 1 tokens, so a window of T + 1 never hides one of them."""
     data, architecture, _ = parse_arguments([], recipe="shakespeare-char")
-    config = make_config(architecture, data.block_size, byte_tokenizer())
+    config = build_config(architecture, data.block_size, byte_tokenizer())
     assert config.sliding_window == 65
     assert set(config.layer_types) == {"sliding_attention"}
     assert config.max_position_embeddings == 16 * 64

@@ -10,26 +10,23 @@ import yaml
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.training import autoconfig as dial
-from minigpt_hf.training.autoconfig import OTHER_SECONDS, Dial, number_of
+from minigpt_hf.training.autoconfig import OTHER_SECONDS, AutoConfigurator, number_of
 from minigpt_hf.training.recipe import parse_arguments, resolved
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import Shape, block_size_for, learning_rates, tokens_in_a_step, vocabulary_for
-from minigpt_hf.training.train import make_config, make_model, prepare_text
+from minigpt_hf.training.train import prepare_text
 from tests.conftest import SHAKESPEARE
 from tests.training.conftest import go_back
 
 
 def dialled(argv, folder, began=None):
-    """The arguments of a command after the dial was turned, and the text it was turned for."""
+    """The resolved settings of a command, and the token stream they were chosen for."""
     arguments = parse_arguments([*argv, "--output_dir", str(folder / "run"), "--use_cpu", "--cache_dir", str(folder)])
-    data = arguments[0]
-    turned = Dial(arguments, folder / "run", time.perf_counter() if began is None else began)
-    text = prepare_text(data, turned.choose_tokenizer)
-
-    def build(architecture):
-        return make_model(make_config(architecture, data.block_size, text.tokenizer), architecture)
-
-    turned.choose_the_rest(text, build)
-    return arguments, text.train
+    configurator = AutoConfigurator(
+        arguments, RunFolder(folder / "run"), time.perf_counter() if began is None else began
+    )
+    text = prepare_text(configurator.data, configurator.choose_tokenizer)
+    return configurator.choose_remaining(text), text.train
 
 
 def test_rules_at_sizes_that_can_be_computed_by_hand():
@@ -98,8 +95,10 @@ def test_the_tokenizer_follows_from_the_text_unless_it_is_told(tmp_path):
         (["--tokenizer", "bytes"], ("bytes", 1024)),
     ):
         arguments = parse_arguments(["--minutes", "3", "--data", str(SHAKESPEARE), *argv])
-        Dial(arguments, tmp_path, 0.0).choose_tokenizer(load_corpus(str(SHAKESPEARE), 0.1))
-        assert (arguments[0].tokenizer, arguments[0].vocab_size) == expected
+        data = AutoConfigurator(arguments, RunFolder(tmp_path), 0.0).choose_tokenizer(
+            load_corpus(str(SHAKESPEARE), 0.1)
+        )
+        assert (data.tokenizer, data.vocab_size) == expected
 
 
 def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_file, tmp_path, capsys):
@@ -109,8 +108,7 @@ def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_fil
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (recipe["hidden_size"], recipe["num_hidden_layers"], recipe["tokenizer"]) == (64, 2, "characters")
     assert not {"size", "minutes"} & recipe.keys()  # the recipe gives this very training again
-    again = parse_arguments(argv[1:])
-    Dial(again, tmp_path / "run", 0.0)
+    again = AutoConfigurator(parse_arguments(argv[1:]), RunFolder(tmp_path / "run"), 0.0).settings
     assert {name: recipe[name] for name in resolved(again)} == resolved(again)
     assert main(argv) == 0
     assert "this run is finished" in capsys.readouterr().out
@@ -186,7 +184,7 @@ def test_intervals_that_do_not_fit_those_of_the_run_are_told_in_one_line(sized, 
     ("argv", "message"),
     [
         (["--minutes", "3", "--max_steps", "5"], "--minutes chooses max_steps, which is given: leave it out"),
-        (["--minutes", "3", "--recipe", "shakespeare-char"], "recipe shakespeare-char has it: name none"),
+        (["--minutes", "3", "--recipe", "shakespeare-char"], "recipe shakespeare-char sets it: leave out the recipe"),
         (["--minutes", "3", "--num_train_epochs", "2"], "--minutes chooses how long to train, and num_train_epochs is"),
         (["--minutes", "3", "--size", "auto"], "--minutes and --size auto both choose how long to train"),
         (["--minutes", "3", "--hidden_size", "64"], "--hidden_size is part of the shape"),

@@ -108,7 +108,7 @@ def test_a_card_of_a_run_without_skipped_steps_does_not_mention_any(recipe, word
 
 def break_weights(monkeypatch, step: int) -> None:
     """After this optimizer step one weight is not finite."""
-    real = callbacks.Lines.on_step_end
+    real = callbacks.ProgressLogger.on_step_end
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == step:
@@ -116,7 +116,7 @@ def break_weights(monkeypatch, step: int) -> None:
                 next(model.parameters())[0, 0] = math.nan
         return real(self, args, state, control, model=model, **kwargs)
 
-    monkeypatch.setattr(callbacks.Lines, "on_step_end", on_step_end)
+    monkeypatch.setattr(callbacks.ProgressLogger, "on_step_end", on_step_end)
 
 
 # Before an evaluation and a checkpoint; in between; the last.

@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt_hf import atomic
+from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
-from minigpt_hf.training.checkpoint import MANIFEST, newest_valid, seal, set_aside, what_is_wrong, whole_or_absent
+from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
@@ -114,13 +116,13 @@ def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path,
 
         monkeypatch.setattr(atomic, "to_disk", dies)
         try:
-            with whole_or_absent(run / "checkpoint-8") as folder:
+            with atomic_checkpoint(run / "checkpoint-8") as folder:
                 for file in files:
                     shutil.copy(file, folder)
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(atomic, "to_disk", real)
-        found, lines = newest_valid(run)
+        found, lines = newest_valid(RunFolder(run))
         assert lines == []
         # Once all files, the manifest and the folder are on disk, the rename has happened.
         complete = survives >= len(files) + 2
@@ -132,7 +134,7 @@ def test_a_stray_folder_that_looks_like_a_checkpoint_does_not_block_the_run(fini
     run = tmp_path / "run"
     shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
     (run / "checkpoint-99999").mkdir()
-    found, lines = newest_valid(run)
+    found, lines = newest_valid(RunFolder(run))
     assert found == run / "checkpoint-6"
     (line,) = lines
     assert line.startswith(f"checkpoint-99999 is broken ({MANIFEST} cannot be read")
@@ -142,15 +144,15 @@ def test_a_sealed_folder_is_valid_until_a_byte_changes(tmp_path):
     for name in ("config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "fingerprint.json"):
         (tmp_path / name).write_text("{}")
     seal(tmp_path)
-    assert what_is_wrong(tmp_path) is None
+    assert verification_error(tmp_path) is None
     (tmp_path / "optimizer.pt").write_text("{ ")
-    assert what_is_wrong(tmp_path) == "the content of optimizer.pt has changed"
+    assert verification_error(tmp_path) == "the content of optimizer.pt has changed"
 
 
 def test_setting_aside_never_overwrites(tmp_path):
     for _ in range(3):
         (tmp_path / "x").mkdir()
-        set_aside(tmp_path / "x")
+        rename_aside(tmp_path / "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.aside-1", "x.aside-2", "x.aside-3"]
 
 
@@ -209,7 +211,7 @@ def test_a_second_signal_ends_the_run_at_once_and_loses_no_checkpoint(recipe, wo
     assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it waits for the step to end
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
-    assert newest_valid(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", [])
+    assert newest_valid(RunFolder(tmp_path / "run")) == (tmp_path / "run" / "checkpoint-2", [])
 
 
 def endless_after_step_3(self, *args, **kwargs):
@@ -245,7 +247,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finis
     assert "no room for checkpoint-4: it needs about" in err
     assert err.count("\n") == 1
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert what_is_wrong(folder / "checkpoint-2") is None
+    assert verification_error(folder / "checkpoint-2") is None
     assert not (folder / ".unfinished").exists()
     monkeypatch.setattr(atomic, "to_disk", real)
     assert train(recipe, words, folder) == 0

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import time
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, FrozenInstanceError, fields
 
 import pytest
 import yaml
@@ -15,8 +15,10 @@ import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import vocabulary_size
 from minigpt_hf.training import autoconfig as dial
+from minigpt_hf.training import train as module
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments
-from minigpt_hf.training.autoconfig import Dial
+from minigpt_hf.training.autoconfig import AutoConfigurator
+from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.recipe import (
     CHOSEN_FROM_THE_TEXT,
     effective_defaults,
@@ -25,12 +27,14 @@ from minigpt_hf.training.recipe import (
     recipe_notes,
     resolved,
 )
+from minigpt_hf.training.report import describe
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import (
     LARGEST_UNASKED,
     LONGEST_UNASKED,
+    MAX_EFFECTIVE_EPOCHS,
     MOST_READINGS,
     PARAMETERS_PER_BYTE,
-    READINGS_AS_GOOD_AS_NEW,
     SHORTEST_TRAINING,
     heads_for,
     shape_for,
@@ -38,7 +42,7 @@ from minigpt_hf.training.scaling import (
     usual_layers,
     vocabulary_for_text,
 )
-from minigpt_hf.training.train import make_config, make_model, prepare_text
+from minigpt_hf.training.train import prepare_text
 
 LETTER = "Liebe Grete, ich schreibe dir aus Köln.\nDer Rhein steht hoch, und die Glocken läuten früh.\n"
 SHORT = {"max_steps": 2, "sample_tokens": 2, "use_cpu": True}
@@ -60,14 +64,9 @@ def choices_are_logged(caplog):
 def fitted(folder, argv=(), recipe=None, **overrides):
     """The arguments of a command once its text is known, and the text."""
     arguments = parse_arguments([*map(str, argv)], recipe, use_cpu=True, num_proc=1, **overrides)
-    turned = Dial(arguments, folder / "run", time.perf_counter())
-    text = prepare_text(arguments[0], turned.choose_tokenizer)
-
-    def build(architecture):
-        return make_model(make_config(architecture, arguments[0].block_size, text.tokenizer), architecture)
-
-    turned.choose_the_rest(text, build)
-    return arguments, text
+    configurator = AutoConfigurator(arguments, RunFolder(folder / "run"), time.perf_counter())
+    text = prepare_text(configurator.data, configurator.choose_tokenizer)
+    return configurator.choose_remaining(text), text
 
 
 def everything(arguments) -> dict:
@@ -170,7 +169,7 @@ def test_the_recipe_says_the_rules_that_are_applied():
     notes = recipe_notes("auto")
     rules = (PARAMETERS_PER_BYTE, f"{LARGEST_UNASKED:,}")
     assert notes["parameters"].startswith("{} for each byte of text, at most {}: ".format(*rules))
-    rules = (READINGS_AS_GOOD_AS_NEW, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
+    rules = (MAX_EFFECTIVE_EPOCHS, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
     assert notes["tokens"] == "{} readings, {} of a short text until they are {}, at most {}".format(*rules)
     demo = re.search(r"([\d,]+) \+ 192 = ([\d,]+)|= ([\d,]+)$", recipe_notes("demo")["parameters"])[0].split("= ")[1]
     tokens = re.search(r"= ([\d,]+) tokens", recipe_notes("demo")["tokens"])[1]
@@ -202,7 +201,7 @@ def test_a_size_is_hit_within_15_percent_unless_embeddings_alone_are_larger(voca
 def test_the_model_that_is_built_has_the_size_or_the_reason_is_logged(size, vocabulary, text_file, tmp_path, caplog):
     flags = ["--data", text_file, "--size", size, "--vocab_size", vocabulary, "--max_steps", 2]
     (data, architecture, _), text = fitted(tmp_path, flags)
-    model = make_model(make_config(architecture, data.block_size, text.tokenizer), architecture)
+    model = build_model(build_config(architecture, data.block_size, text.tokenizer), architecture)
     asked = float(size[:-1]) * {"k": 1e3, "m": 1e6}[size[-1]]
     assert (abs(model.num_parameters() / asked - 1) <= 0.15) != ("the nearest model has" in caplog.text)
 
@@ -281,7 +280,7 @@ def test_what_is_given_is_kept_and_not_announced_as_chosen(name, size, where, le
     assert everything(arguments)[name] == value
     assert not re.search(rf"^(.*, )?{name} \S.*: \S", caplog.text, re.MULTILINE) or name == "vocab_size"
     _, architecture, training = arguments
-    config = make_config(architecture, arguments[0].block_size, text.tokenizer)  # it can be built
+    config = build_config(architecture, arguments[0].block_size, text.tokenizer)  # it can be built
     assert config.num_hidden_layers == architecture.num_hidden_layers
     if name == "num_train_epochs":
         assert training.max_steps == -1
@@ -539,3 +538,29 @@ def test_the_stored_recipe_repeats_the_settings(name, recipe, text_file, tmp_pat
     assert resolved(second) == resolved(first)
     for setting in given:
         assert getattr(second[2], setting) == getattr(first[2], setting)
+
+
+def test_settings_are_frozen_and_replaced_by_new_ones(text_file):
+    """Whatever a run resolves: its settings are those that were written down."""
+    settings = parse_arguments(["--use_cpu", "--data", str(text_file)])
+    for group, name in zip(settings, ("block_size", "hidden_size", "max_steps"), strict=True):
+        with pytest.raises(FrozenInstanceError):
+            setattr(group, name, 24)
+    changed = settings.replace(block_size=24, hidden_size=48, max_steps=24)
+    assert (changed.data.block_size, changed.model.hidden_size, changed.training.max_steps) == (24, 48, 24)
+    assert changed.training.given == settings.training.given
+    assert resolved(changed) == resolved(settings) | {"block_size": 24, "hidden_size": 48, "max_steps": 24}
+
+
+def test_a_training_writes_to_no_settings(text_file, tmp_path, monkeypatch):
+    """The Trainer, which assigns to its arguments, gets a copy."""
+    seen = []
+    monkeypatch.setattr(module, "describe", lambda *arguments: seen.append(arguments[0]) or describe(*arguments))
+    settings = parse_arguments(
+        ["--use_cpu", "--data", str(text_file), "--output_dir", str(tmp_path / "run")], None, **SHORT
+    )
+    before = everything(settings)
+    module.train(settings)
+    assert everything(settings) == before
+    (used,) = seen
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == json.loads(json.dumps(resolved(used)))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from minigpt_hf.cli import main
-from minigpt_hf.training.resume import read_log
+from minigpt_hf.training.run_folder import read_log
 from tests.conftest import random_ids, tiny_model
 from tests.training.conftest import rows
 
@@ -121,7 +121,7 @@ def test_lora_goes_on_exactly_where_it_was_stopped(finetune, tmp_path):
         (["--hidden_size", "64"], "--hidden_size comes with the model"),
         (["--tokenizer", "bytes"], "--tokenizer comes with the model"),
         (["--block_size", "5000"], "is less than --block_size 5000"),
-        (["--lora_rank", "2", "--muon"], "learnt by AdamW"),
+        (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
     ],
 )
 def test_what_cannot_go_with_an_existing_model_is_refused(flags, message, finetune, capsys):

@@ -9,7 +9,7 @@ import torch
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.training.optimizer import MuonAdamW, muon_adamw, orthogonalize
-from minigpt_hf.training.resume import read_log
+from minigpt_hf.training.run_folder import read_log
 from tests.conftest import random_ids, tiny_config, tiny_model
 
 SHAPES = [(32, 32), (96, 32), (96, 32), (32, 96), (16, 32)]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from minigpt_hf import generate
 from minigpt_hf.cli import main
 from minigpt_hf.training import checkpoint
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 
@@ -107,7 +108,7 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
     # Killed: the lock is free, and the run is resumed, to a nearer end.
-    newest = checkpoint.checkpoints(folder)[-1]
+    newest = RunFolder(folder).checkpoints()[-1]
     steps = str(int(newest.name.split("-")[1]) + 1)
     assert train(recipe, words, folder, "--max_steps", steps, "--save_steps", "20", "--allow_change", "max_steps") == 0
     assert f"going on from step {int(steps) - 1}" in capsys.readouterr().out
@@ -270,7 +271,7 @@ def test_a_damaged_model_of_a_finished_run_is_kept_and_published_again(how, reci
 def test_a_damaged_model_without_a_checkpoint_is_refused(recipe, words, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     damaged(folder / "model", "cut")
-    for path in checkpoint.checkpoints(folder):
+    for path in RunFolder(folder).checkpoints():
         shutil.rmtree(path)
     before = files_of(folder)
     assert train(recipe, words, folder) == 2
@@ -598,7 +599,7 @@ def test_only_checkpoints_that_a_run_wrote_are_taken_and_deleted(recipe, words, 
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(
         [*ours, "checkpoint-12", "checkpoint-99999.aside-1"]
     )
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-12"]
+    assert [path.name for path in RunFolder(folder).checkpoints()] == ["checkpoint-12"]
 
 
 def test_a_link_to_a_checkpoint_is_resumed_from(recipe, words, finished, tmp_path, capsys):
@@ -608,7 +609,7 @@ def test_a_link_to_a_checkpoint_is_resumed_from(recipe, words, finished, tmp_pat
     (folder / "checkpoint-4").symlink_to(store, target_is_directory=True)
     assert train(recipe, words, folder, "--save_total_limit", "1") == 0
     assert "going on from step 4" in capsys.readouterr().out
-    assert checkpoint.what_is_wrong(store) is None
+    assert checkpoint.verification_error(store) is None
     assert rows(folder) == rows(finished)
 
 
@@ -723,8 +724,8 @@ def test_a_run_outlasts_its_output_and_saves_when_its_process_group_is_stopped(r
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    (saved,) = checkpoint.checkpoints(folder)
-    assert checkpoint.what_is_wrong(saved) is None
+    (saved,) = RunFolder(folder).checkpoints()
+    assert checkpoint.verification_error(saved) is None
     assert int(saved.name.split("-")[1]) == rows(folder)[-1]["step"]
     assert not psutil.wait_procs(workers, timeout=20)[1]
 

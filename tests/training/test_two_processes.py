@@ -17,8 +17,8 @@ from torch.utils.data import BatchSampler
 from transformers import TrainerControl
 
 from minigpt_hf.data.blocks import BlockSampler
-from minigpt_hf.training.checkpoint import checkpoints
-from minigpt_hf.training.run_folder import FolderLock
+from minigpt_hf.training.lock import FolderLock
+from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.stopping import StopAtBoundary
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
@@ -133,7 +133,7 @@ def test_a_signal_stops_both_processes_at_one_step_and_the_run_goes_on_exactly(r
     process.terminate()  # the launcher hands it on to both
     out, _ = process.communicate(timeout=60)
     assert out.count("stopped by SIGTERM and saved at step") == 1
-    assert len(checkpoints(stopped)) == 1
+    assert len(RunFolder(stopped).checkpoints()) == 1
     assert not (stopped / "model").exists()
     finish(start(recipe, words, stopped, *flags))
     for name in ("optimizer.pt", "model.safetensors"):
