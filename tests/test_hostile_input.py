@@ -755,7 +755,7 @@ def test_a_folder_that_changes_while_it_is_examined_is_not_pushed(folder, hub, m
 
     monkeypatch.setattr(minigpt_hf.doctor, "examine", examine)
     assert main(["push", str(folder.path), "--repo-id", "user/x"]) == 2
-    assert "has changed since it was examined" in capfd.readouterr().err
+    assert "has changed since it was checked" in capfd.readouterr().err
     assert not any(request.method == "POST" and "commit" in request.path for request in hub.requests)
 
 
