@@ -55,7 +55,7 @@ def test_the_output_states_the_folder_what_was_verified_and_the_maximum_context(
         (["--to", "gguf", "--context", "34"], "--context 34: give 1 to 33 tokens"),
         (
             ["--to", "native", "--dtype", "float16"],
-            "--dtype float16 is not supported by --to native, which stores the weights unchanged: omit --dtype",
+            "native, which stores the weights unchanged: omit --dtype",
         ),
         (["--to", "onnx", "--dtype", "q8_0"], "--dtype q8_0 is not supported by --to onnx: use float32"),
         (["--to", "native", "--output_dir", "runs"], "runs: already exists"),
