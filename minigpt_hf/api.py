@@ -51,11 +51,11 @@ class ModelFolder(os.PathLike):
     @property
     def about(self) -> dict[str, Any]:
         """The content of `minigpt.json`: recipe, data, tokenizer, training, results, sample."""
-        from .trust import about_of
+        from .trust import read_metadata
 
         if not (self.path / "minigpt.json").is_file():
             raise MiniGPTError(f"{self.path}: there is no minigpt.json in it; give a model folder")
-        return about_of(self.path)
+        return read_metadata(self.path)
 
     @property
     def results(self) -> dict[str, float]:
@@ -252,9 +252,9 @@ def load(
 
 def window_characters_of(model: str | os.PathLike) -> int | None:
     """Length in characters of the windows that the validation sample of a training consisted of; `None` if unknown."""
-    from .trust import about_of
+    from .trust import read_metadata
 
-    found: Any = about_of(model)
+    found: Any = read_metadata(model)
     for key in ("data", "validation", "window_characters"):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, int) and found > 0 else None
@@ -266,9 +266,9 @@ def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
     Raises:
         MiniGPTError: if it is malformed, or a setting that evaluation uses is of another type.
     """
-    from .trust import about_of
+    from .trust import read_metadata
 
-    about = about_of(model)
+    about = read_metadata(model)
     recipe = about.get("recipe", {} if not about else None)
     if not isinstance(recipe, dict):
         raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from where the model was trained")

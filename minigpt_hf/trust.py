@@ -76,7 +76,7 @@ def checked_folder(
     return path
 
 
-def about_of(folder: str | Path) -> dict[str, Any]:
+def read_metadata(folder: str | Path) -> dict[str, Any]:
     """The content of `minigpt.json`; empty if the folder has none.
 
     Raises:

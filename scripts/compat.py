@@ -19,7 +19,7 @@ import torch
 
 from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import character_tokenizer
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPINNED = ("transformers==", "huggingface_hub==")
@@ -74,7 +74,7 @@ def save_reference(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = MiniGPTForCausalLM(config).eval()
-    save_suitcase(model, tokenizer, folder / "model")
+    save_model_files(model, tokenizer, folder / "model")
     ids = torch.randint(0, len(tokenizer) - 2, (1, 12))
     expected = {
         "ids": ids,

@@ -19,7 +19,7 @@ def test_train_is_the_command(recipe_file, text_file, run_folder, tmp_path):
     assert os.fspath(folder) == str(tmp_path / "run" / "model")
     model, other = folder.load()[0], AutoModelForCausalLM.from_pretrained(run_folder / "model")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == folder.about["training"]["parameters"]
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == folder.metadata["training"]["parameters"]
 
 
 def test_a_folder_scores_and_writes(run_folder, text_file, capsys):

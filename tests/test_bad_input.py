@@ -347,17 +347,17 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a tokenizer with more tokens than the model": (
             ["generate", "other-tokenizer", "--prompt", "deflated"],
-            "is beyond the vocabulary of this model",
+            "exceeds the vocabulary of the model",
         ),
         "a text of such tokens": (
             ["evaluate", "other-tokenizer", "--data", "text.txt"],
-            "is beyond the vocabulary of this model",
+            "exceeds the vocabulary of the model",
         ),
         "nothing to evaluate": (["evaluate", "MODEL"], "the following arguments are required: --data"),
         "no such text": (["evaluate", "MODEL", "--data", "absent.txt"], "absent.txt: no such file or folder"),
         "a window longer than the model's": (
             ["evaluate", "MODEL", "--data", "text.txt", "--block_size", "9999"],
-            "block_size is 9999: this model takes windows of 1 to",
+            "block_size is 9999: this model supports windows of 1 to",
         ),
         "no stride": (["evaluate", "MODEL", "--data", "text.txt", "--stride", "0"], "stride is 0"),
         "no windows": (["evaluate", "MODEL", "--data", "text.txt", "--batch_size", "0"], "batch_size is 0"),

@@ -755,7 +755,7 @@ def test_a_folder_that_changes_while_it_is_examined_is_not_pushed(folder, hub, m
 
     monkeypatch.setattr(minigpt_hf.doctor, "examine", examine)
     assert main(["push", str(folder.path), "--repo-id", "user/x"]) == 2
-    assert "has changed since it was examined" in capfd.readouterr().err
+    assert "has changed since it was checked" in capfd.readouterr().err
     assert not any(request.method == "POST" and "commit" in request.path for request in hub.requests)
 
 
@@ -765,10 +765,10 @@ def test_a_folder_that_changes_while_it_is_examined_is_not_pushed(folder, hub, m
 def test_an_export_goes_neither_into_the_model_nor_over_a_link(folder, capfd):
     for out in (folder.path / "twin", folder.path / "figures" / ".." / "twin"):
         argv = ["export", str(folder.path), "--to", "native", "--output_dir", str(out)]
-        refused(argv, capfd, "lies in a model folder", folder.path)
+        refused(argv, capfd, "is inside a model folder", folder.path)
     (folder.outside / "out").symlink_to(folder.outside / "nowhere")
     argv = ["export", str(folder.path), "--to", "native", "--output_dir", str(folder.outside / "out")]
-    refused(argv, capfd, "is there already", folder.outside)
+    refused(argv, capfd, "already exists", folder.outside)
 
 
 def test_an_export_copies_nothing_from_outside_the_folder(folder, capfd):

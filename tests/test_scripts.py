@@ -10,7 +10,7 @@ import torch
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
 
@@ -59,7 +59,7 @@ def test_numpy_at_low_temperature_generates_the_greedy_tokens(tmp_path):
 
 
 def test_the_numpy_script_generates_text_without_torch_or_transformers(tmp_path):
-    save_suitcase(tiny_model(vocab_size=258), byte_tokenizer(), tmp_path)
+    save_model_files(tiny_model(vocab_size=258), byte_tokenizer(), tmp_path)
     code = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     script = ROOT / "scripts" / "numpy_gpt.py"

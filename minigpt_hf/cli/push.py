@@ -29,7 +29,7 @@ def run(argv: list[str]) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     from ..doctor import examine, failures
-    from ..publish.push import check_whole, push_folder, state_of
+    from ..publish.push import check_complete, file_states, push_folder
 
     quiet()
     folder = Path(args.folder)
@@ -37,8 +37,8 @@ def run(argv: list[str]) -> None:
         validate_repo_id(args.repo_id)
     except HFValidationError as error:
         raise MiniGPTError(str(error)) from error
-    check_whole(folder)
-    checked = state_of(folder)
+    check_complete(folder)
+    checked = file_states(folder)
     if found := failures(examine(folder)):
         faults = "; ".join(f"{row.name}: {row.reason}" for row in found)
         raise MiniGPTError(

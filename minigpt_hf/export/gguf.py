@@ -1,12 +1,11 @@
-"""A MiniGPT folder -> one GGUF file, for llama.cpp and what is built on it, with an Ollama `Modelfile` beside it.
+"""Export as a GGUF file for llama.cpp, with an Ollama `Modelfile`.
 
-In: a model folder, and the precision that is asked for. Out: a folder with `NAME-F32.gguf` (or F16, BF16, Q8_0), written
-as architecture `qwen3`, which computes what a MiniGPT computes. It is verified before it is there, by transformers' reader
-of GGUF: architecture, weights, and the tokens of a text.
+The output folder contains `NAME-F32.gguf` (or F16, BF16, Q8_0) with the architecture `qwen3`, which computes the same
+function as MiniGPT. The file is verified with the GGUF reader of transformers: architecture, weights, token ids of a text.
 
-It refuses what `qwen3` cannot say: windows (unless a `context` is given in which they hide nothing), scaled rotary
-positions, another activation than SiLU, tokenizers that llama.cpp would read otherwise; rows that Q8_0 cannot cut into
-blocks of 32; weights beyond the range of float16.
+Rejected, because `qwen3` cannot represent them: sliding windows (unless `context` is at most the window), scaled RoPE,
+activations other than SiLU, tokenizers that llama.cpp would interpret differently. Q8_0 also rejects rows that do not divide
+into blocks of 32 weights, and float16 rejects weights beyond its range.
 """
 
 import json
@@ -31,10 +30,12 @@ from transformers import (
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..trust import about_of
-from . import check, check_context, load_model, longest_context, whole_or_absent
+from ..trust import read_metadata
+from .conversion import atomic_folder, check_context, load_model, longest_full_context, verify
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
+
+VERIFIED = "transformers reads the same weights and token ids from the GGUF file"
 
 KINDS = {
     "float32": (Kind.F32, FileType.ALL_F32),
@@ -42,33 +43,32 @@ KINDS = {
     "bfloat16": (Kind.BF16, FileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, FileType.MOSTLY_Q8_0),
 }
-BLOCK = 32  # weights that share a scale in Q8_0
+BLOCK_SIZE = 32  # weights per scale in Q8_0
 
 
 def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int | None = None) -> Path:
-    """Write a GGUF file and its `Modelfile` into the folder `out`, whole or not at all, and return `out`.
+    """Write a GGUF file and its `Modelfile` to the folder `out` atomically, and return `out`.
 
     Args:
-        dtype: `float32`, `float16`, `bfloat16` or `q8_0`, for the matrices; norms stay in float32, as llama.cpp wants
-            them. Default: what the weights are in.
-        context: The longest text that the file allows, in tokens. Models with windows need it: llama.cpp's `qwen3` knows
-            none, and up to `sliding_window` tokens there is nothing that a window would hide.
+        dtype: `float32`, `float16`, `bfloat16` or `q8_0`, for the matrices; norm weights are stored in float32, as llama.cpp
+            requires. Default: the dtype of the weights.
+        context: Maximum context in tokens, stored in the file. Required for models with sliding windows, at most the window:
+            llama.cpp's `qwen3` has full attention, which is the same function up to that length.
 
     Raises:
-        MiniGPTError: for what the format cannot say, with the reason; if `out` is there already; or if the file is not
-            what it should be.
+        MiniGPTError: if the format cannot represent the model, `out` exists, or verification fails.
     """
     model = load_model(folder)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     if dtype not in KINDS:
-        raise MiniGPTError(f"--dtype {dtype}: GGUF files are written in {', '.join(KINDS)}")
-    _refuse_what_qwen3_cannot_say(folder, model.config, context)
+        raise MiniGPTError(f"--dtype {dtype}: GGUF supports {', '.join(KINDS)}")
+    _check_representable(folder, model.config, context)
     check_context(model.config, context)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
     context = context or model.config.max_position_embeddings
     name = _name(folder)
-    with whole_or_absent(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
         _write(file, name, model, tokenizer, vocabulary, dtype, context)
         _verify(file, model, tokenizer, dtype, context)
@@ -77,9 +77,9 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
 
 
 def modelfile(gguf_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, context: int) -> str:
-    """What `ollama create NAME -f Modelfile` needs: the plain prompt, and the sampling of `generation_config.json`.
+    """Return the input of `ollama create NAME -f Modelfile`: a plain prompt, and the sampling of `generation_config.json`.
 
-    What the configuration leaves open is written as transformers has it, since Ollama's own defaults differ.
+    Unset options get the defaults of transformers, because those of Ollama differ.
     """
     settings = GenerationConfig.from_pretrained(folder)
     chosen = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
@@ -93,31 +93,31 @@ def modelfile(gguf_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, 
     return "\n".join([*lines, f"PARAMETER stop {json.dumps(tokenizer.eos_token)}"]) + "\n"
 
 
-def _refuse_what_qwen3_cannot_say(folder: Path, config: MiniGPTConfig, context: int | None) -> None:
+def _check_representable(folder: Path, config: MiniGPTConfig, context: int | None) -> None:
     if "sliding_attention" in config.layer_types and context is None:
         raise MiniGPTError(
-            f"{folder}: its layers slide a window of {config.sliding_window} tokens over the text, and llama.cpp's qwen3 "
-            f"knows no windows: it would differ beyond them. Say --context {longest_context(config)}: up to there a window "
-            "hides nothing, and the file allows no longer text; or use `--to native` or `--to onnx`, which have windows"
+            f"{folder}: its attention has a sliding window of {config.sliding_window} tokens, which llama.cpp's qwen3 does "
+            f"not support: limit the context with --context {longest_full_context(config)}, up to which both are equal, or use "
+            "`--to native` or `--to onnx`"
         )
     if (kind := config.rope_parameters["rope_type"]) != "default":
-        raise MiniGPTError(f"{folder}: its rotary positions are scaled ({kind}); only plain ones are written to GGUF")
+        raise MiniGPTError(f"{folder}: its RoPE is scaled ({kind}); the GGUF export supports only unscaled RoPE")
     if config.hidden_act != "silu":
-        raise MiniGPTError(f"{folder}: its activation is {config.hidden_act}; llama.cpp's qwen3 has silu")
+        raise MiniGPTError(f"{folder}: its activation is {config.hidden_act}; llama.cpp's qwen3 supports only silu")
     stops = GenerationConfig.from_pretrained(folder).eos_token_id
     for eos in (config.eos_token_id, stops):
         if isinstance(eos, list) and len(eos) > 1:
-            raise MiniGPTError(f"{folder}: it stops at any of the tokens {eos}; a GGUF file names one")
+            raise MiniGPTError(f"{folder}: it has several EOS tokens {eos}; a GGUF file supports one")
 
 
-def _refuse_kind(name: str, weight: torch.Tensor, kind: Kind) -> None:
-    if kind is Kind.Q8_0 and weight.shape[-1] % BLOCK:
+def _check_storable(name: str, weight: torch.Tensor, kind: Kind) -> None:
+    if kind is Kind.Q8_0 and weight.shape[-1] % BLOCK_SIZE:
         raise MiniGPTError(
-            f"{name} has rows of {weight.shape[-1]} weights, and Q8_0 stores blocks of {BLOCK}: choose another --dtype, or "
-            f"train with widths that are multiples of {BLOCK}"
+            f"{name} has rows of {weight.shape[-1]} weights, which do not divide into the blocks of {BLOCK_SIZE} of Q8_0: "
+            f"choose another --dtype, or train with widths that are multiples of {BLOCK_SIZE}"
         )
     if kind is Kind.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
-        raise MiniGPTError(f"{name} has weights beyond 65,504, where float16 ends: choose another --dtype")
+        raise MiniGPTError(f"{name} has weights beyond 65,504, the largest float16: choose another --dtype")
 
 
 def _write(
@@ -160,10 +160,10 @@ def _write(
         writer.add_chat_template(tokenizer.chat_template)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    # A tied head is the embedding: `named_parameters` lists it once, and llama.cpp takes it from there.
+    # `named_parameters` lists a tied head once, as the embedding, which llama.cpp then uses for both.
     for parameter, weight in model.named_parameters():
         stored = kind if weight.dim() == 2 else Kind.F32
-        _refuse_kind(parameter, weight, stored)
+        _check_storable(parameter, weight, stored)
         name = names.get_name(parameter.removesuffix(".weight")) + ".weight"
         writer.add_tensor(name, gguf.quants.quantize(weight.detach().float().numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
@@ -175,50 +175,50 @@ def _write(
 def _verify(
     file: Path, model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str, context: int
 ) -> None:
-    """Read the file as a stranger does, with the readers of transformers and of `gguf`, and compare."""
+    """Compare what the readers of transformers and `gguf` find in the file with the model."""
     read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).to_dict()
     settings = {**qwen3_settings(model), "max_position_embeddings": context}
     for name in (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("vocab_size", "max_position_embeddings", "tie_word_embeddings"),
     ):
-        check(read[name] == settings[name], f"{name} is {settings[name]} (it reads {read[name]})")
-    check(np.float32(read["rms_norm_eps"]) == np.float32(settings["rms_norm_eps"]), "rms_norm_eps is the model's")
-    check(read["rope_parameters"]["rope_theta"] == settings["rope_theta"], "rope_theta is the model's")
+        verify(read[name] == settings[name], f"{name} is {settings[name]} (found: {read[name]})")
+    verify(np.float32(read["rms_norm_eps"]) == np.float32(settings["rms_norm_eps"]), "rms_norm_eps equals the model's")
+    verify(read["rope_parameters"]["rope_theta"] == settings["rope_theta"], "rope_theta equals the model's")
 
     # Without `config` transformers assumes a head_dim of 128.
-    theirs = Qwen3ForCausalLM.from_pretrained(
+    loaded = Qwen3ForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=Qwen3Config(**settings), dtype=torch.float32
     )
-    kind, weights = KINDS[dtype][0], dict(theirs.named_parameters())
-    check(set(weights) == {name for name, _ in model.named_parameters()}, "it has the weights of the model, no others")
+    kind, weights = KINDS[dtype][0], dict(loaded.named_parameters())
+    verify(set(weights) == {name for name, _ in model.named_parameters()}, "it has exactly the weights of the model")
     for name, weight in model.named_parameters():
-        check(_is_stored_as(weight.detach().float(), weights[name], kind), f"{name} is the model's in {dtype}")
+        verify(_is_stored_as(weight.detach().float(), weights[name], kind), f"{name} equals the model's in {dtype}")
 
     vocabulary = _read_vocabulary(file)
-    # A text in which every token has its turn, but for those that are no text by themselves.
+    # A text made of every token except special tokens and incomplete UTF-8 sequences.
     sample = [i for i in range(len(tokenizer)) if i not in tokenizer.added_tokens_decoder]
     text = "".join(tokenizer.decode([i]) for i in sample).replace("\ufffd", "")
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.encode_special_tokens = True  # what spells a special token is text here
+    plain.encode_special_tokens = True  # special tokens in the text are encoded as ordinary text
     expected = plain.encode(text, add_special_tokens=False).ids
-    check(encoded(text, vocabulary) == expected, "its vocabulary makes the same tokens of a text")
+    verify(encoded(text, vocabulary) == expected, "its vocabulary encodes a text to the same token ids")
 
 
 def _is_stored_as(weight: torch.Tensor, read: torch.Tensor, kind: Kind) -> bool:
-    """Whether what was read is what the kind makes of a float32 weight: rounded once, or near enough in Q8_0.
+    """Whether `read` is the float32 weight rounded once to `kind`, or within the quantization error of Q8_0.
 
-    Q8_0 stores, for 32 weights, the largest magnitude / 127 as a float16 step (11 bits) and each weight in whole steps:
-    it is off by half a step and, at most, by 127 steps times 2⁻¹¹.
+    Q8_0 stores for every 32 weights a step (largest magnitude / 127, as float16 with 11 significant bits) and each weight as
+    a multiple of it. The error is at most half a step for rounding the weight, plus 127 steps · 2⁻¹¹ for rounding the step.
     """
     if weight.dim() == 1:
         return torch.equal(weight, read)
     if kind is not Kind.Q8_0:
         rounded = weight.to({Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}[kind])
         return torch.equal(rounded.float(), read)
-    blocks, difference = weight.reshape(-1, BLOCK), (weight - read).reshape(-1, BLOCK)
+    blocks, difference = weight.reshape(-1, BLOCK_SIZE), (weight - read).reshape(-1, BLOCK_SIZE)
     step = blocks.abs().amax(dim=1, keepdim=True) / 127
-    return bool((difference.abs() <= step * (0.5 + 127 / 2**11) + 1e-7).all())  # float16 steps end at 6e-8
+    return bool((difference.abs() <= step * (0.5 + 127 / 2**11) + 1e-7).all())  # 6e-8 is the smallest float16
 
 
 def _read_vocabulary(file: Path) -> Vocabulary:
@@ -230,8 +230,8 @@ def _read_vocabulary(file: Path) -> Vocabulary:
 
 
 def _name(folder: Path) -> str:
-    """What the model is called: the name of its run, as `minigpt.json` has it, or of its folder; fit for a file name."""
-    name = about_of(folder).get("name")
+    """Return the name in `minigpt.json`, or else of the folder, reduced to characters that are safe in a file name."""
+    name = read_metadata(folder).get("name")
     if not isinstance(name, str) or not name:
         name = folder.resolve().name
     return re.sub(r"[^\w.-]+", "-", name)

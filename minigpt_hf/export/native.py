@@ -1,10 +1,8 @@
-"""A MiniGPT folder -> its twin: the same weights under the name of Qwen3, with no code of ours.
+"""Export as the native twin: a folder that transformers, mlx-lm and others load as `Qwen3ForCausalLM` without remote code.
 
-In: a model folder. Out: a folder that transformers, mlx-lm and other engines load as `Qwen3ForCausalLM`. Only
-`config.json` is another; weights and tokenizer are the same bytes. It is verified before it is there: it loads with
-`trust_remote_code=False` and gives the same logits, bit for bit.
-
-Every number of the architecture is written out, since the defaults of Qwen3 are others: heads of 128, no window.
+Only `config.json` differs from the model folder; weights and tokenizer are the same bytes. The export is verified: it loads
+with `trust_remote_code=False`, and its logits are equal bit for bit. Every value of the architecture is stated, because the
+defaults of Qwen3 differ (head dimension 128, no sliding window).
 """
 
 import filecmp
@@ -18,31 +16,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from . import check, check_context, load_model, whole_or_absent
+from .conversion import atomic_folder, check_context, load_model, verify
 
-# What comes along as it is. Left behind are `config.json`, which is written anew, and the two files of code.
-ALONG = (
+VERIFIED = "loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit"
+
+# Files copied unchanged: all but `config.json`, which is converted, and the two code files.
+COPIED = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("README.md", "LICENSE", "minigpt.json", "figures/*", ".eval_results/*"),
 )
 
 
-def export_native(folder: Path, out: Path, context: int | None = None) -> Path:
-    """Write the twin of a model folder to `out`, whole or not at all, and return `out`.
+def export_native(folder: Path, out: Path, dtype: None = None, context: int | None = None) -> Path:
+    """Write the native twin of a model folder to `out` atomically, and return `out`.
 
     Args:
-        context: For engines that know no sliding windows: a context of so many tokens, within which the window hides
-            nothing, in place of the window. Without it the twin has the windows of the model.
+        dtype: Unused; the weights are stored unchanged.
+        context: Maximum context in tokens, for engines without sliding windows: the twin gets full attention, which is the
+            same function up to the length of the window. Default: the sliding windows of the model.
 
     Raises:
-        MiniGPTError: if `folder` holds no MiniGPT, if `out` is there already, if the window is felt within `context`, or if
-            the twin is not what it should be.
+        MiniGPTError: if `folder` has no MiniGPT model, `out` exists, `context` is longer than the window, or verification
+            fails.
     """
     model = load_model(folder)
     check_context(model.config, context)
-    with whole_or_absent(out) as twin:
-        for pattern in ALONG:
+    with atomic_folder(out) as twin:
+        for pattern in COPIED:
             for file in folder.glob(pattern):
                 (twin / file.relative_to(folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, twin / file.relative_to(folder))
@@ -55,18 +56,18 @@ def export_native(folder: Path, out: Path, context: int | None = None) -> Path:
 
 
 def qwen3_settings(model: MiniGPTForCausalLM, context: int | None = None) -> dict[str, Any]:
-    """The content of the twin's `config.json`."""
-    ours = model.config.to_dict()
-    settings = {name: ours[name] for name in Qwen3Config.__annotations__ if name in ours}
+    """Return the content of the twin's `config.json`; for `context` see `export_native`."""
+    source = model.config.to_dict()
+    settings = {name: source[name] for name in Qwen3Config.__annotations__ if name in source}
     settings |= {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention_bias": False,
-        "rope_theta": ours["rope_parameters"]["rope_theta"],  # where transformers 4 and older engines look for it
+        "rope_theta": source["rope_parameters"]["rope_theta"],  # read by transformers 4 and older engines
     }
     for name in ("initializer_range", "rms_norm_eps"):
-        settings[name] = float(settings[name])  # Qwen3's are never integers
+        settings[name] = float(settings[name])  # declared as floats by Qwen3
     if context is not None:
         settings |= {
             "max_position_embeddings": context,
@@ -79,26 +80,28 @@ def qwen3_settings(model: MiniGPTForCausalLM, context: int | None = None) -> dic
 
 def _verify(twin: Path, folder: Path, model: MiniGPTForCausalLM, context: int | None) -> None:
     for file in folder.glob("*.safetensors"):
-        check(filecmp.cmp(file, twin / file.name, shallow=False), f"{file.name} is the same file")
-    theirs, report = AutoModelForCausalLM.from_pretrained(
+        verify(filecmp.cmp(file, twin / file.name, shallow=False), f"{file.name} is the same file")
+    twin_model, report = AutoModelForCausalLM.from_pretrained(
         twin,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
         attn_implementation="eager",
     )
-    check(type(theirs) is Qwen3ForCausalLM, "transformers loads it with its own Qwen3")
-    check(not any(report[fault] for fault in report), "its weights are those of a Qwen3, no more and no fewer")
-    ids = probe(model.config, context)
+    verify(type(twin_model) is Qwen3ForCausalLM, "transformers loads it as Qwen3ForCausalLM")
+    verify(not any(report.values()), "its weights are exactly those of Qwen3ForCausalLM")
+    ids = comparison_ids(model.config, context)
     with torch.no_grad():
-        check(torch.equal(theirs.eval()(ids).logits, model(ids).logits), "its logits are the model's, bit for bit")
-    loaded = [AutoTokenizer.from_pretrained(place, trust_remote_code=False) for place in (folder, twin)]
-    encoders = [tokenizer.backend_tokenizer.to_str() for tokenizer in loaded]
-    check(encoders[0] == encoders[1], "transformers loads the same tokenizer from it")
+        verify(
+            torch.equal(twin_model.eval()(ids).logits, model(ids).logits), "its logits equal the model's bit for bit"
+        )
+    tokenizers = [AutoTokenizer.from_pretrained(path, trust_remote_code=False) for path in (folder, twin)]
+    serialized = [tokenizer.backend_tokenizer.to_str() for tokenizer in tokenizers]
+    verify(serialized[0] == serialized[1], "transformers loads the same tokenizer from it")
 
 
-def probe(config: MiniGPTConfig, context: int | None = None) -> torch.Tensor:
-    """Token ids [1, T] to compare two models by: longer than the window, where there is one to be felt."""
+def comparison_ids(config: MiniGPTConfig, context: int | None = None) -> torch.Tensor:
+    """Return random token ids [1, T] for comparing two models, longer than the sliding window unless `context` is given."""
     length = context or min(config.max_position_embeddings, max((config.sliding_window or 0) + 16, 64))
     return torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 

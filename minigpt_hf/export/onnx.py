@@ -1,15 +1,14 @@
-"""A MiniGPT folder -> an ONNX graph with its cache, which onnxruntime runs without torch.
+"""Export as an ONNX graph with a key/value cache, which onnxruntime executes without torch.
 
-In: a model folder. Out: a folder with `onnx/model.onnx`, the configuration and tokenizer beside it, and `run_onnx.py`,
-which writes text with nothing but numpy, onnxruntime and tokenizers. It is verified before it is there, by that very
-program: the logits are those of torch within 1e-4, also with a cache and beyond a window, and 20 prompts are continued
-greedily by the same tokens.
+The output folder contains `onnx/model.onnx`, the configuration and tokenizer, and `run_onnx.py`, which generates text with
+numpy, onnxruntime and tokenizers only. The export is verified with that program: logits within 1e-4 of torch, also with a
+cache and beyond a sliding window, and equal greedy continuations of 20 prompts. That precision requires float32; half
+precision is rejected.
 
-Inputs and outputs have the names that are usual on the Hub: `input_ids`, `attention_mask` and `position_ids` [B, T],
-`past_key_values.0.key` [B, K, S, D] and so on; `logits` [B, T, V], `present.0.key` and so on. The cache keeps every token;
-windows are in the mask.
-
-It refuses half precision: what is promised above would not hold.
+Inputs and outputs have the names that are usual on the Hub (B batch, T new tokens, S cached tokens, K key/value heads, D head
+dimension, V vocabulary): `input_ids` and `position_ids` [B, T], `attention_mask` [B, S + T], `past_key_values.0.key`
+[B, K, S, D], …; `logits` [B, T, V], `present.0.key` [B, K, S + T, D], …. The cache keeps every token; sliding windows are
+applied by the attention mask.
 """
 
 import json
@@ -24,24 +23,25 @@ from transformers import DynamicCache
 
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from . import check, check_context, load_model, whole_or_absent
-from .native import probe, qwen3_settings
-from .onnx_runner import Runner, names
+from .conversion import atomic_folder, check_context, load_model, verify
+from .native import comparison_ids, qwen3_settings
+from .onnx_runner import Runner, cache_names
 
-ALONG = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
 RUNNER = Path(__file__).with_name("onnx_runner.py")
-TOLERANCE = 1e-4  # of a logit; float32 sums taken in another order were seen to differ by 1e-5
+TOLERANCE = 1e-4  # absolute, per logit; the order of float32 summation causes differences of about 1e-5
 PROMPTS, NEW_TOKENS = 20, 32
-# What torch's exporter says of itself, and of one name that stands on several inputs: nothing that a user could put right.
-OF_THE_EXPORTER = (
+VERIFIED = f"logits of onnxruntime within {TOLERANCE}; equal greedy continuations of {PROMPTS} prompts"
+# Internal warnings of torch's exporter, on which a user cannot act.
+EXPORTER_WARNINGS = (
     ("# The axis name: .* will not be used", UserWarning),
     ("Attempted to insert a get_attr Node", UserWarning),
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 )
 
 
-class Cached(nn.Module):
-    """The model as a function of tensors alone: keys and values come in and go out as lists."""
+class ModelWithCache(nn.Module):
+    """The model as a function of tensors: keys and values are passed and returned as lists instead of a cache object."""
 
     def __init__(self, model: MiniGPTForCausalLM):
         super().__init__()
@@ -54,9 +54,8 @@ class Cached(nn.Module):
         position_ids: torch.Tensor,
         past: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        cache = (
-            DynamicCache()
-        )  # without the config: layers that would forget what has left the window are not for a graph
+        # Without a configuration, no layer drops tokens that have left its sliding window: the graph needs one layout.
+        cache = DynamicCache()
         for layer, (key, value) in enumerate(past):
             cache.update(key, value, layer)
         outputs = self.model(input_ids, attention_mask, position_ids, cache, use_cache=True)
@@ -64,31 +63,28 @@ class Cached(nn.Module):
 
 
 def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int | None = None) -> Path:
-    """Write the graph and what belongs to it into the folder `out`, whole or not at all, and return `out`.
+    """Write the graph, configuration, tokenizer and `run_onnx.py` to the folder `out` atomically, and return `out`.
 
     Args:
-        dtype: `float32`; it must be said if the weights are in less, since the file is larger then.
-        context: The longest text that `config.json` allows, if it is to be shorter than the model's.
+        dtype: `float32`; must be given if the weights have a smaller dtype, because the file becomes larger.
+        context: Maximum context in tokens, stored in `config.json`. Default: that of the model.
 
     Raises:
-        MiniGPTError: if `folder` holds no MiniGPT, if `out` is there already, for half precision, or if the graph does not
-            compute what the model computes.
+        MiniGPTError: if `folder` has no MiniGPT model, `out` exists, the precision is not float32, or verification fails.
     """
     model = load_model(folder)
     check_context(model.config, context)
     stored = str(model.dtype).removeprefix("torch.")
     if (dtype or stored) != "float32":
-        hint = "" if dtype else f" (the weights are {stored}: say --dtype float32, which changes none of them)"
-        raise MiniGPTError(
-            f"ONNX in {dtype or stored}: the graph is written in float32 alone, in which it is verified{hint}"
-        )
+        hint = "" if dtype else f": the weights are {stored}; --dtype float32 converts them without loss"
+        raise MiniGPTError(f"the ONNX export supports only float32, not {dtype or stored}{hint}")
     model = model.float()
-    with whole_or_absent(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         (unfinished / "onnx").mkdir()
         _write(unfinished / "onnx" / "model.onnx", model)
         settings = qwen3_settings(model) | ({"max_position_embeddings": context} if context else {})
         (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for file in (folder / name for name in ALONG):
+        for file in (folder / name for name in COPIED):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
         shutil.copyfile(RUNNER, unfinished / "run_onnx.py")
@@ -98,7 +94,12 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
 
 def _write(file: Path, model: MiniGPTForCausalLM) -> None:
     config = model.config
-    layers, batch, new, old = config.num_hidden_layers, 2, 3, 5  # sizes of the example; all three are free in the graph
+    layers, batch, new, old = (
+        config.num_hidden_layers,
+        2,
+        3,
+        5,
+    )  # of the example; the last three are dynamic in the graph
     shape = (batch, config.num_key_value_heads, old, config.head_dim)
     example = (
         torch.zeros(batch, new, dtype=torch.long),
@@ -108,39 +109,42 @@ def _write(file: Path, model: MiniGPTForCausalLM) -> None:
     )
     tokens, past = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
     with warnings.catch_warnings():
-        for message, category in OF_THE_EXPORTER:
+        for message, category in EXPORTER_WARNINGS:
             warnings.filterwarnings("ignore", message, category)
         program = torch.onnx.export(
-            Cached(model).eval(),
+            ModelWithCache(model).eval(),
             example,
             dynamo=True,
             verbose=False,
             dynamic_shapes=(tokens, {0: "batch", 1: "past_and_sequence"}, tokens, [(past, past)] * layers),
-            input_names=["input_ids", "attention_mask", "position_ids", *names("past_key_values", layers)],
-            output_names=["logits", *names("present", layers)],
+            input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", layers)],
+            output_names=["logits", *cache_names("present", layers)],
         )
     program.save(file)
 
 
 def _verify(folder: Path, model: MiniGPTForCausalLM) -> None:
     runner = Runner(folder)
-    ids = probe(model.config)
+    ids = comparison_ids(model.config)
     with torch.no_grad():
         expected = model(ids).logits.numpy()
     half = ids.shape[1] // 2
     first, past = runner.forward(ids[:, :half].numpy())
     second, _ = runner.forward(ids[:, half:].numpy(), past)
     difference = float(np.abs(np.concatenate([first, second], axis=1) - expected).max())
-    check(difference <= TOLERANCE, f"its logits are the model's within {TOLERANCE} (they differ by {difference:.1e})")
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": list(runner.stops)}
+    verify(
+        difference <= TOLERANCE,
+        f"its logits equal the model's within {TOLERANCE} (maximum difference {difference:.1e})",
+    )
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": list(runner.eos_token_ids)}
     for i in range(PROMPTS):
         prompt = ids[:, i : 2 * i + 1]  # 1, 2, 3, … tokens
-        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
+        expected_ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
             0, prompt.shape[1] :
         ].tolist()
-        if written[-1] in runner.stops:
-            written.pop()
-        check(
-            list(runner.generate(prompt[0].tolist(), NEW_TOKENS)) == written,
-            f"prompt {i + 1} goes on by the same tokens",
+        if expected_ids[-1] in runner.eos_token_ids:
+            expected_ids.pop()
+        verify(
+            list(runner.generate(prompt[0].tolist(), NEW_TOKENS)) == expected_ids,
+            f"the greedy continuation of prompt {i + 1} is the same",
         )

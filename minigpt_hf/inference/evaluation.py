@@ -1,12 +1,9 @@
-"""Any causal LM + text -> loss, perplexity, bits per byte.
+"""Loss, perplexity and bits per byte of any causal LM on a text.
 
-In: a model, and texts as token ids. Out: figures that can be compared, because it is said what was counted: every token
-of every text exactly once, with a stated context. It refuses texts without tokens.
-
-A window holds at most `block_size` inputs. The first of a text begins with the end-of-text token, which opens every
-document, so the text's first token has something to be predicted from. The next window begins with the last token of
-the window before, and sees no more; with a `stride` below `block_size`, windows overlap and each scores only its last
-`stride` tokens, which then have a longer context. End-of-text tokens themselves are not scored: they are not text.
+Every token of every document is scored exactly once, in windows of at most `block_size` input tokens. The first window of
+a document starts with the BOS token, so that the first token is predicted as well. Each following window starts with the
+last token of the previous one. With `stride` < `block_size`, windows overlap and each scores only its last `stride`
+tokens, which then have a longer context. BOS tokens are not scored, because they are not text.
 """
 
 import math
@@ -22,15 +19,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.tokenizer import unknown_character_error
 from ..errors import MiniGPTError
 
-UNLIMITED_CONTEXT = 2048  # window of a model whose configuration names no longest sequence
-IGNORED = -100  # the label that `cross_entropy` leaves out
+DEFAULT_WINDOW = 2048  # tokens, for a model whose configuration does not limit the sequence length
+IGNORE_INDEX = -100  # label that `cross_entropy` ignores
 
 
 @dataclass(frozen=True)
 class Score:
-    """`loss` in nats per token, `perplexity` = exp(loss), `bits_per_byte` of UTF-8 text; and what they are of.
+    """Result of an evaluation, and the conditions under which it was measured.
 
-    The perplexity is infinite if exp(loss) exceeds the largest float (a loss above 709.78).
+    Attributes:
+        loss: Mean negative log-likelihood in nats per token.
+        perplexity: exp(loss); infinite if that exceeds the largest float (loss above 709.78).
+        bits_per_byte: Total negative log-likelihood in bits, divided by `bytes`.
+        tokens: Number of tokens scored.
+        bytes: Size of the text in UTF-8.
+        documents: Number of documents that are not empty.
+        block_size: Maximum number of input tokens in a window.
+        stride: Maximum number of tokens scored in a window after the first.
     """
 
     loss: float
@@ -47,8 +52,8 @@ class Score:
 
 
 def longest_context(model: PreTrainedModel) -> int:
-    """Longest window of a model, in tokens; `UNLIMITED_CONTEXT` for architectures without a limit (ALiBi, state spaces)."""
-    return getattr(model.config, "max_position_embeddings", UNLIMITED_CONTEXT)
+    """Return the maximum sequence length in tokens; `DEFAULT_WINDOW` for models without one (ALiBi, state space models)."""
+    return getattr(model.config, "max_position_embeddings", DEFAULT_WINDOW)
 
 
 def evaluate_texts(
@@ -59,46 +64,51 @@ def evaluate_texts(
     stride: int | None = None,
     batch_size: int = 16,
 ) -> Score:
-    """Score texts with any causal LM and its tokenizer.
+    """Evaluate a causal LM on documents.
 
     Args:
-        texts: Documents. Text that spells a special token is read as text.
-        block_size: Inputs in a window; default: the longest sequence of the model.
-        stride: Tokens scored in a window; default: `block_size`.
+        texts: Documents. A string such as `<|endoftext|>` in a document is encoded as ordinary text.
+        block_size: Maximum number of input tokens in a window. Default: the maximum sequence length of the model.
+        stride: Number of tokens scored in a window. Default: `block_size`.
+        batch_size: Number of windows per forward pass.
 
     Raises:
-        MiniGPTError: if there is no text, the tokenizer has no token to open a document with, the window is impossible, or
-            the loss is not finite.
+        MiniGPTError: if there is no text, neither tokenizer nor model defines a BOS token, the window or the stride is
+            invalid, or the loss is not finite.
     """
     longest = longest_context(model)
     block_size = longest if block_size is None else block_size
     if not 1 <= block_size <= longest:
-        raise MiniGPTError(f"block_size is {block_size}: this model takes windows of 1 to {longest} tokens")
-    opening = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if opening is None:
-        opening = model.config.bos_token_id  # a model from nanoGPT knows no special tokens; a line end opens its texts
-    if opening is None:
-        raise MiniGPTError("neither the tokenizer nor the model names a token to open a document with")
-    size = 0
+        raise MiniGPTError(f"block_size is {block_size}: this model supports windows of 1 to {longest} tokens")
+    bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if bos_token_id is None:
+        bos_token_id = (
+            model.config.bos_token_id
+        )  # nanoGPT's tokenizers have no special tokens; the line feed is the BOS
+    if bos_token_id is None:
+        raise MiniGPTError(
+            "neither the tokenizer nor the configuration of the model defines a BOS token: add one to either"
+        )
+    num_bytes = 0
 
     def encoded() -> Iterator[np.ndarray]:
-        nonlocal size
+        nonlocal num_bytes
         for text in texts:
-            size += len(text.encode())
+            num_bytes += len(text.encode())
             ids = np.array(_encode(tokenizer, text), dtype=np.int64)
             if len(ids) and ids.max() >= model.config.vocab_size:
                 raise MiniGPTError(
-                    f"token {ids.max()} of the text is beyond the vocabulary of this model ({model.config.vocab_size:,}): "
-                    "the tokenizer is not the one it was trained with"
+                    f"token id {ids.max()} exceeds the vocabulary of the model ({model.config.vocab_size:,} tokens): use the "
+                    "tokenizer that it was trained with"
                 )
             yield ids
 
-    nats, tokens, documents = score_documents(model, encoded(), opening, block_size, stride, batch_size)
+    nats, tokens, documents = score_documents(model, encoded(), bos_token_id, block_size, stride, batch_size)
     if not math.isfinite(nats):
-        raise MiniGPTError(f"the loss of this model on this text is {nats}: its weights or activations are not finite")
+        raise MiniGPTError(f"the loss of the model on this text is {nats}: its weights or activations are not finite")
     if tokens == 0:
-        raise MiniGPTError("there is no text to evaluate")
-    return summarize(nats / tokens, tokens, size, documents, block_size, stride)
+        raise MiniGPTError("there is no text to evaluate: give a text that is not empty")
+    return summarize(nats / tokens, tokens, num_bytes, documents, block_size, stride)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -110,37 +120,50 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise
 
 
-def summarize(loss: float, tokens: int, size: int, documents: int, block_size: int, stride: int | None) -> Score:
-    """The figures of a `Score`, all computed from the mean loss, so that a published score is repeated to the last digit.
+def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_size: int, stride: int | None) -> Score:
+    """Compute every metric of a `Score` from the mean loss, so that a published score can be reproduced exactly.
 
     Args:
         loss: Mean negative log-likelihood in nats per token.
-        size: Number of UTF-8 bytes of the text.
-        stride: Default: `block_size`.
+        tokens: Number of tokens scored.
+        num_bytes: Size of the text in UTF-8.
+        documents: Number of documents that are not empty.
+        block_size: Maximum number of input tokens in a window.
+        stride: Number of tokens scored in a window. Default: `block_size`.
     """
-    bits_per_byte = loss * tokens / math.log(2) / size
+    bits_per_byte = loss * tokens / math.log(2) / num_bytes
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
-    return Score(loss, perplexity, bits_per_byte, tokens, size, documents, block_size, stride or block_size)
+    return Score(loss, perplexity, bits_per_byte, tokens, num_bytes, documents, block_size, stride or block_size)
 
 
 @torch.no_grad()
 def score_documents(
     model: nn.Module,
     documents: Iterable[np.ndarray],
-    opening: int,
+    bos_token_id: int,
     block_size: int,
     stride: int | None = None,
     batch_size: int = 16,
-    share: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[float, int, int]:
-    """The surprise of a model at documents, each an array of token ids: (nats, tokens, documents), summed.
+    """Sum the negative log-likelihood of documents.
 
     Args:
-        opening: The token that stands before each document.
-        share: (r, n) scores only batches r, r + n, r + 2n, …: what process r of n does of the work.
+        documents: Token ids of each document, without BOS token.
+        bos_token_id: Token that precedes each document.
+        block_size: Maximum number of input tokens in a window.
+        stride: Number of tokens scored in a window. Default: `block_size`.
+        batch_size: Number of windows per forward pass.
+        rank: Index of this process, which evaluates batches `rank`, `rank + world_size`, …
+        world_size: Number of processes.
+
+    Returns:
+        Negative log-likelihood in nats and number of tokens, of the batches of this process; number of non-empty documents,
+        of all processes.
 
     Raises:
-        MiniGPTError: if the stride is not within the window.
+        MiniGPTError: if `batch_size` or `stride` is out of range.
     """
     stride = block_size if stride is None else stride
     if batch_size < 1:
@@ -151,64 +174,64 @@ def score_documents(
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
-    tokens = number = 0
+    tokens = num_documents = 0
 
     def all_windows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal number
+        nonlocal num_documents
         for document in documents:
-            number += len(document) > 0
-            yield from windows(document, opening, block_size, stride)
+            num_documents += len(document) > 0
+            yield from windows(document, bos_token_id, block_size, stride)
 
-    for place, (inputs, labels) in enumerate(_batches(all_windows(), batch_size, opening)):
-        if place % share[1] == share[0]:
+    for index, (inputs, labels) in enumerate(_batches(all_windows(), batch_size, bos_token_id)):
+        if index % world_size == rank:
             logits = model(input_ids=inputs.to(device), use_cache=False).logits
             losses = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten().to(device), ignore_index=IGNORED, reduction="none"
+                logits.flatten(0, 1).float(), labels.flatten().to(device), ignore_index=IGNORE_INDEX, reduction="none"
             )
             nats += losses.cpu().double().sum()
-            tokens += int((labels != IGNORED).sum())
+            tokens += int((labels != IGNORE_INDEX).sum())
     model.train(was_training)
-    return nats.item(), tokens, number
+    return nats.item(), tokens, num_documents
 
 
 def windows(
-    document: np.ndarray, opening: int, block_size: int, stride: int
+    document: np.ndarray, bos_token_id: int, block_size: int, stride: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut a document into inputs and labels.
+    """Yield the inputs and labels of each window of a document, two arrays of equal length ≤ `block_size`.
 
-    d₁ d₂ d₃ in windows of 2 -> (E d₁, d₁ d₂), (d₂, d₃); with stride 1 -> (E d₁, d₁ d₂), (d₁ d₂, – d₃).
+    d₁ d₂ d₃ in windows of 2 tokens, E the BOS token: (E d₁, d₁ d₂), (d₂, d₃); with stride 1: (E d₁, d₁ d₂), (d₁ d₂, – d₃).
     """
-    sequence = np.concatenate([[opening], document])  # its token t is the input whose label is token t + 1
-    scored = 0
-    for begin in range(0, len(document), stride):
-        end = min(begin + block_size, len(document))
-        labels = sequence[begin + 1 : end + 1].copy()
-        labels[: scored - begin] = IGNORED
-        yield sequence[begin:end], labels
+    sequence = np.concatenate([[bos_token_id], document])  # position t is the input whose label is position t + 1
+    num_scored = 0
+    for start in range(0, len(document), stride):
+        end = min(start + block_size, len(document))
+        labels = sequence[start + 1 : end + 1].copy()
+        labels[: num_scored - start] = IGNORE_INDEX
+        yield sequence[start:end], labels
         if end == len(document):
             break
-        scored = end
+        num_scored = end
 
 
 def _batches(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray]], batch_size: int, filler: int
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], batch_size: int, padding_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows -> [B, T] inputs and labels. Short ones are filled up on the right, where nothing scored can see it."""
+    """Collate windows into inputs and labels [B, T], padded on the right, where causal attention never reaches."""
     batch: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def stacked() -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(inputs) for inputs, _ in batch)
-        inputs = np.full((len(batch), longest), filler, dtype=np.int64)
-        labels = np.full((len(batch), longest), IGNORED, dtype=np.int64)
-        for row, (some_inputs, some_labels) in enumerate(batch):
-            inputs[row, : len(some_inputs)] = some_inputs
-            labels[row, : len(some_labels)] = some_labels
-        return torch.from_numpy(inputs), torch.from_numpy(labels)
+    def collated() -> tuple[torch.Tensor, torch.Tensor]:
+        length = max(len(inputs) for inputs, _ in batch)
+        batch_inputs = np.full((len(batch), length), padding_id, dtype=np.int64)
+        batch_labels = np.full((len(batch), length), IGNORE_INDEX, dtype=np.int64)
+        for row, (inputs, labels) in enumerate(batch):
+            batch_inputs[row, : len(inputs)] = inputs
+            batch_labels[row, : len(labels)] = labels
+        return torch.from_numpy(batch_inputs), torch.from_numpy(batch_labels)
 
     for pair in pairs:
         batch.append(pair)
         if len(batch) == batch_size:
-            yield stacked()
+            yield collated()
             batch = []
     if batch:
-        yield stacked()
+        yield collated()

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 
 from ..data.tokenizer import CHARACTER_PRE_TOKENIZER, load_tokenizer, vocabulary_size
 from ..errors import MiniGPTError
-from ..publish.model_folder import save_suitcase
+from ..publish.model_folder import save_model_files
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -62,7 +62,7 @@ def import_checkpoint(checkpoint: Path, folder: Path, vocabulary: PreTrainedToke
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_suitcase(model, vocabulary, unfinished)
+    save_model_files(model, vocabulary, unfinished)
     unfinished.rename(folder)
     return difference
 

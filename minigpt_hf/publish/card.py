@@ -1,8 +1,4 @@
-"""What is known of a model -> its card.
-
-In: the content of `minigpt.json` and the model's configuration. Out: the text of `README.md`, rendered from the template
-`model_card.md`, the only home of the card's prose. It refuses to leave a placeholder open: an unknown figure is an error.
-"""
+"""Render the model card (`README.md`) from the metadata in `minigpt.json` and the template `model_card.md`."""
 
 import json
 import re
@@ -12,74 +8,108 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..model.configuration_minigpt import MiniGPTConfig
 
-# The wheel carries the template in this folder; in a checkout it stands at the top.
+# The template is next to this file in the wheel, and at the root of the repository in a checkout.
 _PACKAGED = Path(__file__).with_name("model_card.md")
 TEMPLATE = _PACKAGED if _PACKAGED.is_file() else Path(__file__).parents[2] / "model_card.md"
 
-# The package is in no registry: it is installed from a checkout.
+# The package is not published in a registry and is installed from a checkout.
 INSTALL = "pip install PATH/TO/minigpt-hf"
 
-# A model of bytes may write anything, and some characters steer terminals or turn the direction of text.
-UNSHOWN = "\N{REPLACEMENT CHARACTER}"
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Generated text may contain control characters, which act on terminals, and bidirectional formatting characters, which
+# reorder the text around them.
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def render_card(about: dict[str, Any], config: MiniGPTConfig) -> str:
-    """Fill the template.
+def render_card(metadata: dict[str, Any], config: MiniGPTConfig) -> str:
+    """Return the text of the model card.
+
+    Args:
+        metadata: Content of `minigpt.json`.
+        config: Configuration of the model.
 
     Raises:
-        jinja2.UndefinedError: if the template asks for something that is not known.
+        jinja2.UndefinedError: if the template uses a value that `metadata` lacks.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return (
         template.render(
-            card_data=metadata(about).to_yaml(),
+            card_data=card_data(metadata).to_yaml(),
             config=config,
-            location=location(about["name"]),
+            location=location(metadata["name"]),
+            is_fine_tuned=is_fine_tuned(metadata),
+            base_model=base_model(metadata),
             install=INSTALL,
-            prompt=about["sample"]["prompt"] or about["tokenizer"]["opening"],
-            recipe_yaml=as_yaml(about["recipe"]).strip(),
-            **about,
+            prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
+            recipe_yaml=to_yaml(metadata["recipe"]).strip(),
+            **metadata,
         )
         + "\n"
     )
 
 
 def location(name: str) -> str:
-    """What the snippets of a card load: the Hub id of a model that has one, else the folder in which the card stands."""
+    """Return what the examples of a card load: the Hub id, or the current folder if the model has none."""
     return name if "/" in name else "."
 
 
-def metadata(about: dict[str, Any]) -> ModelCardData:
-    """What the Hub reads of a card: it finds the model by it, and shows the results."""
-    data, results, prompt = about["data"], about["results"], about["sample"]["prompt"]
-    measured = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
+def is_fine_tuned(metadata: dict[str, Any]) -> bool:
+    """Whether training started from an existing model."""
+    return bool(metadata["recipe"].get("init_from"))
+
+
+def base_model(metadata: dict[str, Any]) -> str | None:
+    """Return the Hub id of the model that training started from; `None` if there is none or it was a local folder.
+
+    `minigpt.json` contains only the last component of a local path. An id without namespace is therefore not accepted: it
+    could be the name of a folder, and no MiniGPT or Qwen3 model on the Hub has one.
+    """
+    init_from = metadata["recipe"].get("init_from")
+    if not init_from or "/" not in init_from:
+        return None
+    try:
+        validate_repo_id(init_from)
+    except HFValidationError:
+        return None
+    return init_from
+
+
+def card_data(metadata: dict[str, Any]) -> ModelCardData:
+    """Return the YAML metadata of a card, which the Hub uses for search, the widget and evaluation results."""
+    data, results, prompt = metadata["data"], metadata["results"], metadata["sample"]["prompt"]
+    conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
+    base = base_model(metadata)
     return ModelCardData(
-        model_name=about["name"] if results else None,  # of the results, not of the model
-        language=about["language"] or None,
-        license=about["license"],
+        model_name=metadata["name"] if results else None,  # required by `eval_results`, and written only with them
+        language=metadata["language"] or None,
+        license=metadata["license"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["minigpt", "gpt", "from-scratch"],
+        tags=["minigpt", "gpt"] if is_fine_tuned(metadata) else ["minigpt", "gpt", "from-scratch"],
         datasets=[data["dataset"]] if data["dataset"] else None,
-        widget=[{"text": prompt}] if prompt and not STEERING.search(prompt) else None,
+        base_model=base,
+        # Published folders contain complete weights: LoRA factors are merged, so the relation is never "adapter".
+        base_model_relation="finetune" if base else None,
+        widget=[{"text": prompt}] if prompt and not CONTROL_CHARACTERS.search(prompt) else None,
         eval_results=[
             EvalResult(
                 task_type="text-generation",
                 dataset_type=data["dataset"] or "text",
-                dataset_name=f"{STEERING.sub(UNSHOWN, data['name'])}, validation part",
+                dataset_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, data['name'])}, validation split",
                 dataset_split="validation",
-                dataset_args={"cut": data["cut"]},
+                dataset_args={"split": data["cut"]},
                 metric_type=name,
                 metric_name=f"{name.replace('_', ' ')}, each token scored once",
                 metric_value=round(results[name], 4),
-                metric_args=measured,
+                metric_args=conditions,
             )
             for name in ("bits_per_byte", "perplexity", "loss")
             if results
@@ -88,57 +118,45 @@ def metadata(about: dict[str, Any]) -> ModelCardData:
     )
 
 
-def eval_results(about: dict[str, Any]) -> str | None:
-    """The content of `.eval_results/validation.yaml`, if the text is a data set of the Hub, for its pages to show.
-
-    Source of the format: https://huggingface.co/docs/hub/eval-results.
-    """
-    results, dataset = about["results"], about["data"]["dataset"]
-    if not results or not dataset:
-        return None
-    notes = f"bits per byte of {about['data']['cut']}; windows of {results['block_size']}, each token scored once"
-    entry = EvalResultEntry(dataset, "default", round(results["bits_per_byte"], 4), date=about["date"], notes=notes)
-    return as_yaml(eval_result_entries_to_yaml([entry]))
-
-
 def code(text: str) -> str:
-    """In one line of Markdown, in the middle of a sentence or a table: a`b|c -> ``a`b\\|c``."""
-    text = STEERING.sub(UNSHOWN, text.replace("\n", " ")).replace("|", r"\|")
-    ticks = "`" * (_longest_run(text) + 1)
-    space = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""  # CommonMark takes one away
+    """Format text as inline code that is valid in sentences and table cells: a`b|c becomes ``a`b\\|c``."""
+    text = CONTROL_CHARACTERS.sub(REPLACEMENT, text.replace("\n", " ")).replace("|", r"\|")
+    ticks = "`" * (_longest_backtick_run(text) + 1)
+    space = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""  # CommonMark strips one space
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """As a block that nothing in the text can end."""
-    ticks = "`" * max(3, _longest_run(text) + 1)
-    return f"{ticks}{language}\n{STEERING.sub(UNSHOWN, text)}\n{ticks}"
+    """Format text as a fenced code block whose fence is longer than any run of backticks in the text."""
+    ticks = "`" * max(3, _longest_backtick_run(text) + 1)
+    return f"{ticks}{language}\n{CONTROL_CHARACTERS.sub(REPLACEMENT, text)}\n{ticks}"
 
 
 def literal(text: str) -> str:
-    """As Python writes it, in double quotes."""
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
+    """Format text as a Python string literal in double quotes."""
+    return CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def shell(text: str) -> str:
-    """As one word of bash, in one line."""
-    if not STEERING.search(text) and "\n" not in text:
+    """Quote text as one word of bash on one line."""
+    if not CONTROL_CHARACTERS.search(text) and "\n" not in text:
         return shlex.quote(text)
     escaped = text.replace("\\", r"\\").replace("'", r"\'")
-    return "$'" + re.sub(rf"{STEERING.pattern}|\n", lambda found: f"\\u{ord(found[0]):04x}", escaped) + "'"
+    pattern = rf"{CONTROL_CHARACTERS.pattern}|\n"
+    return "$'" + re.sub(pattern, lambda match: f"\\u{ord(match[0]):04x}", escaped) + "'"
 
 
-def as_yaml(value: Any) -> str:
-    """With characters as they are, unless one of them steers: then all that are not ASCII are spelled out."""
+def to_yaml(value: Any) -> str:
+    """Dump a value as YAML. Non-ASCII characters are escaped only if the text contains control characters."""
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-    return yaml.safe_dump(value, sort_keys=False) if STEERING.search(text) else text
+    return yaml.safe_dump(value, sort_keys=False) if CONTROL_CHARACTERS.search(text) else text
 
 
 def energy(watt_hours: float) -> str:
-    """To two digits, which is more than an estimate holds: 0.00714 -> "0.0071 Wh"; 1234 -> "1.2 kWh"."""
-    size, unit = (watt_hours, "Wh") if watt_hours < 1000 else (watt_hours / 1000, "kWh")
-    return f"{float(f'{size:.2g}'):,g} {unit}"
+    """Format an estimated energy with two significant digits: 0.00714 becomes "0.0071 Wh", 1234 becomes "1.2 kWh"."""
+    value, unit = (watt_hours, "Wh") if watt_hours < 1000 else (watt_hours / 1000, "kWh")
+    return f"{float(f'{value:.2g}'):,g} {unit}"
 
 
-def _longest_run(text: str) -> int:
+def _longest_backtick_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)

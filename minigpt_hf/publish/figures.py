@@ -1,7 +1,6 @@
-"""The logs of trainings -> pictures.
+"""Figures of training logs. The only module that imports matplotlib; import it where a figure is drawn.
 
-In: the rows of `log.jsonl`. Out: PNG files. They refuse nothing: an empty log gives an empty picture, and values that are not
-finite numbers are left out.
+Inputs are the rows of `log.jsonl`. Values that are not finite numbers are omitted; an empty log results in empty axes.
 """
 
 from pathlib import Path
@@ -13,12 +12,12 @@ from matplotlib.figure import Figure
 Log = list[dict[str, Any]]
 
 TRAINING, VALIDATION = "#8da9c4", "#b5341f"
-# Told apart by people who see few colours, too (Okabe and Ito 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Palette for color vision deficiency (Okabe and Ito 2008).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 def draw_learning(log: Log, file: Path) -> None:
-    """Loss in nats per token, and bits per byte, of training and validation, against tokens seen."""
+    """Draw training and validation loss in nats per token, and in bits per byte, against training tokens."""
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     for axes, name, unit in zip(
         figure.subplots(1, 2), ("loss", "bits_per_byte"), ("loss (nats per token)", "bits per byte"), strict=True
@@ -42,11 +41,11 @@ def draw_learning(log: Log, file: Path) -> None:
 
 
 def draw_training(log: Log, file: Path) -> None:
-    """Learning rate, gradient norm and throughput against tokens seen."""
+    """Draw learning rate, gradient norm and throughput against training tokens."""
     figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
     units = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
     for axes, (name, unit) in zip(figure.subplots(1, 3), units.items(), strict=True):
-        axes.plot(*columns(log, name), color=COLOURS[0], linewidth=1.2)
+        axes.plot(*columns(log, name), color=COLORS[0], linewidth=1.2)
         axes.set_ylim(bottom=0)
         _finish(axes, unit)
         if name == "tokens_per_second":
@@ -55,18 +54,23 @@ def draw_training(log: Log, file: Path) -> None:
 
 
 def draw_comparison(logs: dict[str, Log], file: Path) -> None:
-    """Validation and training of several runs against tokens seen, in bits per byte, which tokenizers do not change."""
+    """Draw training and validation of several runs in bits per byte, which is comparable between tokenizers.
+
+    Args:
+        logs: Rows of `log.jsonl` by name of the run.
+        file: Output file; its suffix determines the format.
+    """
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     labels = []
-    for (name, log), colour in zip(logs.items(), (COLOURS * len(logs))[: len(logs)], strict=True):
-        axes.plot(*columns(log, "bits_per_byte"), color=colour, linewidth=0.8, alpha=0.4)
+    for (name, log), color in zip(logs.items(), (COLORS * len(logs))[: len(logs)], strict=True):
+        axes.plot(*columns(log, "bits_per_byte"), color=color, linewidth=0.8, alpha=0.4)
         tokens, values = columns(log, "eval_bits_per_byte")
         labels.append(f"{name} ({min(values):.3f})" if values else f"{name} (not validated)")
-        axes.plot(tokens, values, color=colour, linewidth=1.6, marker="o", markersize=4, label="run")
+        axes.plot(tokens, values, color=color, linewidth=1.6, marker="o", markersize=4, label="run")
     _finish(axes, "bits per byte (thin: training)")
     if labels:
-        # Names are text: matplotlib would leave out labels that begin with `_`, and typeset what stands between two `$`.
+        # matplotlib would omit labels that begin with `_` and typeset text between two `$` as mathematics.
         for text, label in zip(axes.get_legend().get_texts(), labels, strict=True):
             text.set_parse_math(False)
             text.set_text("".join(c if c.isprintable() else repr(c)[1:-1] for c in label))
@@ -74,18 +78,18 @@ def draw_comparison(logs: dict[str, Log], file: Path) -> None:
 
 
 def columns(log: Log, name: str) -> tuple[list[float], list[float]]:
-    """Tokens seen, and what `name` was then, where both are finite numbers."""
+    """Return training tokens and the values of a column, for the rows in which both are finite numbers."""
     rows = [row for row in log if isinstance(row, dict) and is_number(row.get("tokens")) and is_number(row.get(name))]
     return [row["tokens"] for row in rows], [row[name] for row in rows]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a log can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e300  # NaN and infinity are not
+    """Whether a value is a finite number that matplotlib can draw."""
+    return type(value) in (int, float) and abs(value) < 1e300  # False for NaN and infinity
 
 
 def _finish(axes: Axes, unit: str) -> None:
-    axes.set_xlabel("tokens seen")
+    axes.set_xlabel("training tokens")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.grid(alpha=0.25)
@@ -95,7 +99,7 @@ def _finish(axes: Axes, unit: str) -> None:
 
 
 def short(value: float) -> str:
-    """1_500_000 -> "1.5 M"."""
+    """Format a number with a decimal prefix: 1_500_000 becomes "1.5 M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:g} {unit}"

@@ -1,8 +1,7 @@
-"""A trained model -> a model folder that the world can load.
+"""Write and check model folders: weights, configurations, tokenizer, model code, card, figures and metadata.
 
-In: model, tokenizer, what is known of the training. Out: a folder with exactly the files of `REQUIRED` and perhaps some of
-`OPTIONAL` (shards and their index stand for `model.safetensors`). It is whole or it is not there: it is written beside its
-place and moved there. It refuses weights that are not finite.
+A model folder contains the files in `REQUIRED` (shards with their index may replace `model.safetensors`) and optionally
+those in `OPTIONAL`. It is written atomically, and never with weights that are not finite.
 """
 
 import json
@@ -18,8 +17,7 @@ from ..atomic import fsync
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from .card import eval_results, render_card
-from .figures import draw_learning, draw_training
+from .card import render_card
 
 REQUIRED = (
     "config.json",
@@ -43,18 +41,21 @@ OPTIONAL = (
 
 
 def published_files(folder: Path) -> list[Path]:
-    """The files of a folder that belong to a model folder, sorted; whatever else lies there is left out."""
+    """Return the sorted paths of the files in a folder that belong to a model folder; other files are ignored."""
     return sorted({file for pattern in (*REQUIRED, *OPTIONAL) for file in folder.glob(pattern) if file.is_file()})
 
 
-def save_suitcase(
+def save_model_files(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict | None = None
 ) -> None:
-    """Write what `from_pretrained` needs: weights as safetensors, configurations, tokenizer, and the model's own code.
+    """Write the files that `from_pretrained` reads: safetensors, configurations, tokenizer, and the model code.
 
-    Two things are put right: the Trainer switches `use_cache` off while it trains, which is not for publication; and
-    transformers 5 names the tokenizer's class `TokenizersBackend`, which older tools do not know, where the alias
-    `PreTrainedTokenizerFast` loads everywhere.
+    The Trainer disables `use_cache` during training; it is saved as enabled. transformers 5 calls the tokenizer class
+    `TokenizersBackend`, which other releases do not have; the alias `PreTrainedTokenizerFast` is saved instead.
+
+    Args:
+        folder: Target folder; created if it does not exist.
+        state_dict: Weights to save. Default: those of `model`.
     """
     use_cache, model.config.use_cache = model.config.use_cache, True
     model.save_pretrained(folder, state_dict=state_dict)
@@ -72,18 +73,18 @@ def write_model_folder(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    about: dict[str, Any],
+    metadata: dict[str, Any],
     log: list[dict[str, Any]],
 ) -> None:
-    """Write a model folder, whole or not at all: it is forced to disk before it is renamed to its place.
+    """Write a model folder atomically: it is filled under a temporary name, synchronized to disk and renamed.
 
     Args:
-        folder: Where it is to stand; it must not exist.
-        about: Becomes `minigpt.json`: recipe, data, tokenizer, training, results. The card tells it in prose.
-        log: Rows of `log.jsonl`, for the figure.
+        folder: Target folder; it must not exist.
+        metadata: Content of `minigpt.json`: recipe, data, tokenizer, training, results.
+        log: Rows of `log.jsonl`, for the figures.
 
     Raises:
-        MiniGPTError: if a weight is not finite: such a model is never published.
+        MiniGPTError: if a weight is not finite.
     """
     if name := non_finite_parameter(model):
         raise MiniGPTError(f"{name} has values that are not finite; the model is not published")
@@ -91,27 +92,27 @@ def write_model_folder(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        save_suitcase(model, tokenizer, unfinished)
-        write_story(unfinished, about, model.config, log)
+        save_model_files(model, tokenizer, unfinished)
+        write_metadata(unfinished, metadata, model.config, log)
         for path in (*unfinished.rglob("*"), unfinished):
             fsync(path)
         unfinished.rename(folder)
         fsync(folder.parent)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
+        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk, this frees its space
         raise
 
 
 def non_finite_parameter(model: torch.nn.Module) -> str | None:
-    """The name of the first parameter with a value that is not finite; `None` if there is none."""
-    return next((name for name, each in model.named_parameters() if not torch.isfinite(each).all()), None)
+    """Return the name of the first parameter with a value that is not finite, or `None`."""
+    return next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
 
 
 def damage(folder: Path) -> str | None:
-    """What makes a model folder unusable; `None` if every required file is there and the weights fit the configuration.
+    """Return why a model folder is unusable, or `None` if it has every required file and weights for its configuration.
 
-    Compared are names and shapes of all tensors, and each safetensors header with the size of its file. The values are not
-    read, and a card that was edited is no damage.
+    Compares the names and shapes of all tensors, and each safetensors header with the size of its file. Values of weights and
+    the content of the card are not checked.
     """
     index = folder / "model.safetensors.index.json"
     for name in REQUIRED:
@@ -124,26 +125,30 @@ def damage(folder: Path) -> str | None:
         with torch.device("meta"):
             model = MiniGPTForCausalLM(MiniGPTConfig.from_pretrained(folder))
         tied = set(model.all_tied_weights_keys)
-        wanted = {name: tuple(each.shape) for name, each in model.state_dict().items() if name not in tied}
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name not in tied}
         found = {}
         for file in folder.glob("model*.safetensors"):
             with safe_open(file, "pt") as weights:
                 names = weights.keys()
                 found |= {name: tuple(weights.get_slice(name).get_shape()) for name in names}
-    except Exception as error:  # what the loaders raise over malformed files is not documented
+    except Exception as error:  # the loaders do not document what they raise for malformed files
         return f"it cannot be read: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
-        return f"tensor {wrong[0]} is {found.get(wrong[0], 'missing')} instead of {wanted.get(wrong[0], 'absent')}"
+    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        return f"tensor {wrong[0]} is {found.get(wrong[0], 'missing')} instead of {expected.get(wrong[0], 'absent')}"
     return None
 
 
-def write_story(folder: Path, about: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:
-    """Write what tells people and programs where a model comes from: `minigpt.json`, the figures, the card, the results."""
-    (folder / "minigpt.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_metadata(folder: Path, metadata: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:
+    """Write `minigpt.json`, the figures and the model card into a folder.
+
+    Args:
+        metadata: Content of `minigpt.json`.
+        log: Rows of `log.jsonl`, for the figures.
+    """
+    from .figures import draw_learning, draw_training  # imports matplotlib
+
+    (folder / "minigpt.json").write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "figures").mkdir()
     draw_learning(log, folder / "figures" / "loss.png")
     draw_training(log, folder / "figures" / "training.png")
-    (folder / "README.md").write_text(render_card(about, config), encoding="utf-8")
-    if results := eval_results(about):
-        (folder / ".eval_results").mkdir()
-        (folder / ".eval_results" / "validation.yaml").write_text(results, encoding="utf-8")
+    (folder / "README.md").write_text(render_card(metadata, config), encoding="utf-8")

@@ -1,10 +1,10 @@
-"""A model folder -> a repository of the Hub, in one commit.
+"""Upload a model folder to a repository on the Hub.
 
-In: a model folder and the name of a repository. Out: the addresses of what was pushed. Only files that belong to a model
-folder travel, and a branch moves when all of them have arrived, or not at all. It refuses links, and folders that lack a
-file. The token is a matter between huggingface_hub and the Hub (`hf auth login` or HF_TOKEN): it is never kept here.
+Only files that belong to a model folder are uploaded, in one commit, so a branch is updated completely or not at all.
+huggingface_hub reads the token (`hf auth login` or HF_TOKEN); this module never stores or logs it.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,17 +18,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
-from ..trust import about_of
+from ..trust import read_metadata
 from .card import render_card
 from .model_folder import OPTIONAL, REQUIRED, published_files
 
+logger = logging.getLogger(__name__)
+
+# HTTP status -> explanation and remedy.
 REMEDIES = {
-    401: "it does not know your token: log in again with `hf auth login`, or set HF_TOKEN to one that is valid",
-    403: "your token may not write there: use one with write permission, or name another repository",
-    404: "there is no such repository or branch: look at its name",
-    409: "another change of it is under way: try again in a moment",
-    412: "somebody else has pushed to it just now: try again",
-    429: "it has had too many requests from you: wait some minutes, and try again",
+    401: "the token is invalid: log in again with `hf auth login`, or set HF_TOKEN to a valid token",
+    403: "the token has no write permission for this repository: use another token or another repository",
+    404: "the repository or branch does not exist: check its name",
+    409: "another change of the repository is in progress: try again in a moment",
+    412: "the branch has received another commit in the meantime: try again",
+    429: "too many requests: wait some minutes and try again",
 }
 
 
@@ -40,55 +43,56 @@ def push_folder(
     native: bool = False,
     checked: dict[Path, tuple[int, ...]] | None = None,
 ) -> list[str]:
-    """Publish a model folder, and with `native` its twin without code on the branch of that name.
+    """Upload a model folder, and optionally its native twin to the branch `native`.
 
     Args:
-        repo_id: USER/NAME; made if it is not there.
-        revision: The branch; made if it is not there. Default: `main`.
-        private: Nobody else may see the repository.
-        checked: What `state_of` returned before the folder was examined: a file that has changed since is not uploaded.
+        repo_id: USER/NAME; created if it does not exist.
+        revision: Branch; created if it does not exist. Default: `main`.
+        private: Create a private repository.
+        native: Also upload the native twin, which needs no remote code.
+        checked: Result of `file_states` before the folder was checked; nothing is uploaded if a file has changed since.
 
     Returns:
-        An address for each branch.
+        The URL of each updated branch.
 
     Raises:
-        MiniGPTError: if the folder is not whole, or something asked for cannot be.
-        OSError: if the Hub refuses, or cannot be reached: in words, with what to do.
+        MiniGPTError: if the folder is incomplete or has changed, or the arguments contradict each other.
+        OSError: if the Hub rejects the request or cannot be reached.
     """
-    check_whole(folder)
+    check_complete(folder)
     if native and revision == "native":
         raise MiniGPTError(
-            "--revision native: the twin without code goes there; name another branch, or leave out --native"
+            "--revision native is the branch of the twin that --native uploads: choose another branch, or omit --native"
         )
     with tempfile.TemporaryDirectory() as scratch:
         branches = [(revision, folder)]
         if native:
-            from ..export.native import export_native  # loads two models to compare them: not for those who do not ask
+            from ..export.native import export_native  # imports the model classes of transformers
 
             branches.append(("native", export_native(folder, Path(scratch) / "native")))
         repo_id = open_repository(repo_id, private)
         card = card_for(folder, repo_id)
-        if checked is not None and state_of(folder) != checked:
+        if checked is not None and file_states(folder) != checked:
             raise MiniGPTError(
-                f"{folder}: has changed since it was examined: wait until nothing writes there, and push again"
+                f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
             )
-        return [commit_folder(each, repo_id, branch, card=card) for branch, each in branches]
+        return [commit_folder(source, repo_id, branch, card=card) for branch, source in branches]
 
 
 def open_repository(repo_id: str, private: bool = False) -> str:
-    """Make a repository, if it is not there, and return its full name.
+    """Create a repository if it does not exist, and return its full name.
 
     Raises:
-        MiniGPTError: if there is no token, or the repository is to be private and is public already.
-        OSError: as `push_folder`.
+        MiniGPTError: if there is no token, or `private` is requested for an existing public repository.
+        OSError: if the Hub rejects the request or cannot be reached.
     """
     if get_token() is None:
-        raise MiniGPTError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
-    with hub_in_words(repo_id):
+        raise MiniGPTError("no token for the Hub was found: log in with `hf auth login`, or set HF_TOKEN")
+    with hub_errors(repo_id):
         repo_id = HfApi().create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if private and not HfApi().model_info(repo_id).private:
             raise MiniGPTError(
-                f"{repo_id}: is there already, and public: change that in its settings, or name another one"
+                f"{repo_id}: exists and is public: change its visibility in its settings, or choose another name"
             )
     return repo_id
 
@@ -96,28 +100,28 @@ def open_repository(repo_id: str, private: bool = False) -> str:
 def commit_folder(
     folder: Path, repo_id: str, revision: str | None = None, message: str = "Upload model", card: str | None = None
 ) -> str:
-    """Make a branch hold a model folder, in one commit, and return its address.
+    """Update a branch to a model folder in one commit, and return its URL.
 
-    What belongs to another state of a model folder is deleted (old shards would be loaded in place of the new weights);
-    what else is there stays.
+    Files of a model folder that the new one does not contain are deleted: old shards would be loaded instead of the new
+    weights. Other files of the repository are not changed.
 
     Args:
-        card: Goes up in place of `README.md`.
+        message: Commit message.
+        card: Content to upload instead of the folder's `README.md`.
     """
     api, branch = HfApi(), revision or "main"
-    with hub_in_words(repo_id):
-        if branch == "native":  # begins with nothing of `main`: what has code there is not to be seen here
+    with hub_errors(repo_id):
+        if branch == "native":  # starts at the initial commit, so that it does not contain the code of `main`
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
         elif branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        before = api.model_info(repo_id, revision=branch)
+        current = api.model_info(repo_id, revision=branch)
         content = {file.relative_to(folder).as_posix(): file for file in published_files(folder)}
         if card is not None:
             content["README.md"] = card.encode()
-        stale = [
-            file.rfilename for file in before.siblings if _belongs(file.rfilename) and file.rfilename not in content
-        ]
+        paths = [file.rfilename for file in current.siblings]
+        stale = [path for path in paths if _is_model_file(path) and path not in content]
         api.create_commit(
             repo_id,
             [
@@ -126,57 +130,63 @@ def commit_folder(
             ],
             commit_message=message,
             revision=branch,
-            parent_commit=before.sha,
+            parent_commit=current.sha,
         )
     return f"{api.endpoint}/{repo_id}" + ("" if branch == "main" else f"/tree/{branch}")
 
 
 def commit_in_background(folder: Path, repo_id: str, revision: str | None, message: str) -> Future:
-    """Do the same in a thread, one commit after another, and delete the folder; what goes wrong is told in a line."""
+    """Run `commit_folder` in a background thread, in the order of the calls, and delete the folder afterwards.
+
+    A failure is logged and does not affect training.
+    """
 
     def commit() -> None:
         try:
             commit_folder(folder, repo_id, revision, message)
         except (OSError, ValueError) as error:
-            print(
-                f"not pushed: {' '.join(str(error).split())}; training goes on, the next save tries again", flush=True
-            )
+            reason = " ".join(str(error).split())
+            logger.warning("not pushed: %s; training continues, and the next checkpoint will be pushed", reason)
         finally:
             shutil.rmtree(folder)
 
     return HfApi().run_as_future(commit)
 
 
-def check_whole(folder: Path) -> None:
-    """Refuse a folder that lacks what a stranger needs, or in which a name stands for a file elsewhere."""
+def check_complete(folder: Path) -> None:
+    """Check that a model folder has every required file and no links.
+
+    Raises:
+        MiniGPTError: otherwise.
+    """
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        raise MiniGPTError(f"{folder}: this is a run; its model is in {folder / 'model'}")
+        raise MiniGPTError(f"{folder}: this is a run folder; its model folder is {folder / 'model'}")
     names = {file.name for file in published_files(folder)}
     if "model.safetensors.index.json" in names:
         names.add("model.safetensors")
     if missing := [name for name in REQUIRED if name not in names]:
-        raise MiniGPTError(f"{folder}: no model folder, it lacks {', '.join(missing)}")
+        raise MiniGPTError(f"{folder}: not a model folder: {', '.join(missing)} missing")
     if links := [file for file in folder.rglob("*") if file.is_symlink()]:
-        raise MiniGPTError(f"{links[0]}: is a link; put the file itself there")
+        raise MiniGPTError(f"{links[0]}: is a link; replace it by the file")
 
 
-def state_of(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """Size, modification time and inode of each file that would be uploaded."""
+def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Return size, modification time in nanoseconds and inode of each file that would be uploaded."""
     states = {file: file.stat() for file in published_files(folder)}
     return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
 
 
 def card_for(folder: Path, repo_id: str) -> str:
-    """The card of a folder as it goes up: with the name of the repository, unless somebody has written in it."""
+    """Return the card to upload: rendered with the name of the repository, or unchanged if it has been edited."""
     card = (folder / "README.md").read_text(encoding="utf-8")
-    about = about_of(folder)
+    metadata = read_metadata(folder)
     config = MiniGPTConfig.from_pretrained(folder)
-    return render_card({**about, "name": repo_id}, config) if card == render_card(about, config) else card
+    return render_card({**metadata, "name": repo_id}, config) if card == render_card(metadata, config) else card
 
 
 @contextmanager
-def hub_in_words(repo_id: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises within the block into an `OSError` with one sentence."""
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Convert the exceptions of huggingface_hub in the block to an `OSError` or `MiniGPTError` with a remedy."""
     try:
         yield
     except HFValidationError as error:
@@ -184,16 +194,17 @@ def hub_in_words(repo_id: str) -> Iterator[None]:
     except (HTTPError, RuntimeError) as error:
         cause = error
         while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
-            cause = cause.__cause__  # "Error while uploading", which hides the reason
+            cause = cause.__cause__  # huggingface_hub wraps upload errors in a `RuntimeError` without the reason
         if isinstance(cause, HfHubHTTPError):
-            status, said = cause.response.status_code, cause.server_message
-            remedy = REMEDIES.get(status, "try again later" if status >= 500 else "nothing has changed there")
-            raise OSError(f"{repo_id}: the Hub answered {status}{f' ({said})' if said else ''}: {remedy}") from error
+            status, message = cause.response.status_code, cause.server_message
+            remedy = REMEDIES.get(status, "try again later" if status >= 500 else "nothing was changed")
+            detail = f" ({message})" if message else ""
+            raise OSError(f"{repo_id}: the Hub answered {status}{detail}: {remedy}") from error
         raise OSError(
-            f"{repo_id}: the connection to {HfApi().endpoint} broke ({cause or type(cause).__name__}): what is there is "
-            "whole; the same command tries again"
+            f"{repo_id}: the connection to {HfApi().endpoint} was lost ({cause or type(cause).__name__}): the repository is "
+            "consistent; run the same command again"
         ) from error
 
 
-def _belongs(path: str) -> bool:
+def _is_model_file(path: str) -> bool:
     return any(fnmatch(path, pattern) for pattern in (*REQUIRED, *OPTIONAL))

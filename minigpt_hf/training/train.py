@@ -30,7 +30,7 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..output import guarded_output
 from ..publish.model_folder import write_model_folder
 from ..publish.push import push_folder
-from ..trust import about_of
+from ..trust import read_metadata
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 from .autoconfig import AutoConfigurator
 from .callbacks import ProgressLogger, SampleLogger
@@ -223,7 +223,7 @@ def raise_unless_same_text(text: PreparedText, training: MiniGPTTrainingArgument
 
 def warn_about_the_card(model: Path, data: DataArguments) -> None:
     """Report settings of the card that differ from those that a finished model was published with."""
-    published = about_of(model)
+    published = read_metadata(model)
     for name in ("language", "license"):
         if (given := vars(data)[name]) and name in published and given != published[name]:
             logger.warning(

@@ -27,7 +27,7 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import DiskFullError, MiniGPTError, NonFiniteLossError, UntrainedModelError
 from ..inference.evaluation import score_documents, summarize
-from ..publish.model_folder import non_finite_parameter, published_files, save_suitcase, write_story
+from ..publish.model_folder import non_finite_parameter, published_files, save_model_files, write_metadata
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
 from .callbacks import SAMPLE_TEMPERATURE, ProgressLogger, SampleLogger
@@ -327,7 +327,8 @@ class MiniGPTTrainer(Trainer):
                 stream.bos_token_id,
                 block_size,
                 batch_size=self.args.per_device_eval_batch_size,
-                share=(self.args.process_index, self.args.world_size),
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
             )
         # Sums of natural logarithms fit float32 well enough to travel; MPS knows no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
@@ -477,7 +478,7 @@ class MiniGPTTrainer(Trainer):
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        save_suitcase(model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
+        save_model_files(model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
 
     def bytes_of_a_checkpoint(self) -> int:
         """Weights in float32, one number of Muon or two of AdamW for each of them, and the small files."""
@@ -608,7 +609,7 @@ class MiniGPTTrainer(Trainer):
         for file in published_files(checkpoint):
             shutil.copyfile(file, folder / file.name)
         metadata = describe(self.settings, self.text, self.result())
-        write_story(folder, metadata, self.model.config, read_log(run.log))
+        write_metadata(folder, metadata, self.model.config, read_log(run.log))
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])

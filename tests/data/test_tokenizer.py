@@ -24,7 +24,7 @@ from minigpt_hf.data.tokenizer import (
     lost_characters,
     tokenizer_fingerprint,
 )
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import tiny_model
 
 # Difficult text: any character, special tokens, and mixtures of white space.
@@ -137,7 +137,7 @@ def test_ids_of_special_tokens(tokenizers):
 def test_a_saved_tokenizer_loads_anywhere_and_encodes_the_same(tokenizers, tmp_path, text):
     for i, tokenizer in enumerate([*tokenizers, character_tokenizer([text])]):
         tokenizer.model_max_length = 64
-        save_suitcase(tiny_model(), tokenizer, tmp_path / str(i))
+        save_model_files(tiny_model(), tokenizer, tmp_path / str(i))
         assert "PreTrainedTokenizerFast" in (tmp_path / str(i) / "tokenizer_config.json").read_text()
         loaded = AutoTokenizer.from_pretrained(tmp_path / str(i))
         assert loaded.model_max_length == 64

@@ -1,4 +1,4 @@
-"""`minigpt export`: the commands of docs/export.md, and what a person reads."""
+"""`minigpt export`: the commands of docs/export.md, its output and its errors; the registry of formats."""
 
 import re
 import shlex
@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from minigpt_hf.cli import main
+from minigpt_hf.cli.export import parser
+from minigpt_hf.export import FORMATS, export_model
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
@@ -14,7 +16,7 @@ PAGE = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def runs(run_folder, tmp_path, monkeypatch):
-    """The folder that the page speaks of; the model's window is 33 tokens here."""
+    """The folder that the page uses; the sliding window of the model is 33 tokens here."""
     (tmp_path / "runs" / "bard").mkdir(parents=True)
     (tmp_path / "runs" / "bard" / "model").symlink_to(run_folder / "model")
     monkeypatch.chdir(tmp_path)
@@ -27,7 +29,7 @@ def commands() -> list[list[str]]:
 
 
 def test_the_commands_of_the_page_run(runs, capsys):
-    """But for ONNX, which tests/export/test_onnx.py does once; it takes ten seconds."""
+    """Except ONNX, which takes ten seconds and is covered by tests/export/test_onnx.py."""
     ran = []
     for words in commands():
         if "onnx" not in words:
@@ -37,28 +39,31 @@ def test_the_commands_of_the_page_run(runs, capsys):
     assert {path.name for path in runs.joinpath("bard").iterdir()} == {"model", "native", "mlx", "gguf", "small"}
 
 
-def test_it_says_where_the_export_is_what_was_verified_and_its_bounds(runs, capsys):
+def test_the_output_states_the_folder_what_was_verified_and_the_maximum_context(runs, capsys):
     assert main(["export", "runs/bard/model", "--to", "native", "--output_dir", "out", "--context", "20"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "the export is in out",
-        "verified: Qwen3ForCausalLM with no code of ours; the same weights, and the same logits bit for bit",
-        "it is for texts of at most 20 tokens",
+        "exported to out",
+        "verified: loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit",
+        "maximum context: 20 tokens",
     ]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--to", "gguf"], r"slide a window of 33 tokens .* Say --context 33"),
+        (["--to", "gguf"], r"sliding window of 33 tokens.* --context 33"),
         (["--to", "gguf", "--context", "34"], "--context 34: give 1 to 33 tokens"),
-        (["--to", "native", "--dtype", "float16"], "--to native keeps the weights as they are"),
-        (["--to", "onnx", "--dtype", "q8_0"], "ONNX in q8_0"),
-        (["--to", "native", "--output_dir", "runs"], "runs: is there already"),
+        (
+            ["--to", "native", "--dtype", "float16"],
+            "native, which stores the weights unchanged: omit --dtype",
+        ),
+        (["--to", "onnx", "--dtype", "q8_0"], "--dtype q8_0 is not supported by --to onnx: use float32"),
+        (["--to", "native", "--output_dir", "runs"], "runs: already exists"),
         (["--to", "tflite"], "invalid choice: 'tflite'"),
         ([], "the following arguments are required: --to"),
     ],
 )
-def test_what_cannot_be_gets_one_line_and_leaves_nothing(flags, message, runs, capsys):
+def test_an_invalid_request_is_reported_in_one_line_and_writes_nothing(flags, message, runs, capsys):
     before = sorted(runs.parent.rglob("*"))
     assert main(["export", "runs/bard/model", *flags]) == 2
     captured = capsys.readouterr()
@@ -68,10 +73,36 @@ def test_what_cannot_be_gets_one_line_and_leaves_nothing(flags, message, runs, c
 
 
 @pytest.mark.parametrize(("to", "missing"), [("gguf", "gguf"), ("onnx", "onnxruntime")])
-def test_without_the_extra_it_is_named(to, missing, runs, capsys, monkeypatch):
+def test_a_missing_optional_package_is_named(to, missing, runs, capsys, monkeypatch):
     for module in ("gguf", "gguf_vocabulary", "onnx", "onnx_runner"):
         monkeypatch.delitem(sys.modules, f"minigpt_hf.export.{module}", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["export", "runs/bard/model", "--to", to, "--context", "33"]) == 2
     error = capsys.readouterr().err
     assert error == f"minigpt export: --to {to} needs {missing}, which is not installed: pip install {missing}\n"
+
+
+def test_the_command_line_offers_every_registered_format_and_dtype():
+    actions = {action.dest: action for action in parser()._actions}
+    assert list(actions["to"].choices) == list(FORMATS) == ["native", "gguf", "onnx"]
+    assert set(actions["dtype"].choices) == {dtype for each in FORMATS.values() for dtype in each.dtypes}
+    assert all(f"{name}: {each.help}" in actions["to"].help for name, each in FORMATS.items())
+
+
+def test_a_format_needs_only_a_module_and_an_entry_of_the_registry(runs, tmp_path, monkeypatch):
+    """A module that is registered under a new name is found by the command and its options are checked."""
+    module = type(sys)("minigpt_hf.export.text")
+    module.VERIFIED = "nothing"
+    module.export_text = lambda folder, out, dtype, context: out.write_text(f"{folder} {dtype} {context}") and out
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(FORMATS, "text", type(FORMATS["gguf"])("a text file", ("float32",)))
+    assert main(["export", "runs/bard/model", "--to", "text", "--output_dir", "out", "--dtype", "float32"]) == 0
+    assert (tmp_path / "out").read_text() == "runs/bard/model float32 None"
+    with pytest.raises(ValueError, match="--dtype q8_0 is not supported by --to text: use float32"):
+        export_model(tmp_path, tmp_path / "other", "text", "q8_0")
+
+
+def test_listing_the_formats_imports_neither_torch_nor_the_formats():
+    source = (ROOT / "minigpt_hf" / "export" / "__init__.py").read_text(encoding="utf-8")
+    top_level = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)
+    assert set(top_level) <= {"dataclasses", "importlib", "pathlib", "..errors"}

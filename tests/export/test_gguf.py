@@ -1,4 +1,4 @@
-"""GGUF: the weights and tokens that transformers reads from the file are the model's, and what cannot be said is refused."""
+"""GGUF: transformers reads the model's weights and tokens from the file; what the format cannot represent is rejected."""
 
 import json
 import shutil
@@ -16,16 +16,16 @@ from minigpt_hf.export import gguf as module
 from minigpt_hf.export.gguf import export_gguf
 from minigpt_hf.export.gguf_vocabulary import encoded, merged, vocabulary_of
 from minigpt_hf.export.native import qwen3_settings
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model without windows, in bytes."""
+    """A model with full attention and a byte tokenizer."""
     folder = tmp_path_factory.mktemp("model") / "bytes"
-    save_suitcase(tiny_model(vocab_size=260), byte_tokenizer(), folder)
+    save_model_files(tiny_model(vocab_size=260), byte_tokenizer(), folder)
     return folder
 
 
@@ -34,7 +34,7 @@ def tensors_of(out) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
-# -- what is written --------------------------------------------------------------------------------------------------
+# -- content of the file
 
 
 def test_a_trained_folder_is_read_by_transformers_and_gives_the_same_logits(run_folder, tmp_path):
@@ -49,8 +49,8 @@ def test_a_trained_folder_is_read_by_transformers_and_gives_the_same_logits(run_
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head_is_written_once(tied, tmp_path):
-    save_suitcase(tiny_model(vocab_size=258, tie_word_embeddings=tied), byte_tokenizer(), tmp_path / "model")
+def test_a_tied_head_is_stored_once(tied, tmp_path):
+    save_model_files(tiny_model(vocab_size=258, tie_word_embeddings=tied), byte_tokenizer(), tmp_path / "model")
     names = set(tensors_of(export_gguf(tmp_path / "model", tmp_path / "out")))
     assert ("output.weight" in names) != tied
     assert len(names) == 2 * 11 + 2 + (not tied)
@@ -72,7 +72,7 @@ def test_each_dtype_rounds_once_and_takes_its_size(folder, dtype, size, tmp_path
 
 
 def test_a_block_of_q8_0_by_hand():
-    """The largest is 127, so a step is 1, and every weight goes to the nearest whole number."""
+    """The largest magnitude is 127, so the step is 1, and every weight is rounded to the nearest integer."""
     block = np.array([[127.0, 1.4, -2.6, 0.4] + [0.0] * 28], dtype=np.float32)
     kind = gguf.GGMLQuantizationType.Q8_0
     read = gguf.quants.dequantize(gguf.quants.quantize(block, kind), kind)
@@ -81,8 +81,8 @@ def test_a_block_of_q8_0_by_hand():
     assert not module._is_stored_as(torch.from_numpy(block), torch.from_numpy(read) + 0.6, kind)
 
 
-def test_nothing_is_cast_unasked(tmp_path):
-    save_suitcase(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
+def test_weights_are_not_converted_implicitly(tmp_path):
+    save_model_files(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
     out = export_gguf(tmp_path / "model", tmp_path / "out")
     assert (out / "model-BF16.gguf").is_file()
     assert tensors_of(out)["token_embd.weight"].tensor_type.name == "BF16"
@@ -105,7 +105,7 @@ def test_the_modelfile_samples_as_the_model_does(folder, tmp_path):
     ]
 
 
-# -- tokenizers -------------------------------------------------------------------------------------------------------
+# -- tokenizers
 
 
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -122,8 +122,8 @@ def test_the_vocabulary_alone_gives_the_ids_of_200_strings(make):
     assert vocabulary.types[-1].name == "UNUSED"
 
 
-def test_a_wrong_order_of_merges_is_seen_on_the_adversarial_tokenizer():
-    """So the test above can fail: the same merges, the other way round."""
+def test_the_adversarial_tokenizer_detects_a_wrong_order_of_merges():
+    """Proves that the test above can fail: the same merges in reverse order."""
     tokenizer = adversarial_tokenizer()
     vocabulary = vocabulary_of(tokenizer, len(tokenizer))
     right = [encoded(text, vocabulary) for text in strings()]
@@ -131,7 +131,7 @@ def test_a_wrong_order_of_merges_is_seen_on_the_adversarial_tokenizer():
     assert sum(encoded(text, vocabulary) != ids for text, ids in zip(strings(), right, strict=True)) > 20
 
 
-def test_a_character_is_merged_from_its_bytes_and_from_nothing_else():
+def test_a_character_is_merged_from_its_own_bytes_only():
     """€ is E2 82 AC, which byte-level BPE writes â Ĥ ¬; a needs no merge."""
     vocabulary = vocabulary_of(character_tokenizer(["a€"]), 4)
     assert vocabulary.tokens[2:] == ["a", "âĤ¬"]
@@ -168,39 +168,42 @@ def with_a_byte_fallback() -> PreTrainedTokenizerFast:
     return tokenizer_with(model=BPE(vocab=vocab, merges=[], byte_fallback=True))
 
 
-REFUSED = {
-    "a normalizer": (lambda: tokenizer_with(normalizer=normalizers.NFC()), r"rewrites text first \(NFC\)"),
+REJECTED = {
+    "a normalizer": (lambda: tokenizer_with(normalizer=normalizers.NFC()), "its normalizer NFC is not supported"),
     "tokens added to a text": (
         lambda: tokenizer_with(
             post_processor=processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
         ),
-        "adds tokens of its own",
+        "adds special tokens to every text",
     ),
-    "other words": (lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.Metaspace()), "share those of qwen2 and gpt-2"),
+    "other words": (
+        lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.Metaspace()),
+        "its pre-tokenizer is not one of qwen2, gpt-2",
+    ),
     "a space before the first word": (
         lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
-        "share those of qwen2 and gpt-2",
+        "its pre-tokenizer is not one of qwen2, gpt-2",
     ),
-    "no words at all": (lambda: tokenizer_with(pre_tokenizer=None), "share those of qwen2 and gpt-2"),
-    "a list of words": (words_of_characters, "no tokenizer of the kind WordLevel"),
-    "byte fallback": (with_a_byte_fallback, "a BPE with byte_fallback"),
-    "an ordinary <eos>": (ordinary_special, "its token '<eos>' is an ordinary one"),
+    "no words at all": (lambda: tokenizer_with(pre_tokenizer=None), "its pre-tokenizer is not one of qwen2, gpt-2"),
+    "a list of words": (words_of_characters, "no WordLevel tokenizer with this pre-tokenizer"),
+    "byte fallback": (with_a_byte_fallback, "its BPE model has byte_fallback"),
+    "an ordinary <eos>": (ordinary_special, "its ordinary token '<eos>' would be treated as special"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(case):
-    make, reason = REFUSED[case]
-    with pytest.raises(ValueError, match=f"no faithful form in GGUF: .*{reason}"):
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_tokenizer_that_llama_cpp_would_interpret_differently_is_rejected(case):
+    make, reason = REJECTED[case]
+    with pytest.raises(ValueError, match=f"cannot be represented in GGUF: .*{reason}"):
         vocabulary_of(make(), 700)
 
 
-def test_more_tokens_than_embeddings_are_refused():
-    with pytest.raises(ValueError, match="ids up to 257, and the model embeddings for 200 of them"):
+def test_more_tokens_than_embeddings_are_rejected():
+    with pytest.raises(ValueError, match="the largest token id is 257, but the model has only 200 embeddings"):
         vocabulary_of(byte_tokenizer(), 200)
 
 
-def test_a_strange_name_becomes_a_file_name_and_no_line_of_the_modelfile(folder, tmp_path):
+def test_an_unusual_name_becomes_a_safe_file_name_and_adds_no_line_to_the_modelfile(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "model")
     (other / "minigpt.json").write_text(json.dumps({"name": '../a b\nSYSTEM """x'}))
     out = export_gguf(other, tmp_path / "out")
@@ -208,11 +211,11 @@ def test_a_strange_name_becomes_a_file_name_and_no_line_of_the_modelfile(folder,
     assert (out / "..-a-b-SYSTEM-x-F32.gguf").is_file()
 
 
-# -- what cannot be said ----------------------------------------------------------------------------------------------
+# -- unsupported models
 
 
-def test_windows_are_refused_and_the_remedy_works(run_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"slide a window of 33 tokens .* Say --context 33: .*--to native"):
+def test_sliding_windows_are_rejected_and_the_remedy_works(run_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"sliding window of 33 tokens.* --context 33, .*--to native"):
         export_gguf(run_folder / "model", tmp_path / "out")
     with pytest.raises(ValueError, match="--context 34: give 1 to 33 tokens"):
         export_gguf(run_folder / "model", tmp_path / "out", context=34)
@@ -226,22 +229,22 @@ def test_windows_are_refused_and_the_remedy_works(run_folder, tmp_path):
     [
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, None, r"scaled \(linear\)"),
         ({"hidden_act": "gelu"}, None, "its activation is gelu"),
-        ({"eos_token_id": [0, 5]}, None, r"stops at any of the tokens \[0, 5\]"),
-        ({"head_dim": 12}, "q8_0", r"o_proj\.weight has rows of 48 weights, and Q8_0 stores blocks of 32"),
+        ({"eos_token_id": [0, 5]}, None, r"several EOS tokens \[0, 5\]"),
+        ({"head_dim": 12}, "q8_0", r"o_proj\.weight has rows of 48 weights, which do not divide into the blocks of 32"),
         ({}, "float16", "embed_tokens.weight has weights beyond 65,504"),
-        ({}, "float64", "--dtype float64: GGUF files are written in float32, float16, bfloat16, q8_0"),
+        ({}, "float64", "--dtype float64: GGUF supports float32, float16, bfloat16, q8_0"),
     ],
 )
-def test_what_the_format_cannot_say_is_refused_with_the_reason(overrides, dtype, reason, tmp_path):
+def test_what_the_format_cannot_represent_is_rejected_with_the_reason(overrides, dtype, reason, tmp_path):
     model = tiny_model(vocab_size=258, **overrides)
     model.model.embed_tokens.weight.data[7, 7] = 7e4
-    save_suitcase(model, byte_tokenizer(), tmp_path / "model")
+    save_model_files(model, byte_tokenizer(), tmp_path / "model")
     with pytest.raises(ValueError, match=reason):
         export_gguf(tmp_path / "model", tmp_path / "out", dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-# -- an export that is not the model is not there ---------------------------------------------------------------------
+# -- verification
 
 
 def other_weights(monkeypatch):
@@ -262,21 +265,21 @@ def other_tokens(monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "claim"),
     [
-        (other_weights, r"model\.embed_tokens\.weight is the model's in float32"),
-        (other_rotation, "rope_theta is the model's"),
-        (other_tokens, "its vocabulary makes the same tokens of a text"),
+        (other_weights, r"model\.embed_tokens\.weight equals the model's in float32"),
+        (other_rotation, "rope_theta equals the model's"),
+        (other_tokens, "its vocabulary encodes a text to the same token ids"),
     ],
 )
-def test_a_file_that_is_not_the_model_is_not_there(spoil, claim, folder, tmp_path, monkeypatch):
+def test_a_file_that_differs_from_the_model_is_not_written(spoil, claim, folder, tmp_path, monkeypatch):
     spoil(monkeypatch)
-    with pytest.raises(ValueError, match=f"does not hold that {claim}"):
+    with pytest.raises(ValueError, match=f"it is not true that {claim}"):
         export_gguf(folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_saved_character_model_keeps_its_characters(tmp_path, text):
     tokenizer = character_tokenizer([text, "€"])
-    save_suitcase(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
     out = export_gguf(tmp_path / "model", tmp_path / "out")
     vocabulary = module._read_vocabulary(next(out.glob("*.gguf")))
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model")

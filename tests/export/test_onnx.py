@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export import onnx as module
 from minigpt_hf.export.onnx import export_onnx
-from minigpt_hf.export.onnx_runner import Runner, names
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.export.onnx_runner import Runner, cache_names
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 
 
 @pytest.fixture(scope="module")
 def exported(run_folder, tmp_path_factory):
-    """Its layers slide a window of 33 tokens."""
+    """The export of a model with a sliding window of 33 tokens."""
     return export_onnx(run_folder / "model", tmp_path_factory.mktemp("onnx") / "out")
 
 
@@ -27,7 +27,7 @@ def model(run_folder):
     return AutoModelForCausalLM.from_pretrained(run_folder / "model").eval()
 
 
-def test_the_folder_holds_what_a_stranger_needs(exported):
+def test_the_folder_is_self_contained(exported):
     files = {str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()}
     assert files == {
         *("onnx/model.onnx", "run_onnx.py", "config.json", "generation_config.json"),
@@ -35,7 +35,7 @@ def test_the_folder_holds_what_a_stranger_needs(exported):
     }
 
 
-def test_twenty_prompts_go_on_by_the_same_tokens_beyond_the_window(exported, run_folder, model, text):
+def test_greedy_continuations_of_twenty_prompts_are_equal_beyond_the_window(exported, run_folder, model, text):
     runner, tokenizer = Runner(exported), AutoTokenizer.from_pretrained(run_folder / "model")
     for start in range(0, 20_000, 1000):
         ids = runner.tokenizer.encode(text[start : start + 20]).ids
@@ -45,12 +45,12 @@ def test_twenty_prompts_go_on_by_the_same_tokens_beyond_the_window(exported, run
         assert list(runner.generate(ids, 30)) == [token for token in greedy[0, len(ids) :].tolist() if token != 0]
 
 
-def test_a_batch_with_padding_gives_the_logits_of_its_rows(exported, model):
+def test_a_padded_batch_has_the_logits_of_its_rows(exported, model):
     session = Runner(exported).session
     ids, padding = random_ids(2, 50), 7
     mask = torch.ones(2, 50, dtype=torch.long)
     mask[1, :padding] = 0
-    cache = {name: np.zeros((2, 2, 0, 8), dtype=np.float32) for name in names("past_key_values", 2)}
+    cache = {name: np.zeros((2, 2, 0, 8), dtype=np.float32) for name in cache_names("past_key_values", 2)}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy(), **cache}
     logits = session.run(["logits"], feed)[0]
@@ -70,22 +70,22 @@ def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported,
     assert done.stdout == tokenizer.decode(greedy[0], skip_special_tokens=True) + "\n"
 
 
-def test_drawing_repeats_with_a_seed_and_differs_without(exported):
+def test_sampling_is_determined_by_the_seed(exported):
     runner = Runner(exported)
     drawn = [list(runner.generate([5, 6], 20, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_graph_of_another_model_is_not_taken(exported, model):
+def test_a_graph_of_another_model_fails_verification(exported, model):
     other = AutoModelForCausalLM.from_config(model.config).eval()
-    with pytest.raises(ValueError, match=r"its logits are the model's within 0\.0001"):
+    with pytest.raises(ValueError, match=r"its logits equal the model's within 0\.0001"):
         module._verify(exported, other)
 
 
-def test_half_precision_is_refused_and_nothing_is_cast_unasked(run_folder, tmp_path):
-    with pytest.raises(ValueError, match="ONNX in float16: the graph is written in float32 alone"):
+def test_half_precision_is_rejected_and_weights_are_not_converted_implicitly(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="the ONNX export supports only float32, not float16"):
         export_onnx(run_folder / "model", tmp_path / "out", "float16")
-    save_suitcase(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
-    with pytest.raises(ValueError, match=r"ONNX in bfloat16: .* say --dtype float32, which changes none of them"):
+    save_model_files(tiny_model(vocab_size=258).to(torch.bfloat16), byte_tokenizer(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"not bfloat16: .*--dtype float32 converts them without loss"):
         export_onnx(tmp_path / "model", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

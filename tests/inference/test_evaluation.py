@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
-from minigpt_hf.inference.evaluation import IGNORED, evaluate_texts, score_documents, windows
+from minigpt_hf.inference.evaluation import IGNORE_INDEX, evaluate_texts, score_documents, windows
 from tests.conftest import SHAKESPEARE, random_ids, tiny_model
 
 
@@ -23,7 +23,7 @@ def cut(length: int, block_size: int, stride: int) -> list[tuple[list[int], list
 
 def test_windows_by_hand():
     assert cut(3, 2, 2) == [([0, 1], [1, 2]), ([2], [3])]
-    assert cut(3, 2, 1) == [([0, 1], [1, 2]), ([1, 2], [IGNORED, 3])]
+    assert cut(3, 2, 1) == [([0, 1], [1, 2]), ([1, 2], [IGNORE_INDEX, 3])]
     assert cut(2, 2, 2) == [([0, 1], [1, 2])]
     assert cut(0, 2, 2) == []
 
@@ -37,7 +37,7 @@ def test_each_token_is_scored_once_and_predicted_by_the_one_before_it(length, bl
         assert len(inputs) <= block_size
         assert inputs == list(range(inputs[0], inputs[0] + len(inputs)))
         for place, label in enumerate(labels):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 assert inputs[place] == label - 1
                 scored.append(label)
     assert scored == list(range(1, length + 1))
@@ -60,7 +60,7 @@ def test_the_sum_is_that_of_the_model_called_window_by_window(stride):
 def test_shares_of_processes_add_up_to_the_whole():
     model, documents = tiny_model(), [random_ids(1, 100)[0].numpy()]
     whole = score_documents(model, documents, 0, 8, batch_size=2)
-    shares = [score_documents(model, documents, 0, 8, batch_size=2, share=(rank, 3)) for rank in range(3)]
+    shares = [score_documents(model, documents, 0, 8, batch_size=2, rank=rank, world_size=3) for rank in range(3)]
     assert sum(share[0] for share in shares) == pytest.approx(whole[0], rel=1e-12)
     assert sum(share[1] for share in shares) == whole[1] == 100
 

@@ -11,7 +11,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.inference.compiled import compile_for_generation
 from minigpt_hf.inference.generation import generate, load
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 
 
@@ -77,7 +77,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_code_of_others_is_not_run_unless_it_is_trusted(tmp_path):
     """The same folder under a name that no installed package knows, so that only its own code can load it."""
-    save_suitcase(tiny_model(), character_tokenizer(["abc"]), tmp_path)
+    save_model_files(tiny_model(), character_tokenizer(["abc"]), tmp_path)
     for file in ("config.json", "configuration_minigpt.py"):
         renamed = (tmp_path / file).read_text().replace('"minigpt"', '"foreign"')
         (tmp_path / file).write_text(renamed)

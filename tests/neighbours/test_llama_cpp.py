@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minigpt_hf.cli import main
 from minigpt_hf.export import gguf_vocabulary
 from minigpt_hf.export.gguf import export_gguf
-from minigpt_hf.publish.model_folder import save_suitcase
+from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import tiny_model
 from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
 
@@ -58,7 +58,7 @@ def exported(trained, tmp_path_factory):
 
 def differing(tokenizer, folder) -> list[str]:
     """Return the strings that llama.cpp encodes to other ids, with special tokens parsed or treated as text."""
-    save_suitcase(tiny_model(vocab_size=len(tokenizer)), tokenizer, folder / "model")
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, folder / "model")
     llama = load_gguf(export_gguf(folder / "model", folder / "out"))
     backend, differences = tokenizer.backend_tokenizer, []
     for special in (True, False):

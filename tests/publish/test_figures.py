@@ -1,4 +1,4 @@
-"""What a run says of itself can be looked at: figures, samples side by side, several runs in one picture."""
+"""Figures of a run, samples next to losses, and comparisons of runs."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from minigpt_hf.training.callbacks import side_by_side
 from minigpt_hf.training.run_folder import read_log
 
 
-def test_every_figure_is_drawn_and_each_of_its_curves_has_points(run_folder):
+def test_every_figure_is_drawn_and_each_curve_has_points(run_folder):
     log = read_log(run_folder / "log.jsonl")
     for name in ("loss", "bits_per_byte", "eval_loss", "eval_bits_per_byte", "learning_rate", "grad_norm"):
         tokens, values = columns(log, name)
@@ -19,10 +19,10 @@ def test_every_figure_is_drawn_and_each_of_its_curves_has_points(run_folder):
     for name in ("loss", "training"):
         with Image.open(run_folder / "model" / "figures" / f"{name}.png") as picture:
             assert picture.width == 1350
-            assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty sheet
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # not blank
 
 
-def test_samples_stand_side_by_side_with_the_loss_they_were_written_at(run_folder):
+def test_samples_are_listed_with_their_validation_loss(run_folder):
     lines = (run_folder / "samples.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| step | validation loss | it writes |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0", "| 20", "| 40"]
@@ -31,7 +31,7 @@ def test_samples_stand_side_by_side_with_the_loss_they_were_written_at(run_folde
     assert side_by_side([{"step": 1, "sample": "a|b\n<c>"}]).endswith("| 1 |  | a&#124;b<br>&lt;c&gt; |\n")
 
 
-def test_runs_are_compared_in_one_picture(run_folder, tmp_path, capsys):
+def test_runs_are_compared_in_one_figure(run_folder, tmp_path, capsys):
     other = tmp_path / "other" / "tiny"
     other.mkdir(parents=True)
     shutil.copy(run_folder / "log.jsonl", other)
@@ -45,5 +45,5 @@ def test_runs_are_compared_in_one_picture(run_folder, tmp_path, capsys):
     assert main(["plot", str(tmp_path / "new"), "--output", str(tmp_path / "new.svg")]) == 0
 
 
-def test_large_numbers_read_well():
+def test_large_numbers_have_decimal_prefixes():
     assert [short(n) for n in (7, 1_500, 1_500_000, 2e9)] == ["7", "1.5 k", "1.5 M", "2 G"]

@@ -1,6 +1,8 @@
-"""A model folder is whole or it is not there, and holds exactly what it should."""
+"""A model folder is written atomically and contains exactly the documented files."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.conftest import random_ids, tiny_model
 
 
 @pytest.fixture
-def about(run_folder):
+def metadata(run_folder):
     return json.loads((run_folder / "model" / "minigpt.json").read_text())
 
 
@@ -29,47 +31,54 @@ def test_the_folder_holds_exactly_its_files(run_folder):
     }
 
 
-def test_the_trained_folder_is_a_qwen3_with_other_words_in_its_config(run_folder):
+def test_the_trained_folder_loads_as_qwen3_with_another_config(run_folder):
     folder = run_folder / "model"
     ours = AutoModelForCausalLM.from_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
     shared = {name: settings[name] for name in Qwen3Config().to_dict() if name in settings and name != "model_type"}
     twin = Qwen3ForCausalLM.from_pretrained(folder, config=Qwen3Config(**shared))
-    ids = random_ids(2, 80)  # more than two blocks: the sliding window is at work
+    ids = random_ids(2, 80)  # longer than the sliding window of 33 tokens
     assert torch.equal(twin(ids).logits, ours(ids).logits)
 
 
-def test_minigpt_json_says_where_the_model_comes_from(about):
-    assert about["recipe"]["block_size"] == 32
-    assert about["recipe"]["validation_fraction"] == 0.1
-    assert about["data"]["cut"].startswith("the last ")
-    assert about["data"]["train"]["tokens"] > about["data"]["validation"]["tokens"] > 0
-    assert about["training"]["steps"] == 40
-    assert about["training"]["tokens"] == 40 * 4 * 32
+def test_minigpt_json_describes_data_and_training(metadata):
+    assert metadata["recipe"]["block_size"] == 32
+    assert metadata["recipe"]["validation_fraction"] == 0.1
+    assert metadata["data"]["cut"].startswith("the last ")
+    assert metadata["data"]["train"]["tokens"] > metadata["data"]["validation"]["tokens"] > 0
+    assert metadata["training"]["steps"] == 40
+    assert metadata["training"]["tokens"] == 40 * 4 * 32
 
 
-def test_the_figure_is_a_picture_of_the_width_of_a_card(run_folder):
+def test_the_figure_has_the_width_of_a_card(run_folder):
     with Image.open(run_folder / "model" / "figures" / "loss.png") as picture:
         assert picture.size == (1350, 540)
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty sheet
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # not blank
 
 
-def test_a_folder_that_fails_half_way_is_not_there(about, tmp_path, monkeypatch):
+def test_a_folder_whose_writing_fails_does_not_exist(metadata, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(module, "render_card", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+        write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), metadata, [])
     assert not (tmp_path / "model").exists()
     monkeypatch.undo()
-    write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), about, [])
+    write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), metadata, [])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_weights_that_are_not_finite_are_never_published(about, tmp_path):
+def test_non_finite_weights_are_never_published(metadata, tmp_path):
     model = tiny_model()
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match=r"model\.norm\.weight has values that are not finite"):
-        write_model_folder(tmp_path / "model", model, character_tokenizer(["ab"]), about, [])
+        write_model_folder(tmp_path / "model", model, character_tokenizer(["ab"]), metadata, [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_matplotlib_is_imported_only_when_figures_are_drawn():
+    code = (
+        "import sys; import minigpt_hf.publish.push, minigpt_hf.training.train; sys.exit('matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

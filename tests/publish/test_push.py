@@ -1,4 +1,4 @@
-"""What is pushed loads anywhere at every moment, in one commit; faults are told in one line; the token goes nowhere."""
+"""A push is one commit that loads everywhere; errors are reported in one line; the token is never written."""
 
 import json
 import os
@@ -25,20 +25,20 @@ CODE = {"configuration_minigpt.py", "modeling_minigpt.py"}
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """huggingface_hub tries five times, for 23 seconds in all; here it does so without a pause."""
+def no_pauses(monkeypatch):
+    """huggingface_hub retries five times over 23 seconds; the tests do so without pauses."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(autouse=True)
-def files_alone(monkeypatch, request):
-    """The doctor's whole examination starts processes; here it looks at the files, but for the test that is about it."""
+def file_checks_only(monkeypatch, request):
+    """The complete examination of the doctor starts processes; only the test of it runs it."""
     if "doctor" not in request.node.name:
         monkeypatch.setattr(doctor, "examine", doctor.examine_files)
 
 
-def test_what_the_doctor_faults_is_not_pushed(run_folder, hub, tmp_path, capsys):
-    """A folder whose weights are finite and well-formed, and do not load: only the whole examination finds that."""
+def test_a_folder_with_doctor_failures_is_not_pushed(run_folder, hub, tmp_path, capsys):
+    """The weights are finite and well-formed but do not load, which only the complete examination finds."""
     shutil.copytree(run_folder / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
@@ -68,11 +68,11 @@ def uploaded(hub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
     return files
 
 
-# -- what arrives -----------------------------------------------------------------------------------------------------
+# -- content of the repository ------------------------------------------------------------------------------------------
 
-IN_A_CLEAN_PROCESS = """
+IN_A_NEW_PROCESS = """
 import json, re, sys
-sys.modules["minigpt_hf"] = None  # importing it fails: the repository has to do without
+sys.modules["minigpt_hf"] = None  # importing it fails; the repository must load without it
 import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,7 +104,7 @@ print("all loaded")
 """
 
 
-def test_what_was_pushed_loads_in_a_clean_process_at_every_revision(run_folder, hub, tmp_path, capsys):
+def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub, tmp_path, capsys):
     folder = run_folder / "model"
     assert push(capsys, folder, "--repo-id", "user/tiny", "--revision", "old")[0] == 0
     code, out, err = push(capsys, folder, "--repo-id", "user/tiny", "--native")
@@ -137,7 +137,7 @@ def test_what_was_pushed_loads_in_a_clean_process_at_every_revision(run_folder, 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     hugging_face = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_CLEAN_PROCESS, tmp_path / "expected.pt"],
+        [sys.executable, "-c", IN_A_NEW_PROCESS, tmp_path / "expected.pt"],
         env={**environment, **hugging_face, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -147,7 +147,7 @@ def test_what_was_pushed_loads_in_a_clean_process_at_every_revision(run_folder, 
     assert done.stdout.endswith("all loaded\n"), done.stderr
 
 
-def test_the_card_names_the_repository_unless_somebody_wrote_in_it(run_folder, hub, tmp_path):
+def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp_path):
     push_folder(run_folder / "model", "user/tiny")
     card = uploaded(hub, "user/tiny")["README.md"].decode()
     assert '.from_pretrained("user/tiny", trust_remote_code=True)' in card
@@ -159,7 +159,7 @@ def test_the_card_names_the_repository_unless_somebody_wrote_in_it(run_folder, h
     assert uploaded(hub, "user/tiny")["README.md"].decode() == mine
 
 
-def test_only_files_of_a_model_travel_and_nothing_stale_stays(run_folder, hub, tmp_path):
+def test_only_model_files_are_uploaded_and_stale_ones_are_deleted(run_folder, hub, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(run_folder / "model", folder)
     for name in ("optimizer.pt", "notes.txt", ".env", "figures/secret.txt", "sub/config.json"):
@@ -176,7 +176,7 @@ def test_only_files_of_a_model_travel_and_nothing_stale_stays(run_folder, hub, t
     assert titles(hub, "user/tiny") == ["Upload model", "put", "initial commit"]
 
 
-def test_shards_travel_with_their_index(run_folder, hub, tmp_path):
+def test_shards_are_uploaded_with_their_index(run_folder, hub, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(run_folder / "model", folder)
     (folder / "model.safetensors").unlink()
@@ -188,16 +188,16 @@ def test_shards_travel_with_their_index(run_folder, hub, tmp_path):
     assert set(uploaded(hub, "user/tiny")) == MODEL - {"model.safetensors"} | shards | {"model.safetensors.index.json"}
 
 
-def test_private_is_private_or_refused(run_folder, hub, capsys):
+def test_a_private_repository_is_private_or_rejected(run_folder, hub, capsys):
     assert push(capsys, run_folder / "model", "--repo-id", "user/hidden", "--private")[0] == 0
     assert hub.repository("user/hidden").private
     assert push(capsys, run_folder / "model", "--repo-id", "user/open")[0] == 0
     code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/open", "--private")
     assert (code, err.count("\n")) == (2, 1)
-    assert "user/open: is there already, and public" in err
+    assert "user/open: exists and is public" in err
 
 
-def test_who_has_logged_in_needs_no_variable(run_folder, hub, tmp_path, monkeypatch, capsys):
+def test_a_stored_login_suffices(run_folder, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
         monkeypatch.setattr(constants, name, str(tmp_path / name))
@@ -206,10 +206,10 @@ def test_who_has_logged_in_needs_no_variable(run_folder, hub, tmp_path, monkeypa
     assert push(capsys, run_folder / "model", "--repo-id", "user/tiny")[0] == 0
 
 
-# -- what is refused before anything is sent --------------------------------------------------------------------------
+# -- rejected before anything is sent ------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_pushed_is_told_in_one_line_and_nothing_is_sent(run_folder, hub, tmp_path, capsys, monkeypatch):
+def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, hub, tmp_path, capsys, monkeypatch):
     half, linked = tmp_path / "half", tmp_path / "linked"
     for folder in (half, linked):
         shutil.copytree(run_folder / "model", folder)
@@ -219,11 +219,11 @@ def test_what_cannot_be_pushed_is_told_in_one_line_and_nothing_is_sent(run_folde
     (tmp_path / "elsewhere").write_text("private")
     model = run_folder / "model"
     cases = [
-        ([half, "--repo-id", "user/tiny"], "half: no model folder, it lacks tokenizer.json"),
-        ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: no model folder"),
-        ([run_folder, "--repo-id", "user/tiny"], "this is a run; its model is in"),
+        ([half, "--repo-id", "user/tiny"], "half: not a model folder: tokenizer.json missing"),
+        ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: not a model folder: "),
+        ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),
-        ([model, "--repo-id", "user/tiny", "--native", "--revision", "native"], "the twin without code goes there"),
+        ([model, "--repo-id", "user/tiny", "--native", "--revision", "native"], "is the branch of the twin"),
         ([model, "--repo-id", "user/../tiny"], "Repo id must"),
         ([model], "--repo-id"),
     ]
@@ -235,34 +235,34 @@ def test_what_cannot_be_pushed_is_told_in_one_line_and_nothing_is_sent(run_folde
     code, _, err = push(capsys, model, "--repo-id", "user/tiny")
     assert (code, err) == (
         2,
-        "minigpt push: there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN\n",
+        "minigpt push: no token for the Hub was found: log in with `hf auth login`, or set HF_TOKEN\n",
     )
     assert hub.requests == []
 
 
-# -- faults -----------------------------------------------------------------------------------------------------------
+# -- failures ------------------------------------------------------------------------------------------------------------
 
 FAULTS = {
     "401 to all": ("POST", "/api/", 401, "answered 401 .*log in again with `hf auth login`"),
-    "403 to all": ("POST", "/api/", 403, "answered 403 .*your token may not write there"),
-    "403 at the commit": ("POST", "/commit/", 403, "answered 403 .*your token may not write there"),
-    "404 before the upload": ("POST", "/preupload/", 404, "answered 404 .*there is no such repository or branch"),
-    "409 at the commit": ("POST", "/commit/", 409, "answered 409 .*another change of it is under way"),
-    "412 at the commit": ("POST", "/commit/", 412, "answered 412 .*somebody else has pushed"),
+    "403 to all": ("POST", "/api/", 403, "answered 403 .*the token has no write permission"),
+    "403 at the commit": ("POST", "/commit/", 403, "answered 403 .*the token has no write permission"),
+    "404 before the upload": ("POST", "/preupload/", 404, "answered 404 .*the repository or branch does not exist"),
+    "409 at the commit": ("POST", "/commit/", 409, "answered 409 .*another change of the repository is in progress"),
+    "412 at the commit": ("POST", "/commit/", 412, "answered 412 .*has received another commit"),
     "429 before the upload": ("POST", "/preupload/", 429, "answered 429 .*too many requests"),
     "429 at the commit": ("POST", "/commit/", 429, "answered 429 .*too many requests"),
     "500 in the storage": ("PUT", "/lfs/", 500, "answered 500 .*try again later"),
     "500 at the commit": ("POST", "/commit/", 500, "answered 500 .*try again later"),
     "503 at the card": ("POST", "/validate-yaml", 503, "answered 503 .*try again later"),
-    "dies within the weights": ("PUT", "/lfs/", "disconnect", "the connection to .* broke"),
-    "dies within the commit": ("POST", "/commit/", "disconnect", "the connection to .* broke"),
-    "dies at the door": ("POST", "/repos/create", "disconnect", "the connection to .* broke"),
-    "the answer is lost": ("POST", "/commit/", "lost", "the connection to .* broke.*what is there is whole"),
+    "connection lost during the weights": ("PUT", "/lfs/", "disconnect", "the connection to .* was lost"),
+    "connection lost during the commit": ("POST", "/commit/", "disconnect", "the connection to .* was lost"),
+    "connection lost at the first request": ("POST", "/repos/create", "disconnect", "the connection to .* was lost"),
+    "answer lost": ("POST", "/commit/", "lost", "the connection to .* was lost.*the repository is consistent"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_in_one_line_main_stays_whole_and_a_second_try_completes(
+def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retry_succeeds(
     fault, run_folder, hub, tmp_path, capsys
 ):
     earlier = tmp_path / "earlier"
@@ -286,7 +286,7 @@ def test_a_fault_is_told_in_one_line_main_stays_whole_and_a_second_try_completes
     assert titles(hub, "user/tiny") == ["Upload model", "Upload model", "initial commit"]
 
 
-def test_a_hub_that_stumbles_or_is_slow_is_waited_for(run_folder, hub, capsys):
+def test_temporary_failures_and_slow_answers_are_retried(run_folder, hub, capsys):
     hub.fail("PUT", "/lfs/", 500, times=2)
     hub.fail("POST", "/preupload/", 429, times=1)
     hub.fail("POST", "/commit/", "slow")
@@ -295,8 +295,8 @@ def test_a_hub_that_stumbles_or_is_slow_is_waited_for(run_folder, hub, capsys):
     assert set(uploaded(hub, "user/tiny")) == MODEL
 
 
-def test_who_pushes_at_the_same_time_is_not_overwritten(run_folder, hub, monkeypatch):
-    """Between looking and committing somebody else commits: the Hub refuses, since another head was looked at."""
+def test_a_concurrent_commit_is_not_overwritten(run_folder, hub, monkeypatch):
+    """Another commit arrives between reading the branch and committing: the Hub rejects the outdated parent commit."""
     from huggingface_hub import HfApi
 
     preupload = HfApi.preupload_lfs_files
@@ -311,7 +311,7 @@ def test_who_pushes_at_the_same_time_is_not_overwritten(run_folder, hub, monkeyp
     assert set(uploaded(hub, "user/tiny")) == {"notes.txt"}
 
 
-# -- while it trains --------------------------------------------------------------------------------------------------
+# -- during training ----------------------------------------------------------------------------------------------------
 
 
 def train(recipe_file, text_file, folder, *flags) -> int:
@@ -319,7 +319,7 @@ def train(recipe_file, text_file, folder, *flags) -> int:
     return main([str(word) for word in argv])
 
 
-def test_a_training_pushes_a_whole_model_with_each_save_and_the_best_at_the_end(
+def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_the_end(
     recipe_file, text_file, hub, tmp_path, capsys
 ):
     run = tmp_path / "run"
@@ -336,11 +336,11 @@ def test_a_training_pushes_a_whole_model_with_each_save_and_the_best_at_the_end(
     for commit, step in zip(hub.repository("user/tiny").history(), (40, 40, 20), strict=False):
         files = uploaded(hub, "user/tiny", commit["sha"])
         assert set(files) == MODEL
-        about = json.loads(files["minigpt.json"])
-        assert about["training"]["steps"] == step
-        assert about["results"]["loss"] == pytest.approx(losses[step], rel=1e-12)
+        metadata = json.loads(files["minigpt.json"])
+        assert metadata["training"]["steps"] == step
+        assert metadata["results"]["loss"] == pytest.approx(losses[step], rel=1e-12)
         card = ModelCard(files["README.md"].decode())
-        assert ("It is still being trained" in card.text) == (step == 20)
+        assert ("Training is in progress" in card.text) == (step == 20)
         assert (card.data.license, card.data.model_name) == ("mit", "user/tiny")
         folder = tmp_path / commit["sha"]
         for name, content in files.items():
@@ -348,7 +348,11 @@ def test_a_training_pushes_a_whole_model_with_each_save_and_the_best_at_the_end(
             (folder / name).write_bytes(content)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert model.config.use_cache is True
-        tied = {model.config.tokenizer_fingerprint, about["tokenizer"]["fingerprint"], tokenizer_fingerprint(tokenizer)}
+        tied = {
+            model.config.tokenizer_fingerprint,
+            metadata["tokenizer"]["fingerprint"],
+            tokenizer_fingerprint(tokenizer),
+        }
         assert len(tied) == 1
     weights = [commit["files"]["model.safetensors"]["oid"] for commit in hub.repository("user/tiny").history()[:3]]
     assert weights[0] == weights[1] != weights[2]
@@ -356,14 +360,14 @@ def test_a_training_pushes_a_whole_model_with_each_save_and_the_best_at_the_end(
     assert "hub" not in (run / "recipe.yaml").read_text()
 
 
-def test_a_hub_that_dies_while_it_trains_costs_a_line_and_no_step(recipe_file, text_file, hub, tmp_path, capsys):
+def test_a_failed_push_during_training_is_logged_and_costs_no_step(recipe_file, text_file, hub, tmp_path, capsys):
     hub.fail("PUT", "/lfs/", "disconnect")
     run = tmp_path / "run"
     flags = ["--hub_model_id", "user/tiny", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2"]
     flags += ["--logging_steps", "2", "--warmup_steps", "2"]
     assert train(recipe_file, text_file, run, *flags) == 2
     captured = capsys.readouterr()
-    assert "not pushed: user/tiny: the connection to" in captured.out
+    assert "not pushed: user/tiny: the connection to" in captured.err
     assert captured.out.endswith(f"the model is in {run / 'model'}\n")
     assert re.search("^minigpt train: user/tiny: the connection to .*\n$", captured.err, re.MULTILINE)
     assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["steps"] == 4
@@ -373,7 +377,7 @@ def test_a_hub_that_dies_while_it_trains_costs_a_line_and_no_step(recipe_file, t
     assert set(uploaded(hub, "user/tiny")) == MODEL
 
 
-def test_a_training_that_may_not_push_says_so_before_the_first_step(recipe_file, text_file, hub, tmp_path, capsys):
+def test_missing_write_permission_is_reported_before_the_first_step(recipe_file, text_file, hub, tmp_path, capsys):
     assert train(recipe_file, text_file, tmp_path / "run", "--hub_model_id", "other/tiny") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -384,7 +388,7 @@ def test_a_training_that_may_not_push_says_so_before_the_first_step(recipe_file,
 
 
 def test_the_token_is_in_no_file_log_card_or_upload(recipe_file, text_file, hub, tmp_path, capfd, monkeypatch):
-    """All that a training with pushes, a push, failing ones and the clients leave behind is searched."""
+    """Searches every file, output and request of a training run with pushes, and of successful and failed pushes."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     flags = ["--hub_model_id", "user/tiny", "--max_steps", "2", "--save_steps", "1", "--eval_steps", "1"]

@@ -115,8 +115,8 @@ def test_the_run_of_a_text_without_a_recipe_is_repeated_by_its_recipe_and_found_
 def test_in_python_the_same_is_chosen(letters, tmp_path):
     folder = minigpt_hf.train(data=str(letters), output_dir=tmp_path / "run", **SHORT)
     (_, architecture, _), _ = fitted(tmp_path, ["--data", letters])
-    assert folder.about["recipe"]["hidden_size"] == architecture.hidden_size
-    assert folder.about["sample"]["prompt"] == "Liebe Grete, ich"
+    assert folder.metadata["recipe"]["hidden_size"] == architecture.hidden_size
+    assert folder.metadata["sample"]["prompt"] == "Liebe Grete, ich"
 
 
 def test_without_a_text_everything_is_as_the_recipe_demo_says():

@@ -1,0 +1,99 @@
+"""Steps shared by all export formats: load and validate the model, limit the context, write atomically, verify."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ..errors import MiniGPTError
+from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..trust import checked_folder, loading
+
+
+def load_model(folder: Path) -> MiniGPTForCausalLM:
+    """Load the model of a MiniGPT folder in the dtype of its weights and in evaluation mode.
+
+    Attention is eager: which SDPA kernel is used depends on the mask, and the kernels round differently.
+
+    Raises:
+        MiniGPTError: if there is no MiniGPT model, or its weights are incomplete or not finite.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "model" / "config.json").is_file():
+            raise MiniGPTError(f"{folder}: this is a run folder; its model folder is {folder / 'model'}")
+        raise MiniGPTError(f"{folder}: it has no config.json; give a model folder")
+    checked_folder(str(folder))
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != MiniGPTConfig.model_type:
+        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT models can be exported")
+    with loading(str(folder)):
+        model, report = MiniGPTForCausalLM.from_pretrained(
+            folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
+        )
+    with loading(str(folder), "tokenizer", "an export needs the tokenizer of the model"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[key]:
+            raise MiniGPTError(f"{folder}: {key.replace('_', ' ')} in its weights: {sorted(map(str, report[key]))}")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise MiniGPTError(f"{folder}: {name} has values that are not finite; the model is not exported")
+    return model.eval()
+
+
+def longest_full_context(config: MiniGPTConfig) -> int:
+    """Return the longest context in tokens up to which sliding-window and full attention are the same function."""
+    if "sliding_attention" in config.layer_types:
+        return min(config.max_position_embeddings, config.sliding_window)
+    return config.max_position_embeddings
+
+
+def check_context(config: MiniGPTConfig, context: int | None) -> None:
+    """Check that a context exceeds neither the sliding window nor the maximum sequence length.
+
+    Raises:
+        MiniGPTError: otherwise.
+    """
+    longest = longest_full_context(config)
+    if context is not None and not 1 <= context <= longest:
+        has_window = "sliding_attention" in config.layer_types
+        reason = (
+            f"its sliding window is {config.sliding_window} tokens" if has_window else "its maximum sequence length"
+        )
+        raise MiniGPTError(f"--context {context}: give 1 to {longest} tokens for this model ({reason})")
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to `out` after the block, or removed if the block raises an exception.
+
+    Raises:
+        MiniGPTError: if `out` exists or would be inside a model folder.
+    """
+    if out.exists() or out.is_symlink():
+        raise MiniGPTError(f"{out}: already exists; remove it, or choose another --output_dir")
+    if (out.resolve().parent / "config.json").is_file():
+        raise MiniGPTError(f"{out}: is inside a model folder; choose an --output_dir outside of it")
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def verify(is_true: bool, claim: str) -> None:
+    """Check a claim about an export before it is published.
+
+    Raises:
+        MiniGPTError: if the claim is false.
+    """
+    if not is_true:
+        raise MiniGPTError(f"the export failed verification: it is not true that {claim}; nothing was written")
