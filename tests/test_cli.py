@@ -6,6 +6,8 @@ import re
 import pytest
 
 from minigpt_hf.cli import VERBS, main
+from minigpt_hf.cli.settings_help import COMMON
+from minigpt_hf.training.recipe import argument_parser
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -183,8 +185,38 @@ def test_every_verb_has_help(verb, capsys):
     assert out.startswith(f"usage: minigpt {verb}")
 
 
-def test_the_help_of_train_names_every_flag_and_the_recipes(capsys):
+@pytest.mark.parametrize("command", ["train", "tokenize"])
+def test_the_help_has_at_most_50_lines_and_says_where_the_rest_is(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 120
+    assert f"minigpt {command} --help-all" in lines[-1]
+
+
+def test_the_help_of_train_groups_common_settings_with_their_defaults(capsys):
     main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line in ("data", "model", "optimization", "output", "hardware")]
+    assert headings == ["data", "model", "optimization", "output", "hardware"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  --")}
+    # The default of recipe demo, that of recipe auto, and that of transformers.
+    assert rows["--learning_rate"][:3] == ["0.004", "auto", "5e-05"]
+    assert rows["--max_steps"][:3] == ["600", "auto", "-1"]
+    assert rows["--eval_steps"][:3] == ["0.25", "auto", "none"]
+    assert rows["--seed"][0] == "42"
+    assert rows["--seed"][1] == "seed"  # equal in all three: no further columns
+    assert rows["--hidden_size"][:3] == ["192", "auto", "width"]  # not a setting of transformers
+    assert rows["--output_dir"][:2] == ["runs/RECIPE", "none"]
+
+
+def test_every_setting_of_the_help_exists(capsys):
+    parser = argument_parser()
+    assert all(f"--{name}" in parser._option_string_actions for settings in COMMON.values() for name in settings)
+
+
+def test_the_complete_help_of_train_names_every_flag_and_the_recipes(capsys):
+    main(["train", "--help-all"])
     out = capsys.readouterr().out
     for flag in (
         "--recipe",

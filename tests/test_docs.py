@@ -42,7 +42,7 @@ def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> i
             assert done.returncode == 0, done.stderr
         else:
             assert words[0] in ("minigpt", ".venv/bin/minigpt"), line
-            is_training = words[1] == "train" and "--help" not in words
+            is_training = words[1] == "train" and not {"--help", "--help-all"} & {*words}
             shape = [] if "--init_from" in words else small  # an existing model has its own
             assert main(words[1:] + [*SHORT, *shape] * is_training) == 0, capsys.readouterr().err
         ran += 1

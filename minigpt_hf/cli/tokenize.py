@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import MiniGPTError
 from .parser import quiet
 from .train import parser as parser_of_train
-from .train import split_recipe
+from .train import show_help, split_recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,8 +54,7 @@ def run(argv: list[str]) -> int | None:
 
 
 def _run(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        parser().print_help()
+    if show_help("tokenize", argv):
         return
     from ..training.autoconfig import Dial
     from ..training.recipe import parse_arguments

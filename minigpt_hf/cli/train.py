@@ -4,6 +4,7 @@ import argparse
 import time
 
 from .parser import quiet
+from .settings_help import short_help
 
 
 def parser(verb: str = "train") -> argparse.ArgumentParser:
@@ -18,8 +19,7 @@ def parser(verb: str = "train") -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> None:
     """Read the recipe, let the flags override it, and train."""
-    if "--help" in argv or "-h" in argv:
-        parser().print_help()
+    if show_help("train", argv):
         return
     began = time.perf_counter()  # imports count as minutes, too
 
@@ -32,6 +32,17 @@ def run(argv: list[str]) -> None:
 
     quiet()
     run.train(arguments, began)
+
+
+def show_help(command: str, argv: list[str]) -> bool:
+    """Print the help of `train` or `tokenize` if `argv` asks for it. Returns whether it does."""
+    if "--help-all" in argv:
+        parser(command).print_help()
+        return True
+    if "--help" in argv or "-h" in argv:
+        print(short_help(command), end="")
+        return True
+    return False
 
 
 def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
