@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 
-from minigpt_hf.cli import VERBS
+from minigpt_cli import COMMANDS
 from minigpt_hf.cli.settings_help import shown_default, transformers_defaults
 from minigpt_hf.training.arguments import GROUPS, MiniGPTTrainingArguments
 from minigpt_hf.training.recipe import effective_defaults
@@ -60,17 +60,17 @@ def walkthrough() -> str:
 def cli() -> str:
     """Return docs/cli.md: every command with its options."""
     parts = [INTRODUCTION]
-    for verb, summary in VERBS.items():
-        parts.append(f"\n## minigpt {verb}\n\n{summary[0].upper()}{summary[1:]}.\n\n")
-        if verb == "train":
+    for command, summary in COMMANDS.items():
+        parts.append(f"\n## minigpt {command}\n\n{summary[0].upper()}{summary[1:]}.\n\n")
+        if command == "train":
             parts.append(TRAIN)
             parts += [f"\n{group.__doc__.splitlines()[0]}\n\n{_table(_of_dataclass(group))}" for group in GROUPS]
             parts += [CHANGED, _changed_defaults(), INHERITED, _inherited_flags(), ".\n"]
             continue
-        if verb == "tokenize":
+        if command == "tokenize":
             parts.append(TOKENIZE)
             continue
-        parser = import_module(f"minigpt_hf.cli.{verb}").parser()
+        parser = import_module(f"minigpt_hf.cli.{command}").parser()
         parts.append(_table(_of_parser(parser)))
         if parser.epilog:
             parts.append(f"\n{parser.epilog}\n")

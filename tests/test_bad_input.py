@@ -309,7 +309,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a rank below 0": (train("--init_from", "MODEL", "--recipe", "lora", "--lora_rank", "-2"), "lora_rank is -2"),
     },
     "prompts and evaluations": {
-        "an unknown verb": (["trian"], "unknown verb 'trian'; there are train"),
+        "an unknown command": (["trian"], "unknown command 'trian'; available: train"),
         "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
         "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),

@@ -1,13 +1,18 @@
-"""The command line: each verb does its work, and bad input gets one line and exit code 2."""
+"""The command line: each command does its work; bad input is reported in one line with exit code 2."""
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
-from minigpt_hf.cli import VERBS, main
+import minigpt_cli
+from minigpt_cli import COMMANDS
+from minigpt_hf.cli import main
 from minigpt_hf.cli.settings_help import COMMON
 from minigpt_hf.training.recipe import argument_parser
+from tests.conftest import ROOT
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -174,15 +179,15 @@ def test_epochs_that_are_asked_for_are_not_cut_short_by_the_recipes_steps(recipe
     assert f"{2 * -(-blocks // 4)} steps of 128 tokens" in out
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
     try:
-        code = main([verb, "--help"])
+        code = main([command, "--help"])
     except SystemExit as stop:
         code = stop.code
     out = capsys.readouterr().out
     assert code == 0
-    assert out.startswith(f"usage: minigpt {verb}")
+    assert out.startswith(f"usage: minigpt {command}")
 
 
 @pytest.mark.parametrize("command", ["train", "tokenize"])
@@ -231,11 +236,28 @@ def test_the_complete_help_of_train_names_every_flag_and_the_recipes(capsys):
         assert flag in out
 
 
-def test_help_version_and_no_verb(capsys):
+def test_help_version_and_no_command(capsys):
     from minigpt_hf import __version__
 
     assert run(capsys, "--help")[0] == 0
     assert run(capsys, "--version")[1] == f"minigpt {__version__}\n"
     code, out, _ = run(capsys)
     assert code == 2
-    assert all(verb in out for verb in VERBS)
+    assert all(command in out for command in COMMANDS)
+
+
+# -- start of the process ----------------------------------------------------------------------------------------------
+
+
+def test_the_help_imports_neither_the_package_nor_its_dependencies():
+    program = "import sys, minigpt_cli; minigpt_cli.main(['--help']); print(*sys.modules)"
+    *lines, modules = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT).splitlines()
+    assert lines[0].startswith("usage: minigpt")
+    assert not {"minigpt_hf", "torch", "transformers", "numpy", "argparse", "logging"} & {*modules.split()}
+
+
+def test_the_entry_point_runs_the_commands(capsys):
+    assert minigpt_cli.main(["recipes", "show", "demo"]) == 0
+    assert "max_steps" in capsys.readouterr().out
+    assert minigpt_cli.main([]) == 2
+    assert minigpt_cli.main(["--version"]) == 0

@@ -121,7 +121,7 @@ def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp
     (wheel,) = tmp_path.glob("minigpt_hf-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"py.typed", "publish/model_card.md", "training/recipes/demo.yaml", "model/modeling_minigpt.py"}
-    assert {f"minigpt_hf/{name}" for name in wanted} <= names
+    assert {"minigpt_cli.py", *(f"minigpt_hf/{name}" for name in wanted)} <= names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
@@ -135,16 +135,17 @@ def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"]
     argv += ["--max_steps", "2", "--logging_steps", "1"]
-    entry = "import sys; from minigpt_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # it could contain the sources
     done = subprocess.run(
-        [python, "-c", entry, *argv],
+        [python, "-m", "minigpt_cli", *argv],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
-    where = [python, "-c", "import minigpt_hf; print(minigpt_hf.__file__)"]
-    assert str(site) in subprocess.check_output(where, cwd=tmp_path, text=True)
+    where = [python, "-c", "from importlib.util import find_spec; print(find_spec('minigpt_hf').origin)"]
+    assert str(site) in subprocess.check_output(where, cwd=tmp_path, text=True, env=environment)
     assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["training"]["steps"] == 2
