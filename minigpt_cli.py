@@ -1,9 +1,11 @@
 """Entry point of the `minigpt` command.
 
 This module lies outside the package because importing `minigpt_hf` imports torch and transformers, to register the Auto
-classes, which takes seconds: `minigpt --help` and `--version` do without. The commands are in `minigpt_hf.cli`.
+classes, which takes seconds: `minigpt --help` and `--version` do without. The OpenMP library reads its settings when torch
+is loaded, so they are set here, too. The commands are in `minigpt_hf.cli`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -33,9 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minigpt {version('minigpt-hf')}")
         return 0
 
+    set_openmp_policy()
     from minigpt_hf.cli import main
 
     return main(argv)
+
+
+def set_openmp_policy() -> None:
+    """Limit the time that OpenMP threads spin before they sleep, unless the user has chosen a policy.
+
+    Spinning threads keep the cores from the threads that they wait for when other processes run on the same cores.
+    Subprocesses inherit the setting. It has no effect after torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(
+            "GOMP_SPINCOUNT", "1000"
+        )  # iterations of GNU OpenMP; its default is 300,000
 
 
 def usage() -> str:

@@ -1,6 +1,7 @@
 """The command line: each command does its work; bad input is reported in one line with exit code 2."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -261,3 +262,33 @@ def test_the_entry_point_runs_the_commands(capsys):
     assert "max_steps" in capsys.readouterr().out
     assert minigpt_cli.main([]) == 2
     assert minigpt_cli.main(["--version"]) == 0
+
+
+def test_an_openmp_policy_is_set_unless_the_user_chose_one(monkeypatch):
+    for chosen, expected in (
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ):
+        monkeypatch.setattr(os, "environ", dict(chosen))
+        minigpt_cli.set_openmp_policy()
+        assert os.environ == expected
+
+
+def test_a_command_sets_the_openmp_policy_before_torch_is_loaded_and_an_import_does_not():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = "import minigpt_cli; minigpt_cli.main(['recipes', 'show', 'demo'])"
+    for program, expected in ((command, "1000"), ("import minigpt_hf", None)):
+        # At the first import of torch, print the variable.
+        hook = """
+import os, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            print("before torch:", os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+sys.meta_path.insert(0, Finder)
+"""
+        argv = [sys.executable, "-c", f"{hook}\n{program}\nprint('at the end:', os.environ.get('GOMP_SPINCOUNT'))"]
+        output = subprocess.check_output(argv, text=True, cwd=ROOT, env=environment)
+        assert f"before torch: {expected} False" in output
+        assert f"at the end: {expected}" in output

@@ -25,7 +25,10 @@ START = (
     "import sys; sys.path.append(sys.argv[1]); from doctor.child import work; from importlib import import_module; "
     "import_module('doctor.' + sys.argv[2]); sys.path.remove(sys.argv[1]); work(*sys.argv[2:])"
 )
-KEPT = "PATH PYTHONPATH LD_LIBRARY_PATH LANG LC_ALL OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES SYSTEMROOT".split()
+INHERITED = (  # environment variables
+    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+)
 LONGEST_ANSWER = 1 << 20  # bytes
 
 
@@ -78,7 +81,7 @@ def work(module: str, answer: str, memory: str, folder: str, *words: str) -> Non
 
 
 def _environment(place: str) -> dict[str, str]:
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     here = dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP", "HF_HOME", "XDG_CACHE_HOME"), place)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "PYTHONUSERBASE": site.getuserbase()}
     return {**environment, **here, **offline}
