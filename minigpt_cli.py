@@ -48,9 +48,7 @@ def set_openmp_policy() -> None:
     Subprocesses inherit the setting. It has no effect after torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault(
-            "GOMP_SPINCOUNT", "1000"
-        )  # iterations of GNU OpenMP; its default is 300,000
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # iterations of GNU OpenMP; its default is 300,000
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""`minigpt export`: a model folder -> the same model in the words of other programs, verified before it is there."""
+"""`minigpt export`: convert a model folder for other programs; the result is verified before it is written."""
 
 import logging
 from pathlib import Path
@@ -11,59 +11,55 @@ DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 
 def parser() -> Parser:
-    """What this verb takes."""
+    """The arguments of the command."""
     parser = Parser("export")
-    parser.add_argument("model", type=Path, help="a model folder")
+    parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument(
         "--to",
         required=True,
         choices=FORMATS,
-        help="native: Qwen3 of transformers, the weights untouched; gguf: llama.cpp and Ollama; onnx: onnxruntime",
+        help="native: Qwen3 of transformers, with unchanged weights; gguf: llama.cpp and Ollama; onnx: onnxruntime",
     )
-    parser.add_argument(
-        "--output_dir", type=Path, help="a folder that is not there yet (default: MODEL-FORMAT, beside it)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the matrices (default: what they are in; nothing is cast unasked)"
-    )
+    parser.add_argument("--output_dir", type=Path, help="new folder (default: MODEL-FORMAT, next to the model folder)")
+    parser.add_argument("--dtype", choices=DTYPES, help="data type of the matrices (default: unchanged)")
     parser.add_argument(
         "--context",
         type=int,
-        help="the longest text in tokens, for programs that know no sliding windows; at most the model's window",
+        help="maximum context in tokens, for programs without sliding-window attention; at most the window of the model",
     )
     return parser
 
 
 def run(argv: list[str]) -> None:
-    """Write the export, or say why it cannot be, and where it is."""
+    """Export the model and print where it is and how it was verified."""
     args = parser().parse_args(argv)
     folder = args.model
     out = args.output_dir or folder.resolve().with_name(f"{folder.resolve().name}-{args.to}")
     quiet()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that no model here has
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that these models do not use
     try:
         if args.to == "native":
             from ..export.native import export_native
 
             if args.dtype:
-                raise MiniGPTError("--to native keeps the weights as they are, byte by byte: leave --dtype out")
+                raise MiniGPTError("--to native copies the weights unchanged: omit --dtype")
             export_native(folder, out, args.context)
-            said = "Qwen3ForCausalLM with no code of ours; the same weights, and the same logits bit for bit"
+            verified = "Qwen3ForCausalLM without custom code; identical weights, bitwise equal logits"
         elif args.to == "gguf":
             from ..export.gguf import export_gguf
 
             export_gguf(folder, out, args.dtype, args.context)
             (file,) = out.glob("*.gguf")
-            said = f"{file.name} and a Modelfile; transformers reads the model's weights and tokens from it"
+            verified = f"{file.name} and a Modelfile; transformers reads equal weights and tokens from it"
         else:
             from ..export.onnx import PROMPTS, TOLERANCE, export_onnx
 
             export_onnx(folder, out, args.dtype, args.context)
-            said = f"onnxruntime's logits are within {TOLERANCE}, and {PROMPTS} prompts go on by the same tokens"
+            verified = f"onnxruntime's logits are within {TOLERANCE}, and {PROMPTS} prompts have equal continuations"
     except ModuleNotFoundError as error:
         raise MiniGPTError(
             f"--to {args.to} needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
-    print(f"the export is in {out}\nverified: {said}")
+    print(f"the export is in {out}\nverified: {verified}")
     if args.context:
-        print(f"it is for texts of at most {args.context} tokens")
+        print(f"maximum context: {args.context} tokens")

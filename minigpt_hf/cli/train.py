@@ -1,4 +1,4 @@
-"""`minigpt train`: a text and a recipe -> a run, and in it a model folder."""
+"""`minigpt train`: train a model from a recipe, a text and flags; writes a run folder with the model folder."""
 
 import argparse
 import time
@@ -8,7 +8,7 @@ from .settings_help import short_help
 
 
 def parser(verb: str = "train") -> argparse.ArgumentParser:
-    """Every setting there is, with the defaults that a command has: ours and those of `TrainingArguments`."""
+    """All settings, including those of `TrainingArguments`, with their effective defaults."""
     from ..training.recipe import argument_parser, effective_defaults
 
     parser = argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
@@ -18,10 +18,10 @@ def parser(verb: str = "train") -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> None:
-    """Read the recipe, let the flags override it, and train."""
+    """Read the recipe, override it by the flags, and train."""
     if show_help("train", argv):
         return
-    began = time.perf_counter()  # imports count as minutes, too
+    began = time.perf_counter()  # --minutes includes the time of imports
 
     from ..training.recipe import parse_arguments
 

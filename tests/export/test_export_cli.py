@@ -41,8 +41,8 @@ def test_it_says_where_the_export_is_what_was_verified_and_its_bounds(runs, caps
     assert main(["export", "runs/bard/model", "--to", "native", "--output_dir", "out", "--context", "20"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "the export is in out",
-        "verified: Qwen3ForCausalLM with no code of ours; the same weights, and the same logits bit for bit",
-        "it is for texts of at most 20 tokens",
+        "verified: Qwen3ForCausalLM without custom code; identical weights, bitwise equal logits",
+        "maximum context: 20 tokens",
     ]
 
 
