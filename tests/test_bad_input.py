@@ -1,6 +1,6 @@
-"""Bad input gets one line that names what was given, the reason and the remedy, exit code 2, and nothing is lost.
+"""Bad input is reported in one line that names the input, the reason and the remedy, with exit code 2; no file is changed.
 
-`BAD` is the table. Words in capitals stand for folders and files that the workshop makes.
+`BAD` lists the cases. Words in capitals stand for folders and files that the fixture `workshop` creates.
 """
 
 import gzip
@@ -21,7 +21,7 @@ TRAIN = ["train", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "n
 
 
 def train(*flags: str) -> list[str]:
-    """The flags after a command that is good: of two, the last one counts."""
+    """Append flags to a valid command; the last occurrence of a flag takes precedence."""
     return [*TRAIN, *flags]
 
 
@@ -29,7 +29,7 @@ def data(name: str, *flags: str) -> list[str]:
     return train("--data", name, *flags)
 
 
-# What is said comes in this order; … stands for anything.
+# Command and message; … matches anything.
 BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     "texts": {
         "no such file": (data("absent.txt"), "absent.txt: no such file or folder; specify a text file"),
@@ -156,7 +156,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
-        "which recipe?": (["recipes", "show"], "recipes show: which one?"),
+        "which recipe?": (["recipes", "show"], "recipes show: name a recipe: "),
         "no such recipe to show": (["recipes", "show", "dmeo"], "unknown recipe 'dmeo'; did you mean demo"),
     },
     "settings": {
@@ -299,10 +299,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a prepared text over another": (
             ["tokenize", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "used"],
-            "used: is there already",
+            "used: already exists",
         ),
         "a picture of no run": (["plot", "absent"], "absent: no run there"),
-        "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: pictures are written as"),
+        "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: the format must be .png"),
         "a picture nowhere": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
     },
     "models": {
@@ -327,11 +327,14 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a rank below 0": (train("--init_from", "MODEL", "--recipe", "lora", "--lora_rank", "-2"), "lora_rank is -2"),
     },
     "prompts and evaluations": {
-        "an unknown verb": (["trian"], "unknown verb 'trian'; there are train"),
+        "an unknown command": (["trian"], "unknown command 'trian'; available: train"),
         "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
         "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
-        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "many: a whole number of at least 1"),
+        "words for a number": (
+            ["generate", "MODEL", "--max_new_tokens", "many"],
+            "many: must be an integer of at least 1",
+        ),
         "an option of a wrong type": (
             ["generate", "MODEL", "--top_k", "many"],
             "`top_k` has to be a strictly positive integer",
@@ -376,7 +379,7 @@ CASES = [(group, case) for group, cases in BAD.items() for case in cases]
 
 @pytest.fixture(scope="session")
 def things(tmp_path_factory, text, run_folder, recipe_file):
-    """A folder with everything that the table speaks of, made once."""
+    """A folder with all files of the table, created once."""
     here = tmp_path_factory.mktemp("things")
 
     def write(name: str, content: bytes | str) -> None:
@@ -441,7 +444,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
 
 @pytest.fixture
 def workshop(things, monkeypatch):
-    """The same folder for all: that none of them changes it is what each test ends with."""
+    """The shared folder; every test checks that it is unchanged."""
     monkeypatch.chdir(things)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     return things

@@ -79,9 +79,9 @@ def test_training_on_a_prepared_text_equals_training_on_the_original(
     assert (about["tokenizer"]["kind"], about["recipe"]["tokenizer"]) == ("byte-level BPE", "bpe")
 
     assert main(["tokenize", *recipe, "--data", str(text_file), "--output_dir", str(prepared)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["tokenize", *recipe, "--data", str(text_file)]) == 2
-    assert "say where to keep it" in capsys.readouterr().err
+    assert "--output_dir FOLDER is required" in capsys.readouterr().err
 
 
 def test_a_prepared_text_is_published_and_evaluated_with_its_settings(text, recipe_file, tmp_path, capsys):
