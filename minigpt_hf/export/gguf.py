@@ -97,8 +97,8 @@ def _check_representable(folder: Path, config: MiniGPTConfig, context: int | Non
     if "sliding_attention" in config.layer_types and context is None:
         raise MiniGPTError(
             f"{folder}: its attention has a sliding window of {config.sliding_window} tokens, which llama.cpp's qwen3 does "
-            f"not support: limit the context with --context {longest_full_context(config)}, up to which both are equal, or use "
-            "`--to native` or `--to onnx`"
+            f"not support: limit the context with --context {longest_full_context(config)}, up to which both are equal, "
+            "or use `--to native` or `--to onnx`"
         )
     if (kind := config.rope_parameters["rope_type"]) != "default":
         raise MiniGPTError(f"{folder}: its RoPE is scaled ({kind}); the GGUF export supports only unscaled RoPE")
