@@ -1,10 +1,9 @@
-"""The package in Python: train, evaluate, generate, load. The command line is a thin skin over these.
+"""The Python interface: train, evaluate, generate, load. The command line is built on it.
 
     folder = minigpt_hf.train(data="notes.txt", output_dir="runs/notes", max_steps=300)
     print(folder.results["bits_per_byte"], folder.generate("Dear ")[0])
 
-In: folders and texts by name. Out: model folders, figures, texts. What a user can put right is a `MiniGPTError` that says in
-one line what was given, why it cannot be, and what to do.
+Invalid input raises `MiniGPTError`, whose message states in one line what was given, why it is invalid, and what to do.
 """
 
 import logging
@@ -26,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("all", "train", "validation")
 
-# Estimates the length of a window in characters for a model that does not state it: about 4 for English and byte-level BPE.
+# Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
-# The settings of a model's recipe that `evaluate` uses, and their types.
-USED_OF_A_RECIPE = {
+# Settings of a model's recipe that `evaluate` uses, and their types.
+EVALUATION_SETTINGS = {
     ("validation_characters", "block_size", "per_device_eval_batch_size"): int,
     ("validation_fraction",): int | float,
     ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format"): str,
@@ -38,7 +37,7 @@ USED_OF_A_RECIPE = {
 
 @dataclass(frozen=True)
 class ModelFolder(os.PathLike):
-    """A trained model on disk: a path that every `from_pretrained` takes, and what is known of it."""
+    """A model folder: a path for any `from_pretrained`, with access to its metadata."""
 
     path: Path
 
@@ -49,18 +48,18 @@ class ModelFolder(os.PathLike):
         return str(self.path)
 
     @property
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The content of `minigpt.json`: recipe, data, tokenizer, training, results, sample."""
         from .trust import read_metadata
 
         if not (self.path / "minigpt.json").is_file():
-            raise MiniGPTError(f"{self.path}: there is no minigpt.json in it; give a model folder")
+            raise MiniGPTError(f"{self.path}: it has no minigpt.json; give a model folder")
         return read_metadata(self.path)
 
     @property
     def results(self) -> dict[str, float]:
-        """The validation score it was published with (see `Score`); empty if nothing was held out."""
-        return self.about["results"]
+        """The published validation score (see `Score`); empty if there was no validation split."""
+        return self.metadata["results"]
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """See `load`."""
@@ -78,22 +77,22 @@ class ModelFolder(os.PathLike):
 def train(
     data: str | None = None, recipe: str | None = None, output_dir: str | os.PathLike | None = None, **overrides: Any
 ) -> ModelFolder:
-    """Train a GPT and return its model folder; a run that was interrupted goes on, exactly.
+    """Train a GPT and return its model folder. An interrupted run is resumed exactly.
 
     Args:
-        data: What to learn from, see `load_corpus`; default: as the recipe says.
+        data: Training text, see `load_corpus`. Default: that of the recipe.
         recipe: Name of a recipe, or a YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with
-            `minutes` or `size`, `auto` with `data` (what is not given is chosen to fit the text), else `demo`.
-        output_dir: Folder of the run; default: `runs/` and the recipe's name.
-        overrides: Any setting of a recipe by name, `max_steps=300` (steps), `block_size=128` (tokens),
-            `learning_rate=4e-3`; those of `TrainingArguments` included.
+            `minutes` or `size`, `auto` with `data` (settings that are not given are chosen for the text), else `demo`.
+        output_dir: Run folder. Default: `runs/` and the name of the recipe.
+        overrides: Any setting of a recipe, including the fields of `TrainingArguments`: `max_steps=300` (steps),
+            `block_size=128` (tokens), `learning_rate=4e-3`.
 
     Returns:
         The folder `model` in `output_dir`.
 
     Raises:
-        MiniGPTError: for settings that do not exist or cannot be, a text that cannot be read, a folder in use.
-        TrainingStopped: if the run ended early: by a signal, a full disk, or a loss that is no number.
+        MiniGPTError: if a setting is unknown or invalid, the text cannot be read, or the folder is in use.
+        TrainingStopped: if the run ended early: a signal, a full disk, or a non-finite loss.
     """
     from .training.recipe import parse_arguments
 
@@ -122,29 +121,30 @@ def evaluate(
     batch_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> "Score":
-    """Score a text with any causal LM: loss in nats per token, perplexity, bits per byte.
+    """Evaluate any causal LM on a text: loss in nats per token, perplexity, bits per byte.
 
     Args:
         model: A model folder or Hub id.
         data: The text, see `load_corpus`.
-        split: Which part of it, as training cuts it; `all` includes a validation split that comes with the text.
-        validation_fraction, encoding, encoding_errors, newline, data_split, text_column, data_format: How it is read and
-            cut; default: as the model's training did.
-        max_characters: Score a sample of about this many characters from all documents; default: for the validation part
-            the sample that training scored, otherwise everything.
-        block_size: Inputs in a window, in tokens; default: what the model was trained on.
-        stride: Tokens scored in a window; default: `block_size`.
-        batch_size: Windows at a time; default: as in the model's training, whose score is then repeated exactly, or 16.
-        trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
+        split: Part of the text, divided as in training; `all` includes a separate validation split of the data set.
+        validation_fraction, encoding, encoding_errors, newline, data_split, text_column, data_format: How the text is read
+            and divided. Default: as in the model's training.
+        max_characters: Evaluate a sample of about this many characters from all documents. Default: for the validation split
+            the sample that training evaluated, otherwise the entire text.
+        block_size: Maximum number of input tokens in a window. Default: that of training.
+        stride: Number of tokens scored in a window. Default: `block_size`.
+        batch_size: Number of windows per forward pass. Default: that of the model's training, which reproduces its score
+            exactly, or 16.
+        trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
 
     Raises:
-        MiniGPTError: if there is no such model or text, or nothing is held out.
+        MiniGPTError: if the model or the text cannot be loaded, or there is no validation split.
     """
     if split not in SPLITS:
         raise MiniGPTError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
     if not isinstance(data, str | os.PathLike):
         raise MiniGPTError(
-            f"data is a {type(data).__name__}: give one name; several are a mixture, 'plays:0.7,notes:0.3'"
+            f"data is a {type(data).__name__}: give one string; a mixture is written 'plays:0.7,notes:0.3'"
         )
     data = os.fspath(data)
 
@@ -178,13 +178,13 @@ def evaluate(
     whole = corpus.validation if split == "validation" else corpus.train
     if split == "all" and corpus.unused is not None:
         whole = Mixture.joined([corpus.train, corpus.unused])
-        logger.info("scored with the text: the validation split that comes with it")
+        logger.info("the separate validation split of the data set is evaluated as well")
     if whole is None or whole.characters == 0:
-        raise MiniGPTError(f"nothing of {data} is held out for validation; say how much with --validation_fraction")
+        raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = given_or_as_trained("block_size", block_size)
-    if batch_size is None:  # the default of `TrainingArguments`, 8, is not written into recipes
+    if batch_size is None:  # recipes omit the default of `TrainingArguments`, 8
         batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
     texts = whole
     if max_characters is not None:
@@ -212,22 +212,22 @@ def generate(
     trust_remote_code: bool = False,
     **options,
 ) -> list[str]:
-    """Continue a prompt with any causal LM, or begin a document if there is none.
+    """Generate a continuation of a prompt with any causal LM, or a new document if the prompt is empty.
 
     Args:
         model: A model folder or Hub id.
-        prompt: What the text starts with.
-        seed: Makes sampling repeatable.
-        special_tokens: Whether a prompt that spells a special token such as `<|endoftext|>` stands for that token; by
-            default it is text, as in training.
-        trust_remote_code: Run code that the model brings along; a MiniGPT needs none here.
+        prompt: Start of the text.
+        seed: Seed for sampling. Default: the current state of the random number generators.
+        special_tokens: Encode strings such as `<|endoftext|>` in the prompt as special tokens. By default they are ordinary
+            text, as in training.
+        trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
         options: Any attribute of `GenerationConfig`: `max_new_tokens` (default 200), `temperature`, `top_k`, …
 
     Returns:
-        `num_return_sequences` texts, each with its prompt.
+        `num_return_sequences` texts, each including the prompt.
 
     Raises:
-        MiniGPTError: if there is no such model, an option does not exist, or the prompt cannot be encoded.
+        MiniGPTError: if the model cannot be loaded, an option is unknown or invalid, or the prompt cannot be encoded.
     """
     from .inference.generation import generate
 
@@ -240,10 +240,10 @@ def generate(
 def load(
     model: str | os.PathLike, trust_remote_code: bool = False
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
+    """Load model and tokenizer of a folder or Hub id in evaluation mode, on the accelerator if there is one.
 
     Raises:
-        MiniGPTError: if there is no model there, or it brings code that is not trusted.
+        MiniGPTError: if the model cannot be loaded, or needs code that is not trusted.
     """
     from .inference.generation import load
 
@@ -251,31 +251,31 @@ def load(
 
 
 def window_characters_of(model: str | os.PathLike) -> int | None:
-    """Length in characters of the windows that the validation sample of a training consisted of; `None` if unknown."""
+    """Return the window length, in characters, of the validation sample of a model's training; `None` if unknown."""
     from .trust import read_metadata
 
-    found: Any = read_metadata(model)
+    value: Any = read_metadata(model)
     for key in ("data", "validation", "window_characters"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, int) and found > 0 else None
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
-    """What `minigpt.json` says of how a model folder was trained; nothing, if it is not one of ours.
+    """Return the recipe in `minigpt.json`; empty for models of other programs.
 
     Raises:
-        MiniGPTError: if it is malformed, or a setting that evaluation uses is of another type.
+        MiniGPTError: if it is malformed, or a setting that evaluation uses has the wrong type.
     """
     from .trust import read_metadata
 
-    about = read_metadata(model)
-    recipe = about.get("recipe", {} if not about else None)
+    metadata = read_metadata(model)
+    recipe = metadata.get("recipe") if metadata else {}
     if not isinstance(recipe, dict):
-        raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from where the model was trained")
-    for names, kind in USED_OF_A_RECIPE.items():
+        raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from its source")
+    for names, kind in EVALUATION_SETTINGS.items():
         for name in names:
             if (value := recipe.get(name)) is not None and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise MiniGPTError(
-                    f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from where the model was trained"
+                    f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from its source"
                 )
     return recipe

@@ -1,9 +1,7 @@
-"""A model or tokenizer named by a user -> a local folder that may be given to the loaders of transformers.
+"""Check a folder or Hub repository before the loaders of transformers open it.
 
-Input: a folder or a Hub id. Output: the folder, or the snapshot of the repository in the cache of the Hub (JSON, tokenizer
-files and safetensors only). Its settings are checked before any loader sees them: loading it opens no file outside the
-folder, downloads nothing and runs no code. It refuses a folder for which that does not hold, unless its code is trusted,
-and one whose settings, sizes or weights index are malformed.
+`checked_folder` returns the folder, or the cached snapshot of a repository (JSON, tokenizer files and safetensors only).
+Unless its code is trusted, loading the result opens no file outside the folder, downloads nothing and runs no code. Malformed settings, implausible sizes and inconsistent weight indices are rejected.
 """
 
 import math
@@ -27,34 +25,34 @@ from .doctor.row import plain
 from .doctor.weights import Unsound, places_of
 from .errors import MiniGPTError
 
-# What the loaders of transformers read by its name; only `.py` files are left out unless they are trusted.
+# Files that the loaders of transformers read; `.py` files are added only if code is trusted.
 SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX)
-TRUST = ", or add --trust_remote_code if you trust whoever made it"
+TRUST = ", or add --trust_remote_code if you trust its author"
 DTYPES = re.compile(r"(torch\.)?(float|double|half|bfloat16|float(16|32|64)|float8_\w+)|auto")
-# Settings of generation that multiply the memory of each step.
+# Generation settings that multiply the memory of each step.
 MULTIPLIERS = ("num_beams", "num_return_sequences", "num_beam_groups")
-MOST_SEQUENCES = 256
-MOST_LABELS = 100_000
+MAX_SEQUENCES = 256
+MAX_LABELS = 100_000
 
 
 def checked_folder(
     name: str, trust_remote_code: bool | None = None, *, what: str = "model", with_weights: bool = True
 ) -> Path:
-    """The local folder of a model or tokenizer, checked.
+    """Return the local folder of a model or tokenizer, after checking it.
 
     Args:
-        name: A folder or a Hub id.
-        trust_remote_code: Allow settings that download or run code; None where that is not an option.
-        what: What is looked for, as messages call it.
-        with_weights: Download the weights of a Hub id, and check the weights.
+        name: Folder or Hub id.
+        trust_remote_code: Allow settings that download or run code; None if the caller has no such option.
+        what: What is loaded, for error messages.
+        with_weights: Download and check the weights as well.
 
     Raises:
-        MiniGPTError: if there is no such folder or repository, or it must not be loaded.
+        MiniGPTError: if the folder or repository does not exist, or a check fails.
     """
     if not name:
         raise MiniGPTError(f"no {what} can be loaded from an empty name; give a folder or a Hub id")
-    remedy = "restore the file from where the model was made"
+    remedy = "restore the file from its source"
     try:
         path = Path(name)
         if not path.is_dir():
@@ -69,7 +67,7 @@ def checked_folder(
         raise MiniGPTError(f"{name}: no {what} can be loaded from it ({plain(str(error))}); {remedy}") from error
     except MiniGPTError:
         raise
-    except ValueError as error:  # of `Folder`: not a folder, or one of another kind
+    except ValueError as error:  # raised by `Folder` for a path that is not a model folder
         raise MiniGPTError(str(error)) from error
     if fault:
         raise MiniGPTError(f"{name}: no {what} can be loaded from it ({plain(fault)}); {remedy}")
@@ -77,7 +75,7 @@ def checked_folder(
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """The content of `minigpt.json`; empty if the folder has none.
+    """Return the content of `minigpt.json`, or an empty dictionary if the folder has none.
 
     Raises:
         MiniGPTError: if it is not a JSON object of at most 16 MiB.
@@ -87,7 +85,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     try:
         return Folder(folder, follow=True).json("minigpt.json")
     except Unreadable as error:
-        raise MiniGPTError(f"{folder}: {plain(str(error))}; restore it from where the model was trained") from error
+        raise MiniGPTError(f"{folder}: {plain(str(error))}; restore it from its source") from error
 
 
 @contextmanager
@@ -97,14 +95,14 @@ def loading(
     advice: str = "give a folder or a Hub id",
     trust_remote_code: bool | None = None,
 ) -> Iterator[None]:
-    """Turn whatever a loader raises within the block into a `MiniGPTError` of one line.
+    """Convert any exception of a loader in the block to a `MiniGPTError` with a one-line message.
+
+    The exceptions of loaders for malformed files are not documented: `tokenizers` raises a plain `Exception` or panics;
+    transformers raises `KeyError`, `AttributeError` and `RecursionError`, among others.
 
     Args:
         name, what, trust_remote_code: As for `checked_folder`.
-        advice: What to give instead.
-
-    What loaders raise over malformed files is not documented: `tokenizers` raises a bare `Exception`, or panics; `KeyError`,
-    `AttributeError` and `RecursionError` of transformers were seen.
+        advice: Remedy, at the end of the message.
     """
     try:
         yield
@@ -113,7 +111,7 @@ def loading(
             raise
         reason = " ".join((str(error).strip() or "no message").split("\n\n")[0].split())
         if "trust_remote_code" in str(error):
-            reason = "it needs custom code of its own, which is not run"
+            reason = "it needs custom code, which is not run"
             advice += TRUST if trust_remote_code is not None else ""
         elif not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
@@ -132,14 +130,14 @@ def _snapshot(name: str, what: str, patterns: tuple[str, ...], revision: str | N
 
 
 def _weights(folder: Folder) -> tuple[str, ...]:
-    """Names of the safetensors files to download."""
+    """Return the names of the safetensors files to download."""
     explicit = folder.json_if_there("config.json").get("transformers_weights")
     shards = sorted(set(places_of(folder).values())) if INDEX in folder.files else []
     return (str(explicit or WEIGHTS), *shards)
 
 
 def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
-    """What would make a loader hang, exhaust the memory, read outside the folder or fail without a useful message."""
+    """Yield what would make a loader hang, exhaust memory, read outside the folder or fail without a clear message."""
     for file, kind in folder.others.items():
         if "folder" not in kind:
             yield f"{file} is {kind}, not a file of the folder"
@@ -151,7 +149,7 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
     rope = config.get("rope_parameters")
     if rope is not None and not isinstance(rope, dict):
         yield f"config.json: `rope_parameters` is {rope!r}, not an object"
-    if rope and config.get("model_type") in ("minigpt", "qwen3"):  # other architectures have types of their own
+    if rope and config.get("model_type") in ("minigpt", "qwen3"):  # other architectures define their own types
         kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 10_000)
         if str(kind) not in ("default", *ROPE_INIT_FUNCTIONS):
             yield f"config.json: `rope_type` is {kind!r}, which is unknown"
@@ -161,11 +159,11 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
         if isinstance(value, float) and not math.isfinite(value):
             yield f"config.json: `{key}` is {value!r}: a finite number is required"
     labels = config.get("num_labels")
-    if labels is not None and not (type(labels) is int and 1 <= labels <= MOST_LABELS):
-        yield f"config.json: `num_labels` is {labels!r}: a whole number from 1 to {MOST_LABELS:,} is required"
+    if labels is not None and not (type(labels) is int and 1 <= labels <= MAX_LABELS):
+        yield f"config.json: `num_labels` is {labels!r}: an integer from 1 to {MAX_LABELS:,} is required"
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
-        for each in value.values() if isinstance(value, dict) else [value]:  # one for each part, or for all
+        for each in value.values() if isinstance(value, dict) else [value]:  # one per submodel, or a single one
             if each is not None and not (isinstance(each, str) and DTYPES.fullmatch(each)):
                 yield f"config.json: `{key}` is {each!r}, not a floating-point type"
     longest = settings["tokenizer_config.json"].get("model_max_length")
@@ -174,8 +172,8 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
     for file in ("generation_config.json", "config.json"):
         for key in MULTIPLIERS:
             value = settings[file].get(key)
-            if value is not None and not (type(value) is int and 1 <= value <= MOST_SEQUENCES):
-                yield f"{file}: `{key}` is {value!r}: a whole number from 1 to {MOST_SEQUENCES} is required"
+            if value is not None and not (type(value) is int and 1 <= value <= MAX_SEQUENCES):
+                yield f"{file}: `{key}` is {value!r}: an integer from 1 to {MAX_SEQUENCES} is required"
     if with_weights:
         yield from _weights_faults(folder, config)
 
@@ -196,10 +194,10 @@ def _weights_faults(folder: Folder, config: dict[str, Any]) -> Iterator[str]:
         if not isinstance(folder.json(INDEX).get("metadata", {}), dict):
             yield f"{INDEX}: `metadata` is not an object"
     else:
-        return  # the loader says that there are none
-    layers, held = size(config, "num_hidden_layers"), sum(folder.files[file] for file in files)
+        return  # the loader reports missing weights
+    layers, num_bytes = size(config, "num_hidden_layers"), sum(folder.files[file] for file in files)
     if layers is not None and layers > len(names):
-        yield f"config.json asks for {layers:,} layers, and the weights are {len(names):,} tensors"
+        yield f"config.json specifies {layers:,} layers, but the weights have only {len(names):,} tensors"
     numbers = (size(config, "vocab_size") or 0) * (size(config, "hidden_size") or 0)
-    if numbers > 4 * held:  # four numbers in a byte: no quantization is denser
-        yield f"config.json asks for an embedding of {numbers:,} numbers, and the weights are {held:,} bytes"
+    if numbers > 4 * num_bytes:  # quantization stores at most four values per byte
+        yield f"config.json specifies an embedding of {numbers:,} values, but the weights have only {num_bytes:,} bytes"

@@ -1,4 +1,4 @@
-"""The package in Python does what the command line does."""
+"""The Python interface gives the same results as the command line."""
 
 import os
 
@@ -14,7 +14,7 @@ from minigpt_hf.training import callbacks
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "sample_tokens": 3}
 
 
-def test_train_is_the_command(recipe_file, text_file, run_folder, tmp_path):
+def test_train_equals_the_command(recipe_file, text_file, run_folder, tmp_path):
     folder = minigpt_hf.train(data=str(text_file), recipe=str(recipe_file), output_dir=tmp_path / "run")
     assert os.fspath(folder) == str(tmp_path / "run" / "model")
     model, other = folder.load()[0], AutoModelForCausalLM.from_pretrained(run_folder / "model")
@@ -22,7 +22,7 @@ def test_train_is_the_command(recipe_file, text_file, run_folder, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == folder.metadata["training"]["parameters"]
 
 
-def test_a_folder_scores_and_writes(run_folder, text_file, capsys):
+def test_a_model_folder_evaluates_and_generates(run_folder, text_file, capsys):
     folder = minigpt_hf.ModelFolder(run_folder / "model")
     score = folder.evaluate(str(text_file), split="validation")
     assert score.loss == pytest.approx(folder.results["loss"], rel=1e-6)
@@ -50,13 +50,13 @@ def test_a_folder_scores_and_writes(run_folder, text_file, capsys):
         (lambda: minigpt_hf.generate("absent"), "absent: no model can be loaded"),
     ],
 )
-def test_what_a_user_can_put_right_is_a_value_error(call, message, tmp_path, monkeypatch):
+def test_invalid_input_is_a_value_error(call, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_a_notebook_gets_a_bar_in_place_of_lines(recipe_file, text_file, tmp_path, monkeypatch, capsys):
+def test_a_notebook_shows_a_progress_bar(recipe_file, text_file, tmp_path, monkeypatch, capsys):
     shown = []
 
     class Bar(tqdm):

@@ -136,7 +136,7 @@ def test_a_folder_that_needs_its_code_is_refused(verb, folder, text_file, recipe
     refused(
         asked(verb, folder.path, text_file, recipe_file),
         capfd,
-        "it needs custom code of its own|type .foreign.",
+        "it needs custom code, which is not run|type .foreign.",
         folder.outside,
     )
     assert not folder.canary.exists()
@@ -339,7 +339,7 @@ def a_header_longer_than_the_file(folder):
     folder.write("model.safetensors", (1 << 62).to_bytes(8, "little") + weights[8:])
 
 
-@hostile("config.json asks for 9,000 layers")
+@hostile("config.json specifies 9,000 layers")
 def more_layers_than_weights(folder):
     folder.json("config.json", num_hidden_layers=9000, layer_types=None)
 
@@ -349,7 +349,7 @@ def layers_without_end(folder):
     folder.json("config.json", num_hidden_layers=10**10, layer_types=None)
 
 
-@hostile("config.json asks for an embedding of")
+@hostile("config.json specifies an embedding of")
 def an_embedding_larger_than_the_weights(folder):
     folder.json("config.json", vocab_size=9_000_000)
 

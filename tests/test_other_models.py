@@ -88,7 +88,7 @@ def test_a_configuration_that_hangs_or_is_not_finite_is_refused(key, value, copy
 def test_tensors_that_the_model_does_not_have_are_reported(copy, capfd):
     rewrite(copy, lambda tensors: tensors.update(extra=torch.zeros(3)))
     assert main(["generate", str(copy), "--prompt", "def ", "--max_new_tokens", "2"]) == 0
-    assert "1 tensors that the model does not have are ignored (extra, …)" in capfd.readouterr().err
+    assert "1 unexpected tensors are ignored (extra, …)" in capfd.readouterr().err
 
 
 def test_stop_strings_are_text_and_a_model_may_have_its_own(copy, capfd):

@@ -19,14 +19,16 @@ from .generation import encode_prompt
 class CompiledModel:
     """The result of `compile_for_generation`: the options that `generate` needs, the compile time and the accuracy.
 
-    Args:
-        cache: Static key/value cache of `max_cache_len` positions for a batch of `num_sequences`; the compiled step is
-            specialised to this shape.
-        compile_config: How `generate` compiles the decoding step. max_cache_len: Maximum length of a sequence, in
-        tokens of prompt and continuation. num_sequences: Batch size. seconds: Time spent on preparation, including
-        compilation. num_matching: Number of leading greedy tokens equal to those of the original model, out of
-        `num_compared`. num_compared: Number of greedy tokens compared. max_probability_difference: Maximum absolute
-        difference of any token probability at the matching positions and the
+    Attributes:
+        cache: Static key/value cache of `max_cache_len` positions for `num_sequences` sequences, the shape for which the
+            decoding step is compiled.
+        compile_config: How `generate` compiles the decoding step.
+        max_cache_len: Maximum length of a sequence, in tokens of prompt and continuation.
+        num_sequences: Batch size.
+        seconds: Time for preparation, including compilation.
+        num_matching: Number of leading greedy tokens equal to those of the original model, out of `num_compared`.
+        num_compared: Number of greedy tokens compared.
+        max_probability_difference: Maximum absolute difference of any token probability at the matching positions and the
             one after them.
     """
 

@@ -1,9 +1,4 @@
-"""Any model folder + prompt -> text, through `AutoModelForCausalLM` alone.
-
-In: a folder (or Hub id) of any causal LM, a prompt or none, and the options of transformers' `GenerationConfig`. Out: text,
-as it is written. It refuses options that `generate` does not have,
-and it never replaces `generate`.
-"""
+"""Load any causal LM and generate text with transformers' own `generate`, after validating prompt and options."""
 
 import copy
 import difflib
@@ -38,13 +33,13 @@ BOOLEANS = {
 
 
 def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder or Hub id, on the accelerator if there is one, ready to generate.
+    """Load model and tokenizer of a folder or Hub id in evaluation mode, on the accelerator if there is one.
 
     Args:
-        trust_remote_code: Whether to run code that other models bring along; a MiniGPT needs none of it here.
+        trust_remote_code: Run the code in the repository; not needed for MiniGPT models.
 
     Raises:
-        MiniGPTError: if there is no model there, it is incomplete, or it brings code that is not trusted.
+        MiniGPTError: if there is no causal LM, its weights are incomplete or not finite, or its code is not trusted.
     """
     path = checked_folder(folder, trust_remote_code)
     with loading(folder, trust_remote_code=trust_remote_code):
@@ -56,7 +51,7 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
     architectures = model.config.architectures or [type(model).__name__]
     if not trust_remote_code and not any(name in CAUSAL_LMS for name in architectures):
         raise MiniGPTError(
-            f"{folder}: a {architectures[0]}, which is not a causal language model: its predictions of a token depend on "
+            f"{folder}: {architectures[0]} is not a causal language model, so its prediction of a token may depend on "
             "the token itself; give a causal language model"
         )
     for name, parameter in model.named_parameters():
@@ -65,9 +60,8 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
                 f"{folder}: its weights are not finite ({name}); give a model that was trained without errors"
             )
     if unexpected := sorted(map(str, report["unexpected_keys"])):
-        what = f"{len(unexpected)} tensors that the model does not have are ignored ({unexpected[0]}, …)"
-        logger.warning("%s: %s", folder, what)
-    if missing := sorted(map(str, report["missing_keys"])):  # transformers would fill them with random numbers
+        logger.warning("%s: %d unexpected tensors are ignored (%s, …)", folder, len(unexpected), unexpected[0])
+    if missing := sorted(map(str, report["missing_keys"])):  # transformers would initialize them randomly
         raise MiniGPTError(
             f"{folder}: its weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing"
         )
@@ -87,24 +81,24 @@ def generate(
     extra_options: Callable[[int, dict], dict] = lambda prompt_tokens, options: {},
     **options,
 ) -> list[str]:
-    """Continue a prompt, or begin a document if there is none.
+    """Generate a continuation of a prompt, or a new document if the prompt is empty.
 
     Args:
-        prompt: What the text starts with.
-        seed: Makes sampling repeatable.
-        special_tokens: Whether a prompt that spells a special token such as `<|endoftext|>` stands for that token; by
-            default it is text, as in training.
-        streamer: Shown the text while it is written (one sequence only).
+        prompt: Start of the text.
+        seed: Seed for sampling. Default: the current state of the random number generators.
+        special_tokens: Encode strings such as `<|endoftext|>` in the prompt as special tokens. By default they are ordinary
+            text, as in training.
+        streamer: Receives the tokens as they are generated (one sequence only).
         extra_options: Returns additional keyword arguments for `model.generate`, given the length of the prompt in
-            tokens and `options`; see `fast.CompiledModel.generation_options`.
+            tokens and `options`; see `compiled.CompiledModel.generation_options`.
         options: Any attribute of `GenerationConfig`: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, …
 
     Returns:
-        `num_return_sequences` texts, each with its prompt.
+        `num_return_sequences` texts, each including the prompt.
 
     Raises:
-        MiniGPTError: for an option that `GenerationConfig` does not have, a prompt that the tokenizer cannot encode, or
-            sequences longer than the cache of a compiled model, or settings that generation is impossible with.
+        MiniGPTError: if an option is unknown or invalid, the tokenizer cannot encode the prompt, or a sequence would exceed
+            the cache of a compiled model.
     """
     if not isinstance(prompt, str):
         raise MiniGPTError(f"the prompt is a {type(prompt).__name__}: text is required")
@@ -120,7 +114,7 @@ def generate(
         if isinstance(options[name], float) and not math.isfinite(options[name]):
             raise MiniGPTError(f"generation option {name} is {options[name]}: a finite number is required")
     try:
-        copy.deepcopy(model.generation_config).update(**options)  # looks at them together with the model's own
+        copy.deepcopy(model.generation_config).update(**options)  # validates them together with the model's
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise MiniGPTError(f"generation options cannot be used: {error}") from error
     if options.get("stop_strings") is not None or model.generation_config.stop_strings:
@@ -136,9 +130,9 @@ def generate(
         sequences = model.generate(**inputs, streamer=streamer, **options)
     except MiniGPTError:
         raise
-    except ValueError as error:  # `generate` says what is wrong
+    except ValueError as error:  # the message of `generate` names the invalid option
         raise MiniGPTError(str(error)) from error
-    except Exception as error:  # settings of a wrong type or range, of which `generate` checks only some
+    except Exception as error:  # values of a wrong type or range, of which `generate` checks only some
         raise MiniGPTError(
             f"no text can be generated with these options and the model's generation_config.json "
             f"({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}); change the options"
@@ -147,15 +141,17 @@ def generate(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: bool = False) -> BatchEncoding:
-    """Prompt -> `input_ids` and `attention_mask` [1, T]; the BOS token, which opens a document, if the prompt is empty.
+    """Encode a prompt, or the BOS token if it is empty, as `input_ids` and `attention_mask` [1, T].
 
     Args:
-        special_tokens: Whether text that spells a special token stands for it. By default it is encoded as training encodes
-            the same characters.
+        special_tokens: Encode strings such as `<|endoftext|>` in the prompt as special tokens instead of ordinary text.
+
+    Raises:
+        MiniGPTError: if the tokenizer cannot encode the prompt, or the prompt is empty and there is no BOS token.
     """
-    opening = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
-    if not prompt and opening is None:
-        raise MiniGPTError("this model's tokenizer has no token that opens a document: give a prompt")
+    bos_token = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
+    if not prompt and bos_token is None:
+        raise MiniGPTError("the tokenizer has no BOS token to start a document with: give a prompt")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # the command line passes bytes that are not UTF-8 as lone surrogates
@@ -163,7 +159,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
     split = bool(prompt) and not special_tokens
     try:
         return tokenizer(
-            prompt or opening, return_tensors="pt", return_token_type_ids=False, split_special_tokens=split
+            prompt or bos_token, return_tensors="pt", return_token_type_ids=False, split_special_tokens=split
         )
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
         if unknown := unknown_character_error(prompt, tokenizer.get_vocab(), "the prompt"):
@@ -175,20 +171,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
 
 
 def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
-    """Whether a model can take a prompt [1, T].
+    """Check token ids [1, T] of a prompt against the limits of a model.
 
     Raises:
-        MiniGPTError: if it is as long as the context, or holds ids that the model does not have.
+        MiniGPTError: if the prompt leaves no space in the context, or an id exceeds the vocabulary.
     """
     longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
     if longest is not None and ids.shape[1] >= longest:
         raise MiniGPTError(
-            f"the prompt has {ids.shape[1]:,} tokens, and this model's context is {longest:,}: leave room for what it is to "
-            "write"
+            f"the prompt has {ids.shape[1]:,} tokens and the context of the model is {longest:,}: shorten the prompt, so "
+            "that new tokens fit"
         )
     if int(ids.max()) >= model.config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(int(ids.max()))
         raise MiniGPTError(
-            f"token {int(ids.max())} ({token!r}) of the prompt is beyond the vocabulary of this model "
-            f"({model.config.vocab_size:,}): the tokenizer is not the one it was trained with"
+            f"token id {int(ids.max())} ({token!r}) of the prompt exceeds the vocabulary of the model "
+            f"({model.config.vocab_size:,} tokens): use the tokenizer that it was trained with"
         )

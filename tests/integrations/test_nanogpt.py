@@ -1,4 +1,4 @@
-"""A checkpoint of nanoGPT's format, made by hand, becomes a GPT-2 folder that computes and loads as it should."""
+"""A checkpoint in nanoGPT's format is converted to a GPT-2 folder that loads and computes the same logits."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": False,
 
 
 def weights(bias: bool = False) -> dict[str, torch.Tensor]:
-    """Shapes and names as nanoGPT's `model.py` has them; norms are not 1, so that each of them counts."""
+    """Shapes and names of nanoGPT's `model.py`; norm weights differ from 1, so that each affects the logits."""
     width, generator = ARGS["n_embd"], torch.Generator().manual_seed(0)
     shapes = {"transformer.wte": (ARGS["vocab_size"], width), "transformer.wpe": (ARGS["block_size"], width)}
     for layer in range(ARGS["n_layer"]):
@@ -81,13 +81,13 @@ def test_an_imported_folder_gives_the_logits_of_nanogpt(bias, tmp_path, capsys):
     assert all(bool(value.any()) == bias for value in biases)
 
 
-def test_names_of_a_compiled_model_and_old_masks_are_put_right(tmp_path):
+def test_prefixes_of_compiled_models_and_stored_masks_are_removed(tmp_path):
     state = {f"_orig_mod.{name}": value for name, value in weights().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
     assert main(write(tmp_path, state)) == 0
 
 
-def test_the_other_verbs_take_an_imported_folder(tmp_path, capsys):
+def test_other_commands_accept_an_imported_folder(tmp_path, capsys):
     assert main(write(tmp_path)) == 0
     folder, text = str(tmp_path / "gpt2"), tmp_path / "text.txt"
     text.write_text("a bad cafe\nhad a cab !\n" * 9)
@@ -96,14 +96,14 @@ def test_the_other_verbs_take_an_imported_folder(tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", folder, "--data", str(text), "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
-    assert score["tokens"] == len(text.read_text())  # the first one, too: a line end opens the text
+    assert score["tokens"] == len(text.read_text())  # including the first: a line feed is the BOS token
     assert main(["generate", folder, "--prompt", "a\nb", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("a\nb")
     assert main(["generate", folder]) == 2
-    assert "no token that opens a document: give a prompt" in capsys.readouterr().err
+    assert "no BOS token to start a document with: give a prompt" in capsys.readouterr().err
 
 
-def test_gpt2s_tokens_come_from_a_tokenizer(run_folder, tmp_path):
+def test_gpt2_tokens_are_taken_from_a_tokenizer(run_folder, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_folder / "model")
     state, rows = weights(), len(tokenizer) + 7  # rows that no token uses, as nanoGPT's 50,304 for 50,257
     state["transformer.wte.weight"] = state["lm_head.weight"] = torch.randn(rows, ARGS["n_embd"])
@@ -119,33 +119,33 @@ class Code:
 
 
 BAD = {
-    "code in the checkpoint": (lambda f: torch.save(Code(), f / "ckpt.pt"), "a pickle with code in it is not opened"),
+    "code in the checkpoint": (lambda f: torch.save(Code(), f / "ckpt.pt"), "pickles that contain code are rejected"),
     "code in the vocabulary": (
         lambda f: (f / "meta.pkl").write_bytes(pickle.dumps(Code())),
-        "it names builtins.print, and is not opened",
+        "it refers to builtins.print, and is rejected",
     ),
-    "not a pickle": (lambda f: (f / "ckpt.pt").write_text("hello"), "not a file that `torch.save` wrote"),
-    "another program's": (lambda f: torch.save({"state_dict": {}}, f / "ckpt.pt"), "no checkpoint of nanoGPT"),
-    "no vocabulary in it": (lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({})), "not a vocabulary of nanoGPT"),
+    "not a pickle": (lambda f: (f / "ckpt.pt").write_text("hello"), "not a file written by `torch.save`"),
+    "another program's": (lambda f: torch.save({"state_dict": {}}, f / "ckpt.pt"), "not a nanoGPT checkpoint"),
+    "no vocabulary in it": (lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({})), "not a nanoGPT vocabulary"),
     "ids with a gap": (
         lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 2}})),
-        "does not give each character one of the ids 0 to 1",
+        "does not map single characters to the ids 0 to 1",
     ),
-    "too large a vocabulary": (lambda f: write(f, args={**ARGS, "vocab_size": 3}), "has 11 tokens, .* only 3"),
+    "too large a vocabulary": (lambda f: write(f, args={**ARGS, "vocab_size": 3}), "has 11 tokens, but .* has only 3"),
     "a missing weight": (
         lambda f: write(f, {name: w for name, w in weights().items() if "h.1.ln_2" not in name}),
         r"not those of nanoGPT's model: .*h\.1\.ln_2\.weight",
     ),
-    "an architecture half told": (lambda f: write(f, args={"n_layer": 2}), "says nothing of n_head"),
+    "an incomplete architecture": (lambda f: write(f, args={"n_layer": 2}), "lacks n_head"),
     "the wrong number of heads": (lambda f: write(f, args={**ARGS, "n_head": 3}), "3"),
-    "a folder that is there": (lambda f: (f / "gpt2").mkdir(), "is there already"),
+    "an existing folder": (lambda f: (f / "gpt2").mkdir(), "already exists"),
     "no checkpoint": (lambda f: (f / "ckpt.pt").unlink(), "no such file; give the `ckpt.pt`"),
     "no meta file": (lambda f: (f / "meta.pkl").unlink(), "no such file; give the `meta.pkl`"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_imported_gets_one_line(case, tmp_path, capfd):
+def test_an_invalid_checkpoint_is_reported_in_one_line(case, tmp_path, capfd):
     argv = write(tmp_path)
     spoil, message = BAD[case]
     spoil(tmp_path)
@@ -157,6 +157,6 @@ def test_what_cannot_be_imported_gets_one_line(case, tmp_path, capfd):
     assert not (tmp_path / "gpt2" / "config.json").exists()
 
 
-def test_a_checkpoint_without_a_vocabulary_says_what_to_give(tmp_path, capsys):
+def test_a_missing_vocabulary_is_reported_with_the_remedy(tmp_path, capsys):
     assert main(write(tmp_path)[:-2]) == 2
     assert "--meta data/NAME/meta.pkl" in capsys.readouterr().err
