@@ -1,6 +1,7 @@
 """A model folder is written atomically and contains exactly the documented files."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from minigpt_hf.data.tokenizer import character_tokenizer
+from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.publish import model_folder as module
-from minigpt_hf.publish.model_folder import REQUIRED, write_model_folder
+from minigpt_hf.publish.model_folder import REQUIRED, save_model_files, write_model_folder
 from tests.conftest import random_ids, tiny_model
 
 
@@ -82,3 +83,14 @@ def test_matplotlib_is_imported_only_when_figures_are_drawn():
         "import sys; import minigpt_hf.publish.push, minigpt_hf.training.train; sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_the_umask_decides_the_mode_of_every_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model_files(tiny_model(), byte_tokenizer(), tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {0o640}
