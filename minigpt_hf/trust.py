@@ -1,7 +1,8 @@
 """Check a folder or Hub repository before the loaders of transformers open it.
 
 `checked_folder` returns the folder, or the cached snapshot of a repository (JSON, tokenizer files and safetensors only).
-Unless its code is trusted, loading the result opens no file outside the folder, downloads nothing and runs no code. Malformed settings, implausible sizes and inconsistent weight indices are rejected.
+Unless its code is trusted, loading the result opens no file outside the folder, downloads nothing and runs no code.
+Malformed settings, implausible sizes and inconsistent weight indices are rejected.
 """
 
 import math
