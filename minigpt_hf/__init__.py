@@ -1,7 +1,7 @@
-"""Train a small GPT from scratch on your own text, and load it anywhere through `AutoModelForCausalLM`.
+"""Train small GPTs from scratch and load them anywhere through `AutoModelForCausalLM`.
 
-Importing the package registers MiniGPT with the Auto classes of transformers, so that a model folder loads without
-`trust_remote_code`. It does nothing else.
+Importing the package registers MiniGPT with the Auto classes of transformers, so that model folders load without
+`trust_remote_code`. It has no other side effects.
 """
 
 from transformers import (
@@ -35,10 +35,10 @@ for auto_class, model_class in (
     (AutoModelForQuestionAnswering, MiniGPTForQuestionAnswering),
 ):
     auto_class.register(MiniGPTConfig, model_class)
-    # From now on `save_pretrained` puts the two model files beside the weights: the folder carries its own code.
+    # `save_pretrained` then copies the two model files next to the weights, for loading as remote code.
     model_class.register_for_auto_class(auto_class.__name__)
 del auto_class, model_class
-# The Trainer looks here whether labels are to be shifted when it smooths them.
+# With label smoothing, the Trainer shifts the labels of the models in this mapping.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minigpt"] = MiniGPTForCausalLM.__name__
 
 __all__ = [

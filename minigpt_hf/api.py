@@ -150,7 +150,7 @@ def evaluate(
 
     from .data.corpus import load_corpus
     from .data.documents import Mixture
-    from .data.prepared import ValidationSample, report_what_is_lost, warn_about_a_small_sample
+    from .data.prepared import ValidationSample, report_lossy_tokenizer, warn_if_sample_is_small
     from .data.sources import has_split
     from .inference.evaluation import evaluate_texts, longest_context
 
@@ -196,10 +196,10 @@ def evaluate(
             )
             logger.info("scored: %s", sample)
     if tokenizer.is_fast:
-        report_what_is_lost(tokenizer, texts)
+        report_lossy_tokenizer(tokenizer, texts)
     score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size)
     remedy = "give more text" if texts is whole else "raise --max_characters"
-    warn_about_a_small_sample(score.tokens, score.bytes, remedy)
+    warn_if_sample_is_small(score.tokens, score.bytes, remedy)
     return score
 
 

@@ -1,10 +1,10 @@
-"""Directories that are written atomically and can be verified afterwards.
+"""Atomic writing and verification of directories.
 
-A directory is filled under a temporary name, sealed with a manifest of sizes and SHA-256 sums, forced to disk and renamed
-to its place: a process that is killed, or a disk that is full, leaves either no directory or a complete one. Temporary
-directories of processes that no longer run can be told apart and removed.
+A directory is filled under a temporary name, sealed with a manifest of sizes and SHA-256 sums, synchronized to disk (fsync)
+and renamed: after a kill or on a full disk there is either no directory or a complete one. Temporary directories of processes
+that no longer run are recognized by their locks and can be removed.
 
-    .minigpt-tmp-XXXXXXXX.lock     locked by the writer from before the directory exists until after it is gone
+    .minigpt-tmp-XXXXXXXX.lock     locked by the writer for the lifetime of the temporary directory
     .minigpt-tmp-XXXXXXXX/         the temporary directory
 """
 
@@ -24,15 +24,15 @@ from .errors import MiniGPTError
 
 MANIFEST = "manifest.json"
 PREFIX = ".minigpt-tmp-"
-OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what `rename` answers if the target exists
+TARGET_EXISTS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of `rename`
 
 
 @contextmanager
 def temporary_directory(parent: Path) -> Iterator[Path]:
-    """Yield a new empty directory in `parent`; remove it at the end, whatever happened.
+    """Create an empty directory in `parent` and remove it at the end of the block, also after an exception.
 
-    While the block runs, a lock tells other processes, also of other machines that share the file system, that the
-    directory is in use; the operating system releases it when the process ends in any way.
+    During the block a file lock marks the directory as in use, also for other machines that share the file system. The
+    operating system releases the lock when the process ends for any reason.
     """
     parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -42,7 +42,7 @@ def temporary_directory(parent: Path) -> Iterator[Path]:
         try:
             lock.acquire(timeout=0)
             break
-        except Timeout:  # another process took the lock to remove the file, which it found unlocked
+        except Timeout:  # another process found the new file unlocked and is removing it
             continue
     directory = Path(name.removesuffix(".lock"))
     try:
@@ -57,9 +57,9 @@ def temporary_directory(parent: Path) -> Iterator[Path]:
 def remove_abandoned(parent: Path) -> None:
     """Remove temporary directories in `parent` whose writers no longer run.
 
-    A writer takes its lock before it creates its directory, so a directory whose lock is free has no writer. The lock
-    file is unlinked while it is locked, so nobody can lock a file that has been unlinked without noticing. What cannot
-    be locked or removed (another user's, a file system without locks) stays.
+    A writer acquires its lock before it creates its directory, so a directory whose lock is free has no writer. The lock file
+    is unlinked while it is locked, so no other process can acquire a lock that has been unlinked. Directories that cannot be
+    locked or removed, e.g. those of another user, are left in place.
     """
     for file in parent.glob(f"{PREFIX}*.lock"):
         with suppress(OSError, Timeout, NotImplementedError):
@@ -73,34 +73,34 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def publish(directory: Path, target: Path) -> bool:
-    """Rename a sealed directory to `target`; False if something is there already."""
+    """Rename a sealed directory to `target`; return False if `target` exists."""
     try:
         directory.rename(target)
     except OSError as error:
-        if error.errno in OCCUPIED:
+        if error.errno in TARGET_EXISTS:
             return False
         raise
-    to_disk(target.parent)
+    fsync(target.parent)
     return True
 
 
 def seal(directory: Path) -> None:
-    """Write the manifest, and force every file and directory to disk."""
+    """Write the manifest of a directory, and synchronize all its files and subdirectories to disk."""
     entries, manifest = {}, directory / MANIFEST
     for file in sorted(directory.rglob("*")):
-        to_disk(file)
+        fsync(file)
         if file.is_file() and file != manifest:
             entries[file.relative_to(directory).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
     manifest.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    to_disk(manifest)
-    to_disk(directory)
+    fsync(manifest)
+    fsync(directory)
 
 
 def read_manifest(directory: Path) -> dict[str, dict]:
-    """Name -> size and SHA-256 of each file of a sealed directory.
+    """Return {file name: {"size": bytes, "sha256": hexadecimal digits}} of a sealed directory.
 
     Raises:
-        MiniGPTError: if there is none, or it is damaged.
+        MiniGPTError: if the manifest is missing or damaged.
     """
     try:
         entries = json.loads((directory / MANIFEST).read_bytes())
@@ -116,15 +116,15 @@ def read_manifest(directory: Path) -> dict[str, dict]:
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file's content."""
+    """Return the SHA-256 of a file's content as hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def to_disk(path: Path) -> None:
-    """Force a file, or the names in a directory, from memory to disk."""
+def fsync(path: Path) -> None:
+    """Synchronize a file's content, or a directory's entries, to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open directories, and writes their entries through
+        return  # Windows cannot open directories and writes their entries immediately
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,10 +139,10 @@ def write_files(contents: dict[Path, str]) -> None:
     """
     for file, content in contents.items():
         temporary_name(file).write_text(content, encoding="utf-8")
-        to_disk(temporary_name(file))
+        fsync(temporary_name(file))
     for file in contents:
         temporary_name(file).replace(file)
-        to_disk(file.parent)
+        fsync(file.parent)
 
 
 def temporary_name(file: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Standard output and standard error that no text and no reader can break.
+"""Make standard output and standard error robust against unencodable characters and closed readers.
 
-In: the block in which they are guarded. Out: characters that their encoding does not have are written as escapes
-(`\\xe9`); and where a run is to outlast its terminal, what cannot be written at all is dropped, with one warning.
+Characters that the encoding of a stream lacks are written as escapes (`\\xe9`). For commands that must outlast their
+terminal, write errors are reported once, and further output is dropped.
 """
 
 import io
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedStream:
-    """A text stream in front of another one.
+    """A text stream that handles errors of the stream it wraps.
 
     Args:
-        stream: Where the text goes.
-        lasting: Whether to continue without output when the other end is gone (`| head`, a closed terminal, a full disk).
+        stream: The wrapped stream.
+        lasting: Whether to continue without output if writing fails (`| head`, a closed terminal, a full disk).
     """
 
     def __init__(self, stream: io.TextIOBase, lasting: bool):
@@ -46,7 +46,7 @@ class GuardedStream:
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        """Write to nowhere from now on."""
+        """Replace the stream by the null device, or raise the error."""
         if not self._lasting:
             raise error
         broken, self._stream = self._stream, Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
@@ -57,31 +57,31 @@ class GuardedStream:
 
 
 def discard(stream: io.TextIOBase) -> None:
-    """Connect the descriptor of a stream to nowhere: what is left in its buffer must not fail when the interpreter ends."""
+    """Redirect the descriptor of a stream to the null device, so that flushing it at exit does not fail."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # a stream without a descriptor
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, descriptor)
+    os.close(null_device)
 
 
 @contextmanager
 def guarded_output(lasting: bool) -> Iterator[None]:
-    """Guard `sys.stdout` and `sys.stderr` within the block; where they are closed, they write to nowhere."""
+    """Wrap `sys.stdout` and `sys.stderr` within the block; closed streams are replaced by the null device."""
     before = sys.stdout, sys.stderr
-    nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    sys.stdout, sys.stderr = (GuardedStream(stream or nowhere, lasting) for stream in before)
+    null_device = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stdout, sys.stderr = (GuardedStream(stream or null_device, lasting) for stream in before)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        nowhere.close()
+        null_device.close()
 
 
 def open_standard_descriptors() -> None:
-    """Connect closed descriptors 0, 1 and 2 to nowhere, lest the next file that is opened takes the number of one."""
+    """Open the null device for closed descriptors 0, 1 and 2; otherwise the next opened file would get their number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .data.hub_access import cache_alone_if_unreachable
+from .data.hub_access import offline_if_unreachable
 from .doctor.config import leads_outside, size, size_faults
 from .doctor.files import INDEX, WEIGHTS
 from .doctor.folder import Folder, Unreadable
@@ -126,7 +126,7 @@ def _snapshot(name: str, what: str, patterns: tuple[str, ...], revision: str | N
         raise MiniGPTError(
             f"{name}: no {what} can be loaded from it (no such folder); give a folder or a Hub id"
         ) from error
-    with loading(name, what), cache_alone_if_unreachable():
+    with loading(name, what), offline_if_unreachable():
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 

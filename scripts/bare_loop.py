@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler, set_seed
 
 from minigpt_hf import MiniGPTForCausalLM
-from minigpt_hf.data.blocks import Blocks, BlockSampler
+from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments, Settings
 from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.recipe import parse_arguments
@@ -35,13 +35,13 @@ def train(arguments: Settings) -> list[float]:
     text = prepare_text(data)
     config = build_config(architecture, data.block_size, text.tokenizer)
     model = build_model(config, architecture).to(training.device)
-    losses = train_model(model, Blocks(text.train, data.block_size, training.seed), training)
+    losses = train_model(model, SequenceDataset(text.train, data.block_size, training.seed), training)
     model.save_pretrained(training.output_dir)
     text.tokenizer.save_pretrained(training.output_dir)
     return losses
 
 
-def train_model(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrainingArguments) -> list[float]:
+def train_model(model: MiniGPTForCausalLM, blocks: SequenceDataset, training: MiniGPTTrainingArguments) -> list[float]:
     """The training loop. Returns the loss of every step, in nats per token."""
     model.train()
     optimizer = make_optimizer(model, training)
@@ -56,7 +56,7 @@ def train_model(model: MiniGPTForCausalLM, blocks: Blocks, training: MiniGPTTrai
 
     losses, epoch, start = [], 0, time.perf_counter()
     while len(losses) < steps:
-        sampler = BlockSampler(len(blocks), training.seed)
+        sampler = SequenceSampler(len(blocks), training.seed)
         sampler.set_epoch(epoch)  # each epoch splits the stream at another offset and shuffles the blocks anew
         for batch in DataLoader(blocks, training.train_batch_size, sampler=sampler, collate_fn=blocks.collate):
             batch = {name: tensor.to(training.device) for name, tensor in batch.items()}

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "ablation": "effect of each setting of a recipe on the validation loss",
     "scaling": "validation loss against learning rate at several widths",
     "generate": "generation throughput in tokens/s, compared with Qwen3, nanoGPT's sampler and memory bandwidth",
+    "busy": "training speed next to one and three busy loops per core, by OpenMP policy",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 

@@ -1,10 +1,10 @@
-"""Write what the documents say of themselves: outputs in docs/walkthrough.md, and all of docs/cli.md.
+"""Generate the documentation that depends on the code: the outputs in docs/walkthrough.md, and docs/cli.md.
 
-    python scripts/docs.py            # writes them
-    python scripts/docs.py --check    # exit code 1 if one is not what it should be
+    python scripts/docs.py            # update the documents
+    python scripts/docs.py --check    # exit code 1 if a document is outdated
 
-In: the Python blocks of the walkthrough, run in order in one process, and the parsers of the verbs. It refuses to touch
-prose.
+The Python blocks of the walkthrough run in order in one process; its prose is not changed. docs/cli.md is generated from
+the parsers of the commands.
 """
 
 import argparse
@@ -16,27 +16,35 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 
-from minigpt_hf.cli import VERBS
-from minigpt_hf.training.arguments import GROUPS
+from minigpt_cli import COMMANDS
+from minigpt_hf.cli.settings_help import shown_default, transformers_defaults
+from minigpt_hf.training.arguments import GROUPS, MiniGPTTrainingArguments
 from minigpt_hf.training.recipe import effective_defaults
 
 DOCS = Path(__file__).parents[1] / "docs"
-INTRODUCTION = """# The command line
+INTRODUCTION = """# Command line
 
-Made from `--help` by `python scripts/docs.py`; `minigpt <verb> --help` prints the same. What a user can put right is told in
-one line, with exit code 2; `--debug` after a verb shows where it came from.
+Generated from the parsers by `python scripts/docs.py`; `minigpt <command> --help` prints the same. Invalid input and errors
+of the operating system are reported in one line, with exit code 2; with `--debug` after the command, with a traceback.
 """
-OF_TRAIN = """`--recipe NAME` or `--recipe FILE.yaml` sets what the flags override. Besides these, every flag of transformers'
-[`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) works.
+TRAIN = """`--recipe NAME` or `--recipe FILE.yaml` gives settings, which flags override. Every setting of transformers'
+[`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) is a flag, too. `--help` prints the
+common settings, `--help-all` all of them.
 """
-OF_TOKENIZE = """Takes what `train` takes; `--output_dir` names the folder, and only what concerns the text is looked at.
+TOKENIZE = """Takes the flags of `train`; `--output_dir` is the folder to write. Only settings of the data have an effect.
 """
-# A block of Python, and what it printed, if it printed something.
+CHANGED = """
+Defaults of `TrainingArguments` that minigpt changes:
+
+"""
+INHERITED = """
+Settings of `TrainingArguments` with unchanged defaults: """
+# A Python block, and the block with its output, if there is one.
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
 
 
 def walkthrough() -> str:
-    """The document with the outputs that its code gives now."""
+    """Return docs/walkthrough.md with the current outputs of its code."""
     names: dict = {}
 
     def run(block: re.Match) -> str:
@@ -50,18 +58,19 @@ def walkthrough() -> str:
 
 
 def cli() -> str:
-    """Every verb and every option, as `--help` tells them."""
+    """Return docs/cli.md: every command with its options."""
     parts = [INTRODUCTION]
-    for verb, summary in VERBS.items():
-        parts.append(f"\n## minigpt {verb}\n\n{summary[0].upper()}{summary[1:]}.\n\n")
-        if verb == "train":
-            parts.append(OF_TRAIN)
+    for command, summary in COMMANDS.items():
+        parts.append(f"\n## minigpt {command}\n\n{summary[0].upper()}{summary[1:]}.\n\n")
+        if command == "train":
+            parts.append(TRAIN)
             parts += [f"\n{group.__doc__.splitlines()[0]}\n\n{_table(_of_dataclass(group))}" for group in GROUPS]
+            parts += [CHANGED, _changed_defaults(), INHERITED, _inherited_flags(), ".\n"]
             continue
-        if verb == "tokenize":
-            parts.append(OF_TOKENIZE)
+        if command == "tokenize":
+            parts.append(TOKENIZE)
             continue
-        parser = import_module(f"minigpt_hf.cli.{verb}").parser()
+        parser = import_module(f"minigpt_hf.cli.{command}").parser()
         parts.append(_table(_of_parser(parser)))
         if parser.epilog:
             parts.append(f"\n{parser.epilog}\n")
@@ -90,35 +99,52 @@ def _of_parser(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:
 
 
 def _written(default) -> str:
-    return (
-        ""
-        if default is None or default is MISSING or default is False
-        else f"`{default}`"
-        if default != ""
-        else "empty"
-    )
+    if default is None or default is MISSING or default is False:
+        return ""
+    return "empty" if default == "" else f"`{default}`"
+
+
+def _changed_defaults() -> str:
+    """Table of the settings of `TrainingArguments` whose default differs in minigpt."""
+    theirs = transformers_defaults()
+    effective = effective_defaults()
+    lines = []
+    for each in fields(MiniGPTTrainingArguments):
+        if each.name not in theirs or each.name == "output_dir":
+            continue
+        ours, with_data = effective.get(each.name, (shown_default(each.default),) * 2)
+        if theirs[each.name] not in (ours, with_data) or ours != with_data:
+            with_data = "" if with_data == ours else with_data
+            lines.append(f"| `--{each.name}` | {ours} | {with_data} | {theirs[each.name]} |\n")
+    return "| | minigpt | with `--data` alone | transformers |\n|---|---|---|---|\n" + "".join(lines)
+
+
+def _inherited_flags() -> str:
+    """All settings of `TrainingArguments` that minigpt takes over with their defaults."""
+    own = MiniGPTTrainingArguments.__annotations__
+    return ", ".join(f"`--{name}`" for name in sorted(transformers_defaults()) if name not in own)
 
 
 def _table(rows: list[tuple[str, str, str]]) -> str:
-    lines = [f"| `{name}` | {default} | {what} |\n".replace("||", "| |") for name, default, what in rows]
+    lines = [f"| `{name}` | {default} | {description} |\n".replace("||", "| |") for name, default, description in rows]
     return "| | default | |\n|---|---|---|\n" + "".join(lines)
 
 
 def main() -> int:
-    """Write the documents, or compare them."""
+    """Write the documents, or compare them. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--check", action="store_true", help="compare the documents without writing them")
     check = parser.parse_args().check
-    differing = 0
+    is_outdated = False
     for name, text in (("walkthrough.md", walkthrough()), ("cli.md", cli())):
         file = DOCS / name
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             continue
-        differing += 1
+        is_outdated = True
         if not check:
             file.write_text(text, encoding="utf-8")
-        print(f"{file.relative_to(DOCS.parent)} {'differs' if check else 'is written anew'}")
-    return 1 if check and differing else 0
+        print(f"{file.relative_to(DOCS.parent)}: {'outdated' if check else 'updated'}")
+    return 1 if check and is_outdated else 0
 
 
 if __name__ == "__main__":

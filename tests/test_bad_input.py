@@ -1,6 +1,6 @@
-"""Bad input gets one line that names what was given, the reason and the remedy, exit code 2, and nothing is lost.
+"""Bad input is reported in one line that names the input, the reason and the remedy, with exit code 2; no file is changed.
 
-`BAD` is the table. Words in capitals stand for folders and files that the workshop makes.
+`BAD` lists the cases. Words in capitals stand for folders and files that the fixture `workshop` creates.
 """
 
 import gzip
@@ -21,7 +21,7 @@ TRAIN = ["train", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "n
 
 
 def train(*flags: str) -> list[str]:
-    """The flags after a command that is good: of two, the last one counts."""
+    """Append flags to a valid command; the last occurrence of a flag takes precedence."""
     return [*TRAIN, *flags]
 
 
@@ -29,29 +29,32 @@ def data(name: str, *flags: str) -> list[str]:
     return train("--data", name, *flags)
 
 
-# What is said comes in this order; … stands for anything.
+# Command and message; … matches anything.
 BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     "texts": {
-        "no such file": (data("absent.txt"), "absent.txt: no such file or folder; give a text file"),
+        "no such file": (data("absent.txt"), "absent.txt: no such file or folder; specify a text file"),
         "nothing readable in a folder": (data("pictures"), "pictures: no text file or table in this folder"),
-        "an empty file": (data("empty.txt"), "empty.txt: there is no text in it"),
+        "an empty file": (data("empty.txt"), "empty.txt: contains no text"),
         "too short to train on": (
             ["train", "--data", "short.txt", "--output_dir", "new"],
             "short.txt: the training part has 4 characters, which are … tokens: more than 128 are needed to train on",
         ),
-        "shorter than a block": (data("short.txt", "--tokenizer", "bytes"), "less than one block of 32"),
+        "shorter than a block": (data("short.txt", "--tokenizer", "bytes"), "a sequence with its labels needs 33"),
         "not UTF-8": (data("latin.txt"), "latin.txt: not utf-8 text: byte 0xe9 at position 3 … --encoding latin-1"),
         "UTF-16 read as UTF-8": (data("utf16.txt"), "utf16.txt: not utf-8 text: byte 0xff at position 0"),
         "an unknown encoding": (train("--encoding", "utf-9"), "encoding 'utf-9' is unknown; try utf-8"),
         "an unknown way with bad bytes": (
             train("--encoding_errors", "guess"),
-            "encoding_errors 'guess': there are strict",
+            "encoding_errors is 'guess': it must be one of strict",
         ),
-        "an ending without a reader": (data("thesis.pdf"), "thesis.pdf: nothing here reads .pdf files; known are"),
-        "an archive": (data("texts.zip"), "texts.zip: nothing here reads .zip files"),
+        "an ending without a reader": (
+            data("thesis.pdf"),
+            "thesis.pdf: .pdf files are not supported; known extensions",
+        ),
+        "an archive": (data("texts.zip"), "texts.zip: .zip files are not supported"),
         "text and tables in one folder": (
             data("mixed"),
-            "mixed: holds 1 files of text and 1 tables (.jsonl, .txt) … --data_format text",
+            "mixed: contains 1 text files and 1 tables (.jsonl, .txt) … --data_format text",
         ),
         "a pattern that matches nothing": (data("*.docx"), "*.docx: no such file or folder"),
         "no gzip inside .gz": (data("broken.txt.gz"), "broken.txt.gz: cannot be read: … "),
@@ -59,10 +62,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "half a .xz": (data("half.txt.xz"), "half.txt.xz: cannot be read: … "),
         "half a parquet file": (data("half.parquet"), "half.parquet: cannot be read: … "),
         "a broken row of JSON": (data("broken.jsonl"), "broken.jsonl: line 2 is not JSON: … "),
-        "a file as a folder": (data("text.txt/"), "text.txt/: is a file, not a folder; leave out the / at the end"),
+        "a file as a folder": (data("text.txt/"), "text.txt/: is a file, not a folder; remove the trailing /"),
         "a text of one character": (
             data("one.txt"),
-            "one.txt: no text is left to train on: there are 0 characters of it",
+            "one.txt: no text is left to train on: it has 0 training characters",
         ),
         "a fraction that leaves nothing": (
             data("short.txt", "--validation_fraction", "0.99"),
@@ -72,34 +75,49 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("text.txt", "--max_tokens", "1"),
             "text.txt: no text is left to train on: … max_tokens is 1;",
         ),
-        "a table without text": (data("numbers.csv"), "numbers.csv: no column holds text … --data_format text"),
-        "two columns of text": (data("two.csv"), "two.csv: which column is the text? say --text_column … a, b"),
+        "a table without text": (data("numbers.csv"), "numbers.csv: no column contains text … --data_format text"),
+        "two columns of text": (
+            data("two.csv"),
+            "two.csv: several columns contain text; choose one with --text_column … a, b",
+        ),
         "no such column": (data("two.csv", "--text_column", "c"), "--text_column c: there is no such column … a, b"),
-        "a column of numbers": (data("numbers.jsonl", "--text_column", "n"), "--text_column n: holds no text"),
+        "a column of numbers": (
+            data("numbers.jsonl", "--text_column", "n"),
+            "--text_column n: contains values that are not text",
+        ),
         "a row with more fields than columns": (
             data("comma.csv"),
-            "comma.csv: the row that ends on line 2 has 2 fields and the header 1; put text",
+            "comma.csv: the row that ends on line 2 has 2 fields and the header 1; quote fields",
         ),
         "an open quotation in csv": (data("quote.csv"), "quote.csv: line 2: unexpected end of data"),
-        "an empty name": (data(""), "data is '': it names no text"),
-        "a blank name in a mixture": (data(" :0.5,text.txt:0.5"), "data is ' ': it names no text"),
-        "a part named twice": (data("text.txt:0.5,text.txt:0.5"), "text.txt is named twice in this mixture"),
+        "an empty name": (data(""), "data is ''"),
+        "a blank name in a mixture": (data(" :0.5,text.txt:0.5"), "data is ' ', which is empty"),
+        "a part named twice": (data("text.txt:0.5,text.txt:0.5"), "text.txt occurs twice in this mixture"),
         "a device": (data("/dev/zero"), "/dev/zero: is a device, not a regular file"),
         "a named pipe": (data("pipe.txt"), "pipe.txt: is a named pipe, not a regular file"),
         "a link to nothing": (data("link.txt"), "link.txt: cannot be read: … No such file"),
-        "a split of a file": (data("text.txt", "--data_split", "train"), "--data_split train: splits are of datasets"),
+        "a split of a file": (
+            data("text.txt", "--data_split", "train"),
+            "--data_split train: only datasets have splits",
+        ),
         "an encoding that is not of text": (
             train("--encoding", "rot13"),
             "encoding 'rot13' does not decode bytes to text; try utf-8",
         ),
         "unknown line ends": (train("--newline", "unix"), "argument --newline … invalid choice: 'unix'"),
-        "an unknown format": (train("--data_format", "yaml"), "data_format 'yaml': there are text, json, csv"),
-        "a mixture without a share": (data("text.txt:0.5,two.csv"), "'two.csv' is no part of a mixture"),
-        "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be more than 0"),
+        "an unknown format": (
+            train("--data_format", "yaml"),
+            "data_format is 'yaml': it must be one of text, json, csv",
+        ),
+        "a mixture without a share": (data("text.txt:0.5,two.csv"), "'two.csv' is not a valid component of a mixture"),
+        "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be positive and finite"),
         "a mixture with a missing part": (data("text.txt:1,absent.txt:1"), "absent.txt: no such file or folder"),
-        "a file, streamed": (data("text.txt", "--streaming", "--max_tokens", "9"), "reads datasets of the Hub"),
+        "a file, streamed": (data("text.txt", "--streaming", "--max_tokens", "9"), "requires a dataset of the Hub"),
         "streaming without an end": (data("u/n", "--streaming"), "--streaming needs --max_tokens"),
-        "a Hub dataset while offline": (data("user/name"), "user/name: is no file or folder here, and cannot be had"),
+        "a Hub dataset while offline": (
+            data("user/name"),
+            "user/name: no such file or folder, and it cannot be loaded",
+        ),
         "a URL that does not answer": (
             data("http://127.0.0.1:9/a.txt"),
             "http://127.0.0.1:9/a.txt: cannot be read: … ",
@@ -115,12 +133,12 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("old-prepared"),
             "old-prepared: this prepared text has format 1, and 3 is required: create it again with",
         ),
-        "nothing on standard input": (data("-"), "-: there is no text in it"),
+        "nothing on standard input": (data("-"), "-: contains no text"),
         "a name longer than names may be": (data("x" * 300), "File name too long"),
         "a name with a zero in it": (data("a\0b"), "no such file or folder"),
         "a validation share of 2": (
             train("--validation_fraction", "2"),
-            "validation_fraction is 2.0: a share in [0, 1)",
+            "validation_fraction is 2.0: it must be in [0, 1)",
         ),
         "no validation characters": (train("--validation_characters", "0"), "validation_characters is 0"),
         "no tokens": (train("--max_tokens", "0"), "max_tokens is 0: it must be at least 1"),
@@ -138,7 +156,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
-        "which recipe?": (["recipes", "show"], "recipes show: which one?"),
+        "which recipe?": (["recipes", "show"], "recipes show: name a recipe: "),
         "no such recipe to show": (["recipes", "show", "dmeo"], "unknown recipe 'dmeo'; did you mean demo"),
     },
     "settings": {
@@ -281,10 +299,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a prepared text over another": (
             ["tokenize", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "used"],
-            "used: is there already",
+            "used: already exists",
         ),
         "a picture of no run": (["plot", "absent"], "absent: no run there"),
-        "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: pictures are written as"),
+        "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: the format must be .png"),
         "a picture nowhere": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
     },
     "models": {
@@ -309,11 +327,14 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a rank below 0": (train("--init_from", "MODEL", "--recipe", "lora", "--lora_rank", "-2"), "lora_rank is -2"),
     },
     "prompts and evaluations": {
-        "an unknown verb": (["trian"], "unknown verb 'trian'; there are train"),
+        "an unknown command": (["trian"], "unknown command 'trian'; available: train"),
         "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
         "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
-        "words for a number": (["generate", "MODEL", "--max_new_tokens", "many"], "many: a whole number of at least 1"),
+        "words for a number": (
+            ["generate", "MODEL", "--max_new_tokens", "many"],
+            "many: must be an integer of at least 1",
+        ),
         "an option of a wrong type": (
             ["generate", "MODEL", "--top_k", "many"],
             "`top_k` has to be a strictly positive integer",
@@ -322,7 +343,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["generate", "MODEL", "--fast", "--max_cache_len", "x"],
             "--max_cache_len x: a whole number",
         ),
-        "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); leave it out"),
+        "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); remove it"),
         "a prompt longer than the context": (
             ["generate", "MODEL", "--prompt", "x y " * 2000],
             "tokens, and this model",
@@ -358,7 +379,7 @@ CASES = [(group, case) for group, cases in BAD.items() for case in cases]
 
 @pytest.fixture(scope="session")
 def things(tmp_path_factory, text, run_folder, recipe_file):
-    """A folder with everything that the table speaks of, made once."""
+    """A folder with all files of the table, created once."""
     here = tmp_path_factory.mktemp("things")
 
     def write(name: str, content: bytes | str) -> None:
@@ -423,7 +444,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
 
 @pytest.fixture
 def workshop(things, monkeypatch):
-    """The same folder for all: that none of them changes it is what each test ends with."""
+    """The shared folder; every test checks that it is unchanged."""
     monkeypatch.chdir(things)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     return things

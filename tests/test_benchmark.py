@@ -8,14 +8,14 @@ from importlib import import_module
 import pytest
 import torch
 
-from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
-from benchmarks import ablation, data, hf_peer, learn, nanogpt, scaling, throughput, trial
+from benchmarks import ablation, busy, data, hf_peer, learn, nanogpt, scaling, throughput, trial
 from benchmarks.process import timed
 
 
@@ -51,6 +51,21 @@ def test_a_process_is_timed_and_a_failure_is_reported():
     assert process.megabytes > 1
     with pytest.raises(RuntimeError, match="exit code 3:\nerror message"):
         timed([sys.executable, "-c", "import sys; print('error message'); sys.exit(3)"])
+
+
+def test_the_share_of_the_quiet_speed_is_a_median_of_ratios_within_a_round():
+    speeds = {("default", 0): [100, 200, 100], ("default", 1): [50, 50, 40], ("passive", 0): [90, 180, 90]}
+    speeds["passive", 1] = [45, 45, 63]
+    assert busy.table(speeds) == [
+        {"policy": "default", "quiet_tokens_per_second": 100, "quiet_relative": 1.0, "share_at_1_per_core": 0.4},
+        {"policy": "passive", "quiet_tokens_per_second": 90, "quiet_relative": 0.9, "share_at_1_per_core": 0.5},
+    ]
+
+
+def test_busy_loops_end_with_the_measurement():
+    with busy.busy_loops(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+    assert all(process.poll() is not None for process in processes)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -194,7 +209,7 @@ def test_both_pipelines_tokenize_the_complete_text(tmp_path):
 
 def test_fixed_offset_blocks_are_the_same_in_every_epoch(tmp_path):
     stream = TokenStream(tmp_path, torch.arange(100).numpy(), torch.zeros(1).numpy(), 0, 100, 100, "")
-    fixed, shifted = ablation.FixedOffsetBlocks(stream, 8, seed=0), Blocks(stream, 8, seed=0)
+    fixed, shifted = ablation.FixedOffsetBlocks(stream, 8, seed=0), SequenceDataset(stream, 8, seed=0)
     assert [fixed[epoch, 0]["input_ids"][0] for epoch in range(3)] == [0, 0, 0]
     assert len({int(shifted[epoch, 0]["input_ids"][0]) for epoch in range(3)}) > 1
 

@@ -1,11 +1,19 @@
-"""The command line: each verb does its work, and bad input gets one line and exit code 2."""
+"""The command line: each command does its work; bad input is reported in one line with exit code 2."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
-from minigpt_hf.cli import VERBS, main
+import minigpt_cli
+from minigpt_cli import COMMANDS
+from minigpt_hf.cli import main
+from minigpt_hf.cli.settings_help import COMMON
+from minigpt_hf.training.recipe import argument_parser
+from tests.conftest import ROOT
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -110,7 +118,7 @@ def test_training_says_its_plan_then_lines_then_where_the_model_is(recipe_file, 
         ),
     )
     assert code == 0
-    assert re.fullmatch("the validation score rests on only .*\n", err)  # the text is small
+    assert re.fullmatch("the validation score is based on only .*\n", err)  # the text is small
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["device", "text", "model", "training", "time"]
     assert "8 steps of 128 tokens = 1,024 tokens" in lines[3]
@@ -140,12 +148,12 @@ def test_a_sample_prompt_in_another_alphabet_gives_way(recipe_file, tmp_path, ca
         *("--max_steps", 2, "--logging_steps", 1, "--tokenizer", "characters"),
     )
     assert code == 0
-    assert "samples begin a document: the prompt has a character that this model's tokenizer does not know: 'd'" in out
+    assert "samples begin a document: the prompt has a character that the tokenizer does not know: 'd'" in out
     latin = tmp_path / "latin.txt"
     latin.write_text("arma virumque cano")
     code, _, err = run(capsys, "evaluate", tmp_path / "run" / "model", "--data", latin)
     assert (code, err.count("\n")) == (2, 1)
-    assert "the text has a character that this model's tokenizer does not know: 'a' (U+0061)" in err
+    assert "the text has a character that the tokenizer does not know: 'a' (U+0061)" in err
 
 
 def test_an_existing_tokenizer_can_be_used(recipe_file, run_folder, text_file, tmp_path, capsys):
@@ -172,19 +180,49 @@ def test_epochs_that_are_asked_for_are_not_cut_short_by_the_recipes_steps(recipe
     assert f"{2 * -(-blocks // 4)} steps of 128 tokens" in out
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
     try:
-        code = main([verb, "--help"])
+        code = main([command, "--help"])
     except SystemExit as stop:
         code = stop.code
     out = capsys.readouterr().out
     assert code == 0
-    assert out.startswith(f"usage: minigpt {verb}")
+    assert out.startswith(f"usage: minigpt {command}")
 
 
-def test_the_help_of_train_names_every_flag_and_the_recipes(capsys):
+@pytest.mark.parametrize("command", ["train", "tokenize"])
+def test_the_help_has_at_most_50_lines_and_says_where_the_rest_is(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 120
+    assert f"minigpt {command} --help-all" in lines[-1]
+
+
+def test_the_help_of_train_groups_common_settings_with_their_defaults(capsys):
     main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line in ("data", "model", "optimization", "output", "hardware")]
+    assert headings == ["data", "model", "optimization", "output", "hardware"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  --")}
+    # The default of recipe demo, that of recipe auto, and that of transformers.
+    assert rows["--learning_rate"][:3] == ["0.004", "auto", "5e-05"]
+    assert rows["--max_steps"][:3] == ["600", "auto", "-1"]
+    assert rows["--eval_steps"][:3] == ["0.25", "auto", "none"]
+    assert rows["--seed"][0] == "42"
+    assert rows["--seed"][1] == "seed"  # equal in all three: no further columns
+    assert rows["--hidden_size"][:3] == ["192", "auto", "width"]  # not a setting of transformers
+    assert rows["--output_dir"][:2] == ["runs/RECIPE", "none"]
+
+
+def test_every_setting_of_the_help_exists(capsys):
+    parser = argument_parser()
+    assert all(f"--{name}" in parser._option_string_actions for settings in COMMON.values() for name in settings)
+
+
+def test_the_complete_help_of_train_names_every_flag_and_the_recipes(capsys):
+    main(["train", "--help-all"])
     out = capsys.readouterr().out
     for flag in (
         "--recipe",
@@ -199,11 +237,58 @@ def test_the_help_of_train_names_every_flag_and_the_recipes(capsys):
         assert flag in out
 
 
-def test_help_version_and_no_verb(capsys):
+def test_help_version_and_no_command(capsys):
     from minigpt_hf import __version__
 
     assert run(capsys, "--help")[0] == 0
     assert run(capsys, "--version")[1] == f"minigpt {__version__}\n"
     code, out, _ = run(capsys)
     assert code == 2
-    assert all(verb in out for verb in VERBS)
+    assert all(command in out for command in COMMANDS)
+
+
+# -- start of the process ----------------------------------------------------------------------------------------------
+
+
+def test_the_help_imports_neither_the_package_nor_its_dependencies():
+    program = "import sys, minigpt_cli; minigpt_cli.main(['--help']); print(*sys.modules)"
+    *lines, modules = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT).splitlines()
+    assert lines[0].startswith("usage: minigpt")
+    assert not {"minigpt_hf", "torch", "transformers", "numpy", "argparse", "logging"} & {*modules.split()}
+
+
+def test_the_entry_point_runs_the_commands(capsys):
+    assert minigpt_cli.main(["recipes", "show", "demo"]) == 0
+    assert "max_steps" in capsys.readouterr().out
+    assert minigpt_cli.main([]) == 2
+    assert minigpt_cli.main(["--version"]) == 0
+
+
+def test_an_openmp_policy_is_set_unless_the_user_chose_one(monkeypatch):
+    for chosen, expected in (
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ):
+        monkeypatch.setattr(os, "environ", dict(chosen))
+        minigpt_cli.set_openmp_policy()
+        assert os.environ == expected
+
+
+def test_a_command_sets_the_openmp_policy_before_torch_is_loaded_and_an_import_does_not():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = "import minigpt_cli; minigpt_cli.main(['recipes', 'show', 'demo'])"
+    for program, expected in ((command, "1000"), ("import minigpt_hf", None)):
+        # At the first import of torch, print the variable.
+        hook = """
+import os, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            print("before torch:", os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+sys.meta_path.insert(0, Finder)
+"""
+        argv = [sys.executable, "-c", f"{hook}\n{program}\nprint('at the end:', os.environ.get('GOMP_SPINCOUNT'))"]
+        output = subprocess.check_output(argv, text=True, cwd=ROOT, env=environment)
+        assert f"before torch: {expected} False" in output
+        assert f"at the end: {expected}" in output

@@ -1,4 +1,4 @@
-"""What the documents say is so: their commands run, their links lead somewhere, their figures can be found."""
+"""The documentation is correct: commands run, links resolve, and quoted values exist."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
-# Done for real elsewhere: `make test` is this very run, `make demo` and the installation are `make docs-check`.
+# Run elsewhere: `make test` is this run; `make docs-check` runs `make demo` and the installation.
 ELSEWHERE = ("make ", "python -m venv", ".venv/bin/python -m pip", ".venv/bin/python -m pytest")
 SHORT = "--max_steps 2 --logging_steps 1 --validation_characters 500 --sample_tokens 5 --use_cpu".split()
 SMALL = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 2".split()
@@ -29,7 +29,7 @@ def commands(document: str) -> list[list[str]]:
 
 
 def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> int:
-    """Run what is not run elsewhere, with few steps, and count."""
+    """Run the commands that are not run elsewhere, with few steps. Returns their number."""
     ran = 0
     for words in lines:
         line = " ".join(words)
@@ -42,25 +42,25 @@ def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> i
             assert done.returncode == 0, done.stderr
         else:
             assert words[0] in ("minigpt", ".venv/bin/minigpt"), line
-            is_training = words[1] == "train" and "--help" not in words
-            shape = [] if "--init_from" in words else small  # an existing model has its own
+            is_training = words[1] == "train" and not {"--help", "--help-all"} & {*words}
+            shape = [] if "--init_from" in words else small  # an existing model defines the architecture
             assert main(words[1:] + [*SHORT, *shape] * is_training) == 0, capsys.readouterr().err
         ran += 1
     return ran
 
 
 def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, capsys):
-    """Folders and files are made as the README supposes them."""
+    """With the files and folders that the README assumes."""
     monkeypatch.chdir(tmp_path)
     for name in ("tinyshakespeare.txt", "notes.txt", "my_folder/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("ROMEO: " + text[:20_000], encoding="utf-8")
-    assert main(["train", "--output_dir", "runs/demo", *SHORT]) == 0  # what `make demo` leaves
+    assert main(["train", "--output_dir", "runs/demo", *SHORT]) == 0  # the result of `make demo`
     assert run_in_order(commands(README), capsys) >= 9
 
 
 def test_every_command_about_ones_own_text_runs_in_order(text, tmp_path, monkeypatch, capsys):
-    """On small texts of the kinds that are spoken of, and with small models."""
+    """With small texts of the kinds mentioned, and small models."""
     monkeypatch.chdir(tmp_path)
     files = {
         "tinyshakespeare.txt": "ROMEO:\nBut soft, what light through yonder window breaks?\n" * 300,
@@ -80,14 +80,14 @@ def test_every_command_about_ones_own_text_runs_in_order(text, tmp_path, monkeyp
     assert run_in_order(commands(document), capsys, SMALL) >= 14
 
 
-def test_documents_that_are_made_are_as_they_would_be_made_now(monkeypatch):
+def test_generated_documents_are_up_to_date(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
     docs = runpy.run_path(str(ROOT / "scripts" / "docs.py"))
     assert docs["walkthrough"]() == (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
     assert docs["cli"]() == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
-def test_lines_of_the_package_in_the_walkthrough_stand_there():
+def test_quoted_code_in_the_walkthrough_is_in_the_package():
     quoted = re.findall(
         r"```python (\S+)\n(.*?)```", (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8"), re.DOTALL
     )
@@ -97,7 +97,7 @@ def test_lines_of_the_package_in_the_walkthrough_stand_there():
 
 
 def test_the_python_of_the_readme_runs(run_folder, text, tmp_path, monkeypatch):
-    """Loading as it stands; training with few steps."""
+    """Loading unmodified; training with few steps."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(run_folder)
     (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")

@@ -164,7 +164,7 @@ def test_a_process_with_an_answer_on_standard_input_runs_no_code_either(verb, fo
 def test_push_and_its_examination_run_no_code_of_a_folder(folder, hub, capfd):
     foreign(folder)
     assert main(["push", str(folder.path), "--repo-id", "user/x"]) == 2
-    assert "is not pushed" in capfd.readouterr().err
+    assert "not uploaded" in capfd.readouterr().err
     assert not folder.canary.exists()
     assert hub.requests == []
 
@@ -245,17 +245,17 @@ def quantized_weights(folder):
     folder.json("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
 
 
-@hostile("`compile_config` leads to code outside", "generate")
+@hostile("`compile_config` refers to code outside", "generate")
 def a_compiler(folder):
     folder.json("generation_config.json", compile_config={"backend": "evil", "_compile_all_devices": True})
 
 
-@hostile("adapter_config.json takes its model from 'evil/base'", *VERBS)
+@hostile("adapter_config.json refers to the base model 'evil/base'", *VERBS)
 def an_adapter_of_a_model_elsewhere(folder):
     folder.write("adapter_config.json", json.dumps({"base_model_name_or_path": "evil/base", "peft_type": "LORA"}))
 
 
-@hostile("adapter_config.json takes its model from 'evil/base'", "generate")
+@hostile("adapter_config.json refers to the base model 'evil/base'", "generate")
 def nothing_but_an_adapter(folder):
     an_adapter_of_a_model_elsewhere(folder)
     folder.delete("config.json")
@@ -299,12 +299,12 @@ def shards(folder: Broken, **changes) -> None:
     folder.write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": places}))
 
 
-@hostile(r"index.json leads out of the folder: \.\./outside/secret.safetensors")
+@hostile(r"index.json names files outside the folder: \.\./outside/secret.safetensors")
 def a_shard_above(folder):
     shards(folder, norm="../outside/secret.safetensors")
 
 
-@hostile(r"index.json leads out of the folder: /.*secret.safetensors", "generate", "init_from")
+@hostile(r"index.json names files outside the folder: /.*secret.safetensors", "generate", "init_from")
 def a_shard_by_its_absolute_path(folder):
     shards(folder, norm=str(folder.outside / "secret.safetensors"))
 
@@ -319,7 +319,7 @@ def a_shard_that_is_a_number(folder):
     shards(folder, norm=7)
 
 
-@hostile("the key 'weight_map' is there twice", "generate", "init_from")
+@hostile("duplicate key 'weight_map'", "generate", "init_from")
 def two_maps(folder):
     shards(folder, norm="model-00001-of-00001.safetensors")
     index = folder.path / "model.safetensors.index.json"
@@ -394,7 +394,7 @@ def a_config_that_is_a_list(folder):
     folder.write("config.json", "[]")
 
 
-@hostile("config.json is not sound JSON", *VERBS)
+@hostile("config.json is not valid JSON", *VERBS)
 def a_config_nested_without_end(folder):
     folder.write("config.json", "[" * 200_000)
 
@@ -409,7 +409,7 @@ def a_million_sequences(folder):
     folder.json("generation_config.json", num_return_sequences=1_000_000)
 
 
-@hostile("generation_config.json holds no JSON object", "generate", "evaluate")
+@hostile("generation_config.json is not a JSON object", "generate", "evaluate")
 def a_generation_config_that_is_a_list(folder):
     folder.write("generation_config.json", "[]")
 
@@ -424,7 +424,7 @@ def a_broken_tokenizer(folder):
     folder.write("tokenizer.json", '{"version": "1.0", "model": {"type": "evil"}}')
 
 
-@hostile("tokenizer_config.json holds no JSON object", *VERBS)
+@hostile("tokenizer_config.json is not a JSON object", *VERBS)
 def a_tokenizer_config_that_is_a_list(folder):
     folder.write("tokenizer_config.json", "[]")
 
@@ -584,12 +584,12 @@ def test_a_recipe_that_is_no_text_file_is_refused(kind, tmp_path, text_file, cap
 OPTIONS = {
     "references": (["--top_k", "&a [*a]"], "references"),
     "nested without end": (["--top_k", "[" * 20_000], "nested too deeply"),
-    "an object": (["--top_k", "!!python/name:os.system"], "not a value"),
+    "an object": (["--top_k", "!!python/name:os.system"], "invalid value"),
     "nan": (["--temperature", ".nan"], "temperature is nan: a finite number is required"),
     "infinity": (["--temperature", ".inf"], "temperature is inf"),
-    "a date": (["--max_new_tokens", "2020-01-01"], "a whole number of at least 1"),
-    "a map": (["--max_new_tokens", "{a: 1}"], "a whole number of at least 1"),
-    "a count as text": (["--max_new_tokens", "1e9"], "a whole number of at least 1"),
+    "a date": (["--max_new_tokens", "2020-01-01"], "must be an integer of at least 1"),
+    "a map": (["--max_new_tokens", "{a: 1}"], "must be an integer of at least 1"),
+    "a count as text": (["--max_new_tokens", "1e9"], "must be an integer of at least 1"),
     "no tokens": (["--max_new_tokens", "-1"], "max_new_tokens"),
     "everything suppressed": (["--suppress_tokens", str(list(range(300))), "--do_sample", "true"], "can be generated"),
     "a cache of its own": (["--cache_implementation", "evil"], "cache_implementation"),
@@ -677,10 +677,10 @@ def test_a_log_of_odd_values_is_drawn_without_them_and_says_so(tmp_path, capfd):
     run, output = logged(tmp_path / "run", *GOOD, *odd, 7), tmp_path / "a.png"
     assert main(["plot", run, "--output", str(output)]) == 0
     err = capfd.readouterr().err
-    assert "5 values of log.jsonl are not finite numbers and are not drawn" in err
-    assert "2 incomplete lines of log.jsonl are not drawn" in err
+    assert "5 non-finite values of log.jsonl are skipped" in err
+    assert "2 incomplete lines of log.jsonl are skipped" in err
     assert main(["plot", logged(tmp_path / "b", *GOOD), "--output", str(tmp_path / "b.png")]) == 0
-    assert "not drawn" not in capfd.readouterr().err
+    assert "skipped" not in capfd.readouterr().err
 
 
 def test_an_empty_log_is_drawn(tmp_path):
@@ -702,7 +702,7 @@ def test_the_legend_holds_the_name_of_a_run_as_it_is(name, tmp_path):
 def test_the_incomplete_lines_of_a_log_are_left_out_and_counted(row, tmp_path, capfd):
     run = logged(tmp_path / "run", row, *GOOD)
     assert main(["plot", run, "--output", str(tmp_path / "a.png")]) == 0
-    assert f"{run}: 1 incomplete lines of log.jsonl are not drawn" in capfd.readouterr().err
+    assert f"{run}: 1 incomplete lines of log.jsonl are skipped" in capfd.readouterr().err
 
 
 def test_a_picture_does_not_replace_what_is_no_file(tmp_path, capfd):
@@ -710,7 +710,7 @@ def test_a_picture_does_not_replace_what_is_no_file(tmp_path, capfd):
     (tmp_path / "a.png").mkdir()
     os.mkfifo(tmp_path / "b.png")
     for name in ("a.png", "b.png"):
-        refused(["plot", run, "--output", str(tmp_path / name)], capfd, f"{name}: is there already and is not a file")
+        refused(["plot", run, "--output", str(tmp_path / name)], capfd, f"{name}: already exists and is not a file")
 
 
 # push
@@ -742,7 +742,7 @@ def test_a_hostile_folder_is_not_pushed(case, folder, hub, monkeypatch, capfd):
 
     monkeypatch.setattr(minigpt_hf.doctor, "examine", minigpt_hf.doctor.examine_files)
     PUSHED[case](folder)
-    refused(["push", str(folder.path), "--repo-id", "user/x"], capfd, "is not pushed|is a link", folder.outside)
+    refused(["push", str(folder.path), "--repo-id", "user/x"], capfd, "not uploaded|is a link", folder.outside)
     assert hub.requests == []
 
 

@@ -1,4 +1,4 @@
-"""The house: which room may import which, what is public, and what the wheel carries."""
+"""Package structure: allowed imports, public names and the content of the wheel."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ EVERYTHING = {
     ),
     *("doctor", "api"),
 }
-# The table of the design: what each package may import of the others. All may import `errors`.
+# Modules and packages that each package may import. All may import `errors`.
 MAY_IMPORT = {
     "errors": set(),
     "model": set(),
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "output": set(),
     "trust": {"data.hub_access", "doctor"},
     "data": {"atomic", "trust"},
-    "inference": {"trust"},
+    "inference": {"data.tokenizer", "trust"},
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
     "publish": {"atomic", "export.native", "model", "trust"},
     "export": {"atomic", "data", "model", "publish.model_folder", "trust", "inference"},
@@ -52,7 +52,7 @@ MAY_IMPORT = {
 
 
 def imports_of(file: Path) -> set[str]:
-    """What a file imports of this package, as dotted names below it."""
+    """Dotted names, relative to the package, of what a file imports from it."""
     package = file.relative_to(PACKAGE).parent.parts
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -67,22 +67,22 @@ def imports_of(file: Path) -> set[str]:
     return names
 
 
-def room_of(file: Path) -> str:
+def package_of(file: Path) -> str:
     first = file.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file):
-    room = room_of(file)
-    foreign = {name for name in imports_of(file) if name.split(".")[0] != room}
-    allowed = MAY_IMPORT[room]
+    package = package_of(file)
+    foreign = {name for name in imports_of(file) if name.split(".")[0] != package}
+    allowed = MAY_IMPORT[package]
     beyond = {name for name in foreign - {"errors"} if name not in allowed and name.split(".")[0] not in allowed}
     assert beyond == set()
 
 
-def test_every_room_is_in_the_table():
-    assert {room_of(file) for file in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
+def test_every_package_is_in_the_table():
+    assert {package_of(file) for file in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
 
 
 def test_the_model_files_need_nothing_but_torch_and_transformers():
@@ -115,13 +115,13 @@ def test_public_names():
 
 
 def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp_path):
-    """Built here, installed without its sources; the dependencies are those of this environment."""
+    """The wheel is built and installed in a virtual environment with the dependencies of this one."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
     subprocess.run(build, check=True, timeout=120)
     (wheel,) = tmp_path.glob("minigpt_hf-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"py.typed", "publish/model_card.md", "training/recipes/demo.yaml", "model/modeling_minigpt.py"}
-    assert {f"minigpt_hf/{name}" for name in wanted} <= names
+    assert {"minigpt_cli.py", *(f"minigpt_hf/{name}" for name in wanted)} <= names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
@@ -131,20 +131,21 @@ def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
         ).strip()
     )
-    zipfile.ZipFile(wheel).extractall(site)  # what installing a pure wheel does
+    zipfile.ZipFile(wheel).extractall(site)  # equals installing a pure Python wheel
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"]
     argv += ["--max_steps", "2", "--logging_steps", "1"]
-    entry = "import sys; from minigpt_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # it could contain the sources
     done = subprocess.run(
-        [python, "-c", entry, *argv],
+        [python, "-m", "minigpt_cli", *argv],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
-    where = [python, "-c", "import minigpt_hf; print(minigpt_hf.__file__)"]
-    assert str(site) in subprocess.check_output(where, cwd=tmp_path, text=True)
+    where = [python, "-c", "from importlib.util import find_spec; print(find_spec('minigpt_hf').origin)"]
+    assert str(site) in subprocess.check_output(where, cwd=tmp_path, text=True, env=environment)
     assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["training"]["steps"] == 2

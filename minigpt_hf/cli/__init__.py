@@ -1,8 +1,8 @@
-"""`minigpt <verb>`: the package on the command line.
+"""The commands of `minigpt`, one module each.
 
-Each verb is a file of its own in this folder, a thin skin over one stage: `parser()` says what it takes and `run(argv)` does
-it. Nothing is imported before it is needed, so `--help` answers at once. What a user can put right is told in one line with
-exit code 2; `--debug` shows where it came from.
+`parser()` returns the command's argument parser; `run(argv)` executes it and returns the exit code, or `None` for 0.
+Modules import what they need inside `run`, after the arguments are parsed. Invalid input (`MiniGPTError`) and errors of the
+operating system are reported in one line; any other exception keeps its traceback.
 """
 
 import errno
@@ -11,25 +11,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from minigpt_cli import COMMANDS, usage
+
 from ..errors import MiniGPTError
 from ..output import discard, guarded_output, open_standard_descriptors
 
-VERBS = {
-    "train": "train a GPT from scratch on a text, and write a model folder",
-    "tokenize": "prepare a text ahead of time, for one machine or several",
-    "recipes": "list the recipes with their size, cost and result, or show one",
-    "plot": "draw how runs learnt, in one picture",
-    "evaluate": "score a text with any causal LM: loss, perplexity, bits per byte",
-    "generate": "write text with any causal LM",
-    "export": "the same model for other programs: native Qwen3, GGUF, ONNX",
-    "doctor": "check a model folder: complete, consistent, free of pickles and secrets, and loadable",
-    "import": "turn nanoGPT's ckpt.pt into a GPT-2 folder",
-    "push": "publish a model folder on the Hub, in one commit",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code."""
+    """Run one command. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), end="")
@@ -39,62 +28,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"minigpt {__version__}")
         return 0
-    verb, *rest = argv
-    if verb not in VERBS:
-        print(f"minigpt: unknown verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"minigpt: unknown command {command!r}; available: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     debug = "--debug" in rest
     open_standard_descriptors()
-    with guarded_output(lasting=verb == "train"):
+    with guarded_output(lasting=command == "train"):
         _log_to_stderr()
-        return _in_one_line(verb, [flag for flag in rest if flag != "--debug"], debug)
-
-
-def usage() -> str:
-    """What `minigpt --help` prints: a line for each verb."""
-    lines = [f"  {verb:<11} {summary}\n" for verb, summary in VERBS.items()]
-    return (
-        "usage: minigpt <verb> [options]      minigpt <verb> --help\n\n"
-        + "".join(lines)
-        + "\n  --version   the version of this package\n"
-        "  --debug     after a verb: show the traceback of an error\n"
-    )
+        return _run(command, [flag for flag in rest if flag != "--debug"], debug)
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what `sys.stderr` is at the time of a record: `main` may be called repeatedly, with different streams."""
+    """Writes to the current `sys.stderr`, because `main` may be called several times with different streams."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _log_to_stderr() -> None:
-    """Show what the package logs (choices made, files skipped, warnings) as plain lines on standard error."""
+    """Print the log messages of the package as plain lines on standard error."""
     logger = logging.getLogger("minigpt_hf")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
-    if logger.level == logging.NOTSET:  # a level set by the user stays
+    if logger.level == logging.NOTSET:  # otherwise keep the level set by the user
         logger.setLevel(logging.INFO)
 
 
-def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
-    """Run a verb and return its exit code; tell an error that a user can put right in one line."""
+def _run(command: str, argv: list[str], debug: bool) -> int:
+    """Run a command and report its errors. Returns the exit code."""
     try:
-        code = import_module(f"{__name__}.{verb}").run(argv)
+        code = import_module(f"{__name__}.{command}").run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"minigpt {verb}: interrupted", file=sys.stderr)
+        print(f"minigpt {command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has what it wanted; the code is that of a program that SIGPIPE ended
+    except BrokenPipeError:  # e.g. `| head`; exit code of a process terminated by SIGPIPE
         discard(sys.stdout)
         return 141
     except (MiniGPTError, OSError) as error:
         if debug:
             raise
         if not getattr(error, "was_reported", False):
-            print(f"minigpt {verb}: {_printable(str(error))}", file=sys.stderr)
+            print(f"minigpt {command}: {_printable(str(error))}", file=sys.stderr)
         if isinstance(error, OSError):
-            return errno.ENOSPC if error.errno == errno.ENOSPC else 2  # as `DiskFullError`: the log needs space, too
+            return (
+                errno.ENOSPC if error.errno == errno.ENOSPC else 2
+            )  # as `DiskFullError`; writing the log can fail, too
         return error.exit_code
     except Exception as error:
         error.add_note("This is a bug: please report it with this traceback and the command.")
@@ -103,7 +83,7 @@ def _in_one_line(verb: str, argv: list[str], debug: bool) -> int:
 
 
 def _printable(message: str) -> str:
-    """A message in one line, with control characters as escapes: what it quotes of a file must not act on the terminal."""
+    """A message in one line, with control characters escaped: text quoted from a file must not control the terminal."""
     from ..doctor.row import is_invisible
 
     line = " ".join(message.split())

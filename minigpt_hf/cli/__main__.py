@@ -1,4 +1,4 @@
-"""`python -m minigpt_hf.cli`: the same as `minigpt`."""
+"""`python -m minigpt_hf.cli`: the commands without `minigpt_cli`, hence without its OpenMP policy."""
 
 import sys
 

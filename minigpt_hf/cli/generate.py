@@ -1,4 +1,4 @@
-"""`minigpt generate`: any causal LM and a prompt -> text, as it is written."""
+"""`minigpt generate`: generate text with a causal LM and print it token by token."""
 
 import re
 import sys
@@ -10,37 +10,37 @@ SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def parser() -> Parser:
-    """What this verb takes, beside the options of transformers' `GenerationConfig`."""
+    """The arguments of the command, without the options of `GenerationConfig`."""
     parser = Parser(
         "generate",
         epilog="Every other flag is an option of transformers' GenerationConfig: --max_new_tokens 300 --temperature 0.8 "
         "--top_k 50 --top_p 0.9 --do_sample false --num_beams 4 --num_return_sequences 3 …",
     )
-    parser.add_argument("model", help="a model folder or Hub id")
-    parser.add_argument("--prompt", default="", help="what the text starts with (default: nothing: a new document)")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("model", help="model folder or Hub id")
+    parser.add_argument("--prompt", default="", help="start of the text (default: empty, a new document)")
+    parser.add_argument("--seed", type=int, help="seed of sampling")
     parser.add_argument(
         "--special_tokens",
         action="store_true",
-        help="let text of a prompt that spells a special token stand for that token (default: it is text, as in training)",
+        help="encode the names of special tokens in the prompt as these tokens (default: as text, as in training)",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings along")
+    parser.add_argument("--trust_remote_code", action="store_true", help="execute Python code of the model repository")
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="bfloat16 and a compiled step: twice the speed or more, after minutes of preparation the first time",
+        help="bfloat16 and a compiled decoding step: at least twice the speed; the first compilation takes minutes",
     )
-    parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
+    parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D")
     return parser
 
 
 def run(argv: list[str]) -> None:
-    """Load, and write after each prompt."""
+    """Load the model and continue one prompt, or several with `--interactive`."""
     args, rest = parser().parse_known_args(argv)
     options = _options(rest)
     for name in ("max_new_tokens", "max_length", "max_cache_len", "num_return_sequences", "num_beams"):
         if name in options and (type(options[name]) is not int or options[name] < 1):
-            raise MiniGPTError(f"--{name} {options[name]}: a whole number of at least 1 is required")
+            raise MiniGPTError(f"--{name} {options[name]}: must be an integer of at least 1")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
 
@@ -68,7 +68,7 @@ def run(argv: list[str]) -> None:
     settings = {"seed": args.seed, "special_tokens": args.special_tokens, **extra, **options}
 
     class PromptAndText(TextStreamer):
-        """Prints the prompt as it was typed with the first generated token, when all options have been accepted."""
+        """Prints the unmodified prompt together with the first token, i.e. after all options have been validated."""
 
         def __init__(self, tokenizer, prompt: str):
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -90,13 +90,13 @@ def run(argv: list[str]) -> None:
 
     def answer(prompt: str) -> None:
         if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
-            encode_prompt(tokenizer, prompt, args.special_tokens)  # one that cannot be encoded is not printed
+            encode_prompt(tokenizer, prompt, args.special_tokens)  # raises before anything is printed
             streamer = PromptAndText(tokenizer, prompt)
             try:
                 write(model, tokenizer, prompt, streamer=streamer, **settings)
             except ValueError:
                 if streamer.has_begun:
-                    print(flush=True)  # the error gets a line of its own
+                    print(flush=True)  # so that the error starts a new line
                 raise
         else:
             for text in write(model, tokenizer, prompt, **settings):
@@ -105,7 +105,7 @@ def run(argv: list[str]) -> None:
     if not args.interactive:
         answer(args.prompt)
         return
-    print("One prompt a line; an empty line writes a new document; end with Ctrl-D.", file=sys.stderr)
+    print("One prompt per line; an empty line starts a new document; end with Ctrl-D.", file=sys.stderr)
     while True:
         try:
             prompt = input("> ")
@@ -114,7 +114,7 @@ def run(argv: list[str]) -> None:
             return
         try:
             answer(prompt)
-        except ValueError as error:  # a prompt that cannot be encoded does not end the session
+        except ValueError as error:  # e.g. the prompt cannot be encoded
             print(f"minigpt generate: {error}", file=sys.stderr)
 
 
@@ -132,11 +132,11 @@ def _options(flags: list[str]) -> dict:
             value, flags = (flags[0], flags[1:]) if flags and not flags[0].startswith("--") else ("true", flags)
         name = name.replace("-", "_")
         if name == "stop_strings" and not value.startswith("["):
-            options[name] = value  # text, not YAML: "no" and "123" are words
+            options[name] = value  # not YAML, in which "no" and "123" are not strings
             continue
         try:
-            # YAML reads 1e-3 as text.
+            # YAML parses 1e-3 as a string.
             options[name] = float(value) if SCIENTIFIC.fullmatch(value) else load_yaml(value)
         except ValueError as error:
-            raise MiniGPTError(f"--{name} {value}: not a value: {error}") from error
+            raise MiniGPTError(f"--{name} {value}: invalid value: {error}") from error
     return options

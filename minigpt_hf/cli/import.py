@@ -1,4 +1,4 @@
-"""`minigpt import`: nanoGPT's checkpoint -> a GPT-2 folder that every verb here and all of transformers load."""
+"""`minigpt import`: convert a nanoGPT checkpoint to a GPT-2 model folder."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ from .parser import Parser, quiet
 
 
 def parser() -> Parser:
-    """What this verb takes."""
+    """The arguments of the command."""
     parser = Parser("import")
-    parser.add_argument("checkpoint", type=Path, help="the ckpt.pt that nanoGPT's train.py wrote")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
-    parser.add_argument("--meta", type=Path, help="for a model of characters: the meta.pkl of nanoGPT's data folder")
-    parser.add_argument("--tokenizer", help="for a model of GPT-2's tokens: a folder or Hub id that holds them")
+    parser.add_argument("checkpoint", type=Path, help="ckpt.pt written by nanoGPT's train.py")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
+    parser.add_argument("--meta", type=Path, help="meta.pkl of nanoGPT's data folder, for a character-level model")
+    parser.add_argument("--tokenizer", help="folder or Hub id of GPT-2's tokenizer, for a model that uses it")
     return parser
 
 
 def run(argv: list[str]) -> None:
-    """Convert, check, and say where it is."""
+    """Convert the checkpoint and compare its logits with nanoGPT's."""
     args = parser().parse_args(argv)
 
     from ..integrations.nanogpt import import_checkpoint, vocabulary_for

@@ -1,4 +1,4 @@
-"""`minigpt plot RUN [RUN …]`: how runs learnt, in one picture."""
+"""`minigpt plot RUN [RUN …]`: plot the loss curves of runs in one figure."""
 
 import logging
 from pathlib import Path
@@ -10,15 +10,15 @@ logger = logging.getLogger(__name__)
 
 
 def parser() -> Parser:
-    """What this verb takes."""
+    """The arguments of the command."""
     parser = Parser("plot")
-    parser.add_argument("runs", nargs="+", help="run folders: what `minigpt train --output_dir` names")
-    parser.add_argument("--output", default="plot.png", help="the picture (default: plot.png)")
+    parser.add_argument("runs", nargs="+", help="run folders, i.e. --output_dir of `minigpt train`")
+    parser.add_argument("--output", default="plot.png", help="figure to write (default: plot.png)")
     return parser
 
 
 def run(argv: list[str]) -> None:
-    """Read the logs and draw."""
+    """Read the logs and plot them."""
     args = parser().parse_args(argv)
 
     from ..publish.figures import draw_comparison, is_number
@@ -26,24 +26,24 @@ def run(argv: list[str]) -> None:
 
     output, logs = Path(args.output), {}
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise MiniGPTError(f"--output {output}: pictures are written as .png, .svg or .pdf")
+        raise MiniGPTError(f"--output {output}: the format must be .png, .svg or .pdf")
     if output.exists() and not output.is_file():
-        raise MiniGPTError(f"--output {output}: is there already and is not a file; name another one")
+        raise MiniGPTError(f"--output {output}: already exists and is not a file; give another path")
     for name in args.runs:
         if not (Path(name) / "log.jsonl").is_file():
-            raise MiniGPTError(f"{name}: no run there (it has no log.jsonl); name what --output_dir was")
+            raise MiniGPTError(f"{name}: not a run folder (no log.jsonl); give --output_dir of a run")
         try:
             log, faults = rows_and_faults(Path(name) / "log.jsonl")
-        except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
-            raise MiniGPTError(f"{name}: its log.jsonl cannot be read ({error}); name another run") from error
+        except (ValueError, RecursionError) as error:  # invalid UTF-8 or JSON
+            raise MiniGPTError(f"{name}: log.jsonl cannot be read ({error}); give another run") from error
         if faults:
-            logger.warning("%s: %d incomplete lines of log.jsonl are not drawn", name, len(faults))
-        drawn = [row[key] for row in log for key in ("bits_per_byte", "eval_bits_per_byte") if key in row]
-        if odd := sum(not is_number(value) for value in drawn):
-            logger.warning("%s: %d values of log.jsonl are not finite numbers and are not drawn", name, odd)
+            logger.warning("%s: %d incomplete lines of log.jsonl are skipped", name, len(faults))
+        values = [row[key] for row in log for key in ("bits_per_byte", "eval_bits_per_byte") if key in row]
+        if odd := sum(not is_number(value) for value in values):
+            logger.warning("%s: %d non-finite values of log.jsonl are skipped", name, odd)
         logs[name] = log
     names = {name: Path(name).name for name in logs}
     if len(set(names.values())) < len(names):
-        names = {name: name for name in logs}  # runs of one name in different folders
+        names = {name: name for name in logs}  # runs of the same name in different folders
     draw_comparison({names[name]: log for name, log in logs.items()}, output)
-    print(f"drawn: {output}")
+    print(f"the figure is in {output}")

@@ -1,4 +1,4 @@
-"""`minigpt push`: a model folder -> a repository on the Hub."""
+"""`minigpt push`: check a model folder and upload it to the Hub."""
 
 from pathlib import Path
 
@@ -7,22 +7,24 @@ from .parser import Parser, quiet
 
 
 def parser() -> Parser:
-    """What this verb takes."""
+    """The arguments of the command."""
     parser = Parser(
         "push",
-        epilog="The token comes from `hf auth login` or the variable HF_TOKEN. Only files that belong to a model folder are "
-        "uploaded, all in one commit.",
+        epilog="Uses the token of `hf auth login` or of the environment variable HF_TOKEN. Only files of a model folder "
+        "are uploaded, in one commit.",
     )
-    parser.add_argument("folder", help="a model folder, as training writes it: runs/NAME/model")
-    parser.add_argument("--repo-id", "--repo_id", required=True, help="USER/NAME on the Hub; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make a repository that nobody else sees")
-    parser.add_argument("--revision", help="the branch; made if it is not there (default: main)")
-    parser.add_argument("--native", action="store_true", help="also write the twin without code to the branch `native`")
+    parser.add_argument("folder", help="model folder written by training, e.g. runs/NAME/model")
+    parser.add_argument(
+        "--repo-id", "--repo_id", required=True, help="USER/NAME on the Hub; created if it does not exist"
+    )
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", help="branch; created if it does not exist (default: main)")
+    parser.add_argument("--native", action="store_true", help="also upload the native twin to the branch `native`")
     return parser
 
 
 def run(argv: list[str]) -> None:
-    """Look the folder over, upload it, and print where it is."""
+    """Check the folder, upload it and print the addresses."""
     args = parser().parse_args(argv)
 
     from huggingface_hub.errors import HFValidationError
@@ -42,6 +44,6 @@ def run(argv: list[str]) -> None:
     if found := failures(examine(folder)):
         faults = "; ".join(f"{row.name}: {row.reason}" for row in found)
         raise MiniGPTError(
-            f"{folder}: is not pushed, the doctor found {faults}; `minigpt doctor {folder}` says what to do"
+            f"{folder}: not uploaded, checks failed: {faults}; `minigpt doctor {folder}` prints the remedies"
         )
     print(*push_folder(folder, args.repo_id, args.revision, args.private, args.native, checked), sep="\n")

@@ -1,4 +1,4 @@
-"""`minigpt recipes`: what recipes there are, what they cost, and what came of them."""
+"""`minigpt recipes`: list the recipes with model size, cost and result, or print one."""
 
 import textwrap
 
@@ -7,22 +7,22 @@ from .parser import Parser
 
 
 def parser() -> Parser:
-    """What this verb takes."""
+    """The arguments of the command."""
     parser = Parser("recipes")
-    parser.add_argument("show", nargs="?", choices=["show"], help="print a recipe, comments and all")
-    parser.add_argument("name", nargs="?", help="which one")
+    parser.add_argument("show", nargs="?", choices=["show"], help="print a recipe with its comments")
+    parser.add_argument("name", nargs="?", help="name of the recipe")
     return parser
 
 
 def run(argv: list[str]) -> None:
-    """A paragraph for each, or the file of one."""
+    """Print a summary of every recipe, or the file of one."""
     args = parser().parse_args(argv)
 
     from ..training.recipe import recipe_names, recipe_notes, recipe_text
 
     if args.show:
         if args.name is None:
-            raise MiniGPTError(f"recipes show: which one? {', '.join(recipe_names())}")
+            raise MiniGPTError(f"recipes show: name a recipe: {', '.join(recipe_names())}")
         print(recipe_text(args.name), end="")
         return
     for name in recipe_names():
@@ -31,4 +31,4 @@ def run(argv: list[str]) -> None:
         for what, note in notes.items():
             print(textwrap.fill(note, 110, initial_indent=f"  {what:<13}", subsequent_indent=" " * 15))
         print()
-    print("minigpt recipes show NAME  prints one; copy it, change it, and train with --recipe FILE.yaml")
+    print("minigpt recipes show NAME  prints a recipe; to modify it, save it and train with --recipe FILE.yaml")

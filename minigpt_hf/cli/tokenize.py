@@ -1,4 +1,4 @@
-"""`minigpt tokenize`: a text and a recipe -> a folder of token streams that `minigpt train --data` takes, on any machine."""
+"""`minigpt tokenize`: tokenize a text once, into a folder that `minigpt train --data` reads on any machine."""
 
 import argparse
 import signal
@@ -12,27 +12,27 @@ from pathlib import Path
 from ..errors import MiniGPTError
 from .parser import quiet
 from .train import parser as parser_of_train
-from .train import split_recipe
+from .train import show_help, split_recipe
 
 
 def parser() -> argparse.ArgumentParser:
-    """What this verb takes: what training takes; only what concerns the text is looked at."""
+    """The arguments of the command: those of training, of which only the data settings have an effect."""
     return parser_of_train("tokenize")
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. As a `BaseException` it passes every handler of errors, and everything is cleaned up."""
+    """SIGTERM was received. A `BaseException`, so that no error handler catches it and every cleanup runs."""
 
 
 @contextmanager
 def raising_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` where SIGTERM would end the process at once; a second one does."""
+    """Raise `Terminated` on the first SIGTERM; a second one ends the process immediately."""
 
     def terminate(number: int, frame) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # Python cannot set a handler there
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
@@ -43,7 +43,7 @@ def raising_on_sigterm() -> Iterator[None]:
 
 
 def run(argv: list[str]) -> int | None:
-    """Prepare the text and save it; return an exit code if it was interrupted."""
+    """Tokenize the text and save it. Returns the exit code if it was interrupted."""
     try:
         with raising_on_sigterm():
             _run(argv)
@@ -54,8 +54,7 @@ def run(argv: list[str]) -> int | None:
 
 
 def _run(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        parser().print_help()
+    if show_help("tokenize", argv):
         return
     from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
@@ -66,17 +65,17 @@ def _run(argv: list[str]) -> None:
     arguments = parse_arguments(rest, recipe)
     training = arguments.training
     if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
-        raise MiniGPTError("say where to keep it: --output_dir FOLDER")
+        raise MiniGPTError("--output_dir FOLDER is required")
     quiet()
     folder = Path(training.output_dir)
     if folder.exists():
-        raise MiniGPTError(f"--output_dir {folder}: is there already; name another folder, or remove it")
+        raise MiniGPTError(f"--output_dir {folder}: already exists; give another folder, or remove it")
     configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
     text = prepare_text(configurator.data, configurator.choose_tokenizer)
-    text.keep(folder, vars(configurator.data))
-    held_out = f"{len(text.validation):,} tokens held out" if text.validation else "nothing held out"
+    text.save(folder, vars(configurator.data))
+    held_out = f"{len(text.validation):,} validation tokens" if text.validation else "no validation split"
     print(
         f"{folder}: {text.train.characters:,} characters -> {len(text.train):,} tokens of "
-        f"{text.train.bytes / len(text.train):.2f} bytes; {held_out} ({text.cut})\n"
-        f"minigpt train --data {folder} …  learns from it"
+        f"{text.train.bytes / len(text.train):.2f} bytes; {held_out} ({text.split_description})\n"
+        f"minigpt train --data {folder} …  trains on it"
     )

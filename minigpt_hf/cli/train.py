@@ -1,13 +1,14 @@
-"""`minigpt train`: a text and a recipe -> a run, and in it a model folder."""
+"""`minigpt train`: train a model from a recipe, a text and flags; writes a run folder with the model folder."""
 
 import argparse
 import time
 
 from .parser import quiet
+from .settings_help import short_help
 
 
 def parser(verb: str = "train") -> argparse.ArgumentParser:
-    """Every setting there is, with the defaults that a command has: ours and those of `TrainingArguments`."""
+    """All settings, including those of `TrainingArguments`, with their effective defaults."""
     from ..training.recipe import argument_parser, effective_defaults
 
     parser = argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
@@ -17,11 +18,10 @@ def parser(verb: str = "train") -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> None:
-    """Read the recipe, let the flags override it, and train."""
-    if "--help" in argv or "-h" in argv:
-        parser().print_help()
+    """Read the recipe, override it by the flags, and train."""
+    if show_help("train", argv):
         return
-    began = time.perf_counter()  # imports count as minutes, too
+    began = time.perf_counter()  # --minutes includes the time of imports
 
     from ..training.recipe import parse_arguments
 
@@ -32,6 +32,17 @@ def run(argv: list[str]) -> None:
 
     quiet()
     run.train(arguments, began)
+
+
+def show_help(command: str, argv: list[str]) -> bool:
+    """Print the help of `train` or `tokenize` if `argv` asks for it. Returns whether it does."""
+    if "--help-all" in argv:
+        parser(command).print_help()
+        return True
+    if "--help" in argv or "-h" in argv:
+        print(short_help(command), end="")
+        return True
+    return False
 
 
 def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -1,14 +1,14 @@
-"""Stream -> training blocks, each found in constant time from (epoch, index).
+"""Training sequences of a token stream, addressed by (epoch, index), and the sampler that orders them.
 
-In: a `TokenStream`. Out: blocks of T inputs and T labels. It refuses a stream that is shorter than one block.
+The N tokens of a stream are read as a circle. Each epoch starts at a pseudo-random position `epoch_offset(epoch)`:
 
-The N tokens of a stream form a circle, and each epoch cuts it anew, at a seeded place `shift(epoch)`:
+    sequence i of epoch e  =  stream[epoch_offset(e) + i·T : epoch_offset(e) + (i + 1)·T + 1]      (indices modulo N)
 
-    block i of epoch e  =  stream[shift(e) + i·T : … + T + 1]      (indices modulo N)
+A sequence has T input tokens and T labels, T = `block_size`. Within an epoch each token is predicted exactly once, except a
+tail of N mod T tokens. Because the offset changes, this tail and the boundaries of the sequences differ between epochs.
 
-So within an epoch each token is predicted exactly once, but for a tail of N mod T tokens, which lies elsewhere in the next
-epoch, as all cuts do. The order of the blocks is a seeded permutation that is computed, not stored: where training
-stands is two numbers, and to resume is arithmetic.
+The order of the sequences is a seeded permutation that is computed instead of stored, so the position of a run is given by
+(epoch, index), and resuming takes constant time.
 """
 
 import itertools
@@ -23,31 +23,47 @@ from ..errors import MiniGPTError
 from .stream import TokenStream
 
 
-class Blocks(Dataset):
-    """Training blocks of a stream, addressed by (epoch, index)."""
+class SequenceDataset(Dataset):
+    """Training sequences of a token stream. Items are addressed by (epoch, index).
+
+    Args:
+        stream: N tokens.
+        block_size: T, the number of input tokens of a sequence.
+        seed: Determines the offset of each epoch.
+
+    Raises:
+        MiniGPTError: if the stream has fewer than T + 1 tokens.
+    """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
         if len(stream) < block_size + 1:
             raise MiniGPTError(
-                f"the training text has {len(stream):,} tokens, less than one block of {block_size:,} and its labels: "
-                "give more text, or a smaller --block_size"
+                f"the training text has {len(stream):,} tokens, and a sequence with its labels needs {block_size + 1:,}: "
+                "provide more text or reduce --block_size"
             )
         self.stream = stream
         self.block_size = block_size
         self.seed = seed
 
     def __len__(self) -> int:
-        """Blocks in an epoch."""
+        """Number of sequences per epoch: N // T."""
         return len(self.stream) // self.block_size
 
-    def shift(self, epoch: int) -> int:
-        """Where the circle is cut in this epoch."""
+    def epoch_offset(self, epoch: int) -> int:
+        """Position in the stream at which the sequences of an epoch start, in [0, N)."""
         return random.Random(f"shift {self.seed} {epoch}").randrange(len(self.stream))
 
     def __getitem__(self, address: tuple[int, int]) -> dict[str, np.ndarray]:
-        """(epoch, index) -> `input_ids` and `shift_labels`, [T] each: the label of an input is the token after it."""
+        """Return one sequence.
+
+        Args:
+            address: (epoch, index).
+
+        Returns:
+            `input_ids` [T] and `shift_labels` [T]; the label of an input token is the token that follows it.
+        """
         epoch, index = address
-        size, start = len(self.stream), self.shift(epoch) + index * self.block_size
+        size, start = len(self.stream), self.epoch_offset(epoch) + index * self.block_size
         start %= size
         tokens = self.stream.tokens[start : start + self.block_size + 1]
         if missing := self.block_size + 1 - len(tokens):
@@ -55,70 +71,73 @@ class Blocks(Dataset):
         tokens = tokens.astype(np.int64)
         return {"input_ids": tokens[:-1], "shift_labels": tokens[1:]}
 
-    def collate(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        """Blocks -> a batch [B, T].
+    def collate(self, sequences: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """Stack B sequences into a batch of tensors [B, T].
 
-        `labels` make the model compute a loss; `shift_labels` say what it is: all T labels of T inputs, where the usual
-        shift inside the loss would lose one of each block. Where a document begins inside a block, `position_ids`
-        restart, which keeps attention from crossing; without one they are left out, and attention is plainly causal.
+        `labels` makes the model compute a loss; `shift_labels` provides labels that are already shifted, because shifting
+        inside the loss would drop one of the T labels of each sequence. If a document starts inside a sequence, the batch
+        has `position_ids` that restart there, which prevents attention across documents. Otherwise they are omitted, and
+        the model uses plain causal attention.
         """
-        input_ids = torch.from_numpy(np.stack([block["input_ids"] for block in blocks]))
-        shift_labels = torch.from_numpy(np.stack([block["shift_labels"] for block in blocks]))
+        input_ids = torch.from_numpy(np.stack([sequence["input_ids"] for sequence in sequences]))
+        shift_labels = torch.from_numpy(np.stack([sequence["shift_labels"] for sequence in sequences]))
         batch = {"input_ids": input_ids, "labels": input_ids, "shift_labels": shift_labels}
-        begins = input_ids == self.stream.end_of_text  # [B, T]
-        if begins[:, 1:].any():
+        starts_document = input_ids == self.stream.bos_token_id  # [B, T]
+        if starts_document[:, 1:].any():
             position = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-            batch["position_ids"] = position - torch.where(begins, position, 0).cummax(dim=1).values
+            batch["position_ids"] = position - torch.where(starts_document, position, 0).cummax(dim=1).values
         return batch
 
 
-class BlockSampler(Sampler):
-    """Yields (epoch, index) for every block of an epoch, in a seeded order that differs from epoch to epoch.
+class SequenceSampler(Sampler):
+    """Yields the (epoch, index) of every sequence of an epoch, in a seeded order that differs between epochs.
 
-    `passed` says how many of the next epoch are behind us: a resumed loop counts them off without looking, so they are
-    not computed, and the millionth step starts as fast as the first.
+    Attributes:
+        num_skipped: Number of sequences of the next epoch that were used before a resume. The training loop discards
+            their batches, so a constant address is yielded for them instead of computing the permutation.
     """
 
-    def __init__(self, number_of_blocks: int, seed: int):
-        self.number_of_blocks = number_of_blocks
+    def __init__(self, num_sequences: int, seed: int):
+        self.num_sequences = num_sequences
         self.seed = seed
         self.epoch = 0
-        self.passed = 0
+        self.num_skipped = 0
 
     def __len__(self) -> int:
-        return self.number_of_blocks
+        return self.num_sequences
 
     def set_epoch(self, epoch: int) -> None:
-        """The Trainer says so at the start of each epoch."""
+        """Select the epoch; called by the Trainer at the start of each."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         keys = permutation_keys(self.seed, self.epoch)
-        passed, self.passed = self.passed, 0
-        yield from itertools.repeat((self.epoch, 0), passed)
-        for place in range(passed, self.number_of_blocks):
-            yield self.epoch, permute(place, self.number_of_blocks, keys)
+        num_skipped, self.num_skipped = self.num_skipped, 0
+        yield from itertools.repeat((self.epoch, 0), num_skipped)
+        for position in range(num_skipped, self.num_sequences):
+            yield self.epoch, permute(position, self.num_sequences, keys)
 
 
 def permutation_keys(seed: int, epoch: int) -> list[int]:
-    """One key for each of the four rounds of `permute`."""
+    """Return the keys of the four rounds of `permute`, 64 bits each."""
     source = random.Random(f"order {seed} {epoch}")
     return [source.getrandbits(64) for _ in range(4)]
 
 
-def permute(place: int, size: int, keys: list[int]) -> int:
-    """Where `place` goes in a pseudo-random permutation of range(size), in constant time and memory.
+def permute(position: int, size: int, keys: list[int]) -> int:
+    """Return the image of `position` under a pseudo-random permutation of range(size), in constant time and memory.
 
-    A Feistel network (Luby and Rackoff 1988) permutes a range of 4^k numbers, whatever function mixes its halves;
-    numbers beyond `size` are sent through again until they fall inside (at most 4 rounds on average).
+    A Feistel network (Luby and Rackoff 1988) is a permutation of a range of 4^k numbers for any round function. A result
+    outside range(size) is permuted again until it falls inside (cycle walking), four times on average at most.
     """
     half_bits = ((size - 1).bit_length() + 1) // 2
     mask = (1 << half_bits) - 1
     while True:
-        left, right = place >> half_bits, place & mask
+        left, right = position >> half_bits, position & mask
         for key in keys:
-            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF  # multiply by 2^64 / golden ratio …
-            left, right = right, left ^ (mixed >> 32 & mask)  # … and take bits from its middle
-        place = left << half_bits | right
-        if place < size:
-            return place
+            # Round function: multiplicative hashing with 2^64 / golden ratio; the middle bits of the product are used.
+            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32 & mask)
+        position = left << half_bits | right
+        if position < size:
+            return position

@@ -1,7 +1,7 @@
-"""Sealed directories that are verified when they are opened: entries of the cache, and prepared texts.
+"""Directories that are verified against their manifests when they are opened: cache entries and prepared texts.
 
-Sizes are compared at every start. SHA-256 sums are computed once for each state of a file: `cache_dir/verified/` remembers
-inode, size, modification and change time of files whose sum was right. Any write changes the change time, which programs
+Sizes are compared on every start. SHA-256 sums are computed once per state of a file: `cache_dir/verified/` stores the inode,
+modification time and change time of every file whose sum was correct. Every write updates the change time, which programs
 cannot set.
 """
 
@@ -23,36 +23,37 @@ Content = TypeVar("Content")
 
 logger = logging.getLogger(__name__)
 
-# A file may change twice within one tick of its file system's clock, so a state so young is not remembered.
+# A file can change twice within one tick of the file system's clock, so more recent states are not stored.
 TICK_SECONDS = 2
-ANNOUNCED_BYTES = 1_000_000_000  # hashing takes a second or more: say so
+ANNOUNCED_BYTES = 1_000_000_000  # hashing this much takes a second or more and is logged
 
 
 def cached(
     directory: Path, write: Callable[[Path], None], read: Callable[[Path], Content], cache_dir: Path, what: str
 ) -> Content:
-    """Return the content of a directory of the cache, after creating it if it is missing or damaged.
+    """Return the content of a cache entry, after creating it if it is missing or damaged.
 
-    Several processes may create the same one at once; the first result is used by all.
+    Several processes may create the same entry concurrently; all use the first result.
 
     Args:
+        directory: The cache entry.
         write: Fills an empty directory.
-        read: Returns the content of one that has been verified.
+        read: Returns the content of a verified directory.
         cache_dir: Root of the cache.
-        what: Name of the content, for messages.
+        what: Description of the content, for messages.
 
     Raises:
-        OSError: if the cache cannot be written; the message names its folder and the remedy.
+        OSError: if the cache cannot be written; the message states its folder and what to do.
     """
     remove_abandoned(directory.parent)
-    fault = damage(directory, cache_dir)
+    fault = verification_error(directory, cache_dir)
     if fault is None:
         try:
             return read(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
             fault = str(error)
     if directory.exists():
-        logger.warning("%s: the cached %s is damaged (%s); it is rebuilt", directory, what, fault)
+        logger.warning("%s: the cached %s is damaged (%s) and will be rebuilt", directory, what, fault)
     try:
         with temporary_directory(directory.parent) as temporary:
             content = temporary / "content"
@@ -61,9 +62,9 @@ def cached(
             seal(content)
             while not publish(content, directory):
                 with suppress(OSError, ValueError, KeyError, TypeError):
-                    if damage(directory, cache_dir) is None:
-                        return read(directory)  # another process was faster
-                with suppress(FileNotFoundError):  # or another process is replacing it, too
+                    if verification_error(directory, cache_dir) is None:
+                        return read(directory)  # another process has created it in the meantime
+                with suppress(FileNotFoundError):  # another process is replacing it as well
                     directory.rename(temporary / "damaged")
                 shutil.rmtree(temporary / "damaged", ignore_errors=True)
     except OSError as error:
@@ -72,22 +73,20 @@ def cached(
 
 
 def _with_remedy(error: OSError, cache_dir: Path, what: str) -> OSError:
-    """An error of writing the cache, with what to do; any other error as it is."""
+    """Add a remedy to an error that occurred while writing the cache; return any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = f"{shutil.disk_usage(cache_dir).free / 1e6:,.0f} MB are free; free more"
+        remedy = f"{shutil.disk_usage(cache_dir).free / 1e6:,.0f} MB are free; free more space"
     elif error.filename is not None and Path(error.filename).is_relative_to(cache_dir):
         remedy = "make it writable"
     else:
         return error
-    message = (
-        f"{cache_dir}: the {what} cannot be written to this cache ({error.strerror}): {remedy}, or name another folder"
-    )
-    return OSError(error.errno, f"{message} with --cache_dir")
+    message = f"{cache_dir}: the {what} cannot be written to this cache ({error.strerror}): {remedy}, or specify"
+    return OSError(error.errno, f"{message} another folder with --cache_dir")
 
 
-def damage(directory: Path, cache_dir: Path) -> str | None:
-    """Compare a sealed directory with its manifest; None if every byte is as written."""
-    memory = cache_dir / "verified" / f"{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]}.json"
+def verification_error(directory: Path, cache_dir: Path) -> str | None:
+    """Verify a sealed directory against its manifest; return a description of the first error, or None."""
+    record = cache_dir / "verified" / f"{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]}.json"
     try:
         entries = read_manifest(directory)
         sizes = {name: (directory / name).stat().st_size for name in entries}
@@ -100,10 +99,10 @@ def damage(directory: Path, cache_dir: Path) -> str | None:
     for name, size in sizes.items():
         if size != entries[name]["size"]:
             return f"{name} has {size:,} bytes instead of {entries[name]['size']:,}"
-    known, verified = _remembered(memory), {}
-    unknown = sum(size for name, size in sizes.items() if known.get(name) != _state(directory / name, entries[name]))
-    if unknown >= ANNOUNCED_BYTES:
-        logger.info("%s: verifying %.1f GB against their SHA-256 sums", directory, unknown / 1e9)
+    known, verified = _read_record(record), {}
+    unverified = sum(size for name, size in sizes.items() if known.get(name) != _state(directory / name, entries[name]))
+    if unverified >= ANNOUNCED_BYTES:
+        logger.info("%s: verifying the SHA-256 sums of %.1f GB", directory, unverified / 1e9)
     for name, entry in entries.items():
         file = directory / name
         state = _state(file, entry)
@@ -114,7 +113,7 @@ def damage(directory: Path, cache_dir: Path) -> str | None:
                 continue
         verified[name] = state
     if verified != known:
-        _remember(memory, verified)
+        _write_record(record, verified)
     return None
 
 
@@ -123,21 +122,21 @@ def _state(file: Path, entry: dict) -> list:
     return [entry["sha256"], status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _remembered(memory: Path) -> dict[str, list]:
+def _read_record(record: Path) -> dict[str, list]:
     try:
-        known = json.loads(memory.read_bytes())
+        known = json.loads(record.read_bytes())
         return known if isinstance(known, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
-def _remember(memory: Path, verified: dict[str, list]) -> None:
-    """Written by rename, so that no process reads half of it. A cache that cannot be written remembers nothing."""
-    temporary = memory.with_name(f"{memory.name}.{os.getpid()}.{time.monotonic_ns()}")
+def _write_record(record: Path, verified: dict[str, list]) -> None:
+    """Write atomically. Errors are ignored, because a read-only cache can be used without records."""
+    temporary = record.with_name(f"{record.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(verified), encoding="utf-8")
-        temporary.replace(memory)
+        temporary.replace(record)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -1,9 +1,8 @@
-"""Documents, in order, read from disk or from the network as they are needed.
+"""Documents in a fixed order, read from disk or from the network on demand.
 
-A document is a file of text or a row of a table. Out: `Texts`, which yield their documents any number of times, in parts of
-at most a million characters, so that a corpus may be larger than memory. Files of text are read through
-`datasets.IterableDataset.from_generator`, tables are memory-mapped `datasets.Dataset`s. Raises `UnreadableFileError` for a
-file that is not text, or whose content has changed since it was indexed.
+A document is a text file or a row of a table. `Documents` can be iterated any number of times and yields text in parts of at
+most `PART_CHARACTERS` characters, so a corpus may exceed memory. Text files are read through
+`datasets.IterableDataset.from_generator`; tables are memory-mapped `datasets.Dataset`s.
 """
 
 import codecs
@@ -22,72 +21,79 @@ import pyarrow.compute as pc
 
 from ..errors import UnreadableFileError
 from .cache import cached
-from .reading import Decoding, Seen, decoded, digest_of, has_changed, pieces, shown
+from .reading import Decoding, DecodingStatistics, changed_file_error, content_sha256, decoded, printable, text_chunks
 
 logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
-# A sample consists of at least this many excerpts, so that no single passage of a long document decides a score.
-EXCERPTS = 20
+# Minimum number of excerpts in a sample, so that no single passage of a long document dominates a score.
+MIN_EXCERPTS = 20
 
-# A document: its row in the table or place in the list of files, which characters of it are meant, and the SHA-256 of the
-# UTF-8 of all of it.
-INDEX = np.dtype([("row", "<i8"), ("begin", "<i8"), ("end", "<i8"), ("digest", "V32")])
+# One entry per document: its row in the table or position in the list of files, the range of characters that is used, and
+# the SHA-256 of the UTF-8 encoding of the complete document.
+INDEX_DTYPE = np.dtype([("row", "<i8"), ("begin", "<i8"), ("end", "<i8"), ("digest", "V32")])
 
 
-class Texts(ABC):
+class Documents(ABC):
     """Documents in a fixed order. Iterating yields each as a `str`."""
 
     @property
     @abstractmethod
     def characters(self) -> int | None:
-        """How long all of it is, if that is known before it has been read."""
+        """Total number of characters; None if it is unknown before the documents have been read."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """64 hex digits: the same texts have the same on any machine."""
+        """64 hexadecimal digits that depend only on the content and order of the documents."""
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[bool, str]]:
-        """(does it open a document?, text) for each part of each document."""
+        """Yield (whether the part starts a document, text) for each part of each document."""
 
     @abstractmethod
-    def head(self, characters: int) -> "Texts":
-        """The first so many characters, which may cut the last document short."""
+    def head(self, characters: int) -> "Documents":
+        """Return the first `characters` characters; the last document may be truncated."""
 
     @property
     @abstractmethod
     def number_of_documents(self) -> int | None:
-        """How many documents the text consists of, if that is known before it has been read."""
+        """Number of documents; None if it is unknown before they have been read."""
 
     @abstractmethod
-    def sample(self, characters: int, window: int) -> "Texts":
-        """About `characters` characters from all documents, in excerpts of whole windows of `window` characters.
+    def sample(self, characters: int, window: int) -> "Documents":
+        """Return excerpts of all documents, about `characters` characters in total.
 
-        The choice is deterministic: it depends on the documents and the arguments only. A text that is not longer than
-        `characters` is returned unchanged.
+        The result is deterministic. Documents that have at most `characters` characters in total are returned unchanged.
+
+        Args:
+            window: Length of an evaluation window in characters; excerpts consist of complete windows.
         """
 
-    def evenly(self, characters: int) -> Iterator[str]:
-        """About so many characters, from all over the text if that can be done without reading all of it."""
+    def evenly_spaced(self, characters: int) -> Iterator[str]:
+        """Yield parts with about `characters` characters in total, evenly spaced over the text where the source allows it."""
         return (text for _, text in self.head(characters).parts())
 
     def __iter__(self) -> Iterator[str]:
         document: list[str] | None = None
-        for opens, text in self.parts():
-            if opens and document is not None:
+        for starts_document, text in self.parts():
+            if starts_document and document is not None:
                 yield "".join(document)
-            document = [text] if opens or document is None else [*document, text]
+            document = [text] if starts_document or document is None else [*document, text]
         if document is not None:
             yield "".join(document)
 
 
 @dataclass(frozen=True)
-class Documents(Texts):
-    """Documents of `source`; `index` [number of documents] says which, and which characters of each."""
+class IndexedDocuments(Documents):
+    """Documents of known number and length.
 
-    source: "Rows | Files"
+    Args:
+        source: Where the text is read from.
+        index: Entries of `INDEX_DTYPE`, one per document or excerpt.
+    """
+
+    source: "TableRows | TextFiles"
     index: np.ndarray
 
     def __len__(self) -> int:
@@ -106,20 +112,20 @@ class Documents(Texts):
 
     @property
     def keys(self) -> np.ndarray:
-        """The first 64 bits of each document's hash: copies have the same."""
+        """The first 64 bits of the SHA-256 of each document, uint64; equal for copies."""
         return np.ascontiguousarray(self.index["digest"]).view(">u8").reshape(-1, 4)[:, 0]
 
     @property
     def digests(self) -> list[bytes]:
-        """The SHA-256 of the whole of each document."""
+        """The SHA-256 of each complete document."""
         return [digest.tobytes() for digest in self.index["digest"]]
 
-    def select(self, places: np.ndarray) -> "Documents":
-        """Some of the documents, by place or by mask."""
-        return replace(self, index=self.index[places])
+    def select(self, positions: np.ndarray) -> "IndexedDocuments":
+        """Return some of the documents, given their positions or a boolean mask."""
+        return replace(self, index=self.index[positions])
 
-    def cut(self, characters: int) -> tuple["Documents", "Documents"]:
-        """The first so many characters, and the rest; a document may be cut in two."""
+    def split(self, characters: int) -> tuple["IndexedDocuments", "IndexedDocuments"]:
+        """Return the first `characters` characters and the rest; a document may be divided between both."""
         if characters <= 0:
             return self.select(np.arange(0)), self
         ends = np.cumsum(self.index["end"] - self.index["begin"])
@@ -127,24 +133,24 @@ class Documents(Texts):
         if last == len(ends):
             return self, self.select(np.arange(0))
         head, tail = self.index[: last + 1].copy(), self.index[last:].copy()
-        beyond = int(ends[last]) - characters
-        head["end"][-1] -= beyond
+        excess = int(ends[last]) - characters
+        head["end"][-1] -= excess
         tail["begin"][0] = head["end"][-1]
-        return replace(self, index=head), replace(self, index=tail if beyond else tail[1:])
+        return replace(self, index=head), replace(self, index=tail if excess else tail[1:])
 
-    def head(self, characters: int) -> "Documents":
-        return self.cut(characters)[0]
+    def head(self, characters: int) -> "IndexedDocuments":
+        return self.split(characters)[0]
 
     @property
     def number_of_documents(self) -> int:
         return len(np.unique(self.index["row"]))
 
-    def sample(self, characters: int, window: int) -> "Documents":
-        """Every document contributes the same share of its length, rounded to whole windows.
+    def sample(self, characters: int, window: int) -> "IndexedDocuments":
+        """Take the same share of every document, rounded to complete windows.
 
-        The rounding carries over from one document to the next, so that the total is right and short documents, which
-        are taken whole or not at all, are represented in proportion. A long document contributes several excerpts, one
-        at a pseudo-random place in each of as many equal sections.
+        The rounding error is carried over to the next document, so the total is exact and short documents, which are taken
+        entirely or not at all, are represented in proportion. A long document is divided into equal sections and
+        contributes one excerpt at a pseudo-random position in each.
         """
         if self.characters <= characters:
             return self
@@ -152,49 +158,49 @@ class Documents(Texts):
         units = np.minimum(lengths, window)
         due = np.floor(np.cumsum(lengths * (characters / self.characters) / units) + 0.5).astype(np.int64)
         windows = np.minimum(np.diff(due, prepend=0), lengths // units)
-        if not windows.any():  # fewer characters than half a window: one window is the least that can be scored
+        if not windows.any():  # less than half a window was requested, and one window is the minimum that can be scored
             windows[np.argmax(lengths)] = 1
-        windows_in_an_excerpt = max(1, characters // EXCERPTS // window)
+        windows_per_excerpt = max(1, characters // MIN_EXCERPTS // window)
         excerpts = []
-        for place in np.flatnonzero(windows):
-            document, count, unit = self.index[place], int(windows[place]), int(units[place])
-            sections = -(-count // windows_in_an_excerpt)
-            gaps = int(lengths[place]) - count * unit  # characters that are left out
+        for position in np.flatnonzero(windows):
+            document, count, unit = self.index[position], int(windows[position]), int(units[position])
+            sections = -(-count // windows_per_excerpt)
+            omitted = int(lengths[position]) - count * unit  # characters
             offsets = random.Random(document["digest"].tobytes())
             begin = int(document["begin"])
             for section in range(sections):
                 size = (count * (section + 1) // sections - count * section // sections) * unit
-                gap = gaps * (section + 1) // sections - gaps * section // sections
+                gap = omitted * (section + 1) // sections - omitted * section // sections
                 excerpt = document.copy()
                 excerpt["begin"] = begin + offsets.randrange(gap + 1)
                 excerpt["end"] = excerpt["begin"] + size
                 excerpts.append(excerpt)
                 begin += gap + size
-        return replace(self, index=np.array(excerpts, dtype=INDEX))
+        return replace(self, index=np.array(excerpts, dtype=INDEX_DTYPE))
 
     def parts(self) -> Iterator[tuple[bool, str]]:
         return self.source.parts(self.index, 1)
 
-    def evenly(self, characters: int) -> Iterator[str]:
+    def evenly_spaced(self, characters: int) -> Iterator[str]:
         return (text for _, text in self.source.parts(self.index, -(-self.characters // characters)))
 
 
-def runs(index: np.ndarray) -> Iterator[np.ndarray]:
-    """Runs of documents of at most `PART_CHARACTERS` together, or one document that is longer."""
-    lengths, place = index["end"] - index["begin"], 0
-    while place < len(index):
-        stop, room = place + 1, PART_CHARACTERS - lengths[place]
-        while stop < len(index) and lengths[stop] <= room:
-            room -= lengths[stop]
+def document_batches(index: np.ndarray) -> Iterator[np.ndarray]:
+    """Divide an index into batches of at most `PART_CHARACTERS` characters, or of one longer document."""
+    lengths, position = index["end"] - index["begin"], 0
+    while position < len(index):
+        stop, remaining = position + 1, PART_CHARACTERS - lengths[position]
+        while stop < len(index) and lengths[stop] <= remaining:
+            remaining -= lengths[stop]
             stop += 1
-        yield index[place:stop]
-        place = stop
+        yield index[position:stop]
+        position = stop
 
 
-def with_text(index: np.ndarray, kind: str) -> np.ndarray:
-    """The documents that have text; the others are reported."""
-    if without := int((index["end"] == 0).sum()):
-        logger.info("%s of %s %s have no text and are left out", f"{without:,}", f"{len(index):,}", kind)
+def without_empty(index: np.ndarray, kind: str) -> np.ndarray:
+    """Remove documents without text, and log their number."""
+    if empty := int((index["end"] == 0).sum()):
+        logger.info("%s of %s %s have no text and are skipped", f"{empty:,}", f"{len(index):,}", kind)
     return index[index["end"] > 0]
 
 
@@ -202,171 +208,193 @@ def with_text(index: np.ndarray, kind: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A memory-mapped dataset with the column `text`: each row is a document."""
+class TableRows:
+    """A memory-mapped dataset with a column `text`; each row is a document."""
 
     rows: datasets.Dataset
 
     def parts(self, index: np.ndarray, every: int) -> Iterator[tuple[bool, str]]:
-        """The documents in parts, but of all runs of documents only the first of `every`."""
+        """Yield the parts of the documents.
+
+        Args:
+            every: Read only the first of every `every` batches of documents.
+        """
         table = self.rows.with_format("arrow")
-        for few in islice(runs(index), 0, None, every):
-            for one, text in zip(few, table[few["row"]]["text"].to_pylist(), strict=True):
-                for begin in range(one["begin"], one["end"], PART_CHARACTERS):
-                    yield begin == one["begin"], text[begin : min(begin + PART_CHARACTERS, one["end"])]
+        for batch in islice(document_batches(index), 0, None, every):
+            for entry, text in zip(batch, table[batch["row"]]["text"].to_pylist(), strict=True):
+                for begin in range(entry["begin"], entry["end"], PART_CHARACTERS):
+                    yield begin == entry["begin"], text[begin : min(begin + PART_CHARACTERS, entry["end"])]
 
-    def documents(self, cache_dir: Path) -> "Documents":
-        """All of them; rows without text are left out."""
-        return Documents(self, with_text(index_kept(self.rows, cache_dir), "rows"))
+    def documents(self, cache_dir: Path) -> IndexedDocuments:
+        """Index all rows; those without text are omitted."""
+        return IndexedDocuments(self, without_empty(_cached_index(self.rows, cache_dir), "rows"))
 
 
-def index_of_rows(rows: datasets.Dataset) -> np.ndarray:
-    """The index of a dataset each of whose rows is a document."""
+def _index_rows(rows: datasets.Dataset) -> np.ndarray:
     digests, lengths = [], []
     for table in rows.with_format("arrow").iter(10_000):
         column = table["text"]
         lengths.append(pc.fill_null(pc.utf8_length(column), 0).to_numpy())
         digests += [hashlib.sha256(text.as_buffer()).digest() if text.is_valid else bytes(32) for text in column]
-    index = np.zeros(len(rows), dtype=INDEX)
+    index = np.zeros(len(rows), dtype=INDEX_DTYPE)
     index["row"] = np.arange(len(rows))
     index["end"] = np.concatenate(lengths) if lengths else 0
     index["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
     return index
 
 
-def index_kept(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
-    """`index_of_rows(rows)`, or what it gave for the same content before: hashing each of many rows takes a while."""
+def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
+    """Return the index of a dataset from the cache, since hashing many rows is slow."""
     digest = hashlib.sha256(f"{rows._fingerprint} {rows.num_rows} {rows.column_names}".encode())
     for file in rows.cache_files:
-        digest.update(digest_of(file["filename"], file["filename"]).encode())
+        digest.update(content_sha256(file["filename"], file["filename"]).encode())
     return cached(
         cache_dir / "documents" / digest.hexdigest()[:32],
-        lambda folder: np.save(folder / "index.npy", index_of_rows(rows)),
+        lambda folder: np.save(folder / "index.npy", _index_rows(rows)),
         lambda folder: np.load(folder / "index.npy"),
         cache_dir,
         "index of documents",
     )
 
 
-# -- files of text ----------------------------------------------------------------------------------------------------
+# -- text files -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Files:
-    """Files of text, each a document. `names` gives the name to show for a path that has another."""
+class TextFiles:
+    """Text files, each of which is a document.
+
+    Args:
+        paths: The files.
+        names: Names to display instead of paths, e.g. the URL of a downloaded file.
+    """
 
     paths: tuple[str, ...]
     decoding: Decoding
     names: dict[str, str] = field(default_factory=dict)
 
     def parts(self, index: np.ndarray, every: int) -> Iterator[tuple[bool, str]]:
-        """As for `Rows`; of a document longer than a part, only each `every`-th part.
+        """Yield the parts of the documents.
+
+        Args:
+            every: Read only the first of every `every` batches of documents, or parts of a document longer than a batch.
 
         Raises:
-            UnreadableFileError: for a file whose content is not that of its hash in the index.
+            UnreadableFileError: if the content of a file no longer has the hash in the index.
         """
         kwargs = {"files": self, "index": index, "every": every}
         last = None
-        for row in datasets.IterableDataset.from_generator(read_parts, gen_kwargs=kwargs):
+        for row in datasets.IterableDataset.from_generator(_read_parts, gen_kwargs=kwargs):
             yield row["document"] != last, row["text"]
             last = row["document"]
 
-    def documents(self) -> "Documents":
-        """All of them; files without text are left out.
+    def documents(self) -> IndexedDocuments:
+        """Index all files; those without text are omitted.
 
         Raises:
-            UnreadableFileError: for what is not text, see `reading`.
+            UnreadableFileError: if a file cannot be decoded; see `reading`.
         """
-        index, seen = np.zeros(len(self.paths), dtype=INDEX), []
-        for place, path in enumerate(self.paths):
-            seen.append(Seen())
+        index, statistics = np.zeros(len(self.paths), dtype=INDEX_DTYPE), []
+        for position, path in enumerate(self.paths):
+            statistics.append(DecodingStatistics())
             digest, length = hashlib.sha256(), 0
-            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, seen[-1]):
+            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, statistics[-1]):
                 digest.update(self.encode(path, text))
                 length += len(text)
-            index[place] = (place, 0, length, digest.digest())
-        self._report(seen)
-        return Documents(self, with_text(index, "files"))
+            index[position] = (position, 0, length, digest.digest())
+        self._report(statistics)
+        return IndexedDocuments(self, without_empty(index, "files"))
 
     def name(self, path: str) -> str:
         return self.names.get(path, path)
 
     def encode(self, path: str, text: str) -> bytes:
+        """Return the UTF-8 encoding of decoded text."""
         try:
             return text.encode()
-        except UnicodeEncodeError as error:  # some encodings, `unicode_escape` for one, can spell it
+        except UnicodeEncodeError as error:  # some codecs, such as `unicode_escape`, produce lone surrogates
             raise UnreadableFileError(
-                f"{shown(self.name(path))}: holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is not "
-                "a character; name another encoding, or leave this file out"
+                f"{printable(self.name(path))}: contains U+{ord(text[error.start]):04X}, a lone surrogate, which is not a "
+                "character; specify another encoding or exclude this file"
             ) from error
 
-    def _report(self, seen: list[Seen]) -> None:
-        """Log what a user may not expect of these files."""
-        with_mark = [path for path, one in zip(self.paths, seen, strict=True) if one.byte_order_mark]
+    def _report(self, statistics: list[DecodingStatistics]) -> None:
+        """Log byte order marks, zero characters and converted line ends."""
+        with_mark = [path for path, one in zip(self.paths, statistics, strict=True) if one.byte_order_mark]
         if with_mark:
-            without = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
-            name = without.get(codecs.lookup(self.decoding.encoding).name, "utf-8-sig")
+            without_mark = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
+            name = without_mark.get(codecs.lookup(self.decoding.encoding).name, "utf-8-sig")
             logger.warning(
-                "%s with a byte order mark, kept as the character U+FEFF; --encoding %s drops it",
-                self._some(with_mark, "begins", "begin"),
+                "%s with a byte order mark, which is read as the character U+FEFF; --encoding %s removes it",
+                self._subject(with_mark, "begins", "begin"),
                 name,
             )
-        with_zeros = [path for path, one in zip(self.paths, seen, strict=True) if one.zeros]
+        with_zeros = [path for path, one in zip(self.paths, statistics, strict=True) if one.zeros]
         if with_zeros:
             logger.warning(
-                "%s zero characters (U+0000): UTF-16 text, which --encoding utf-16 reads, or not text at all?",
-                self._some(with_zeros, "holds", "hold"),
+                "%s zero characters (U+0000), so the data may be UTF-16 (use --encoding utf-16) or binary",
+                self._subject(with_zeros, "contains", "contain"),
             )
         if self.decoding.newline == "universal":
-            logger.info("converted %s line ends (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in seen):,}")
+            logger.info(
+                "converted %s line ends (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in statistics):,}"
+            )
 
-    def _some(self, paths: list[str], verb: str, verb_of_many: str) -> str:
-        first = shown(self.name(paths[0]))
-        return f"{first} {verb}" if len(paths) == 1 else f"{len(paths):,} files ({first}, …) {verb_of_many}"
+    def _subject(self, paths: list[str], singular_verb: str, plural_verb: str) -> str:
+        first = printable(self.name(paths[0]))
+        return f"{first} {singular_verb}" if len(paths) == 1 else f"{len(paths):,} files ({first}, …) {plural_verb}"
 
 
-def read_parts(files: Files, index: np.ndarray, every: int) -> Iterator[dict]:
-    """Rows {document, text}; see `Files.parts`. `document` is a place in the index."""
-    place = number = 0
-    for few in runs(index):
-        is_long = len(few) == 1 and few["end"][0] - few["begin"][0] > PART_CHARACTERS
-        for excerpts in np.split(few, np.flatnonzero(np.diff(few["row"])) + 1):  # those of one file: it is read once
+def _read_parts(files: TextFiles, index: np.ndarray, every: int) -> Iterator[dict]:
+    """Yield {"document": position in the index, "text": part}; see `TextFiles.parts`."""
+    position = number = 0
+    for batch in document_batches(index):
+        is_long = len(batch) == 1 and batch["end"][0] - batch["begin"][0] > PART_CHARACTERS
+        for excerpts in np.split(batch, np.flatnonzero(np.diff(batch["row"])) + 1):  # one file, which is read once
             if is_long or number % every == 0:
                 for offset, text in _read_excerpts(files, excerpts):
                     if number % every == 0:
-                        yield {"document": place + offset, "text": text}
+                        yield {"document": position + offset, "text": text}
                     number += is_long
-            place += len(excerpts)
+            position += len(excerpts)
         number += not is_long
 
 
-def _read_excerpts(files: Files, excerpts: np.ndarray) -> Iterator[tuple[int, str]]:
-    """(place, text) of the characters `begin` to `end` of each excerpt of one file. Reads all of it, to verify its hash."""
+def _read_excerpts(files: TextFiles, excerpts: np.ndarray) -> Iterator[tuple[int, str]]:
+    """Yield (position in `excerpts`, text) for the excerpts of one file. Reads the complete file to verify its hash."""
     path, digest, position = files.paths[excerpts["row"][0]], hashlib.sha256(), 0
-    for text in pieces(path, files.name(path), files.decoding, PART_CHARACTERS):
+    for text in text_chunks(path, files.name(path), files.decoding, PART_CHARACTERS):
         digest.update(files.encode(path, text))
-        for place, (begin, end) in enumerate(zip(excerpts["begin"].tolist(), excerpts["end"].tolist(), strict=True)):
+        for number, (begin, end) in enumerate(zip(excerpts["begin"].tolist(), excerpts["end"].tolist(), strict=True)):
             if found := text[max(begin - position, 0) : max(end - position, 0)]:
-                yield place, found
+                yield number, found
         position += len(text)
     if digest.digest() != excerpts["digest"][0].tobytes():
-        raise has_changed(files.name(path))
+        raise changed_file_error(files.name(path))
+
+
+# -- streams and mixtures ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class StreamedDocuments(Texts):
-    """Documents that arrive over the network while they are read, and are never kept.
+class StreamedDocuments(Documents):
+    """Documents that are read from the network on every iteration and not stored.
 
-    Which part of them this is, is decided by their content: those whose hash, as a share of all hashes, lies in
-    [`low`, `high`).
+    Args:
+        rows: Rows with a column `text`.
+        identity: Identifies the content, e.g. name and revision of a dataset.
+        low: A document belongs to this split if its SHA-256, scaled to [0, 1), is in [`low`, `high`).
+        high: See `low`.
+        max_characters: Limit for all documents together.
+        max_document_characters: Limit for each document.
     """
 
     rows: datasets.IterableDataset
     identity: str
     low: float = 0.0
     high: float = 1.0
-    most: int | None = None
-    most_of_a_document: int | None = None
+    max_characters: int | None = None
+    max_document_characters: int | None = None
 
     @property
     def characters(self) -> None:
@@ -378,84 +406,94 @@ class StreamedDocuments(Texts):
 
     @property
     def fingerprint(self) -> str:
-        limits = f"{self.low} {self.high} {self.most} {self.most_of_a_document}"
+        limits = f"{self.low} {self.high} {self.max_characters} {self.max_document_characters}"
         return hashlib.sha256(f"{self.identity} {limits}".encode()).hexdigest()
 
     def head(self, characters: int) -> "StreamedDocuments":
-        return replace(self, most=characters)
+        return replace(self, max_characters=characters)
 
     def sample(self, characters: int, window: int) -> "StreamedDocuments":
-        """The beginnings of the first documents: a stream has no length of which each could contribute a share."""
-        windows_in_an_excerpt = max(1, characters // EXCERPTS // window)
-        return replace(self, most=characters, most_of_a_document=windows_in_an_excerpt * window)
+        """Take the beginnings of the first documents, because the total length of a stream is unknown."""
+        windows_per_excerpt = max(1, characters // MIN_EXCERPTS // window)
+        return replace(self, max_characters=characters, max_document_characters=windows_per_excerpt * window)
 
     def parts(self) -> Iterator[tuple[bool, str]]:
-        left = self.most
+        remaining = self.max_characters
         for row in self.rows:
             text = row["text"] or ""
             share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
             if not text or not self.low <= share < self.high:
                 continue
-            text = text[: self.most_of_a_document]
-            yield True, text[:left]
-            if left is not None and (left := left - len(text)) <= 0:
+            text = text[: self.max_document_characters]
+            yield True, text[:remaining]
+            if remaining is not None and (remaining := remaining - len(text)) <= 0:
                 return
 
 
 @dataclass(frozen=True)
-class Mixture(Texts):
-    """Several texts in given shares of characters; none is repeated, and the first that runs out ends it."""
+class Mixture(Documents):
+    """Several sources in given shares of characters. No document is repeated; the mixture ends with the first exhausted one.
 
-    texts: Sequence[Texts]
+    Args:
+        components: The sources.
+        shares: Share of each source; they sum to 1.
+    """
+
+    components: Sequence[Documents]
     shares: Sequence[float]
 
     @classmethod
-    def of(cls, texts: Sequence[Texts], shares: Sequence[float]) -> "Mixture":
-        """Cut texts of known length so that their shares come out exactly."""
-        sizes = [text.characters for text in texts]
+    def of(cls, components: Sequence[Documents], shares: Sequence[float]) -> "Mixture":
+        """Create a mixture; sources of known length are truncated so that their shares are exact."""
+        sizes = [component.characters for component in components]
         if None not in sizes:
             total = min(size / share for size, share in zip(sizes, shares, strict=True))
-            texts = [text.head(round(total * share)) for text, share in zip(texts, shares, strict=True)]
-        return cls(texts, shares)
+            components = [one.head(round(total * share)) for one, share in zip(components, shares, strict=True)]
+        return cls(components, shares)
 
     @classmethod
-    def joined(cls, texts: Sequence[Texts]) -> "Mixture":
-        """All of several texts of known length."""
-        return cls(texts, [text.characters / sum(text.characters for text in texts) for text in texts])
+    def joined(cls, components: Sequence[Documents]) -> "Mixture":
+        """Concatenate sources of known length."""
+        total = sum(component.characters for component in components)
+        return cls(components, [component.characters / total for component in components])
 
     @property
     def characters(self) -> int | None:
-        sizes = [text.characters for text in self.texts]
+        sizes = [component.characters for component in self.components]
         return None if None in sizes else sum(sizes)
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(" ".join(text.fingerprint for text in self.texts).encode()).hexdigest()
+        return hashlib.sha256(" ".join(component.fingerprint for component in self.components).encode()).hexdigest()
 
     @property
     def number_of_documents(self) -> int | None:
-        numbers = [text.number_of_documents for text in self.texts]
+        numbers = [component.number_of_documents for component in self.components]
         return None if None in numbers else sum(numbers)
 
     def sample(self, characters: int, window: int) -> "Mixture":
         samples = [
-            text.sample(round(characters * share), window) for text, share in zip(self.texts, self.shares, strict=True)
+            component.sample(round(characters * share), window)
+            for component, share in zip(self.components, self.shares, strict=True)
         ]
-        return replace(self, texts=samples)
+        return replace(self, components=samples)
 
     def head(self, characters: int) -> "Mixture":
-        heads = [text.head(round(characters * share)) for text, share in zip(self.texts, self.shares, strict=True)]
-        return replace(self, texts=heads)
+        heads = [
+            component.head(round(characters * share))
+            for component, share in zip(self.components, self.shares, strict=True)
+        ]
+        return replace(self, components=heads)
 
     def parts(self) -> Iterator[tuple[bool, str]]:
-        """One text after the other; if they arrive over a network, a document of the one furthest behind its share."""
+        """Yield one source after the other. Streams are interleaved: next comes the one furthest below its share."""
         if self.characters is not None:
-            yield from chain.from_iterable(text.parts() for text in self.texts)
+            yield from chain.from_iterable(component.parts() for component in self.components)
             return
-        sources, taken = [iter(text) for text in self.texts], [0] * len(self.texts)
+        streams, taken = [iter(component) for component in self.components], [0] * len(self.components)
         while True:
-            behind = min(range(len(sources)), key=lambda i: taken[i] / self.shares[i])
-            document = next(sources[behind], None)
+            behind = min(range(len(streams)), key=lambda i: taken[i] / self.shares[i])
+            document = next(streams[behind], None)
             if document is None:
                 return
             taken[behind] += len(document)

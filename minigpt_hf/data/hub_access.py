@@ -1,6 +1,6 @@
-"""Whether the Hub can be reached: asked once, shortly, where its clients would try for half a minute.
+"""Use the local Hub cache without delay when the Hub cannot be reached.
 
-In: nothing. Out: within a block, clients that look into their caches alone, if it cannot. It refuses nothing.
+The Hub clients retry for about 30 seconds; here a single request with a short timeout decides.
 """
 
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ import huggingface_hub
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session
 
-SECONDS = 4
+TIMEOUT_SECONDS = 4
 
 
 @contextmanager
-def cache_alone_if_unreachable() -> Iterator[None]:
-    """In the block `huggingface_hub` and `datasets` are offline if the Hub does not answer a HEAD within `SECONDS`."""
+def offline_if_unreachable() -> Iterator[None]:
+    """Set `huggingface_hub` and `datasets` to offline mode within the block if the Hub does not answer a HEAD request."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not before[0]:
         try:
-            get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
+            get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
         except (HTTPError, OSError):
             huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:

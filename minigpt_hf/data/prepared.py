@@ -1,13 +1,11 @@
-"""A corpus -> a text that is ready to train on: a tokenizer and two token streams.
+"""Tokenize a corpus for training: a tokenizer and a token stream for each split.
 
-In: a `Corpus`, and which tokenizer. Out: a `PreparedText`. Tokenizers and streams are found again by what they were made
-from, so a second start takes a blink. It refuses nothing that `tokenizer` does not.
-
-A prepared text can be saved as a folder, which does not need the corpus and may be shared by several machines:
-    prepared.json    version of this format; name, cut and kind of tokenizer; the settings that the text was read with
-    tokenizer/       as `from_pretrained` reads it
-    train/           a stream
-    validation/      a stream, if there is validation
+Tokenizers and streams are cached by the content they were made from. `PreparedText.save` writes them as a folder that does
+not require the corpus and can be shared between machines (`minigpt tokenize`):
+    prepared.json    version of the format, name, split, kind of tokenizer, and the settings with which the text was read
+    tokenizer/       for `from_pretrained`
+    train/           a token stream
+    validation/      a token stream, if there is a validation split
     manifest.json    size and SHA-256 of each file
 """
 
@@ -29,35 +27,35 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
 from ..errors import MiniGPTError
-from .cache import cached, damage
-from .corpus import CACHE, Corpus, public
-from .documents import Texts
+from .cache import cached, verification_error
+from .corpus import CACHE, Corpus, public_name
+from .documents import Documents
 from .stream import TokenStream, build_stream
 from .tokenizer import (
     byte_level_bpe,
     byte_tokenizer,
     character_tokenizer,
     load_tokenizer,
+    lost_characters,
     tokenizer_fingerprint,
-    what_is_lost,
     with_special_tokens,
 )
 
 logger = logging.getLogger(__name__)
 
-# Below this many tokens the sampling error of a validation loss exceeds 0.03 nats per token, if the losses of single tokens
+# With fewer tokens, the standard error of a validation loss exceeds 0.03 nats per token, if the losses of individual tokens
 # have a standard deviation of about 3 nats.
-FEWEST_TOKENS_FOR_A_SCORE = 10_000
-STANDARD_DEVIATION_OF_A_TOKEN = 3.0
+MIN_TOKENS_FOR_A_SCORE = 10_000
+TOKEN_LOSS_STANDARD_DEVIATION = 3.0
 
-# Merges are learnt from so much text, taken from all over it: more changes no merge that matters.
+# BPE is trained on about this many characters, evenly spaced over the text; more text hardly changes the merges.
 BPE_CHARACTERS = 100_000_000
-# What an existing tokenizer is tried on: so many characters from all documents, in excerpts of whole windows.
+# An existing tokenizer is checked on excerpts of all documents: characters in total, and per window.
 CHECKED_CHARACTERS, CHECKED_WINDOW = 100_000, 1000
 VERSION = 3  # of the format of a prepared text; 1 had no manifest, 2 no settings
 REMEDY = "create it again with `minigpt tokenize`"
-# The settings that decide what a prepared text consists of, apart from the text itself. (Those of its tokens that are scored
-# for validation also depend on the length of a window, which `ValidationSample` has.)
+# The settings that, together with the text, determine the content of a prepared text. (Which part of the validation split is
+# scored also depends on the window length, see `ValidationSample`.)
 TEXT_SETTINGS = (
     *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
     *("validation_fraction", "validation_characters", "tokenizer", "vocab_size"),
@@ -66,10 +64,14 @@ TEXT_SETTINGS = (
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """How much of the held-out text is scored. The totals of a stream are unknown: `None`.
+    """How much of the validation split is scored. The totals of a streamed dataset are unknown (None).
 
     Args:
-        window: Length of a window in characters, in multiples of which excerpts were chosen (see `Texts.sample`).
+        documents: Number of documents in the sample.
+        of_documents: Number of documents in the validation split.
+        characters: Number of characters in the sample.
+        of_characters: Number of characters in the validation split.
+        window: Length of a window in characters; excerpts consist of complete windows (see `Documents.sample`).
     """
 
     documents: int
@@ -91,13 +93,21 @@ class ValidationSample:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """What a training needs to know of its text. `cut` says in words what is held out, `kind` which tokenizer it is.
+    """A tokenized corpus.
 
-    `lossy` says what the tokenizer loses of the text; `None` if the text can be had back from its tokens.
+    Args:
+        name: Name of the corpus.
+        split_description: How the corpus was split.
+        kind: The value of `--tokenizer`.
+        lossy: What the tokenizer loses of the text; None if decoding restores it.
+        tokenizer: The tokenizer.
+        train: Tokens to train on.
+        validation: Tokens of the validation split, or of the sample of it that is scored.
+        scored: The size of that sample.
     """
 
     name: str
-    cut: str
+    split_description: str
     kind: str
     lossy: str | None
     tokenizer: PreTrainedTokenizerBase
@@ -107,22 +117,24 @@ class PreparedText:
 
     @classmethod
     def open(cls, folder: Path, cache_dir: Path = CACHE) -> "PreparedText":
-        """One that `keep` wrote, verified against its manifest.
+        """Open a folder written by `save`, after verifying it against its manifest.
 
         Args:
-            cache_dir: Remembers which files have been verified.
+            cache_dir: Root of the cache, which records the files that have been verified.
 
         Raises:
-            MiniGPTError: if it is damaged, or of another version of the format.
+            MiniGPTError: if it is damaged or has another version of the format.
         """
-        about = _read_about(folder)
-        if (fault := damage(folder, cache_dir)) is not None:
+        metadata = _read_metadata(folder)
+        if (fault := verification_error(folder, cache_dir)) is not None:
             raise MiniGPTError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
         try:
-            del about["settings"]
-            scored = about.pop("scored")
+            scored = metadata["scored"]
             text = cls(
-                **about,
+                name=metadata["name"],
+                split_description=metadata["cut"],
+                kind=metadata["kind"],
+                lossy=metadata["lossy"],
                 scored=None if scored is None else ValidationSample(**scored),
                 train=TokenStream.open(folder / "train"),
                 validation=TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None,
@@ -130,30 +142,35 @@ class PreparedText:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MiniGPTError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
-        ours = tokenizer_fingerprint(text.tokenizer)[:16]
+        fingerprint = tokenizer_fingerprint(text.tokenizer)[:16]
         for stream in (text.train, text.validation):
-            if stream is not None and ours not in stream.fingerprint.split("-"):
-                raise MiniGPTError(f"{folder}: {stream.folder.name}/ was not made with tokenizer/: {REMEDY}")
+            if stream is not None and fingerprint not in stream.fingerprint.split("-"):
+                raise MiniGPTError(f"{folder}: {stream.folder.name}/ was not encoded with tokenizer/: {REMEDY}")
         return text
 
-    def keep(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Save it as a folder, atomically.
+    def save(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Write a folder atomically.
 
         Args:
-            settings: The `TEXT_SETTINGS` that it was made with; see `prepared_settings`.
+            settings: The `TEXT_SETTINGS` with which the text was prepared; see `prepared_settings`.
 
         Raises:
             MiniGPTError: if `folder` exists.
-            OSError: if it cannot be written; nothing is left of it.
+            OSError: if it cannot be written; no partial folder remains.
         """
-        exists = MiniGPTError(f"{folder}: exists already; name another folder, or remove it")
+        exists = MiniGPTError(f"{folder}: already exists; specify another folder or remove it")
         if folder.exists():
             raise exists
-        # On another machine nothing tells a path from a name, so only what may be published is stored.
-        about = {"version": VERSION, "name": public(self.name), "cut": self.cut, "kind": public(self.kind)}
-        about["lossy"] = self.lossy
-        about["settings"] = {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public(self.kind)}
-        about["scored"] = None if self.scored is None else asdict(self.scored)
+        # Other machines cannot distinguish paths from names of datasets, so the public names are stored.
+        metadata = {
+            "version": VERSION,
+            "name": public_name(self.name),
+            "cut": self.split_description,
+            "kind": public_name(self.kind),
+            "lossy": self.lossy,
+            "settings": {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public_name(self.kind)},
+            "scored": None if self.scored is None else asdict(self.scored),
+        }
         created = [parent for parent in folder.absolute().parents if not parent.exists()]
         try:
             remove_abandoned(folder.parent)
@@ -164,49 +181,49 @@ class PreparedText:
                 for name, stream in (("train", self.train), ("validation", self.validation)):
                     if stream is not None:
                         shutil.copytree(stream.folder, content / name, ignore=shutil.ignore_patterns(MANIFEST))
-                (content / "prepared.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
                 seal(content)
                 if not publish(content, folder):
                     raise exists
         except OSError as error:
             for parent in created:  # innermost first
-                with suppress(OSError):  # another process may use it, too
+                with suppress(OSError):  # another process may be using it
                     parent.rmdir()
             if error.errno != errno.ENOSPC and "No space left" not in str(error):
                 raise
             raise OSError(
-                errno.ENOSPC, f"{folder}: no space left on this disk; free some, or name another folder"
+                errno.ENOSPC, f"{folder}: no space left on this disk; free some space or specify another folder"
             ) from error
 
 
 def is_prepared(data: str) -> bool:
-    """Whether this is a folder that `minigpt tokenize` wrote."""
+    """Whether `data` is a folder written by `minigpt tokenize`."""
     return (Path(data) / "prepared.json").is_file()
 
 
 def prepared_settings(folder: Path) -> dict[str, Any]:
-    """The `TEXT_SETTINGS` that a prepared text was made with. (`PreparedText.open` verifies that they are unchanged.)
+    """Return the `TEXT_SETTINGS` with which a text was prepared. (`PreparedText.open` verifies the file.)
 
     Raises:
-        MiniGPTError: if they cannot be read, or are of another version of the format.
+        MiniGPTError: if they cannot be read or have another version of the format.
     """
     try:
-        settings = _read_about(folder)["settings"]
+        settings = _read_metadata(folder)["settings"]
         return {name: settings[name] for name in TEXT_SETTINGS}
     except (KeyError, TypeError) as error:
         raise MiniGPTError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    """The content of `prepared.json`, without the version."""
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the content of `prepared.json`, without the version."""
     try:
-        about = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        version = about.pop("version", 1)
+        metadata = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+        version = metadata.pop("version", 1)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise MiniGPTError(f"{folder}: this prepared text cannot be read ({error}): {REMEDY}") from error
     if version != VERSION:
         raise MiniGPTError(f"{folder}: this prepared text has format {version}, and {VERSION} is required: {REMEDY}")
-    return about
+    return metadata
 
 
 def prepare(
@@ -220,19 +237,23 @@ def prepare(
     num_proc: int | None = None,
     max_tokens: int | None = None,
 ) -> PreparedText:
-    """Learn or load a tokenizer, and encode the corpus with it.
+    """Train or load a tokenizer and encode a corpus with it.
 
     Args:
+        corpus: The text.
         tokenizer: `bpe`, `characters`, `bytes`, or a folder or Hub id.
-        vocab_size: Tokens that `bpe` learns, at most.
-        cache_dir: Where tokenizers and streams are kept and looked for.
-        block_size: Length of a window in tokens. If only a part of the validation text is scored, it consists of windows.
-        validation_characters: Number of characters of the validation text to score, sampled from all its documents.
-        num_proc: Processes that encode; default: one for each core.
-        max_tokens: Take at most this many tokens of the training text; see `build_stream`.
+        vocab_size: Maximum vocabulary size of `bpe`.
+        cache_dir: Root of the cache, for tokenizers and streams.
+        block_size: Length of an evaluation window in tokens; a sample of the validation split consists of windows.
+        validation_characters: Number of characters of the validation split to score, sampled from all its documents.
+        num_proc: Number of encoding processes; default: one per core.
+        max_tokens: Maximum number of training tokens; see `build_stream`.
+
+    Raises:
+        MiniGPTError: if no text is left to train on, or none is held out.
     """
     chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
-    lossy = None if tokenizer in ("bpe", "characters", "bytes") else report_what_is_lost(chosen, corpus.train)
+    lossy = None if tokenizer in ("bpe", "characters", "bytes") else report_lossy_tokenizer(chosen, corpus.train)
     with tqdm(
         total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
     ) as bar:
@@ -241,8 +262,8 @@ def prepare(
         held_out = "nothing" if corpus.validation is None else f"{corpus.validation.characters or 0:,} characters"
         limit = "" if max_tokens is None else f", and max_tokens is {max_tokens:,}"
         raise MiniGPTError(
-            f"{corpus.name}: no text is left to train on: there are {corpus.train.characters or 0:,} characters of it, "
-            f"{held_out} held out for validation{limit}; give more text, or a lower --validation_fraction"
+            f"{corpus.name}: no text is left to train on: it has {corpus.train.characters or 0:,} training characters, "
+            f"{held_out} held out for validation{limit}; provide more text or a lower --validation_fraction"
         )
     validation = scored = None
     if corpus.validation is not None:
@@ -251,7 +272,7 @@ def prepare(
         validation = build_stream(sampled, chosen, cache_dir, num_proc)
         if not len(validation):
             raise MiniGPTError(
-                f"{corpus.name}: nothing of it is held out for validation; raise --validation_fraction, or 0"
+                f"{corpus.name}: no text is held out for validation; raise --validation_fraction, or set it to 0"
             )
         scored = ValidationSample(
             sampled.number_of_documents or len(validation.documents),
@@ -260,18 +281,18 @@ def prepare(
             corpus.validation.characters,
             window,
         )
-        warn_about_a_small_sample(
+        warn_if_sample_is_small(
             len(validation) - len(validation.documents),
             validation.bytes,
-            "give more text, or raise --validation_fraction or --validation_characters",
+            "provide more text, or raise --validation_fraction or --validation_characters",
         )
-    return PreparedText(corpus.name, corpus.cut, tokenizer, lossy, chosen, train, validation, scored)
+    return PreparedText(corpus.name, corpus.split_description, tokenizer, lossy, chosen, train, validation, scored)
 
 
-def report_what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> str | None:
-    """What a tokenizer loses of a sample of the text, as a sentence for log and model folder; or `None`."""
-    sample = texts.sample(CHECKED_CHARACTERS, CHECKED_WINDOW)
-    if (lost := what_is_lost(tokenizer, sample)) is None:
+def report_lossy_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> str | None:
+    """Check a tokenizer on a sample of the text; log and return a description of what it loses, or None."""
+    sample = documents.sample(CHECKED_CHARACTERS, CHECKED_WINDOW)
+    if (lost := lost_characters(tokenizer, sample)) is None:
         return None
     sentence = (
         f"the tokenizer does not reproduce the text ({lost}, in a sample of about {CHECKED_CHARACTERS:,} characters): bits "
@@ -281,13 +302,19 @@ def report_what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> str
     return sentence
 
 
-def warn_about_a_small_sample(tokens: int, size: int, remedy: str) -> None:
-    """Say how far a score of so few tokens, of `size` bytes, may be off."""
-    if tokens < FEWEST_TOKENS_FOR_A_SCORE:
-        error = STANDARD_DEVIATION_OF_A_TOKEN / math.sqrt(max(tokens, 1))
+def warn_if_sample_is_small(tokens: int, size: int, remedy: str) -> None:
+    """Warn if a score has a large standard error.
+
+    Args:
+        tokens: Number of scored tokens.
+        size: Number of their UTF-8 bytes.
+        remedy: What to do, for the message.
+    """
+    if tokens < MIN_TOKENS_FOR_A_SCORE:
+        error = TOKEN_LOSS_STANDARD_DEVIATION / math.sqrt(max(tokens, 1))
         logger.warning(
-            "the validation score rests on only %s tokens (%s bytes): expect a standard error of about %.2f nats per token; "
-            "for a more reliable score %s",
+            "the validation score is based on only %s tokens (%s bytes): expect a standard error of about %.2f nats per "
+            "token; for a more reliable score, %s",
             f"{tokens:,}",
             f"{size:,}",
             error,
@@ -296,28 +323,29 @@ def warn_about_a_small_sample(tokens: int, size: int, remedy: str) -> None:
 
 
 def make_tokenizer(corpus: Corpus, tokenizer: str, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
-    """Learn a tokenizer from the training text, or take an existing one."""
+    """Train a tokenizer on the training split, or load an existing one."""
     if tokenizer == "bytes":
         return byte_tokenizer()
     if tokenizer == "bpe":
-        learn = lambda: byte_level_bpe(corpus.train.evenly(BPE_CHARACTERS), vocab_size)  # noqa: E731
-        return _kept(cache_dir, learn, f"bpe {vocab_size}", corpus.train)
+        train = lambda: byte_level_bpe(corpus.train.evenly_spaced(BPE_CHARACTERS), vocab_size)  # noqa: E731
+        return _cached_tokenizer(cache_dir, train, f"bpe {vocab_size}", corpus.train)
     if tokenizer == "characters":
-        # Of the validation text, too: that a character exists gives nothing away, and one without an id would end it all.
-        texts = [part for part in (corpus.train, corpus.validation) if part is not None]
-        learn = lambda: character_tokenizer(piece for text in texts for _, piece in text.parts())  # noqa: E731
-        return _kept(cache_dir, learn, "characters", *texts)
+        # Characters of the validation split are included: without ids they could not be scored, and the existence of a
+        # character reveals next to nothing about the validation text.
+        splits = [split for split in (corpus.train, corpus.validation) if split is not None]
+        train = lambda: character_tokenizer(text for split in splits for _, text in split.parts())  # noqa: E731
+        return _cached_tokenizer(cache_dir, train, "characters", *splits)
     return load_tokenizer(tokenizer)
 
 
-def _kept(
-    cache_dir: Path, learn: Callable[[], PreTrainedTokenizerBase], kind: str, *texts: Texts
+def _cached_tokenizer(
+    cache_dir: Path, train: Callable[[], PreTrainedTokenizerBase], kind: str, *splits: Documents
 ) -> PreTrainedTokenizerBase:
-    """What was learnt from the same text before, or else now."""
-    name = hashlib.sha256(" ".join([kind, *(text.fingerprint for text in texts)]).encode()).hexdigest()[:32]
+    """Return the tokenizer trained on the same text earlier, or train it."""
+    name = hashlib.sha256(" ".join([kind, *(split.fingerprint for split in splits)]).encode()).hexdigest()[:32]
     return cached(
         cache_dir / "tokenizers" / name,
-        lambda folder: learn().backend_tokenizer.save(str(folder / "tokenizer.json")),
+        lambda folder: train().backend_tokenizer.save(str(folder / "tokenizer.json")),
         lambda folder: with_special_tokens(Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())),
         cache_dir,
         "tokenizer",

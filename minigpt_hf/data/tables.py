@@ -1,9 +1,9 @@
-"""Text columns of tables, as a memory-mapped `datasets.Dataset` with the single column `text`.
+"""Read the text column of JSON, CSV, Parquet and Arrow tables into a memory-mapped dataset with the single column `text`.
 
-Values are read verbatim: a CSV field is never taken for a number or a missing value, a JSON string never for a date, and a
-value that is not a string is an error that names its row. The column is stored in the cache, sealed and verified like a
-token stream, under a key that contains the SHA-256 of the content of every file. (The builders of `datasets` infer and
-cast types, take file names for patterns, identify files by modification time, and do not verify what they cached.)
+Values are read verbatim: CSV fields are not interpreted as numbers or missing values, JSON strings are not interpreted as
+dates, and a value that is not a string is an error that states its row. The column is cached, and verified like a token
+stream, under a key that depends on the SHA-256 of the content of every file. (The builders of `datasets` infer and cast
+types, interpret file names as patterns, identify files by modification time, and do not verify their cache.)
 """
 
 import csv
@@ -29,35 +29,47 @@ from datasets.table import MemoryMappedTable
 
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
-from .files import ending_of
-from .reading import BYTE_ORDER_MARK, Decoding, chunks, decoded, digest_of, has_changed, open_bytes, packing_of, shown
+from .files import extension_of
+from .reading import (
+    BYTE_ORDER_MARK,
+    Decoding,
+    byte_chunks,
+    changed_file_error,
+    compression_of,
+    content_sha256,
+    decoded,
+    open_bytes,
+    printable,
+)
 
 logger = logging.getLogger(__name__)
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})
-BATCH_ROWS, BATCH_CHARACTERS = 10_000, 1_000_000  # written at a time
+BATCH_ROWS, BATCH_CHARACTERS = 10_000, 1_000_000  # limits of a written batch
 VERSION = 1  # of the format in the cache
-# A CSV column is taken for text if one of its first values is neither a number, nor a truth value, nor one of these.
-ROWS_LOOKED_AT = 1_000
+# A CSV column is considered text if one of its first values is neither a number nor one of these.
+INSPECTED_ROWS = 1_000
 NOT_TEXT = {"", "na", "n/a", "nan", "null", "none", "true", "false"}
 OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 
+# (all columns, columns of text, allowed columns) -> chosen column
 ChooseColumn = Callable[[list[str], list[str], list[str]], str]
 
 
 class Table:
-    """A file of one of `FORMATS`.
+    """A table in a file; subclasses read one format each.
 
     Args:
         path: The file.
         name: Its name in messages.
+        decoding: Encoding of the file, for text formats.
     """
 
     def __init__(self, path: str, name: str, decoding: Decoding):
         self.path, self.name, self.decoding = path, name, replace(decoding, newline="preserve")
 
     def columns(self) -> tuple[list[str], list[str], list[str]]:
-        """Names of all columns, of those that seem to hold text, and of those that may be chosen.
+        """Return the names of all columns, of those that appear to contain text, and of those that may be chosen.
 
         Raises:
             UnreadableFileError: if the file is not a table.
@@ -65,29 +77,29 @@ class Table:
         raise NotImplementedError
 
     def texts(self, column: str) -> Iterator[str | None]:
-        """The values of a column.
+        """Yield the values of a column.
 
         Raises:
-            UnreadableFileError: naming the row, for a value that is not a string.
+            UnreadableFileError: stating the row, if a value is not a string.
         """
         raise NotImplementedError
 
     def describe(self) -> None:
-        """Log how the file was interpreted, where that is not obvious."""
+        """Log how the file was interpreted, where this is ambiguous."""
 
     def error(self, message: str) -> UnreadableFileError:
-        return UnreadableFileError(f"{shown(self.name)}: {message}")
+        return UnreadableFileError(f"{printable(self.name)}: {message}")
 
     @contextmanager
     def lines(self, newline: str) -> Iterator[Iterator[str]]:
-        """The lines of a text file, `newline` as in `open`, without a byte order mark."""
+        """Provide the lines of a text file without a byte order mark; `newline` as in `open`."""
         with open_bytes(self.path, self.name) as file:
             text = io.TextIOWrapper(file, self.decoding.encoding, self.decoding.errors, newline=newline)
             try:
                 yield _without_byte_order_mark(text)
             except UnicodeDecodeError:
-                for _ in decoded(self.path, self.name, self.decoding, 1 << 20):  # names the byte and its position
-                    pass
+                for _ in decoded(self.path, self.name, self.decoding, 1 << 20):
+                    pass  # raises the same error with the byte and its position
                 raise
 
 
@@ -98,40 +110,43 @@ def _without_byte_order_mark(lines: Iterator[str]) -> Iterator[str]:
 
 
 def read_tables(
-    kind: str,
+    data_format: str,
     paths: list[str],
     names: dict[str, str],
     decoding: Decoding,
     cache_dir: Path,
     choose_column: ChooseColumn,
 ) -> datasets.Dataset:
-    """The text column of tables of one format.
+    """Return the text column of tables of one format.
 
     Args:
-        kind: A key of `FORMATS`.
-        names: The name to show for a path that has another.
+        data_format: A key of `READERS`.
+        paths: The files.
+        names: Names to display instead of paths.
+        decoding: Encoding of the files, for text formats.
+        cache_dir: Root of the cache.
         choose_column: Maps the result of `Table.columns` to the name of a column.
 
     Raises:
-        UnreadableFileError: for a table that is damaged or empty, or whose text column is missing, ambiguous or not text.
+        UnreadableFileError: if a table is damaged or empty, or its text column is missing, ambiguous or not text.
     """
-    tables = [FORMATS[kind](path, names.get(path, path), decoding) for path in paths]
-    digests = [digest_of(table.path, table.name) for table in tables]
+    tables = [READERS[data_format](path, names.get(path, path), decoding) for path in paths]
+    digests = [content_sha256(table.path, table.name) for table in tables]
     chosen: dict[str, Table] = {}
     for table in tables:
         columns = table.columns()
         if columns[0]:
             chosen.setdefault(choose_column(*columns), table)
     if len(chosen) > 1:
-        texts = ", ".join(f"{column!r} in {shown(table.name)}" for column, table in chosen.items())
-        raise UnreadableFileError(f"the text is in different columns, {texts}; say which: --text_column")
+        texts = ", ".join(f"{column!r} in {printable(table.name)}" for column, table in chosen.items())
+        raise UnreadableFileError(f"the text is in different columns, {texts}; choose one with --text_column")
     if not chosen:
-        raise tables[0].error("there is no text in it: the table has no rows")
+        raise tables[0].error("contains no text: the table has no rows")
     (column,) = chosen
     for table in tables:
         table.describe()
-    files = [(ending_of(table.name), digest) for table, digest in zip(tables, digests, strict=True)]
-    key = hashlib.sha256(json.dumps([VERSION, kind, column, asdict(decoding), files]).encode()).hexdigest()[:32]
+    files = [(extension_of(table.name), digest) for table, digest in zip(tables, digests, strict=True)]
+    key = hashlib.sha256(json.dumps([VERSION, data_format, column, asdict(decoding), files]).encode()).hexdigest()[:32]
     return cached(
         cache_dir / "tables" / key,
         lambda folder: _write(tables, digests, column, folder / "rows.arrow"),
@@ -151,16 +166,16 @@ def _write(tables: list[Table], digests: list[str], column: str, file: Path) -> 
                 is_empty = False
                 try:
                     writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
-                except UnicodeEncodeError as error:  # JSON can spell it
+                except UnicodeEncodeError as error:  # JSON can contain lone surrogates
                     row = next(i for i, text in enumerate(batch) if text and not _is_unicode(text))
                     raise table.error(
-                        f"row {rows + row + 1:,} holds half of a surrogate pair, which is not a character; leave it out"
+                        f"row {rows + row + 1:,} contains a lone surrogate, which is not a character; remove the row"
                     ) from error
                 rows += len(batch)
-            if digest_of(table.path, table.name) != digest:
-                raise has_changed(table.name)
+            if content_sha256(table.path, table.name) != digest:
+                raise changed_file_error(table.name)
         if is_empty:
-            raise tables[0].error("there is no text in it: the table has no rows")
+            raise tables[0].error("contains no text: the table has no rows")
         writer.finalize()
 
 
@@ -188,27 +203,27 @@ def _is_unicode(text: str) -> bool:
 
 
 class JsonTable(Table):
-    """JSON lines, an array of objects or strings, or objects one after the other."""
+    """JSON Lines, an array of objects or strings, or concatenated objects."""
 
     def columns(self) -> tuple[list[str], list[str], list[str]]:
         has_text: dict[str, bool] = {}
-        for _, row in islice(self._rows(), ROWS_LOOKED_AT):
+        for _, row in islice(self._rows(), INSPECTED_ROWS):
             for column, value in row.items():
                 has_text[column] = has_text.get(column, False) or isinstance(value, str)
-        of_text = [column for column, is_text in has_text.items() if is_text]
-        return list(has_text), of_text, of_text
+        text_columns = [column for column, is_text in has_text.items() if is_text]
+        return list(has_text), text_columns, text_columns
 
     def texts(self, column: str) -> Iterator[str | None]:
-        for place, row in self._rows():
+        for location, row in self._rows():
             text = row.get(column)
             if text is not None and not isinstance(text, str):
                 raise self.error(
-                    f"{place}: {column!r} is {_short(text)}, not a string; change it to one, or leave out the row"
+                    f"{location}: {column!r} is {_abbreviated(text)}, not a string; convert it or remove the row"
                 )
             yield text
 
     def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(place in the file, row). A string in an array is a row with the column `text`."""
+        """Yield (location, row). A string in an array is a row with the column `text`."""
         with self.lines("\n") as lines:
             number, first = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
             if not first:
@@ -222,10 +237,10 @@ class JsonTable(Table):
                     yield f"line {following:,}", self._row(f"line {following:,}", self._parsed(following, line))
 
     def _values(self, number: int, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Rows of a file that is not one value for each line: an array, or values over several lines.
+        """Yield the rows of a file that does not have one value per line: an array, or values that span lines.
 
         Args:
-            number: The line on which `content` begins.
+            number: Line number of the start of `content`.
         """
         position = row = 0
         while (position := _SPACE.match(content, position).end()) < len(content):
@@ -248,9 +263,9 @@ class JsonTable(Table):
         except RecursionError as error:
             raise self.error(f"line {number:,} is nested too deeply") from error
 
-    def _row(self, place: str, value: Any) -> dict[str, Any]:
+    def _row(self, location: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self.error(f"{place} is not a JSON object")
+            raise self.error(f"{location} is not a JSON object")
         return value
 
 
@@ -258,7 +273,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise MiniGPTError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise MiniGPTError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return row
 
 
@@ -274,7 +289,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:40]}…"
 
@@ -283,49 +298,51 @@ def _short(value: Any) -> str:
 
 
 class CsvTable(Table):
-    """Comma-separated values, or tab-separated ones (.tsv), whose first row is the header."""
+    """Comma-separated values, or tab-separated values (.tsv), with a header row."""
 
     def columns(self) -> tuple[list[str], list[str], list[str]]:
         rows = self._rows()
         header = next(rows, [])
-        of_text, is_empty = dict.fromkeys(header, False), True
-        for row in islice(rows, ROWS_LOOKED_AT):
+        has_text, is_empty = dict.fromkeys(header, False), True
+        for row in islice(rows, INSPECTED_ROWS):
             is_empty = False
             for column, value in zip(header, row, strict=False):
-                of_text[column] = of_text[column] or _is_text(value)
+                has_text[column] = has_text[column] or _is_text(value)
         if is_empty:
             return [], [], []
         self._check_delimiter(header)
-        return header, [column for column, is_text in of_text.items() if is_text], header
+        return header, [column for column, is_text in has_text.items() if is_text], header
 
     def texts(self, column: str) -> Iterator[str | None]:
         rows = self._rows()
         header = next(rows)
         if header.count(column) > 1:
             raise self.error(f"{header.count(column)} columns are named {column!r}; rename all but one")
-        place = header.index(column)
+        index = header.index(column)
         for row in rows:
-            yield row[place] if place < len(row) else None
+            yield row[index] if index < len(row) else None
 
     def describe(self) -> None:
-        logger.info("%s: the first row is the header, %s", shown(self.name), ", ".join(map(repr, next(self._rows()))))
+        logger.info(
+            "%s: the first row is the header, %s", printable(self.name), ", ".join(map(repr, next(self._rows())))
+        )
         if self._delimiter == "\t":
             with self.lines("") as lines:
-                first = islice(lines, ROWS_LOOKED_AT)
+                first = islice(lines, INSPECTED_ROWS)
                 quoted = sum(value.startswith('"') for line in first for value in line.rstrip("\r\n").split("\t"))
-            if quoted:  # many programs write TSV files in which quotes are text
+            if quoted:  # many programs write TSV files without quoting, so quotes may be text
                 logger.warning(
-                    "%s: %s fields of the first %s lines begin with a quote: the quotes around a field are removed, as in "
-                    "CSV; if they are part of the text, double them",
-                    *(shown(self.name), f"{quoted:,}", f"{ROWS_LOOKED_AT:,}"),
+                    "%s: %s fields in the first %s lines begin with a quote: quotes around a field are removed, as in CSV; "
+                    "if they are part of the text, double them",
+                    *(printable(self.name), f"{quoted:,}", f"{INSPECTED_ROWS:,}"),
                 )
 
     @property
     def _delimiter(self) -> str:
-        return "\t" if ending_of(self.name) == ".tsv" else ","
+        return "\t" if extension_of(self.name) == ".tsv" else ","
 
     def _rows(self) -> Iterator[list[str]]:
-        """The fields of each row that is not blank, the header first."""
+        """Yield the fields of each row that is not blank, starting with the header."""
         csv.field_size_limit(sys.maxsize)
         header = None
         with self.lines("") as lines:
@@ -336,8 +353,7 @@ class CsvTable(Table):
                     if len(row) > len(header) and any(row[len(header) :]):
                         raise self.error(
                             f"the row that ends on line {reader.line_num:,} has {len(row)} fields and the header "
-                            f"{len(header)}; put text that has a {'comma' if self._delimiter == ',' else 'tab'} in it in "
-                            "quotes"
+                            f"{len(header)}; quote fields that contain a {'comma' if self._delimiter == ',' else 'tab'}"
                         )
                     if row:
                         yield row
@@ -345,12 +361,12 @@ class CsvTable(Table):
                 raise self.error(f"line {reader.line_num:,}: {error}") from error
 
     def _check_delimiter(self, header: list[str]) -> None:
-        """Refuse a table whose header is a single field with another delimiter in it: all columns would be read as one."""
+        """Raise an error if the header is a single field that contains another delimiter."""
         for delimiter, plural in OTHER_DELIMITERS.items():
             if len(header) == 1 and delimiter in header[0]:
                 raise self.error(
-                    f"its only column is {header[0]!r}, so its fields seem to be separated by {plural}; convert the file to "
-                    "commas (.csv) or tabs (.tsv), or read it as text: --data_format text"
+                    f"its only column is {header[0]!r}, so its fields appear to be separated by {plural}; convert it to "
+                    "commas (.csv) or tabs (.tsv), or use --data_format text"
                 )
 
 
@@ -371,14 +387,14 @@ class ArrowTable(Table):
     def columns(self) -> tuple[list[str], list[str], list[str]]:
         with self._opened() as source:
             schema = self._schema(source)
-        of_text = [field.name for field in schema if _is_string(field.type)]
-        return schema.names, of_text, of_text
+        text_columns = [field.name for field in schema if _is_string(field.type)]
+        return schema.names, text_columns, text_columns
 
     def texts(self, column: str) -> Iterator[str | None]:
         with self._opened() as source:
-            kind = self._schema(source).field(column).type
-            if not _is_string(kind):
-                raise self.error(f"the column {column!r} holds values of type {kind}, not text")
+            column_type = self._schema(source).field(column).type
+            if not _is_string(column_type):
+                raise self.error(f"the column {column!r} contains values of type {column_type}, not text")
             for batch in self._values(source, column):
                 yield from batch.to_pylist()
 
@@ -396,13 +412,13 @@ class ArrowTable(Table):
 
     @contextmanager
     def _opened(self) -> Iterator[pa.NativeFile]:
-        """The file; a compressed one is unpacked, since its parts are read in any order."""
+        """Open the file; a compressed file is decompressed to a temporary file, because random access is required."""
         try:
-            if packing_of(self.name):
-                with tempfile.TemporaryFile() as unpacked:
-                    for chunk in chunks(self.path, self.name, 1 << 20):
-                        unpacked.write(chunk)
-                    yield pa.PythonFile(unpacked)
+            if compression_of(self.name):
+                with tempfile.TemporaryFile() as decompressed:
+                    for chunk in byte_chunks(self.path, self.name, 1 << 20):
+                        decompressed.write(chunk)
+                    yield pa.PythonFile(decompressed)
             else:
                 with pa.OSFile(self.path) as source:
                     yield source
@@ -411,6 +427,8 @@ class ArrowTable(Table):
 
 
 class ParquetTable(ArrowTable):
+    """A Parquet file."""
+
     def _schema(self, source: pa.NativeFile) -> pa.Schema:
         return pq.ParquetFile(source).schema_arrow
 
@@ -426,10 +444,13 @@ def _ipc_reader(source: pa.NativeFile) -> pa.RecordBatchFileReader | pa.RecordBa
     return pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
 
 
-def _is_string(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _is_string(data_type: pa.DataType) -> bool:
+    if pa.types.is_dictionary(data_type):
+        data_type = data_type.value_type
+    return any(
+        is_type(data_type) for is_type in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
 
 
-FORMATS: dict[str, type[Table]] = {"json": JsonTable, "csv": CsvTable, "parquet": ParquetTable, "arrow": ArrowTable}
+# Formats of `files.FORMATS` other than text.
+READERS: dict[str, type[Table]] = {"json": JsonTable, "csv": CsvTable, "parquet": ParquetTable, "arrow": ArrowTable}

@@ -1,17 +1,17 @@
-"""Documents -> a tokenizer: byte-level BPE, characters, bytes, or one that exists.
+"""Create or load a tokenizer: byte-level BPE, characters, bytes, or an existing one.
 
-In: texts. Out: a `PreTrainedTokenizerFast` that loads with plain `AutoTokenizer`. It refuses to lose anything:
-`decode(encode(text)) == text` for every text, and the character tokenizer names a character that it does not know. What an
-existing tokenizer loses is found by `what_is_lost`.
+The tokenizers created here are `PreTrainedTokenizerFast` and load with `AutoTokenizer`. They are lossless:
+`decode(encode(text)) == text`; a character tokenizer raises an error for characters outside its vocabulary.
+`lost_characters` detects what an existing tokenizer loses.
 
-`<|endoftext|>` (id 0) is both `bos` and `eos`, as in GPT-2; `<|pad|>` (id 1) is a token of its own, so that no loss ever
-mistakes the end of a text for padding.
+`<|endoftext|>` (id 0) is the BOS and EOS token, as in GPT-2. `<|pad|>` (id 1) is a separate token, so that EOS labels are
+never mistaken for padding and ignored by a loss.
 """
 
 import hashlib
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -20,49 +20,49 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
-from .cuts import PIECE_CHARACTERS, RUN, pieces
+from .chunking import CHUNK_CHARACTERS, INSIDE_RUN, split_into_chunks
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
-# How Qwen2 cuts text into words before BPE merges bytes inside each: contractions, words with one leading character,
-# single digits, runs of punctuation, line ends, other white space. Exactly this one, because llama.cpp, vLLM and every
-# other engine know it. (Qwen2 also normalizes to NFC; we do not: that would lose the difference.)
+# The pre-tokenizer of Qwen2: contractions, words with an optional leading character, single digits, punctuation, line ends,
+# other white space. llama.cpp, vLLM and other engines recognize exactly this pattern. (Qwen2 also normalizes to NFC, which
+# is omitted here because it is not lossless.)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORDS_OF_BYTES = pre_tokenizers.Sequence(
+BYTE_LEVEL_PRE_TOKENIZER = pre_tokenizers.Sequence(
     [
         pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 )
-EACH_CHARACTER = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+CHARACTER_PRE_TOKENIZER = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
 
-# A word longer than this, such as DNA without line ends, is encoded in windows, and its merges are learned from a sample.
-LONG_WORD = 3 * PIECE_CHARACTERS
-SAMPLED_CHARACTERS = 1000  # of a long word, in one place
-SAMPLES = 1000  # at most, of all long words together: the trainer's time grows faster than the length of a word
-OVERLAP = 1000  # characters of two windows in common
+# A longer word, such as DNA without line ends, is encoded in windows, and its merges are learned from a sample.
+LONG_WORD = 3 * CHUNK_CHARACTERS
+SAMPLE_CHARACTERS = 1000  # length of a sample
+MAX_SAMPLES = 1000  # of all long words; training time grows more than linearly with the length of a word
+OVERLAP = 1000  # characters shared by two consecutive windows
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn merges: start from the 256 bytes, join the most frequent pair into a new token, again and again.
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        vocab_size: 2 special tokens, 256 bytes, and the rest merges. A small corpus may not hold that many pairs that
-            occur twice; then the tokenizer is smaller.
+        vocab_size: 2 special tokens, 256 bytes, and merges. The vocabulary is smaller if the text has too few pairs that
+            occur twice.
 
     Raises:
-        MiniGPTError: if `vocab_size` has no room for the bytes.
+        MiniGPTError: if `vocab_size` is smaller than 258.
     """
-    smallest = 2 + len(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < smallest:
+    minimum = 2 + len(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < minimum:
         raise MiniGPTError(
-            f"vocab_size is {vocab_size}: byte-level BPE needs at least {smallest} (2 specials, 256 bytes)"
+            f"vocab_size is {vocab_size}: byte-level BPE needs at least {minimum} (2 special tokens and 256 bytes)"
         )
-    tokenizer = _byte_level(models.BPE())
+    tokenizer = _byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -70,61 +70,64 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_for_training(texts), trainer=trainer)
+    tokenizer.train_from_iterator(_training_chunks(texts), trainer=trainer)
     return with_special_tokens(tokenizer)
 
 
-def _for_training(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces of all texts; of words longer than `LONG_WORD`, a sample in equal distances."""
-    sample, every, number, characters = [], 1, 0, 0
-    for _, piece in pieces((True, text) for text in texts):
-        if len(piece) <= LONG_WORD:
-            yield piece
+def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the chunks of all texts; of words longer than `LONG_WORD`, evenly spaced samples."""
+    samples, every, number, characters = [], 1, 0, 0
+    for _, chunk in split_into_chunks((True, text) for text in texts):
+        if len(chunk) <= LONG_WORD:
+            yield chunk
             continue
-        characters += len(piece)
-        for place in range(0, len(piece), SAMPLED_CHARACTERS):
+        characters += len(chunk)
+        for start in range(0, len(chunk), SAMPLE_CHARACTERS):
             if number % every == 0:
-                sample.append(piece[place : place + SAMPLED_CHARACTERS])
-            if len(sample) > SAMPLES:
-                sample, every = sample[::2], 2 * every
+                samples.append(chunk[start : start + SAMPLE_CHARACTERS])
+            if len(samples) > MAX_SAMPLES:
+                samples, every = samples[::2], 2 * every
             number += 1
-    yield from sample
+    yield from samples
     if characters:
         logger.info(
             "the text has words of more than %s characters: merges are learned from %s of their %s characters",
             f"{LONG_WORD:,}",
-            f"{sum(map(len, sample)):,}",
+            f"{sum(map(len, samples)):,}",
             f"{characters:,}",
         )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte: BPE without a single merge. Byte b has id b + 2."""
-    # ByteLevel writes each byte as a printable character: itself where it has one, and 256, 257, … where it has not.
+    """Return a tokenizer with one token per byte: BPE without merges. Byte b has id b + 2."""
+    # `ByteLevel` represents each byte by a printable character: the byte's own if it has one, otherwise 256, 257, …
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    stand_ins = iter(range(256, 512))
+    substitutes = iter(range(256, 512))
     vocab = {END_OF_TEXT: 0, PAD: 1}
-    vocab |= {chr(byte if byte in printable else next(stand_ins)): byte + 2 for byte in range(256)}
-    return with_special_tokens(_byte_level(models.BPE(vocab=vocab, merges=[])))
+    vocab |= {chr(byte if byte in printable else next(substitutes)): byte + 2 for byte in range(256)}
+    return with_special_tokens(_byte_level_tokenizer(models.BPE(vocab=vocab, merges=[])))
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token for each character that occurs, in the order of their code points. It knows no other character."""
+    """Return a tokenizer with one token per character that occurs in `texts`, in the order of code points."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
     vocab = {token: i for i, token in enumerate([END_OF_TEXT, PAD, *sorted(characters)])}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocab))  # with no `unk` token: it fails rather than lose a character
-    tokenizer.pre_tokenizer = EACH_CHARACTER
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocab))  # without an `unk` token, so unknown characters are an error
+    tokenizer.pre_tokenizer = CHARACTER_PRE_TOKENIZER
     tokenizer.decoder = decoders.Fuse()
     return with_special_tokens(tokenizer)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """An existing tokenizer: a folder, or a Hub id. No code of the folder is run.
+    """Load an existing tokenizer without executing remote code.
+
+    Args:
+        folder: A folder or Hub id.
 
     Raises:
-        MiniGPTError: if there is none, it needs code of its own, it is not a fast one, or it has no end-of-text token.
+        MiniGPTError: if there is no tokenizer, it requires remote code, it is not a fast tokenizer, or it has no EOS token.
     """
     path = checked_folder(folder, what="tokenizer", with_weights=False)
     with loading(
@@ -136,15 +139,17 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
-    """Why these texts cannot be had back from their tokens, in words; `None` if they can be."""
+def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+    """Describe what is lost when texts are encoded and decoded; None if nothing is."""
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())
     tokens = unknown = 0
     changed: list[tuple[str, str]] = []
     for text in texts:
         try:
             ids = np.asarray(encoder(text), dtype=np.int64)
-        except ValueError:  # of a tokenizer that refuses what it does not know: who encodes all of the text reports it
+        except (
+            ValueError
+        ):  # the tokenizer rejects unknown characters, which is reported when all of the text is encoded
             return None
         tokens += len(ids)
         unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
@@ -153,36 +158,52 @@ def what_is_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> st
             changed.append((text, decoded))
     if not changed and not unknown:
         return None
-    counts = {
+    categories = {
         "upper case": str.isupper,
         "white space": str.isspace,
         "accents": lambda character: unicodedata.combining(character) > 0,
     }
     before, after = (unicodedata.normalize("NFD", "".join(side)) for side in zip(*changed, strict=True))
-    lost = [name for name, has in counts.items() if sum(map(has, before)) != sum(map(has, after))]
+    lost = [name for name, belongs in categories.items() if sum(map(belongs, before)) != sum(map(belongs, after))]
     lost = f"{', '.join(lost or ['characters'])} lost or changed"
     return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown ones; {lost}" if unknown else lost
 
 
+def unknown_character_error(text: str, vocabulary: Container[str], what: str) -> MiniGPTError | None:
+    """Return the error for the first character of a text that a character tokenizer does not know; None if it knows all.
+
+    Args:
+        what: Subject of the message, e.g. "the prompt".
+    """
+    for character in text:
+        if character not in vocabulary:
+            return MiniGPTError(
+                f"{what} has a character that the tokenizer does not know: {character!r} (U+{ord(character):04X}); remove "
+                "it, or train with `--tokenizer bpe` or `bytes`, which encode every character"
+            )
+    return None
+
+
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows an embedding needs: ids of an existing tokenizer may have gaps."""
+    """Return the required number of rows of an embedding matrix: the largest id + 1, because ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def opening_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that opens a document and separates documents: BOS, or EOS of a tokenizer without BOS."""
+def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that precedes each document: BOS, or EOS for a tokenizer without BOS."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides which ids a text gets."""
+    """Return a hash of everything that determines which ids a text has."""
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
 
 
 class Encoder:
-    """Text -> ids, for one process. Text that spells a special token stays text.
+    """Encodes text to ids, in bounded memory and without recognizing special tokens in the text.
 
-    Built from `tokenizer.backend_tokenizer.to_str()`, so that it travels to other processes as a string.
+    Args:
+        tokenizer_json: `tokenizer.backend_tokenizer.to_str()`, a form that can be sent to other processes.
     """
 
     def __init__(self, tokenizer_json: str):
@@ -190,94 +211,103 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        cutters = {_described(EACH_CHARACTER): "anywhere", _described(WORDS_OF_BYTES): "at words"}
-        self.may_cut = None
-        # A token that was added to the vocabulary is looked for before the text is split into words, even across them.
+        # Where text may be split: "anywhere", "at words" (see `chunking`), or nowhere for other tokenizers.
+        boundaries = {
+            _serialized(CHARACTER_PRE_TOKENIZER): "anywhere",
+            _serialized(BYTE_LEVEL_PRE_TOKENIZER): "at words",
+        }
+        self.boundaries = None
+        # Added tokens that are not special are matched before the pre-tokenizer runs, even across word boundaries.
         added = self.tokenizer.get_added_tokens_decoder().values()
         if (
             self.tokenizer.normalizer is None
             and self.tokenizer.pre_tokenizer is not None
             and all(token.special for token in added)
         ):
-            self.may_cut = cutters.get(_described(self.tokenizer.pre_tokenizer))
+            self.boundaries = boundaries.get(_serialized(self.tokenizer.pre_tokenizer))
         model = self.tokenizer.model
-        self.has_windows = self.may_cut == "at words" and isinstance(model, models.BPE) and not model.dropout
+        self.supports_windows = self.boundaries == "at words" and isinstance(model, models.BPE) and not model.dropout
 
-    def pieces(self, parts: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
-        """The text in parts that can be encoded one by one; documents whole, if this tokenizer is not one of ours."""
-        if self.may_cut:
-            return pieces(parts, anywhere=self.may_cut == "anywhere")
-        return pieces(parts, whole=True)
+    def split_into_chunks(self, parts: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
+        """Split text into chunks that can be encoded independently; entire documents if the pre-tokenizer is not known."""
+        if self.boundaries:
+            return split_into_chunks(parts, anywhere=self.boundaries == "anywhere")
+        return split_into_chunks(parts, entire_documents=True)
 
-    def __call__(self, piece: str) -> list[int] | np.ndarray:
-        if len(piece) > LONG_WORD and self.has_windows:
-            return self._in_windows(piece)
-        return self._encode(piece)
+    def __call__(self, text: str) -> list[int] | np.ndarray:
+        if len(text) > LONG_WORD and self.supports_windows:
+            return self._encode_in_windows(text)
+        return self._encode(text)
 
-    def _encode(self, piece: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
-            # Not `encode`, which also computes where in the text each token stands, and takes twice as long.
-            return self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
-        except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
-            for character in piece:
-                if self.tokenizer.token_to_id(character) is None:
-                    raise MiniGPTError(
-                        f"the tokenizer does not know the character {character!r} (U+{ord(character):04X}): it was made "
-                        "from text that has none; leave it out, or use `--tokenizer bpe` or `bytes`, which know all"
-                    ) from error
+            # `encode_batch_fast` does not compute the offsets of tokens and takes half the time of `encode`.
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # `tokenizers` raises a bare `Exception` for a word without an id
+            if unknown := unknown_character_error(text, self.tokenizer.get_vocab(), "the text"):
+                raise unknown from error
             raise
 
-    def _in_windows(self, text: str) -> np.ndarray:
-        """The ids of a long text, in memory that does not depend on the length of its words.
+    def _encode_in_windows(self, text: str) -> np.ndarray:
+        """Return the ids of a long text, using memory that does not depend on the length of its words.
 
-        BPE applies the merge of lowest rank, of equal ones the leftmost. Whether a merge crosses a position depends on
-        nothing but the two tokens that meet there and how they came about. So if two windows of a word have one token in
-        common, at the same place, then the tokens of the first up to it and those of the second from it on are the tokens
-        of the word: at its begin the first window shows that no merge crosses, at its end the second. A window begins at
-        a token of the window before, and this token is compared. If it differs, the window before is enlarged; if that
-        changes the token which that one in turn has in common with the one before it, so is the one before.
+        BPE applies the merge of lowest rank first, and the leftmost of equal ones. Whether a merge crosses a position depends
+        only on the two tokens that meet there and on the merges that produced them. If two overlapping windows of a word
+        contain the same token at the same position, the tokens of the first window up to it, followed by those of the second
+        window from it on, are therefore the tokens of the word: the first window shows that no merge crosses the start of
+        this token, the second that none crosses its end.
+
+        Each window starts at a token of the previous window, and its first token is compared with that token. If they differ,
+        the previous window is enlarged; if this changes the token that it shares with the window before, that one is
+        enlarged too.
         """
-        # Of each earlier window: its ids up to the token in common with the next, that token, its start and size.
-        done: list[tuple[np.ndarray, int, int, int]] = []
-        start, size = 0, PIECE_CHARACTERS
-        ids, stop = self._window(text, start, size)
+        # For each earlier window: ids before the token shared with the next window, this token, start and size.
+        finished: list[tuple[np.ndarray, int, int, int]] = []
+        start, size = 0, CHUNK_CHARACTERS
+        ids, stop = self._encode_window(text, start, size)
         while True:
-            if done and ids[0] != done[-1][1]:
-                _, _, start, size = done.pop()
+            if finished and ids[0] != finished[-1][1]:
+                _, _, start, size = finished.pop()
             elif stop == len(text):
-                return np.concatenate([*(before for before, *_ in done), ids])
+                return np.concatenate([*(before for before, *_ in finished), ids])
             else:
-                place, begin = self._resume_at(text, ids, start, stop)
-                following, end = self._window(text, begin, PIECE_CHARACTERS) if place else (ids, stop)
-                if place and following[0] == ids[place]:
-                    done.append((ids[:place], ids[place], start, size))
-                    ids, stop, start, size = following, end, begin, PIECE_CHARACTERS
+                index, next_start = self._next_window_start(text, ids, start, stop)
+                next_ids, next_stop = self._encode_window(text, next_start, CHUNK_CHARACTERS) if index else (ids, stop)
+                if index and next_ids[0] == ids[index]:
+                    finished.append((ids[:index], ids[index], start, size))
+                    ids, stop, start, size = next_ids, next_stop, next_start, CHUNK_CHARACTERS
                     continue
             size *= 2
-            ids, stop = self._window(text, start, size)
+            ids, stop = self._encode_window(text, start, size)
 
-    def _window(self, text: str, start: int, size: int) -> tuple[np.ndarray, int]:
-        """Ids of a window of at least `size` characters, and where it ends: inside a run, or with the text."""
-        end = RUN.search(text, start + size)
+    def _encode_window(self, text: str, start: int, size: int) -> tuple[np.ndarray, int]:
+        """Return ids and end of a window of at least `size` characters that ends inside a run or at the end of the text."""
+        end = INSIDE_RUN.search(text, start + size)
         stop = end.end() if end else len(text)
         return np.array(self._encode(text[start:stop]), dtype=np.uint32), stop
 
-    def _resume_at(self, text: str, ids: np.ndarray, start: int, stop: int) -> tuple[int, int]:
-        """The last token of a window that begins inside a run, `OVERLAP` before the end: its index and its place; or 0."""
+    def _next_window_start(self, text: str, ids: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+        """Find the last token of a window that starts inside a run, more than `OVERLAP` characters before the end.
+
+        Returns:
+            Index of the token in `ids`, and the position in `text` of its first character; (0, 0) if there is none.
+        """
         window = np.frombuffer(text[start:stop].encode(), dtype=np.uint8)
-        begins_character = (window & 0xC0) != 0x80  # UTF-8: other bytes continue one
-        characters = np.cumsum(begins_character) - 1  # of each byte, the index of its character
-        begins = np.cumsum(self._bytes_of_tokens[ids])[:-1]  # of each token but the first, its first byte
-        candidates = np.flatnonzero(begins_character[begins] & (characters[begins] < stop - start - OVERLAP))
+        starts_character = (window & 0xC0) != 0x80  # other UTF-8 bytes continue a character
+        characters = np.cumsum(starts_character) - 1  # index of the character of each byte
+        token_starts = np.cumsum(self._bytes_per_token[ids])[:-1]  # first byte of each token except the first
+        candidates = np.flatnonzero(
+            starts_character[token_starts] & (characters[token_starts] < stop - start - OVERLAP)
+        )
         for candidate in candidates[::-1]:
-            place = start + int(characters[begins[candidate]])
-            if RUN.match(text, place):
-                return int(candidate) + 1, place
+            position = start + int(characters[token_starts[candidate]])
+            if INSIDE_RUN.match(text, position):
+                return int(candidate) + 1, position
         return 0, 0
 
     @cached_property
-    def _bytes_of_tokens(self) -> np.ndarray:
-        """Id -> number of bytes: the byte-level alphabet has one character for each."""
+    def _bytes_per_token(self) -> np.ndarray:
+        """Number of bytes of each id [vocabulary size]; the byte-level alphabet has one character per byte."""
         vocabulary = self.tokenizer.get_vocab()
         sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
         for token, number in vocabulary.items():
@@ -285,20 +315,20 @@ class Encoder:
         return sizes
 
 
-def _byte_level(model: models.Model) -> Tokenizer:
+def _byte_level_tokenizer(model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = WORDS_OF_BYTES
+    tokenizer.pre_tokenizer = BYTE_LEVEL_PRE_TOKENIZER
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _described(pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
-    """What `tokenizer.json` says of it."""
+def _serialized(pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
+    """Return the JSON representation of a pre-tokenizer, for comparison."""
     return pre_tokenizer.__getstate__().decode()
 
 
 def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers takes it, with `E` and `pad`."""
+    """Wrap a tokenizer for transformers and add the special tokens."""
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True), AddedToken(PAD, special=True)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

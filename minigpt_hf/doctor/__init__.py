@@ -1,12 +1,10 @@
-"""A folder -> a table of what is right and wrong with it, for MiniGPT folders, their native twins and, as far as it goes,
-any causal language model.
+"""Check a model folder: MiniGPT folders, their native twins and, as far as possible, any causal language model.
 
-In: a folder. Out: rows, each with a reason and a remedy. It refuses what is no folder. It never unpickles, never opens what
-lies outside, believes no size that a file claims, and runs no code of the folder unless that is trusted; then it does so in
-a process of its own with a time limit.
+Each module checks one subject; every check returns a `Row` with a reason and, if it failed, a remedy. No pickle is loaded,
+no file outside the folder is opened, sizes claimed by a file are verified before they are used, and code of the folder is
+executed only if it is trusted, in a separate process with a time limit.
 
-Each room here looks at one subject. What is imported inside functions is so because the processes that this room starts
-import it, too, and have no need of it.
+Some imports are inside functions because the subprocesses import this package, too, and do not need them.
 """
 
 from pathlib import Path
@@ -24,11 +22,11 @@ TOKENIZER = (
     "end of text",
     "fingerprint",
 )
-MEMORY = 4 << 30  # bytes: ample for a tokenizer
+MEMORY = 4 << 30  # bytes; more than any tokenizer needs
 LOADS = ("loads natively", "loads with the package", "tokenizer loads")
 OWN_CODE = "loads without the package"
 BEHAVIOUR = ("meta load = plain load", "cached = uncached", "left-padded = single", "beams", "stops at the end")
-# What has to hold before a loader may touch the folder: with these, nothing leads it out of the folder or into a bomb.
+# Checks that must pass before the model is loaded: they exclude files outside the folder and excessive allocations.
 BEFORE_LOADING = (
     "no link",
     "files readable",
@@ -44,31 +42,31 @@ BEFORE_LOADING = (
 
 
 def examine(folder: str | Path, trust_remote_code: bool = False) -> list[Row]:
-    """Every row about a folder.
+    """Run all checks of a folder.
 
     Args:
-        trust_remote_code: Run the folder's own code, in a process with a time limit. That process is no sandbox: it can
-            do what its user can.
+        trust_remote_code: Execute the Python code of the folder, in a process with a time limit. The process is not a
+            sandbox: it has the permissions of the user.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: if there is no such folder, or it cannot be a model folder.
     """
     found = examine_files(folder)
     return found + _loading(Folder(folder), {row.name for row in failures(found)}, trust_remote_code)
 
 
 def examine_files(folder: str | Path) -> list[Row]:
-    """The rows for which no model has to be loaded."""
+    """Run the checks that do not load the model."""
     from . import card, child, code, config, files, weights
 
-    patient = Folder(folder)
-    rows = [check(patient) for room in (files, config, code, weights) for check in room.CHECKS]
-    rows += child.rows_of("tokenizer", patient.path, TOKENIZER, 120, MEMORY)
-    return rows + [check(patient) for check in card.CHECKS]
+    checked = Folder(folder)
+    rows = [check(checked) for module in (files, config, code, weights) for check in module.CHECKS]
+    rows += child.rows_of("tokenizer", checked.path, TOKENIZER, 120, MEMORY)
+    return rows + [check(checked) for check in card.CHECKS]
 
 
 def failures(rows: list[Row]) -> list[Row]:
-    """Those that failed: empty for a folder in order."""
+    """The rows of failed checks."""
     return [row for row in rows if row.state == "fail"]
 
 
@@ -78,19 +76,19 @@ def _loading(folder: Folder, failed: set[str], trust_remote_code: bool) -> list[
 
     names = (*LOADS, OWN_CODE, *BEHAVIOUR)
     if broken := [name for name in BEFORE_LOADING if name in failed]:
-        return [Row(name, "not applicable", f"not loaded, because of the row `{broken[0]}`") for name in names]
+        return [Row(name, "not applicable", f"not loaded, because `{broken[0]}` failed") for name in names]
     if not references(folder):
-        own = Row(OWN_CODE, "not applicable", "the folder brings no code of its own")
+        own = Row(OWN_CODE, "not applicable", "the folder contains no code")
     elif not trust_remote_code:
-        own = Row(OWN_CODE, "not applicable", "its code is run only with --trust-remote-code")
+        own = Row(OWN_CODE, "not applicable", "its code is executed only with --trust-remote-code")
     elif "code" in failed:
-        own = Row(OWN_CODE, "not applicable", "not run, because of the row `code`")
+        own = Row(OWN_CODE, "not applicable", "not executed, because `code` failed")
     else:
         own = None
-    held = sum(folder.files.values())
-    seconds = 600 + 60 * held / (1 << 30)  # idle, starting takes some ten; a GiB takes more on a slow disk
-    memory = 2 * MEMORY + 16 * held  # two models in float32, of weights that may have half a byte each
-    if own is None:  # then behaviour is that of the folder's own code
+    size = sum(folder.files.values())
+    seconds = 600 + 60 * size / (1 << 30)  # imports take about 10 s on an idle machine; 60 s per GiB for a slow disk
+    memory = 2 * MEMORY + 16 * size  # two float32 models; stored weights may be quantized to half a byte
+    if own is None:  # the behavior of the folder's code is checked
         rows = child.rows_of("loading", folder.path, LOADS, seconds, memory, "loads")
         return rows + child.rows_of("loading", folder.path, (OWN_CODE, *BEHAVIOUR), seconds, memory, "own")
     rows = child.rows_of("loading", folder.path, (*LOADS, *BEHAVIOUR), seconds, memory, "package")

@@ -1,7 +1,7 @@
-"""What a model does: the same with a cache as without, in a batch as alone, and it stops.
+"""Checks of a loaded model: the cache, padding and beam search do not change the logits, and generation stops.
 
-In: a loaded model of any architecture, in float32. Out: rows. Ids are drawn by a fixed seed; a tolerance is relative to the
-greatest logit, since each way through a model adds its numbers in another order.
+The model is in float32 and of any architecture; token ids are drawn with a fixed seed. The tolerance is relative to the
+largest logit, since each computation adds its terms in another order.
 """
 
 from typing import Protocol
@@ -11,21 +11,19 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .row import NotApplicable, Row, check, failed, passed
 
-TOLERANCE = (
-    1e-4  # of the greatest logit; float32 has 6e-8, and a few hundred additions in another order lose a thousandfold
-)
+TOLERANCE = 1e-4  # of the largest logit; the float32 precision of 6e-8, times 1,000 for sums in another order
 NEW = 4  # tokens to generate
 REMEDY = "correct the model's code: "
 
 
 class Subject(Protocol):
-    """Whatever has a model; asking for it raises `NotApplicable` if none could be loaded."""
+    """An object with a model; the attribute raises `NotApplicable` if no model could be loaded."""
 
     model: PreTrainedModel
 
 
 def prompt(model: PreTrainedModel, length: int | None = None) -> torch.Tensor:
-    """Ids [1, T], if no length is given beyond a small sliding window, and in any case within what the model can take."""
+    """Token ids [1, T]; by default longer than a small sliding window, and never longer than the model supports."""
     settings = model.config.to_dict()
     window = settings.get("sliding_window") or 0
     longest = settings.get("max_position_embeddings") or settings.get("n_positions") or 64
@@ -35,7 +33,7 @@ def prompt(model: PreTrainedModel, length: int | None = None) -> torch.Tensor:
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The greatest distance of two logits, as a share of the greatest logit."""
+    """Maximum difference of the logits, relative to the largest logit."""
     return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
 
@@ -73,9 +71,7 @@ def cached_equals_uncached(subject: Subject) -> Row:
         raise NotApplicable("the model has no cache")
     distance = _apart(torch.cat(parts, dim=1), whole)
     if not distance <= TOLERANCE:
-        return failed(
-            f"logits are {distance:.2g} apart", REMEDY + "positions and masks have to count what the cache holds"
-        )
+        return failed(f"logits are {distance:.2g} apart", REMEDY + "positions and masks must include the cached tokens")
     return passed(f"logits within {distance:.1g}")
 
 
@@ -94,11 +90,11 @@ def left_padded_equals_single(subject: Subject) -> Row:
         if not distance <= TOLERANCE:
             return failed(
                 f"logits of new token {step + 1} are {distance:.2g} apart",
-                REMEDY + "use `attention_mask` and `position_ids` as they are given",
+                REMEDY + "use the given `attention_mask` and `position_ids`",
             )
         if padded.sequences[0, long.shape[1] + step] != alone.sequences[0, single.shape[1] + step]:
-            break  # two tokens of equal score: from here on the texts may differ
-    return passed("a shorter text in a batch continues as it does alone")
+            break  # two tokens have equal scores: the texts may differ from here on
+    return passed("a left-padded text has the logits of the single text")
 
 
 @check("beams", "the model fails")
@@ -108,12 +104,12 @@ def beams(subject: Subject) -> Row:
     options = {"num_beams": 3, "num_return_sequences": 2}
     found = _greedy(model, ids, torch.ones_like(ids), **options).sequences
     if found.shape != (2, ids.shape[1] + NEW) or torch.equal(found[0], found[1]):
-        return failed(f"two of three beams give sequences of shape {tuple(found.shape)}", REMEDY + "reorder the cache")
-    return passed("two of three, of their full length")
+        return failed(f"two of three beams have shape {tuple(found.shape)}", REMEDY + "reorder the cache")
+    return passed("two of three beams, of full length")
 
 
-class WantsToEnd(LogitsProcessor):
-    """Makes the end certain from a length on, unless it is forbidden."""
+class PreferEOS(LogitsProcessor):
+    """Makes the EOS token the most probable one from a given length on, unless it is suppressed."""
 
     def __init__(self, end: int, length: int):
         self.end, self.length = end, length
@@ -129,18 +125,20 @@ def stops(subject: Subject) -> Row:
     model = subject.model
     ends = model.generation_config.eos_token_id
     if ends is None:
-        return failed("the generation config has no eos_token_id: only a limit ends a text", "name it")
+        return failed(
+            "generation_config.json has no eos_token_id, so generation never stops before the limit", "set it"
+        )
     end, ids = (ends[0] if isinstance(ends, list) else ends), prompt(model, 12)
-    wants = LogitsProcessorList([WantsToEnd(end, ids.shape[1] + 1)])
+    wants = LogitsProcessorList([PreferEOS(end, ids.shape[1] + 1)])
     found = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=wants, max_new_tokens=8, num_beams=1
     )
     if found.shape[1] != ids.shape[1] + 2:
         return failed(
-            f"`generate` writes on after token {end}, with the folder's own settings",
+            f"`generate` continues after token {end} with the settings of the folder",
             "correct generation_config.json: eos_token_id, min_length, suppress_tokens",
         )
-    return passed(f"`generate` ends at token {end}")
+    return passed(f"`generate` stops at token {end}")
 
 
 CHECKS = (cached_equals_uncached, left_padded_equals_single, beams, stops)

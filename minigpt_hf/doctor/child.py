@@ -1,8 +1,8 @@
-"""A clean process with a time limit, for what may hang, crash or run code.
+"""Run a module of this package in a separate process with time and memory limits: it may hang, crash or run untrusted code.
 
-In: the name of a module of this room, which has `rows(folder, …)`. Out: the rows that it yielded before it ended. The
-process has no standard input, a small environment (no token, no network for the Hub's client), an empty folder to work
-in, and does not find this package: only the room `doctor` is shown to it, for as long as it is being imported.
+The module yields rows, which are written to a file as soon as they are known. The process has no standard input, a minimal
+environment (no token, offline mode of the Hub client) and an empty working directory. `minigpt_hf` is not importable in it:
+only `doctor` is on the path while it is imported.
 """
 
 import json
@@ -20,23 +20,26 @@ from typing import get_args
 
 from .row import Row, State, plain
 
-# `-P` keeps the folder that it starts in off the path. The room is imported by its own name, `doctor`.
+# `-P` excludes the working directory from the path. The package is imported as top-level package `doctor`.
 START = (
     "import sys; sys.path.append(sys.argv[1]); from doctor.child import work; from importlib import import_module; "
     "import_module('doctor.' + sys.argv[2]); sys.path.remove(sys.argv[1]); work(*sys.argv[2:])"
 )
-KEPT = "PATH PYTHONPATH LD_LIBRARY_PATH LANG LC_ALL OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES SYSTEMROOT".split()
-LONGEST_ANSWER = 1 << 20  # bytes
+INHERITED = (  # environment variables
+    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+)
+MAX_OUTPUT = 1 << 20  # bytes
 
 
 def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, memory: int, *words: str) -> list[Row]:
-    """Run `doctor.<module>.rows(folder, *words)` in a clean process, and give a row for each of `names`.
+    """Run `doctor.<module>.rows(folder, *words)` in a separate process. Returns one row for each of `names`.
 
-    A process that ends early fails the row it was at; the rows after it are not applicable.
+    If the process ends early, the first missing row fails, and the remaining ones are not applicable.
 
     Args:
-        seconds: It is ended after that time, with all that it started.
-        memory: Bytes that it may allocate, where the system can limit that.
+        seconds: Time limit, after which the process and its descendants are killed.
+        memory: Limit of allocated bytes, on Linux.
     """
     with tempfile.TemporaryDirectory(prefix="minigpt-doctor-", ignore_cleanup_errors=True) as place:
         answer = Path(place) / "rows"
@@ -48,7 +51,7 @@ def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, mem
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # so that what it may have started ends with it
+            start_new_session=True,  # so that its descendants can be killed, too
         )
         try:
             process.wait(seconds)
@@ -61,13 +64,13 @@ def rows_of(module: str, folder: Path, names: Sequence[str], seconds: float, mem
     missing = [name for name in names if name not in given]
     found = {name: Row(name, "not applicable", f"not reached: {end}") for name in missing[1:]}
     if missing:
-        found[missing[0]] = Row(missing[0], "fail", end, "load it by hand, to see where it stops")
+        found[missing[0]] = Row(missing[0], "fail", end, "load the folder manually to see the error")
     return [given.get(name) or found[name] for name in names]
 
 
 def work(module: str, answer: str, memory: str, folder: str, *words: str) -> None:
-    """The process's side: write each row as soon as it is known."""
-    if sys.platform == "linux":  # macOS refuses the limit, Windows has none
+    """In the separate process: write each row as soon as it is known."""
+    if sys.platform == "linux":  # not supported on macOS and Windows
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
@@ -78,7 +81,7 @@ def work(module: str, answer: str, memory: str, folder: str, *words: str) -> Non
 
 
 def _environment(place: str) -> dict[str, str]:
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     here = dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP", "HF_HOME", "XDG_CACHE_HOME"), place)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "PYTHONUSERBASE": site.getuserbase()}
     return {**environment, **here, **offline}
@@ -87,7 +90,7 @@ def _environment(place: str) -> dict[str, str]:
 def _end(process: subprocess.Popen) -> None:
     if os.name != "nt":
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: its number is the process's
+            os.killpg(process.pid, signal.SIGKILL)  # the process leads a session, so its group has the same id
         except ProcessLookupError:
             return
     process.kill()
@@ -95,16 +98,16 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _read(answer: Path) -> dict[str, Row]:
-    """The rows that were written; code of the folder may have written, too, so nothing is taken on trust."""
+    """Read the rows. Code of the folder may have written to the file, so the content is validated."""
     if answer.is_symlink() or not answer.is_file():
         return {}
     with answer.open(encoding="utf-8", errors="replace") as file:
-        lines = file.read(LONGEST_ANSWER).split("\n")[:-1]
+        lines = file.read(MAX_OUTPUT).split("\n")[:-1]
     rows = {}
     for line in lines:
         try:
             row = Row(**json.loads(line))
             rows[row.name] = Row(row.name, row.state, plain(row.reason), plain(row.remedy))
         except (ValueError, TypeError):
-            continue  # not one of ours: its name is found missing
+            continue  # invalid: the row counts as missing
     return {name: row for name, row in rows.items() if row.state in get_args(State)}

@@ -1,7 +1,7 @@
-"""The code that a folder brings along, and the settings that lead to it: read, never run.
+"""Checks of the Python code and chat templates of a folder, by parsing only.
 
-In: a `Folder`. Out: rows. transformers copies a module and what it imports by `from .name import …` into a cache and runs
-it there; so code has to be flat files of this folder, and `auto_map` has to name classes in them.
+transformers copies a module, and the modules that it imports with `from .name import …`, into a cache and executes it
+there. Therefore code must be in Python files at the top of the folder, and `auto_map` must name their classes.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from .files import SUITCASE
+from .files import CODE
 from .folder import Folder, Unreadable
 from .row import NotApplicable, Row, check, failed, passed, plain, some
 
@@ -28,17 +28,17 @@ AUTO_CLASSES = (
     "AutoModelForDecision",
 )
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
-# How transformers finds what a module imports: line by line, docstrings included.
+# The pattern with which transformers finds imports: line by line, including docstrings.
 SCANNED = re.compile(
     r"^[^\S\n]*import\s{1,99}\.(\S{1,99})[^\S\n]*$|^[^\S\n]*from\s{1,99}\.(\S{1,99})\s{1,99}import", re.M
 )
-# Characters that turn the direction of text: code that reads one way and runs another (CVE-2021-42574).
-TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, which plain jinja does not know
+# Characters that change the direction of text, with which code can look different from what it does (CVE-2021-42574).
+BIDIRECTIONAL = re.compile("[\u202a-\u202e\u2066-\u2069]")
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # an extension of transformers
 
 
 def references(folder: Folder) -> dict[str, str]:
-    """Every class that a setting asks a loader to import: where it stands -> "module.Class"."""
+    """All classes that settings make a loader import: {name of the setting: "module.Class"}."""
     found: dict[str, str] = {}
 
     def collect(place: str, value: Any) -> None:
@@ -66,39 +66,41 @@ def auto_map(folder: Folder) -> Row:
     config, named = folder.json("config.json"), references(folder)
     wanted = AUTO_CLASSES if config.get("model_type") == "minigpt" else ()
     if not named and not wanted:
-        raise NotApplicable("the folder brings no code of its own")
+        raise NotApplicable("the folder contains no code")
     own = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
     if absent := [name for name in wanted if name not in own]:
-        return failed(f"no entry for {some(absent, 6)}", "copy `auto_map` from where the model was trained")
-    faults = [f"{place} is {entry!r}, {fault}" for place, entry in named.items() if (fault := _misled(folder, entry))]
+        return failed(f"no entry for {some(absent, 6)}", "restore `auto_map` from the original folder")
+    faults = [
+        f"{place} is {entry!r}, {fault}" for place, entry in named.items() if (fault := _reference_fault(folder, entry))
+    ]
     if faults:
-        return failed(some(faults), "name `module.Class`, of a module that lies in the folder")
-    return passed(f"{len(named)} entries, all in the folder")
+        return failed(some(faults), "use `module.Class` with a module of the folder")
+    return passed(f"{len(named)} entries, all defined in the folder")
 
 
-def _misled(folder: Folder, entry: str) -> str:
-    """What is wrong with a reference; nothing, if it names a class of a module in the folder."""
+def _reference_fault(folder: Folder, entry: str) -> str:
+    """The fault of a reference, or an empty string if it names a class of a module in the folder."""
     if "--" in entry:
         return "code of another repository"
     match = REFERENCE.fullmatch(entry)
     if match is None:
-        return "not a module of this folder and a class in it"
+        return "not of the form module.Class"
     if f"{match[1]}.py" not in folder.files:
         return f"but there is no {match[1]}.py"
     try:
         defined = {node.name for node in _tree(folder, f"{match[1]}.py").body if isinstance(node, ast.ClassDef)}
     except (SyntaxError, Unreadable):
-        return ""  # the row `code` says so
-    return "" if match[2] in defined else f"but {match[1]}.py defines no such class"
+        return ""  # reported by the check `code`
+    return "" if match[2] in defined else f"but {match[1]}.py does not define this class"
 
 
 @check("code")
 def importable(folder: Folder) -> Row:
-    """Every module that `auto_map` leads to, and every module that those import."""
+    """All modules of `auto_map`, and the modules they import."""
     modules = {match[1] for entry in references(folder).values() if (match := REFERENCE.fullmatch(entry))}
     queue = sorted(f"{module}.py" for module in modules if f"{module}.py" in folder.files)
     if not queue:
-        raise NotApplicable("the folder brings no code of its own")
+        raise NotApplicable("the folder contains no code")
     seen: list[str] = []
     while queue:
         name = queue.pop()
@@ -109,18 +111,20 @@ def importable(folder: Folder) -> Row:
             return failed(f"{name}, line {error.lineno}: {error.msg}", "restore the file")
         for module, fault in imported:
             if fault:
-                return failed(f"{name}: {fault}", "import from files beside this one, by `from .name import …`")
+                return failed(f"{name}: {fault}", "import files of the folder with `from .name import …`")
             if module not in seen and module not in queue:
                 queue.append(module)
-    return passed(f"{some(sorted(seen))}: read, not run")
+    return passed(f"{some(sorted(seen))}: parsed, not executed")
 
 
 def _tree(folder: Folder, name: str) -> ast.Module:
     text = folder.text(name)
-    if match := TURNING.search(text):
-        raise SyntaxError(f"a character that turns the direction of text ({plain(match[0])})", (name, None, None, None))
+    if match := BIDIRECTIONAL.search(text):
+        raise SyntaxError(
+            f"a character that changes the direction of text ({plain(match[0])})", (name, None, None, None)
+        )
     with warnings.catch_warnings():
-        for category in (SyntaxWarning, DeprecationWarning):  # of an odd escape in a string, which is no fault
+        for category in (SyntaxWarning, DeprecationWarning):  # e.g. invalid escape sequences, which are not errors
             warnings.simplefilter("ignore", category)
         try:
             return ast.parse(text)
@@ -129,9 +133,9 @@ def _tree(folder: Folder, name: str) -> ast.Module:
 
 
 def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
-    """(file beside it, what is wrong with the import) for all that a module imports relatively or cannot find."""
+    """Yield (imported file of the folder, fault or "") for each import that is relative or cannot be resolved."""
     tree = _tree(folder, name)
-    unconditional = set(map(id, tree.body))  # what stands inside an `if`, a `try` or a function may be absent
+    unconditional = set(map(id, tree.body))  # imports inside `if`, `try` or functions are optional
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             spelled = f"from {'.' * node.level}{node.module or ''} import …"
@@ -144,13 +148,13 @@ def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             asked = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             for package in {module.split(".")[0] for module in asked}:
-                if package == "minigpt_hf" and name in SUITCASE:
-                    yield "", f"line {node.lineno}: imports minigpt_hf, which a stranger does not have"
+                if package == "minigpt_hf" and name in CODE:
+                    yield "", f"line {node.lineno}: imports minigpt_hf, which is not available as remote code"
                 elif id(node) in unconditional and package not in sys.stdlib_module_names and not find_spec(package):
                     yield "", f"line {node.lineno}: imports {package}, which is not installed"
     for module in {plainly or from_it for plainly, from_it in SCANNED.findall(folder.text(name))}:
         if f"{module}.py" not in folder.files:
-            yield "", f"transformers takes a line of it for an import of `.{module}`, which is not there"
+            yield "", f"transformers parses one of its lines as an import of `.{module}`, which does not exist"
 
 
 @check("chat template")
@@ -168,11 +172,11 @@ def chat_template(folder: Folder) -> Row:
         private = [node.attr for node in tree.find_all(jinja2.nodes.Getattr) if node.attr.startswith("_")]
         words = [str(node.value) for node in tree.find_all(jinja2.nodes.Const)]
         if private := private + [word for word in words if re.search(r"__\w{1,40}__", word)]:
-            return failed(f"{place} reaches for {private[0]}", "delete the template: it tries to leave its sandbox")
+            return failed(f"{place} reaches for {private[0]}", "delete the template: it tries to escape the sandbox")
         others = (jinja2.nodes.Include, jinja2.nodes.Import, jinja2.nodes.FromImport, jinja2.nodes.Extends)
         if next(tree.find_all(others), None):
-            return failed(f"{place} reads another file", "write it as one template")
-    return passed("parses, and keeps to its messages")
+            return failed(f"{place} reads another file", "merge the files into one template")
+    return passed("parses, and accesses no private attribute or other file")
 
 
 def _chat_templates(folder: Folder) -> Iterator[tuple[str, str]]:

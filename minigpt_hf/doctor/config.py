@@ -1,6 +1,6 @@
-"""`config.json` and its neighbours: can such a model be built, and does it stay inside its folder?
+"""Checks of the JSON configuration: the model can be built, and no setting refers to anything outside the folder.
 
-In: a `Folder`. Out: rows. Only JSON is read; no class of the model is needed.
+Only JSON is parsed; no model class is needed.
 """
 
 import math
@@ -12,8 +12,7 @@ from typing import Any
 from .folder import Folder, is_minigpt
 from .row import NotApplicable, Row, check, failed, passed, some
 
-# A size by the names that it has in different architectures, and more than any model has: a configuration that asks
-# for more would only fill the memory.
+# Names of each size in different architectures, and an upper limit, above which a configuration only exhausts memory.
 SIZES = {
     "vocab_size": (("vocab_size",), 10_000_000),
     "hidden_size": (("hidden_size", "n_embd", "d_model"), 1_000_000),
@@ -25,8 +24,8 @@ SIZES = {
     "max_position_embeddings": (("max_position_embeddings", "n_positions"), 100_000_000),
 }
 ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers")
-# Implementations that are part of transformers. Other names are addresses of kernels: code that is downloaded from the Hub
-# and run. With the package `kernels`, so are the names of flash attention, unless its own package is installed.
+# Implementations in transformers. Other names refer to kernels, i.e. code that is downloaded from the Hub and executed. With
+# the package `kernels`, so do the names of flash attention, unless flash_attn is installed.
 ATTENTION = {"eager", "sdpa", "flex_attention"}
 if find_spec("kernels") is None or find_spec("flash_attn") is not None:
     ATTENTION |= {"flash_attention_2", "flash_attention_3", "flash_attention_4"}
@@ -37,32 +36,32 @@ IMPLEMENTATIONS = {
     **dict.fromkeys(("experts_implementation", "_experts_implementation", "_experts_implementation_internal"), EXPERTS),
 }
 ELSEWHERE = ("fusion_config", "kernel_config", "custom_generate", "compile_config", "cache_config")
-# Methods whose code is an installed package; others download kernels from the Hub.
+# Methods implemented by installed packages; others download kernels from the Hub.
 QUANTIZATION = {"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "awq", "torchao", "hqq", "quanto"}
 QUANTIZATION |= {"compressed-tensors", "aqlm", "eetq", "vptq", "bitnet"}
-LEFTOVERS = ("special_tokens_map_file",)  # of older versions; nothing reads it
+LEFTOVERS = ("special_tokens_map_file",)  # written by older versions and not read
 OURS = (*SIZES, "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_sliding_window")
 
 
 def size(config: dict[str, Any], name: str) -> int | None:
-    """A size under any of its names; None, too, where it is a list with one for each layer."""
+    """A size under any of its names; `None` if it is absent or a list with one value per layer."""
     found = next((config[alias] for alias in SIZES[name][0] if config.get(alias) is not None), None)
     return None if isinstance(found, list) else found
 
 
 def size_faults(config: dict[str, Any]) -> Iterator[str]:
-    """Sizes that are no numbers, or that no model has."""
+    """Sizes that are not integers or out of range."""
     for name, (_, most) in SIZES.items():
         number = size(config, name)
         if number is not None and (type(number) is not int or not 1 <= number <= most):
-            yield f"`{name}` is {number!r}: a whole number from 1 to {most:,} is wanted"
+            yield f"`{name}` is {number!r}: must be an integer from 1 to {most:,}"
 
 
 def faults(config: dict[str, Any]) -> Iterator[str]:
-    """What keeps a configuration from being built, or makes another model of it than was trained."""
+    """Faults that make a configuration invalid or ambiguous."""
     if wrong := next(size_faults(config), None):
         yield wrong
-        return  # the arithmetic below needs numbers
+        return  # the checks below need valid sizes
     yield from (f"no `{name}`" for name in ALWAYS if size(config, name) is None)
     heads, groups, width = (
         size(config, "num_attention_heads"),
@@ -74,12 +73,12 @@ def faults(config: dict[str, Any]) -> Iterator[str]:
     if heads and width is None and size(config, "hidden_size") % heads:
         yield f"`hidden_size` {size(config, 'hidden_size')} does not divide into {heads} heads"
     if width is not None and width % 2 and "rope_parameters" in config:
-        yield f"`head_dim` {width} is odd, and rotary positions turn pairs"
+        yield f"`head_dim` {width} is odd, but RoPE rotates pairs"
     for name, value in config.items():
         if name.endswith(("dropout", "pdrop")) and value is not None and not (_is_number(value) and 0 <= value < 1):
-            yield f"`{name}` is {value!r}: a share lies in [0, 1)"
+            yield f"`{name}` is {value!r}: must be in [0, 1)"
         if name.endswith(("norm_eps", "norm_epsilon")) and not (_is_number(value) and 0 < value < 0.1):
-            yield f"`{name}` is {value!r}: a small positive number is wanted"
+            yield f"`{name}` is {value!r}: must be in (0, 0.1)"
     yield from _positions(config)
     yield from _token_ids(config)
     layers = config.get("layer_types")
@@ -87,23 +86,23 @@ def faults(config: dict[str, Any]) -> Iterator[str]:
         yield f"`layer_types` does not have one entry for each of {size(config, 'num_hidden_layers')} layers"
     window = config.get("sliding_window")
     if config.get("use_sliding_window") and not (type(window) is int and window >= 1):
-        yield f"`sliding_window` is {window!r}, and it is used"
+        yield f"`sliding_window` is {window!r}, but `use_sliding_window` is true"
 
 
 def _positions(config: dict[str, Any]) -> Iterator[str]:
     rope = config.get("rope_parameters")
     if rope is None:
         if config.get("model_type") == "qwen3" and "rope_theta" not in config:
-            yield "no `rope_parameters`: Qwen3 would take a theta of 1,000,000"
+            yield "no `rope_parameters`: Qwen3 would use a RoPE base of 1,000,000"
         return
-    # One for all layers, or one for each type of layer.
+    # One for all layers, or one per layer type.
     of_layers = (
         rope.values() if isinstance(rope, dict) and "rope_type" not in rope and "rope_theta" not in rope else [rope]
     )
     for parameters in of_layers:
         theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
         if not (_is_number(theta) and theta > 1):
-            yield f"`rope_theta` is {theta!r}: a number above 1 is wanted"
+            yield f"`rope_theta` is {theta!r}: must be a number above 1"
 
 
 def _token_ids(config: dict[str, Any]) -> Iterator[str]:
@@ -122,7 +121,7 @@ def _is_number(value: Any) -> bool:
 def sane(folder: Folder) -> Row:
     config = folder.json("config.json")
     if "text_config" in config and not is_minigpt(folder):
-        raise NotApplicable("a configuration of several models")
+        raise NotApplicable("the configuration of a composite model")
     found = list(faults(config))
     if not isinstance(config.get("model_type"), str):
         found.append("no `model_type`")
@@ -130,15 +129,15 @@ def sane(folder: Folder) -> Row:
     if not (isinstance(architectures, list) and architectures and all(isinstance(name, str) for name in architectures)):
         found.append("no `architectures`")
     elif not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        found.append(f"`architectures` is {architectures[0]!r}, no causal language model")
+        found.append(f"`architectures` is {architectures[0]!r}, not a causal language model")
     if is_minigpt(folder):
         found += [f"no `{name}`: its default may differ elsewhere" for name in OURS if name not in config]
         found += [f"`{name}` is a list" for name in SIZES if isinstance(config.get(name), list)]
         slides = "sliding_attention" in (config.get("layer_types") or [])
         if slides != bool(config.get("use_sliding_window")):
-            found.append("`layer_types` and `use_sliding_window` do not agree")
+            found.append("`layer_types` and `use_sliding_window` disagree")
     if found:
-        return failed(some(found), "correct config.json, or copy it from where the model was trained")
+        return failed(some(found), "correct config.json, or restore it from the original folder")
     return passed(
         f"{config['model_type']}, {size(config, 'num_hidden_layers')} layers of width {size(config, 'hidden_size')}"
     )
@@ -146,12 +145,12 @@ def sane(folder: Folder) -> Row:
 
 @check("recipe")
 def recipe(folder: Folder) -> Row:
-    """Weights fit several values of theta, epsilon or window; `minigpt.json` knows with which they were trained."""
+    """Compare with the settings of training in `minigpt.json`: the shapes do not determine e.g. the RoPE base."""
     if "minigpt.json" not in folder.files:
         raise NotApplicable("no minigpt.json")
     config, trained = folder.json("config.json"), folder.json("minigpt.json").get("recipe")
     if not isinstance(trained, dict):
-        return failed("minigpt.json has no recipe", "copy minigpt.json from where the model was trained")
+        return failed("minigpt.json has no recipe", "restore minigpt.json from the original folder")
     rope = config.get("rope_parameters")
     now = {**config, "rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else config.get("rope_theta")}
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
@@ -162,7 +161,7 @@ def recipe(folder: Folder) -> Row:
     block_size = trained.get("block_size")
     if not trained.get("init_from") and isinstance(
         block_size, int
-    ):  # what training derives where the recipe has no value
+    ):  # values derived in training if the recipe has none
         slides = trained.get("use_sliding_window")
         derived = {"rope_type": "default", "max_position_embeddings": block_size * (16 if slides else 1)}
         derived |= {"sliding_window": block_size + 1} if slides else {}
@@ -173,40 +172,40 @@ def recipe(folder: Folder) -> Row:
         if trained.get(name) is not None and now.get(name) != trained[name]
     ]
     if changed:
-        return failed(some(changed), "copy config.json from where the model was trained")
-    return passed("config.json is as the recipe of minigpt.json says")
+        return failed(some(changed), "restore config.json from the original folder")
+    return passed("config.json agrees with the recipe in minigpt.json")
 
 
 @check("settings stay inside")
 def inside(folder: Folder) -> Row:
-    """Every setting that makes a loader open another file: it has to be one of this folder, by its bare name."""
+    """Settings that make a loader open a file must name a file of this folder, without a path."""
     if outside := list(leads_outside(folder)):
-        return failed(some(outside), "take these settings out: a model folder names its own files only")
-    return passed("no setting leads out of the folder")
+        return failed(some(outside), "remove these settings: they may only name files of the folder")
+    return passed("no setting refers to anything outside the folder")
 
 
 def leads_outside(folder: Folder) -> Iterator[str]:
-    """Settings that make a loader open, download or run what is not one of the folder's own files."""
+    """Settings that make a loader open, download or execute anything other than the files of the folder."""
     if "adapter_config.json" in folder.files:
         base = folder.json("adapter_config.json").get("base_model_name_or_path")
-        yield f"adapter_config.json takes its model from {base!r}"
+        yield f"adapter_config.json refers to the base model {base!r}"
     for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
         settings = folder.json_if_there(file)
         for name, value in settings.items():
             if name == "transformers_weights" or (name.endswith(("_file", "_files")) and name not in LEFTOVERS):
                 for entry in value if isinstance(value, list) else [value]:
                     if not _is_here(folder, entry):
-                        yield f"{file}: `{name}` is {entry!r}, which is no file of the folder"
+                        yield f"{file}: `{name}` is {entry!r}, which is not a file of the folder"
         for name, value in _nested(settings) if file != "tokenizer_config.json" else ():
             if value is None:
                 continue
             if name in IMPLEMENTATIONS:
-                # One for the whole model, or one for each part of a model.
+                # One for the model, or one per submodel.
                 for entry in value.values() if isinstance(value, dict) else [value]:
                     if entry is not None and str(entry) not in IMPLEMENTATIONS[name]:
                         yield f"{file}: `{name}` is {entry!r}, which is not part of transformers"
             elif name in ELSEWHERE:
-                yield f"{file}: `{name}` leads to code outside the folder"
+                yield f"{file}: `{name}` refers to code outside the folder"
             elif name == "quantization_config":
                 method = value.get("quant_method") if isinstance(value, dict) else value
                 if str(method) not in QUANTIZATION:
@@ -214,7 +213,7 @@ def leads_outside(folder: Folder) -> Iterator[str]:
 
 
 def _nested(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All settings by name, those of the parts of a composite configuration included."""
+    """All settings by name, including nested ones."""
     queue = [settings]
     while queue:
         for name, value in queue.pop().items():
@@ -229,14 +228,14 @@ def _is_here(folder: Folder, entry: Any) -> bool:
 
 @check("generation config")
 def generation(folder: Folder) -> Row:
-    from transformers import GenerationConfig  # seconds; wanted by this row alone
+    from transformers import GenerationConfig  # slow to import, and needed only here
 
     settings, vocabulary = folder.json("generation_config.json"), size(folder.json("config.json"), "vocab_size")
     if type(vocabulary) is not int:
-        raise NotApplicable("config.json is not sound")
+        raise NotApplicable("config.json is invalid")
     unknown = sorted(set(settings) - set(vars(GenerationConfig())) - {"transformers_version", "_from_model_config"})
     if unknown and is_minigpt(folder):
-        return failed(f"unknown: {some(unknown)}", "delete them: `generate` refuses or ignores what it does not know")
+        return failed(f"unknown: {some(unknown)}", "delete them: `generate` rejects or ignores unknown options")
     ids = list(_token_ids({**settings, "vocab_size": vocabulary}))
     if ids:
         return failed(some(ids), "correct generation_config.json")

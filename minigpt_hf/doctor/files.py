@@ -1,7 +1,6 @@
-"""What lies in a folder: is all of it there, and nothing else?
+"""Checks of the files of a folder: complete, known, readable, without pickles, links and secrets.
 
-In: a `Folder`. Out: rows about its files, without a look at what they mean. Nothing is unpickled: a pickle is known by its
-name and its first bytes, and named.
+Pickles are recognized by name and magic number; they are never loaded.
 """
 
 import re
@@ -18,17 +17,17 @@ REQUIRED = (
     "README.md",
     "minigpt.json",
 )
-SUITCASE = ("configuration_minigpt.py", "modeling_minigpt.py")
+CODE = ("configuration_minigpt.py", "modeling_minigpt.py")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja|README\.md|LICENSE|minigpt\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|\.gitattributes"
-    r"|figures/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.ya?ml|\.cache/huggingface/.+"  # the last: the Hub's client's
+    r"|figures/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.ya?ml|\.cache/huggingface/.+"  # .cache: of huggingface_hub
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz")
-# Protocol 2 and later open with 0x80 and their number; torch puts a pickle into a zip; the older protocols are not told
-# apart from text by two bytes, and go by their name.
+# Protocol 2 and later start with 0x80 and the protocol number; torch stores a pickle in a zip file. Older protocols have no
+# magic number and are recognized by name only.
 PICKLED = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 TEXTS = (".json", ".md", ".py", ".txt", ".yaml", ".yml", ".jinja", ".jsonl", ".cfg", ".toml", ".svg", "LICENSE", ".env")
 SECRETS = {
@@ -46,26 +45,24 @@ SECRETS = {
 def complete(folder: Folder) -> Row:
     required = ["config.json", *(REQUIRED if is_minigpt(folder) else ())]
     if folder.json_if_there("config.json").get("model_type") == "minigpt":
-        required += SUITCASE
+        required += CODE
     missing = sorted({name for name in required if name not in folder.files})
     if not any(name in folder.files for name in (WEIGHTS, INDEX)):
         missing.append(WEIGHTS)
     if missing:
-        return failed(
-            f"missing: {some(missing, 9)}", "write the folder anew with what made it, or copy the missing files"
-        )
+        return failed(f"missing: {some(missing, 9)}", "export the folder again, or copy the missing files")
     return passed(f"{len(folder.files)} files")
 
 
 @check("files known")
 def known(folder: Folder) -> Row:
     if not is_minigpt(folder):
-        raise NotApplicable("what belongs to a folder is known of MiniGPT folders")
-    code = SUITCASE if folder.json_if_there("config.json").get("model_type", "minigpt") == "minigpt" else ()
+        raise NotApplicable("only MiniGPT folders have a known set of files")
+    code = CODE if folder.json_if_there("config.json").get("model_type", "minigpt") == "minigpt" else ()
     foreign = [name for name in folder.files if not KNOWN.fullmatch(name) and name not in code]
     if foreign:
-        return failed(f"foreign: {some(foreign, 9)}", "delete them, or keep them elsewhere")
-    return passed("nothing but what belongs to a model")
+        return failed(f"foreign: {some(foreign, 9)}", "move or delete them")
+    return passed("no other files")
 
 
 @check("no pickle")
@@ -77,8 +74,8 @@ def no_pickle(folder: Folder) -> Row:
                 pickles.append(name)
     if pickles:
         return failed(
-            f"pickles or archives: {some(pickles, 9)}; to open one is to run what it says",
-            "delete them; keep weights in safetensors",
+            f"pickles or archives: {some(pickles, 9)}; loading a pickle can execute code",
+            "delete them; store weights in safetensors",
         )
     return passed("none")
 
@@ -89,25 +86,25 @@ def no_link(folder: Folder) -> Row:
         found = [f"{name} is {kind}" for name, kind in folder.others.items()]
         return failed(
             some(found),
-            "put the file itself there (from a cache of the Hub: `hf download USER/NAME --local-dir FOLDER`)",
+            "replace it by the file itself (for a cache of the Hub: `hf download USER/NAME --local-dir FOLDER`)",
         )
-    return passed("files and folders only")
+    return passed("regular files and folders only")
 
 
 @check("file names")
 def names(folder: Folder) -> Row:
     odd = [name for name in (*folder.files, *folder.others) if any(map(is_invisible, name)) or "\\" in name]
     if odd:
-        return failed(f"names with characters that cannot be seen: {some(odd)}", "delete or rename these files")
-    return passed("plain")
+        return failed(f"names with invisible characters or backslashes: {some(odd)}", "delete or rename these files")
+    return passed("printable")
 
 
 @check("files readable")
 def readable(folder: Folder) -> Row:
     faults = list(_unreadable(folder))
     if faults:
-        return failed(some(faults), "restore the file from where the folder was made")
-    return passed("every text is UTF-8 and every JSON sound")
+        return failed(some(faults), "restore the file from the original folder")
+    return passed("all text files are UTF-8, all JSON files are valid")
 
 
 @check("no secret")
@@ -121,9 +118,9 @@ def no_secret(folder: Folder) -> Row:
                 line = text.count("\n", 0, match.start()) + 1
                 return failed(
                     f"{name}, line {line}: {kind} ({match[0][:6]}…)",
-                    "revoke it where it was issued, then delete it here",
+                    "revoke it, then delete it here",
                 )
-    return passed("no token, key or password in any text")
+    return passed("no token, key or password in text files")
 
 
 def _unreadable(folder: Folder) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""One line of the doctor's table, and what every check shares.
+"""The result of a check, and the decorator that defines a check.
 
-A check is a small function of a `Folder` that returns a `Row`; `@check` gives it its name. What a folder says is never
-printed as it stands: control characters, which could rewrite a terminal, are shown as escapes.
+A check is a function that returns a `Row`; `@check` sets its name and handles exceptions. Text from a folder is shown with
+control characters escaped, since they could control a terminal.
 """
 
 import functools
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 State = Literal["pass", "fail", "not applicable"]
-LONGEST = 400  # characters of a reason: names in a folder may be as long as they like
+MAX_LENGTH = 400  # characters of a reason; names in a folder are of any length
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one check found. `remedy` is empty unless it failed."""
+    """The result of a check. `remedy` is empty unless it failed."""
 
     name: str
     state: State
@@ -25,7 +25,7 @@ class Row:
 
 
 class NotApplicable(Exception):
-    """Raised inside a check that has nothing to look at; the message becomes the reason."""
+    """Raised in a check that does not apply to the folder; the message is the reason."""
 
 
 def passed(reason: str) -> Row:
@@ -40,8 +40,10 @@ def not_applicable(reason: str) -> Row:
     return Row("", "not applicable", plain(reason))
 
 
-def check(name: str, stumbled: str = "the check stumbled") -> Callable[[Callable[..., Row]], Callable[..., Row]]:
-    """Name a check, and turn what it raises into its row: no folder, however odd, stops the doctor."""
+def check(
+    name: str, error_prefix: str = "the check raised an error"
+) -> Callable[[Callable[..., Row]], Callable[..., Row]]:
+    """Define a check. Exceptions become a failed row, so that the other checks still run."""
 
     def named(function: Callable[..., Row]) -> Callable[..., Row]:
         @functools.wraps(function)
@@ -50,10 +52,10 @@ def check(name: str, stumbled: str = "the check stumbled") -> Callable[[Callable
                 row = function(*args)
             except NotApplicable as reason:
                 row = not_applicable(str(reason))
-            except Exception as error:  # a folder that makes a check stumble is not in order
+            except Exception as error:  # a valid folder raises no exception
                 row = failed(
-                    f"{stumbled}: {in_one_line(error)}",
-                    "see that the files this row speaks of are of the usual form",
+                    f"{error_prefix}: {in_one_line(error)}",
+                    "check that the files named here have the usual format",
                 )
             return replace(row, name=name)
 
@@ -69,16 +71,16 @@ def in_one_line(error: BaseException) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that is safe to print, on one line: an escape character becomes the four characters `\\x1b`."""
+    """Escape text for printing in one line: the escape character becomes the four characters `\\x1b`."""
     shown = "".join(
         character.encode("unicode_escape").decode() if is_invisible(character) else character
-        for character in text[: LONGEST + 1]
+        for character in text[: MAX_LENGTH + 1]
     )
-    return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
+    return shown if len(shown) <= MAX_LENGTH else shown[: MAX_LENGTH - 1] + "…"
 
 
 def is_invisible(character: str) -> bool:
-    """Whether a character is a control, a format (such as those that turn the direction of text), or no character."""
+    """Whether a character is a control, format or unassigned character, or a line or paragraph separator."""
     category = unicodedata.category(character)
     return category[0] == "C" or category in ("Zl", "Zp")
 

@@ -1,7 +1,6 @@
-"""The tokenizer: it loads, loses nothing, fits the embedding, and ends where the model ends.
+"""Checks of the tokenizer: it loads, is lossless, fits the embedding, and its EOS token stops generation.
 
-In: a `Folder`, and the `tokenizers` library alone. Out: rows. It runs in a process of its own: a crafted `tokenizer.json`
-may hang or crash the library.
+They use the `tokenizers` library and run in a separate process, because a crafted `tokenizer.json` can hang or crash it.
 """
 
 import hashlib
@@ -25,12 +24,12 @@ SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def load(folder: Folder) -> Tokenizer:
-    """The tokenizer of `tokenizer.json`, which neither pads nor cuts."""
+    """The tokenizer of `tokenizer.json`, without padding and truncation."""
     try:
         tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))
     except Unreadable:
         raise
-    except Exception as error:  # the bare `Exception` of `tokenizers`
+    except Exception as error:  # `tokenizers` raises plain `Exception`
         raise NotApplicable(f"tokenizer.json does not load: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -38,7 +37,7 @@ def load(folder: Folder) -> Tokenizer:
 
 
 def specials(folder: Folder) -> dict[str, str]:
-    """The special tokens that `tokenizer_config.json` names: "eos_token" -> "<|endoftext|>"."""
+    """The special tokens of `tokenizer_config.json`: {"eos_token": "<|endoftext|>", …}."""
     settings = folder.json("tokenizer_config.json")
     named = {name: settings.get(name) for name in SPECIALS}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
@@ -46,12 +45,12 @@ def specials(folder: Folder) -> dict[str, str]:
 
 
 def texts_of(tokenizer: Tokenizer) -> list[str]:
-    """Texts to try: ours, or every character that it knows, if it knows characters only and not those of ours."""
+    """Test texts: `TEXTS`, or all characters of a character-level vocabulary that does not contain those of `TEXTS`."""
     try:
         for text in TEXTS:
             tokenizer.encode(text, add_special_tokens=False)
         return list(TEXTS)
-    except Exception:  # the bare `Exception` of `tokenizers` for a character without an id
+    except Exception:  # `tokenizers` raises plain `Exception` for a character without an id
         return ["".join(sorted(token for token in tokenizer.get_vocab(with_added_tokens=False) if len(token) == 1))]
 
 
@@ -60,14 +59,14 @@ def loads(folder: Folder) -> Row:
     text = folder.text("tokenizer.json")
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the bare `Exception` of `tokenizers`
-        return failed(f"tokenizer.json does not load: {error}", "restore it from where the model was trained")
+    except Exception as error:  # `tokenizers` raises plain `Exception`
+        return failed(f"tokenizer.json does not load: {error}", "restore it from the original folder")
     return passed(f"{type(tokenizer.model).__name__}, {tokenizer.get_vocab_size()} tokens")
 
 
 @check("tokenizer round trip")
 def round_trip(folder: Folder) -> Row:
-    """Ours return every text as it was. Others may change it (a space in front, lower case), but only once."""
+    """MiniGPT tokenizers are lossless. Others may normalize a text (leading space, lower case), but must be idempotent."""
     tokenizer, ours = load(folder), is_minigpt(folder)
     tokenizer.encode_special_tokens = True
 
@@ -77,21 +76,22 @@ def round_trip(folder: Folder) -> Row:
     for text in texts_of(tokenizer):
         back = there_and_back(text)
         if (ours and back != text) or there_and_back(back) != back or not back.strip():
-            return failed(f"{text!r} comes back as {back!r}", "restore tokenizer.json from where the model was trained")
-    return passed("what is encoded comes back" + (" as it was" if ours else ""))
+            return failed(f"{text!r} is decoded as {back!r}", "restore tokenizer.json from the original folder")
+    return passed("decoding inverts encoding" if ours else "encoding and decoding are idempotent")
 
 
 @check("vocabulary")
 def vocabulary(folder: Folder) -> Row:
     tokens, rows = load(folder).get_vocab(), size(folder.json("config.json"), "vocab_size")
     if type(rows) is not int:
-        raise NotApplicable("config.json names no size")
+        raise NotApplicable("config.json has no vocab_size")
     if beyond := sorted(token for token, number in tokens.items() if number >= rows):
         return failed(
-            f"{some(beyond)}: ids beyond the {rows} of the embedding", "use the tokenizer it was trained with"
+            f"{some(beyond)}: ids beyond the {rows} of the embedding",
+            "use the tokenizer that the model was trained with",
         )
     if len(set(tokens.values())) < len(tokens):
-        return failed("two tokens have one id", "use the tokenizer that the model was trained with")
+        return failed("two tokens have the same id", "use the tokenizer that the model was trained with")
     return passed(f"ids up to {max(tokens.values())}, of {rows}")
 
 
@@ -104,11 +104,11 @@ def distinct(folder: Folder) -> Row:
     for file in ("config.json", "generation_config.json"):
         settings = folder.json_if_there(file)
         for name, number in ids.items():
-            told = settings.get(f"{name}_id")
-            if told is not None and number not in (told if isinstance(told, list) else [told]):
-                return failed(f"{name} is {number}, but {file} says {told}", f"correct {file}")
+            configured = settings.get(f"{name}_id")
+            if configured is not None and number not in (configured if isinstance(configured, list) else [configured]):
+                return failed(f"{name} is {number}, but {file} has {configured}", f"correct {file}")
     if ours and ids.get("pad_token") in (None, ids.get("eos_token"), ids.get("bos_token")):
-        return failed("padding has no token of its own", "use the tokenizer that the model was trained with")
+        return failed("there is no separate padding token", "use the tokenizer that the model was trained with")
     marked = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     if ours and (plain_ones := [named[name] for name, number in ids.items() if number not in marked]):
         return failed(f"not marked as special: {some(plain_ones)}", "restore tokenizer.json")
@@ -117,10 +117,10 @@ def distinct(folder: Folder) -> Row:
 
 @check("end of text")
 def end_of_text(folder: Folder) -> Row:
-    """What the tokenizer calls the end is what stops `generate`, and nothing forbids it."""
+    """The EOS token of the tokenizer stops `generate` and is not suppressed."""
     text = specials(folder).get("eos_token")
     if text is None:
-        return failed("the tokenizer names no eos_token", "name it in tokenizer_config.json: nothing else ends a text")
+        return failed("the tokenizer has no eos_token", "set it in tokenizer_config.json")
     number = load(folder).token_to_id(text)
     settings = folder.json_if_there("generation_config.json")
     stops = settings.get("eos_token_id", folder.json("config.json").get("eos_token_id"))
@@ -129,34 +129,34 @@ def end_of_text(folder: Folder) -> Row:
     for name in ("suppress_tokens", "bad_words_ids"):
         for entry in settings.get(name) or []:
             if entry in (number, [number]):
-                return failed(f"`{name}` forbids {text!r}", "take it out of generation_config.json")
-    return passed(f"{text!r}, which is {number}, stops `generate`")
+                return failed(f"`{name}` suppresses {text!r}", "remove it from generation_config.json")
+    return passed(f"{text!r} ({number}) stops `generate`")
 
 
 @check("fingerprint")
 def fingerprint(folder: Folder) -> Row:
-    """The hash that training wrote into `minigpt.json`: of all that decides which ids a text gets."""
+    """Compare the hash of the tokenizer with the one that training stored in `minigpt.json`."""
     if "minigpt.json" not in folder.files:
         raise NotApplicable("no minigpt.json")
     about: Any = folder.json("minigpt.json").get("tokenizer")
     written = about.get("fingerprint") if isinstance(about, dict) else None
     load(folder)
-    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))  # as it stands, with what it says of padding
+    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))  # unmodified, with its padding settings
     end = tokenizer.token_to_id(specials(folder).get("eos_token", ""))
     found = hashlib.sha256(f"{tokenizer.to_str()} {end}".encode()).hexdigest()
     if written != found:
         return failed(
-            f"minigpt.json knows the tokenizer {str(written)[:12]}…, here is {found[:12]}…",
+            f"minigpt.json has {str(written)[:12]}…, tokenizer.json {found[:12]}…",
             "use the tokenizer that the model was trained with",
         )
-    return passed(f"{found[:12]}…, as minigpt.json says")
+    return passed(f"{found[:12]}…, as in minigpt.json")
 
 
 CHECKS = (loads, round_trip, vocabulary, distinct, end_of_text, fingerprint)
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """All rows about the tokenizer."""
+    """Run all checks of the tokenizer."""
     folder = Folder(path)
     for one in CHECKS:
         yield one(folder)

@@ -1,7 +1,7 @@
-"""The weights: headers that are told the truth by, every tensor that the configuration asks for, every number finite.
+"""Checks of the weights: headers are consistent with the files, all tensors exist, all values are finite.
 
-In: a `Folder`. Out: rows. The bytes are read here, with no loader in between: a header is not believed before its sizes
-have been held against the size of the file, and no tensor is allocated by what a header claims.
+The safetensors files are parsed here rather than by a loader: sizes in a header are compared with the size of the file, and
+no memory is allocated according to a header.
 """
 
 import re
@@ -16,10 +16,10 @@ from .files import INDEX, WEIGHTS
 from .folder import MEBI, Folder, Unreadable, parse_object
 from .row import NotApplicable, Row, check, failed, passed, some
 
-LONGEST_HEADER = 32 * MEBI  # a name and its place take about 130 bytes: a quarter of a million tensors
-RENEW = "save the weights anew with `save_pretrained`"
-# dtype -> bytes of a value, how its words are viewed, and the bits that are all set in an infinity or NaN and in nothing
-# else (0: a type that has neither).
+MAX_HEADER = 32 * MEBI  # an entry has about 130 bytes: 250,000 tensors
+RENEW = "save the weights again with `save_pretrained`"
+# dtype -> bytes per value, NumPy type of its words, and the bits that are all set exactly for infinity and NaN (0: a type
+# without them).
 TYPES = {
     "F64": (8, "<u8", 0x7FF0_0000_0000_0000),
     "F32": (4, "<u4", 0x7F80_0000),
@@ -37,12 +37,12 @@ TYPES = {
 
 
 class Unsound(Exception):
-    """A header that does not tell the truth."""
+    """A header or index is inconsistent with the files."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: bytes `start` to `stop` of `file`."""
+    """Location of a tensor: bytes `start` to `stop` of `file`."""
 
     file: str
     dtype: str
@@ -52,29 +52,29 @@ class Tensor:
 
 
 def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
-    """The tensors of one file: 8 bytes of length, a JSON header, and the values end to end.
+    """Read the header of a file, which consists of 8 bytes of length, a JSON header and the contiguous tensors.
 
     Raises:
-        Unsound: if a claim does not fit the file: lengths, types, shapes, places that overlap, leave holes or lie outside.
+        Unsound: if lengths, types, shapes or offsets are invalid, or tensors overlap, leave gaps or exceed the file.
     """
     total = folder.files.get(name, 0)
     with folder.open(name) as file:
         length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(total - 8, LONGEST_HEADER):
-            raise Unsound(f"{name} claims a header of {length:,} bytes, in a file of {total:,}")
+        if total < 8 or length > min(total - 8, MAX_HEADER):
+            raise Unsound(f"{name} has a header of {length:,} bytes in a file of {total:,}")
         try:
             header = parse_object(file.read(length), "the header")
         except Unreadable as error:
             raise Unsound(f"{name}: {error}") from error
     remarks = header.pop("__metadata__", {})
     if not isinstance(remarks, dict) or not all(isinstance(remark, str) for remark in remarks.values()):
-        raise Unsound(f"{name}: the metadata are not texts")
+        raise Unsound(f"{name}: the metadata are not strings")
     first = 8 + length
     tensors = {tensor: _tensor(name, tensor, claim, first) for tensor, claim in header.items()}
     place = first
     for tensor, where in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if where.start != place:
-            raise Unsound(f"{name}: {tensor} does not begin where the one before it ends")
+            raise Unsound(f"{name}: {tensor} does not start at the end of the previous tensor")
         place = where.stop
     if place != total:
         raise Unsound(f"{name}: the tensors end at byte {place:,}, the file at {total:,}")
@@ -83,37 +83,37 @@ def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
 
 def _tensor(file: str, name: str, claim: Any, first: int) -> Tensor:
     if not isinstance(claim, dict) or claim.get("dtype") not in TYPES:
-        raise Unsound(f"{file}: {name} is of no known type")
+        raise Unsound(f"{file}: {name} has an unknown dtype")
     shape, place = claim.get("shape"), claim.get("data_offsets")
     for numbers in (shape, place):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-            raise Unsound(f"{file}: {name} has no sound shape and place")
+            raise Unsound(f"{file}: {name} has an invalid shape or offset")
     if len(place) != 2 or len(shape) > 8:
-        raise Unsound(f"{file}: {name} has no sound shape and place")
+        raise Unsound(f"{file}: {name} has an invalid shape or offset")
     width = TYPES[claim["dtype"]][0]
     for n in shape:
         width *= n
     if place[1] - place[0] != width:
-        raise Unsound(f"{file}: {name} claims {shape} values of {claim['dtype']} in {place[1] - place[0]:,} bytes")
+        raise Unsound(f"{file}: {name} has shape {shape} and dtype {claim['dtype']} in {place[1] - place[0]:,} bytes")
     return Tensor(file, claim["dtype"], tuple(shape), first + place[0], first + place[1])
 
 
 def files_of(folder: Folder) -> list[str]:
-    """The weights files at the top of a folder; exports in folders of their own are not looked at."""
+    """The safetensors files at the top of a folder, without those of subfolders."""
     found = [name for name in folder.files if name.endswith(".safetensors") and "/" not in name]
     if not found:
-        raise NotApplicable("there are no safetensors")
+        raise NotApplicable("there are no safetensors files")
     return found
 
 
 def tensors_of(folder: Folder) -> dict[str, Tensor]:
-    """All tensors of all files, once the rows about headers and index have nothing to say against them."""
+    """The tensors of all files. Raises `NotApplicable` for an invalid header, which another check reports."""
     found: dict[str, Tensor] = {}
     for name in files_of(folder):
         try:
             found |= read_header(folder, name)
         except Unsound as error:
-            raise NotApplicable(f"{name} is not sound") from error
+            raise NotApplicable(f"{name} is invalid") from error
     return found
 
 
@@ -125,12 +125,12 @@ def header(folder: Folder) -> Row:
             number += len(read_header(folder, name))
         except Unsound as error:
             return failed(str(error), RENEW)
-    return passed(f"{number} tensors, end to end, as long as their files")
+    return passed(f"{number} contiguous tensors, of the size of the files")
 
 
 @check("weights index")
 def index(folder: Folder) -> Row:
-    """Shards are what the index says, and lie in the folder; without an index there is one file."""
+    """The index agrees with the shards, which are files of the folder; without an index there is one file."""
     files = files_of(folder)
     if INDEX not in folder.files:
         if files != [WEIGHTS]:
@@ -142,39 +142,39 @@ def index(folder: Folder) -> Row:
         return failed(str(error), RENEW)
     shards = set(places.values())
     if missing := sorted(shards - set(files)):
-        return failed(f"{INDEX} names {some(missing)}, which is not there", RENEW)
+        return failed(f"{INDEX} names {some(missing)}, which does not exist", RENEW)
     if extra := sorted(set(files) - shards):
-        return failed(f"{some(extra)} is in no index", "delete it, or save the weights anew")
-    kept = {name: where.file for name, where in tensors_of(folder).items()}
-    if len(kept) < sum(len(read_header(folder, name)) for name in files):
+        return failed(f"{some(extra)} is not in the index", "delete it, or save the weights again")
+    stored = {name: where.file for name, where in tensors_of(folder).items()}
+    if len(stored) < sum(len(read_header(folder, name)) for name in files):
         return failed("a tensor is in two shards", RENEW)
-    if wrong := sorted(name for name in kept.keys() | places.keys() if kept.get(name) != places.get(name)):
+    if wrong := sorted(name for name in stored.keys() | places.keys() if stored.get(name) != places.get(name)):
         return failed(f"{INDEX} and the shards disagree about {some(wrong)}", RENEW)
     return passed(f"{len(shards)} shards")
 
 
 def places_of(folder: Folder) -> dict[str, str]:
-    """What the index says: the name of a tensor -> the name of the file in the folder that holds it.
+    """The weight map of the index: {name of a tensor: name of the file in the folder}.
 
     Raises:
-        Unsound: if there is no such map, or if it leads out of the folder.
+        Unsound: if there is no weight map, or if it names files outside the folder.
     """
     places = folder.json(INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise Unsound(f"{INDEX} has no `weight_map`")
     shards = set(places.values())
     if outside := sorted(shard for shard in shards if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII)):
-        raise Unsound(f"{INDEX} leads out of the folder: {some(outside)}")
+        raise Unsound(f"{INDEX} names files outside the folder: {some(outside)}")
     return places
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether head and embedding are one matrix; Qwen3's default is that they are not, everybody else's that they are."""
+    """Whether head and embedding share weights; the default is no for Qwen3, and yes for other architectures."""
     return bool(config.get("tie_word_embeddings", config.get("model_type") != "qwen3"))
 
 
 def expected(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a MiniGPT's tensors, which are those of Qwen3; `lm_head` only if it is no tie."""
+    """Names and shapes of a MiniGPT's tensors, which are those of Qwen3; `lm_head` only if it is not tied."""
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     layer = {
@@ -202,48 +202,50 @@ def expected(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def tensors(folder: Folder) -> Row:
     config = folder.json("config.json")
     if config.get("model_type") not in ("minigpt", "qwen3") or config.get("attention_bias"):
-        raise NotApplicable("which tensors it needs is known of MiniGPT and Qwen3 only; the row `loads …` tells")
+        raise NotApplicable(
+            "the required tensors are known for MiniGPT and Qwen3 only; see the checks that load the model"
+        )
     written = (
         "hidden_size vocab_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     )
     if next(faults(config), None) or any(type(config.get(name)) is not int for name in written.split()):
-        raise NotApplicable("config.json is not sound")
-    wanted, kept = expected(config), tensors_of(folder)
-    if missing := sorted(wanted.keys() - kept.keys()):
+        raise NotApplicable("config.json is invalid")
+    wanted, stored = expected(config), tensors_of(folder)
+    if missing := sorted(wanted.keys() - stored.keys()):
         return failed(f"missing: {some(missing)}", RENEW)
-    if extra := sorted(kept.keys() - wanted.keys() - ({"lm_head.weight"} if is_tied(config) else set())):
-        return failed(f"not asked for: {some(extra)}", RENEW)
-    wrong = [f"{n} is {kept[n].shape}, not {shape}" for n, shape in wanted.items() if kept[n].shape != shape]
+    if extra := sorted(stored.keys() - wanted.keys() - ({"lm_head.weight"} if is_tied(config) else set())):
+        return failed(f"unexpected: {some(extra)}", RENEW)
+    wrong = [f"{n} is {stored[n].shape}, not {shape}" for n, shape in wanted.items() if stored[n].shape != shape]
     if wrong:
-        return failed(some(wrong), "restore the config.json that these weights were trained with")
-    return passed(f"{len(kept)}, none missing, none extra")
+        return failed(some(wrong), "restore config.json from the original folder")
+    return passed(f"{len(stored)} tensors, none missing or unexpected")
 
 
 @check("tensors finite")
 def finite(folder: Folder) -> Row:
     if bad := [name for name, where in tensors_of(folder).items() if not _is_finite(folder, where)]:
         return failed(f"NaN or infinity in {some(bad)}", "publish an earlier checkpoint")
-    return passed("every number")
+    return passed("all values are finite")
 
 
 @check("tied weights")
 def ties(folder: Folder) -> Row:
-    """What is one matrix to the model must not be two in the file."""
-    kept, is_one = tensors_of(folder), is_tied(folder.json("config.json"))
-    head = next((name for name in kept if name.endswith("lm_head.weight")), None)
-    table = next((name for name in kept if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    """Tied weights that are stored twice must be equal."""
+    stored, is_one = tensors_of(folder), is_tied(folder.json("config.json"))
+    head = next((name for name in stored if name.endswith("lm_head.weight")), None)
+    table = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     if not is_one and table and head is None:
-        return failed("`tie_word_embeddings` is false, and there is no lm_head.weight", RENEW)
+        return failed("`tie_word_embeddings` is false, but there is no lm_head.weight", RENEW)
     if not is_one or head is None or table is None:
-        return passed("one matrix" if is_one else "two matrices")
-    pairs = zip(_chunks(folder, kept[head]), _chunks(folder, kept[table]), strict=True)
-    if kept[head].shape != kept[table].shape or any(a != b for a, b in pairs):
+        return passed("tied" if is_one else "not tied")
+    pairs = zip(_chunks(folder, stored[head]), _chunks(folder, stored[table]), strict=True)
+    if stored[head].shape != stored[table].shape or any(a != b for a, b in pairs):
         return failed(f"`tie_word_embeddings` is true, but {head} and {table} differ", "set it to false, or delete one")
-    return passed("stored twice, and equal")
+    return passed("stored twice with equal values")
 
 
 def _chunks(folder: Folder, where: Tensor) -> Iterator[bytes]:
-    """The values of a tensor, 16 MiB at a time."""
+    """The bytes of a tensor, in chunks of 16 MiB."""
     with folder.open(where.file) as file:
         file.seek(where.start)
         for place in range(where.start, where.stop, 16 * MEBI):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenizer import unknown_character_error
 from ..errors import MiniGPTError
 
 DEFAULT_WINDOW = 2048  # tokens, for a model whose configuration does not limit the sequence length
@@ -114,13 +115,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
-        vocabulary = tokenizer.get_vocab()
-        unknown = next((character for character in text if character not in vocabulary), None)
-        if unknown is None:
-            raise
-        raise MiniGPTError(
-            f"the text has a character that this model's tokenizer does not know: {unknown!r} (U+{ord(unknown):04X})"
-        ) from error
+        if unknown := unknown_character_error(text, tokenizer.get_vocab(), "the text"):
+            raise unknown from error
+        raise
 
 
 def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_size: int, stride: int | None) -> Score:

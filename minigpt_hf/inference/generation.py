@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..data.tokenizer import unknown_character_error
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 
@@ -161,13 +162,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
             prompt or bos_token, return_tensors="pt", return_token_type_ids=False, split_special_tokens=split
         )
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
-        vocabulary = tokenizer.get_vocab()
-        for character in prompt:
-            if character not in vocabulary:
-                raise MiniGPTError(
-                    f"the prompt has a character that this model's tokenizer does not know: {character!r} "
-                    f"(U+{ord(character):04X}); leave it out"
-                ) from error
+        if unknown := unknown_character_error(prompt, tokenizer.get_vocab(), "the prompt"):
+            raise unknown from error
         raise MiniGPTError(
             f"the prompt cannot be encoded by this model's tokenizer ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); give another prompt"

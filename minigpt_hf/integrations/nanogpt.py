@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..data.tokenizer import EACH_CHARACTER, load_tokenizer, vocabulary_size
+from ..data.tokenizer import CHARACTER_PRE_TOKENIZER, load_tokenizer, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import save_model_files
 
@@ -211,7 +211,7 @@ def character_vocabulary(meta: Path) -> PreTrainedTokenizerFast:
     if ids != set(range(len(stoi))) or not characters:
         raise MiniGPTError(f"{meta}: `stoi` does not map single characters to the ids 0 to {len(stoi) - 1}")
     tokenizer = Tokenizer(models.WordLevel(vocab=stoi))
-    tokenizer.pre_tokenizer = EACH_CHARACTER
+    tokenizer.pre_tokenizer = CHARACTER_PRE_TOKENIZER
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..atomic import to_disk
+from ..atomic import fsync
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -95,9 +95,9 @@ def write_model_folder(
         save_model_files(model, tokenizer, unfinished)
         write_metadata(unfinished, metadata, model.config, log)
         for path in (*unfinished.rglob("*"), unfinished):
-            to_disk(path)
+            fsync(path)
         unfinished.rename(folder)
-        to_disk(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk, this frees its space
         raise

@@ -1,7 +1,6 @@
-"""Every knob of a training, as dataclasses on top of transformers' `TrainingArguments`.
+"""The settings of a training run: three frozen dataclasses, one of which extends transformers' `TrainingArguments`.
 
-In: values. Out: three dataclasses, validated; `recipe` fills them from YAML and flags. They refuse values that cannot be.
-Every flag of `TrainingArguments` works; only defaults differ where a small GPT wants others.
+Every flag of `TrainingArguments` works; some have another default. Invalid values are refused on construction.
 """
 
 import copy

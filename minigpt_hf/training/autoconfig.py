@@ -1,12 +1,8 @@
-"""Settings that were not given -> chosen for a time, a number of parameters, or the text alone.
+"""Chooses settings that were not given: for a training time, a number of parameters, or the text alone.
 
-In: the arguments, the corpus, then its tokens and a function that builds a model. Out: the same arguments with tokenizer,
-shape, batch, learning rates and steps filled in by the rules of `scaling`. What was given on the command line, as a keyword
-or in a recipe file is kept, and every choice is logged with its reason. It refuses a time too short to learn anything in, a
-text too short to train on, a part of the shape beside `minutes` or a number of parameters, and several processes beside them.
-
-What `minutes` measures depends on the machine, so a resumed run reads what was chosen from its recipe. What `size: auto`
-chooses is a function of the text, the same on every rank.
+The rules are those of `scaling`. What was given on the command line, as a keyword or in a recipe file is never replaced, and
+every choice is logged with its reason. What `--minutes` measures depends on the machine, so a resumed run reads the choices
+from its recipe; what `size: auto` chooses is a function of the text, and therefore the same on every rank.
 """
 
 import itertools
@@ -20,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.blocks import Blocks
+from ..data.blocks import SequenceDataset
 from ..data.corpus import Corpus
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
@@ -67,14 +63,15 @@ VALIDATED_A_MINUTE = {"cpu": 5e4, "accelerator": 1e6}
 
 
 class AutoConfigurator:
-    """The arguments of a run, being filled in.
+    """Completes the settings of a run; `settings` is what is known so far.
 
     Args:
-        run: Its folder; if a run is in it, what that one chose holds.
-        began: `time.perf_counter()` when the command started: what has passed counts.
+        settings: As given.
+        run: The run folder; if it holds a run, the choices of that run apply.
+        began: `time.perf_counter()` when the command started: `--minutes` includes the time since then.
 
     Raises:
-        MiniGPTError: if what it would choose was given, or there are several processes.
+        MiniGPTError: if a setting that it would choose was given, or there are several processes.
     """
 
     def __init__(self, settings: Settings, run: RunFolder, began: float):
@@ -152,9 +149,9 @@ class AutoConfigurator:
         self.characters = characters
 
     def choose_remaining(self, text: PreparedText) -> Settings:
-        """Shape, batch, learning rates, steps and regularisation; logged with the reasons.
+        """Choose shape, batch size, learning rates, steps and regularization.
 
-        Without a dial only what reports and describes is fitted to the text: `logging_steps` and `sample_prompt`.
+        Without `--minutes` and `--size` only `logging_steps` and `sample_prompt`, which change no loss, are fitted.
 
         Raises:
             MiniGPTError: if the time asked is too short, or the text.
@@ -256,7 +253,7 @@ class AutoConfigurator:
             )
 
     def _choose_evaluations(self) -> None:
-        """Ten evaluations, so that early stopping, which waits for five, can act."""
+        """Evaluate ten times, so that early stopping with a patience of five can act."""
         training = self.training
         if training.given & {"eval_steps", "save_steps", "eval_strategy", "save_strategy", "load_best_model_at_end"}:
             return
@@ -264,7 +261,7 @@ class AutoConfigurator:
         self._choose(why, eval_steps=0.1, save_steps=0.1)
 
     def _compare_with(self, size: float, shape: Shape) -> None:
-        """Say why the shape does not have the size that was asked for, if it does not."""
+        """Warn if the number of parameters differs by more than 15 % from the one that was asked for, with the reason."""
         parameters = self._parameters()
         if abs(parameters / size - 1) <= 0.15:
             return
@@ -276,7 +273,7 @@ class AutoConfigurator:
         )
 
     def _fit_reports(self, text: PreparedText) -> None:
-        """What a run shows of itself, fitted to its text and length; nothing here changes a loss."""
+        """Fit what a run reports to its text and length; nothing here changes a loss."""
         data, training = self.data, self.training
         given, steps = training.given_in_command, self._planned_steps(text.train)
         if 1 <= steps < training.logging_steps and training.logging_strategy == "steps":
@@ -365,7 +362,7 @@ class AutoConfigurator:
             log_once(self.training, line)
 
     def _fit(self, shapes: list[Shape]) -> tuple[Shape, float, list[str]]:
-        """The shape and the number of tokens that fill the time: measure one, compute the best one, measure that."""
+        """The best shape and number of tokens for the time: measure one, predict the best one, measure that, and so on."""
         asked = 60 * self.training.minutes
         started = time.perf_counter()
         allowed = MEASURED_SHARE * asked
@@ -396,7 +393,7 @@ class AutoConfigurator:
         )
 
     def _left(self, rest: float) -> float:
-        """Seconds to learn in, when `rest` will go by beside it."""
+        """Seconds left for training steps if everything else takes `rest` seconds."""
         asked, passed = 60 * self.training.minutes, time.perf_counter() - self.began
         if (left := asked - passed - rest) < asked / 4:
             raise MiniGPTError(
@@ -413,7 +410,7 @@ class AutoConfigurator:
                 training.device
             )
         settings, _ = self._schedule(shape, TOKENS_PER_PARAMETER * shape.parameters(self.vocabulary))
-        blocks = Blocks(self.stream, self.data.block_size, training.seed)
+        blocks = SequenceDataset(self.stream, self.data.block_size, training.seed)
         rows = settings["per_device_train_batch_size"]
         batch = blocks.collate([blocks[0, i % len(blocks)] for i in range(rows)])
         batch = {name: tensor.to(training.device) for name, tensor in batch.items()}

@@ -1,7 +1,6 @@
-"""What a person sees while it trains.
+"""Progress output during training: log lines, `log.jsonl`, and generated samples.
 
-In: what the Trainer reports. Out: lines on standard output, samples of what the model writes, and `log.jsonl` with
-everything. It refuses to touch the training: samples leave all random states as they were.
+The callbacks do not influence training: samples restore all random states.
 """
 
 import html
@@ -54,6 +53,7 @@ class ProgressLogger(TrainerCallback):
         self.began = time.perf_counter()
         self.first_step = self.last_step = state.global_step
         self.busy = 0.0  # seconds of training since the last line; validating, saving and sampling are left out
+        self.all_busy = 0.0  # the same since the start
         self.mark = None
         show = self.with_bar and state.is_world_process_zero
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step") if show else None
@@ -82,7 +82,7 @@ class ProgressLogger(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any], **kwargs):
         if not state.is_world_process_zero:
             return
-        elapsed, step = time.perf_counter() - self.began, state.global_step
+        step = state.global_step
         row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **logs}
         place = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
@@ -94,8 +94,7 @@ class ProgressLogger(TrainerCallback):
         elif "loss" in logs:
             row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
             row["tokens_per_second"] = round((step - self.last_step) * self.tokens_per_step / self.busy, 1)
-            self.last_step, self.busy = step, 0.0
-            left = elapsed / (step - self.first_step) * (state.max_steps - step)
+            left = self._seconds_left(step, state.max_steps)
             said = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
             said += f"   {row['tokens_per_second']:,.0f} tokens/s"
             if self.bar is not None:
@@ -103,6 +102,14 @@ class ProgressLogger(TrainerCallback):
             else:
                 print(f"{place}   {said}   {duration(left)} left", flush=True)
         append_to_log(self.file, row)
+
+    def _seconds_left(self, step: int, max_steps: int) -> float:
+        """Steps at the speed since the last log line, and everything else (evaluations, checkpoints) at its mean so far."""
+        per_step = self.busy / (step - self.last_step)
+        self.all_busy += self.busy
+        others = (time.perf_counter() - self.began - self.all_busy) / (step - self.first_step)
+        self.last_step, self.busy = step, 0.0
+        return (per_step + others) * (max_steps - step)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

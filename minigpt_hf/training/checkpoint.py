@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..atomic import MANIFEST, rename_aside, seal, sha256, to_disk
+from ..atomic import MANIFEST, fsync, rename_aside, seal, sha256
 from .run_folder import FINGERPRINT, RunFolder
 
 
@@ -29,7 +29,7 @@ def atomic_checkpoint(checkpoint: Path) -> Iterator[Path]:
         if checkpoint.exists():  # the run was resumed from an earlier checkpoint
             rename_aside(checkpoint)
         folder.rename(checkpoint)
-        to_disk(checkpoint.parent)
+        fsync(checkpoint.parent)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
 

@@ -1,7 +1,6 @@
-"""A recipe and what overrides it -> the arguments of a training; and back.
+"""Recipes, flags and keywords as settings, and settings as a recipe.
 
-In: the name of a recipe (YAML, in `recipes/`) or a file, and flags or keywords. Out: the three dataclasses of `arguments`;
-or, of a training, the recipe that gives it again. It refuses unknown recipes, keys and flags, and names the nearest ones.
+A recipe is a YAML file whose keys are names of settings, in `recipes/` or elsewhere; flags and keywords override it.
 """
 
 import copy
@@ -126,7 +125,7 @@ def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Se
     Raises:
         MiniGPTError: if a flag or keyword asks for another text than the prepared one.
     """
-    from ..data.corpus import public  # imports `datasets`, which `--help` does not need
+    from ..data.corpus import public_name  # imports `datasets`, which `--help` does not need
     from ..data.prepared import is_prepared, prepared_settings
 
     data = settings.data
@@ -137,7 +136,7 @@ def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Se
         del stored["vocab_size"]  # it has no effect on another tokenizer, which `AutoConfigurator` reports
     asked = {name: vars(data)[name] for name in stored if name in given}
     if "tokenizer" in asked:
-        asked["tokenizer"] = public(data.tokenizer)
+        asked["tokenizer"] = public_name(data.tokenizer)
     if other := [name for name, value in asked.items() if value != stored[name]]:
         flags = ", ".join(f"--{name} {asked[name]}" for name in other)
         made_with = ", ".join(f"{name} {stored[name]}" for name in other)

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedConfig, Trainer
 
 from .. import __version__
-from ..data.corpus import public
+from ..data.corpus import public_name
 from ..data.prepared import PreparedText
 from ..data.sources import names_hub_dataset
 from ..data.stream import TokenStream
@@ -67,16 +67,16 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": {name: public(value) if name in WHERE else value for name, value in resolved(settings).items()},
+        "recipe": {name: public_name(value) if name in WHERE else value for name, value in resolved(settings).items()},
         "data": {
-            "name": public(text.name),
+            "name": public_name(text.name),
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
-            "cut": text.cut,
+            "cut": text.split_description,
             "train": describe_stream(text.train),
             "validation": describe_validation(text) if text.validation else None,
         },
         "tokenizer": {
-            "kind": {"bpe": "byte-level BPE"}.get(text.kind, public(text.kind)),
+            "kind": {"bpe": "byte-level BPE"}.get(text.kind, public_name(text.kind)),
             "vocab_size": vocabulary_size(text.tokenizer),
             "bytes_per_token": text.train.bytes / (len(text.train) - len(text.train.documents)),
             "opening": text.tokenizer.eos_token if text.tokenizer.bos_token is None else text.tokenizer.bos_token,
@@ -187,7 +187,7 @@ def show_plan(trainer: Trainer, text: PreparedText, done: int = 0) -> None:
     print(
         f"device        {device_name(args)}, {precision}\n"
         f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
-        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.cut}"
+        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.split_description}"
         f"{f'; scored: {text.scored}' if text.scored else ''}\n"
         f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
         f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{learnt(model)}\n"

@@ -214,7 +214,7 @@ def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedCo
         "transformers": transformers.__version__,
         DESCRIBED: {
             "data": f"{text.name} ({sizes(text.train)})",
-            "validation": f"{text.cut} ({sizes(text.validation)})" if text.validation else None,
+            "validation": f"{text.split_description} ({sizes(text.validation)})" if text.validation else None,
             "tokenizer": f"{text.kind} ({vocabulary_size(text.tokenizer):,} tokens)",
             "init_from": architecture.init_from,
         },

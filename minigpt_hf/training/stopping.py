@@ -1,8 +1,4 @@
-"""Why a run may stop before its end, each with an exit code of its own, and how it stops in order.
-
-In: signals, a full disk, a non-finite loss. Out: an exception that says in one line what happened and how to resume.
-It refuses to lose a checkpoint that was there.
-"""
+"""Orderly stops: signals that save a checkpoint at the next step boundary, and early stopping."""
 
 import errno
 import math
@@ -33,10 +29,10 @@ class _Stop(KeyboardInterrupt):
 
 
 class StopAtBoundary(TrainerCallback):
-    """SIGTERM, SIGINT and SIGHUP save at the next step boundary and end the run; a second one ends it at once.
+    """Save a checkpoint at the next step boundary on SIGTERM, SIGINT or SIGHUP, and end the run; at once on a second signal.
 
-    Before training there is nothing to save, and they end the run at once, but clean up. A signal that was ignored when
-    the run started (`nohup`) stays ignored. Must exist because the Trainer ends at once on either, and saves nothing.
+    Before training begins, a signal ends the run immediately, with cleanup. A signal that was ignored when the run started
+    (`nohup`) stays ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only, and not the time before training.
     """
 
     def __init__(self):

@@ -21,7 +21,7 @@ from transformers.utils import is_in_notebook
 
 from .. import __version__
 from ..atomic import write_files
-from ..data.blocks import Blocks
+from ..data.blocks import SequenceDataset
 from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.prepared import PreparedText, is_prepared, prepare
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -244,7 +244,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
     data, architecture, training = settings
     model = build_model(plan.config, architecture)
-    blocks = Blocks(text.train, data.block_size, training.seed)
+    blocks = SequenceDataset(text.train, data.block_size, training.seed)
     progress = ProgressLogger(
         run.log,
         tokens_per_step(training, data.block_size),
@@ -283,7 +283,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     return trainer
 
 
-def patience(training: MiniGPTTrainingArguments, blocks: Blocks) -> int:
+def patience(training: MiniGPTTrainingArguments, blocks: SequenceDataset) -> int:
     """Evaluations without improvement after which to stop; 0 for never, since a text that is read once is not memorized."""
     if training.early_stopping_patience is not None:
         return training.early_stopping_patience

@@ -1,7 +1,6 @@
-"""Blocks -> checkpoints: the one subclass of transformers' `Trainer`, and why each override must exist.
+"""`MiniGPTTrainer`, the subclass of transformers' `Trainer`, with the reason for each override.
 
-In: a model, training blocks, a validation stream. Out: `checkpoint-N/` folders that each load with `from_pretrained`. The
-loop, devices, accumulation, mixed precision, schedules and logging are the Trainer's own.
+The training loop, devices, gradient accumulation, mixed precision, schedules and logging are the Trainer's own.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import PushInProgress
 
-from ..data.blocks import Blocks, BlockSampler
+from ..data.blocks import SequenceDataset, SequenceSampler
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import DiskFullError, MiniGPTError, NonFiniteLossError, UntrainedModelError
@@ -51,7 +50,7 @@ class MiniGPTTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: MiniGPTTrainingArguments,
-        blocks: Blocks,
+        blocks: SequenceDataset,
         validation: TokenStream | None,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
@@ -83,9 +82,9 @@ class MiniGPTTrainer(Trainer):
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Blocks | None = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: SequenceDataset | None = None) -> Sampler:
         """Because the order of blocks is computed from (seed, epoch), where a `RandomSampler` would store it."""
-        self.block_sampler = BlockSampler(len(self.train_dataset), self.train_dataset.seed)
+        self.block_sampler = SequenceSampler(len(self.train_dataset), self.train_dataset.seed)
         return self.block_sampler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -202,7 +201,7 @@ class MiniGPTTrainer(Trainer):
                     f"{self.resumed_from}: was saved at step {self.announced_step}, and is loaded at step "
                     f"{self.state.global_step}: it was changed meanwhile; run the same command again"
                 )
-        self.block_sampler.passed = batches * self._train_batch_size * self.args.world_size
+        self.block_sampler.num_skipped = batches * self._train_batch_size * self.args.world_size
         self.steps_logged = self.state.global_step
         # At the last step no epoch is left; `_run_epoch` is to be called once all the same.
         return (num_train_epochs - 1, 0) if self.state.global_step >= max_steps else (epochs, batches)
@@ -324,8 +323,8 @@ class MiniGPTTrainer(Trainer):
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             nats, tokens, documents = score_documents(
                 self.model,
-                stream.texts(),
-                stream.end_of_text,
+                stream.iterate_documents(),
+                stream.bos_token_id,
                 block_size,
                 batch_size=self.args.per_device_eval_batch_size,
                 rank=self.args.process_index,

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.trial import prepare
 from minigpt_hf import MiniGPTForCausalLM
-from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.training.recipe import read_recipe
 
 
@@ -33,13 +33,13 @@ class Change:
     flags: tuple[str, ...] = ()
     batch_factor: float = 1.0
     initialize: Callable[[MiniGPTForCausalLM], None] = lambda model: None
-    dataset_class: type[Blocks] = Blocks
+    dataset_class: type[SequenceDataset] = SequenceDataset
 
 
-class FixedOffsetBlocks(Blocks):
+class FixedOffsetBlocks(SequenceDataset):
     """Blocks that are the same in every epoch, in a different order: the usual practice."""
 
-    def shift(self, epoch: int) -> int:
+    def epoch_offset(self, epoch: int) -> int:
         return 0
 
 

@@ -50,13 +50,13 @@ def resume_at(step: int, folder: Path) -> None:
     from torch.utils.data import DataLoader
 
     import minigpt_hf  # noqa: F401 (part of the start-up time)
-    from minigpt_hf.data.blocks import Blocks, BlockSampler
+    from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
     from minigpt_hf.data.stream import TokenStream
 
     if step:
-        blocks = Blocks(TokenStream.open(folder), BLOCK_SIZE, seed=0)
-        sampler = BlockSampler(len(blocks), seed=0)
-        sampler.passed = step * BATCH
+        blocks = SequenceDataset(TokenStream.open(folder), BLOCK_SIZE, seed=0)
+        sampler = SequenceSampler(len(blocks), seed=0)
+        sampler.num_skipped = step * BATCH
         loader = Accelerator(cpu=True).prepare(DataLoader(blocks, BATCH, sampler=sampler, collate_fn=blocks.collate))
         assert next(iter(skip_first_batches(loader, step)))["input_ids"].shape == (BATCH, BLOCK_SIZE)
 

@@ -10,7 +10,7 @@ import bare_loop
 from transformers import set_seed
 
 from minigpt_hf import MiniGPTForCausalLM
-from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.inference.evaluation import score_documents
 from minigpt_hf.training.arguments import Settings
@@ -27,15 +27,15 @@ class Trial:
 
     arguments: Settings
     model: MiniGPTForCausalLM
-    blocks: Blocks
+    blocks: SequenceDataset
     validation: TokenStream
 
     def run(self) -> float:
         """Train and return the validation loss, in nats per token."""
         data, _, training = self.arguments
         bare_loop.train_model(self.model, self.blocks, training)
-        bos_token_id = self.validation.end_of_text
-        documents = self.validation.texts()
+        bos_token_id = self.validation.bos_token_id
+        documents = self.validation.iterate_documents()
         nats, tokens, _ = score_documents(self.model, documents, bos_token_id, data.block_size, batch_size=32)
         return nats / tokens
 
@@ -45,7 +45,7 @@ def prepare(
     flags: Sequence[str],
     *,
     initialize: Callable[[MiniGPTForCausalLM], None] = lambda model: None,
-    dataset_class: type[Blocks] = Blocks,
+    dataset_class: type[SequenceDataset] = SequenceDataset,
 ) -> Trial:
     """Resolve the settings, prepare the data and initialize the model.
 

@@ -1,4 +1,4 @@
-"""Text is read as documents, and cut into train and validation that share none."""
+"""Text is read as documents and divided into training and validation splits without common documents."""
 
 import functools
 import gzip
@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.documents import Documents
+from minigpt_hf.data.documents import IndexedDocuments
 
 
 def write_files(folder, texts: dict[str, str]):
@@ -20,19 +20,15 @@ def write_files(folder, texts: dict[str, str]):
     return str(folder)
 
 
-def cut_by_characters(corpus) -> tuple[str, str]:
-    return "".join(corpus.train), "".join(corpus.validation)
-
-
 def test_a_file_is_one_document_and_its_tail_is_validation(text, text_file):
     corpus = load_corpus(str(text_file))
-    cut = int(len(text) * 0.9)
-    assert list(corpus.train) == [text[:cut]]
-    assert list(corpus.validation) == [text[cut:]]
-    assert corpus.cut == f"the last {len(text) - cut:,} of {len(text):,} characters"
+    boundary = int(len(text) * 0.9)
+    assert list(corpus.train) == [text[:boundary]]
+    assert list(corpus.validation) == [text[boundary:]]
+    assert corpus.split_description == f"the last {len(text) - boundary:,} of {len(text):,} characters"
 
 
-def test_the_cut_of_few_documents_may_fall_inside_one_or_between_two(tmp_path):
+def test_the_split_of_few_documents_may_divide_a_document(tmp_path):
     folder = write_files(tmp_path / "a", {"1.txt": "abcde", "2.txt": "fghij"})
     inside = load_corpus(folder, validation_fraction=0.3)
     assert (list(inside.train), list(inside.validation)) == (["abcde", "fg"], ["hij"])
@@ -47,7 +43,7 @@ def test_a_folder_is_read_in_order_without_hidden_empty_or_other_files(tmp_path)
     assert corpus.validation is None
 
 
-def test_of_many_documents_a_tenth_is_chosen_by_content_alone(tmp_path):
+def test_of_many_documents_a_tenth_is_held_out_by_content_hash(tmp_path):
     texts = [f"document {i}\n" * (i + 1) for i in range(40)]
     one = load_corpus(write_files(tmp_path / "one", {f"{i:02}.txt": text for i, text in enumerate(texts)}))
     other = load_corpus(write_files(tmp_path / "other", {f"{40 - i:02}.txt": text for i, text in enumerate(texts)}))
@@ -57,34 +53,34 @@ def test_of_many_documents_a_tenth_is_chosen_by_content_alone(tmp_path):
     assert one.validation.fingerprint != one.train.fingerprint
 
 
-def test_copies_of_a_document_stay_on_one_side(tmp_path):
+def test_copies_of_a_document_are_in_the_same_split(tmp_path):
     texts = {f"{i:02}.txt": f"document {i % 20}" for i in range(60)}
     corpus = load_corpus(write_files(tmp_path, texts))
     assert set(corpus.train).isdisjoint(corpus.validation)
-    assert len(corpus.validation) == 6  # a tenth of 20 different ones, three times each
+    assert len(corpus.validation) == 6  # a tenth of 20 distinct documents, three copies of each
 
 
-def test_the_head_is_a_prefix_of_the_text_and_the_fingerprint_follows_the_content(tmp_path):
+def test_the_head_is_a_prefix_of_the_text_and_the_fingerprint_depends_on_the_content(tmp_path):
     corpus = load_corpus(write_files(tmp_path, {"1.txt": "abcde", "2.txt": "fghij"}), validation_fraction=0.3)
-    whole = "".join(corpus.train)
+    complete = "".join(corpus.train)
     for characters in range(1, 12):
         head = corpus.train.head(characters)
-        assert "".join(head) == whole[:characters]
-        assert head.characters == min(characters, len(whole))
+        assert "".join(head) == complete[:characters]
+        assert head.characters == min(characters, len(complete))
     assert "".join(corpus.validation.head(2)) == "hi"
     assert len({corpus.train.head(n).fingerprint for n in (3, 4, 5, 6)}) == 4
 
 
-def test_the_standard_library_is_real_text_on_this_disk():
+def test_the_standard_library_provides_several_megabytes_of_text():
     corpus = load_corpus("stdlib")
-    assert isinstance(corpus.train, Documents)
+    assert isinstance(corpus.train, IndexedDocuments)
     assert corpus.train.characters > 3_000_000
     assert any("class ArgumentParser" in text for part in (corpus.train, corpus.validation) for text in part)
     assert not any("import pytest" in text for text in corpus.train)
 
 
 def test_a_url_is_read_like_a_file(text, text_file, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # loopback is no network
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # the server is on loopback
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=text_file.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -95,9 +91,9 @@ def test_a_url_is_read_like_a_file(text, text_file, monkeypatch):
     assert "".join([*corpus.train, *corpus.validation]) == text
 
 
-def test_what_a_url_names_is_as_its_ending_says_and_new_when_it_has_changed(tmp_path, monkeypatch):
-    """This server sends no ETag, so nothing but the content tells."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # loopback is no network
+def test_a_url_has_the_format_of_its_extension_and_changed_content_is_downloaded_again(tmp_path, monkeypatch):
+    """The server sends no ETag, so only the content shows the change."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # the server is on loopback
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -114,7 +110,7 @@ def test_what_a_url_names_is_as_its_ending_says_and_new_when_it_has_changed(tmp_
         server.shutdown()
 
 
-def test_another_encoding_can_be_named(tmp_path):
+def test_another_encoding_can_be_specified(tmp_path):
     file = tmp_path / "latin.txt"
     file.write_bytes("café au lait".encode("latin-1"))
     assert "".join(load_corpus(str(file), 0, encoding="latin-1").train) == "café au lait"
@@ -125,19 +121,19 @@ def test_another_encoding_can_be_named(tmp_path):
     [
         (lambda folder: folder / "absent.txt", "no such file or folder"),
         (lambda folder: folder, "no text file or table in this folder"),
-        (lambda folder: (folder / "empty.txt").write_text("") or folder / "empty.txt", "there is no text in it"),
+        (lambda folder: (folder / "empty.txt").write_text("") or folder / "empty.txt", "contains no text"),
         (
             lambda folder: (folder / "bad.txt").write_bytes(b"abc\xff\xfe") and folder / "bad.txt",
-            r"bad.txt: not utf-8 text: byte 0xff at position 3; name its encoding",
+            r"bad.txt: not utf-8 text: byte 0xff at position 3; specify its encoding",
         ),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(make, message, tmp_path):
+def test_unreadable_data_is_an_error_that_names_it(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_corpus(str(make(tmp_path)))
 
 
-def test_an_encoding_that_does_not_exist_and_a_fraction_that_cannot_be_are_refused(text_file):
+def test_an_unknown_encoding_and_an_invalid_fraction_are_errors(text_file):
     with pytest.raises(ValueError, match="encoding 'utf-9' is unknown"):
         load_corpus(str(text_file), encoding="utf-9")
     with pytest.raises(ValueError, match=r"validation_fraction is 1\.0"):
@@ -151,7 +147,7 @@ def write_documents(folder, texts: list[str]) -> str:
     return str(folder)
 
 
-def test_shares_far_from_those_asked_for_are_reported(tmp_path, caplog):
+def test_a_warning_is_logged_if_the_held_out_share_differs_much_from_the_requested_one(tmp_path, caplog):
     words = [f"document {number:02}\n" * 10 for number in range(30)]
     load_corpus(write_documents(tmp_path / "alike", words))
     assert "held out" not in caplog.text
@@ -161,8 +157,8 @@ def test_shares_far_from_those_asked_for_are_reported(tmp_path, caplog):
     share = 100 * corpus.validation.characters / (corpus.validation.characters + corpus.train.characters)
     assert share > 60
     total = corpus.validation.characters + corpus.train.characters
-    assert f"{share:.3g}% of its characters are held out where --validation_fraction asks for 10%" in caplog.text
-    assert f"training keeps only {corpus.train.characters:,} of {total:,} characters" in caplog.text
+    assert f"{share:.3g}% of its characters are held out, while --validation_fraction requests 10%" in caplog.text
+    assert f"only {corpus.train.characters:,} of {total:,} characters remain for training" in caplog.text
     caplog.clear()
     load_corpus(copies, 0.6)
-    assert "training keeps" not in caplog.text
+    assert "remain for training" not in caplog.text

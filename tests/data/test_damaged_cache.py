@@ -1,4 +1,4 @@
-"""A damaged cache is rebuilt and said so; a damaged prepared text is refused; neither is ever trained on."""
+"""A damaged cache entry is rebuilt with a warning; a damaged prepared text is an error. Neither is trained on."""
 
 import json
 import logging
@@ -16,9 +16,9 @@ from minigpt_hf.data.prepared import PreparedText, prepare
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, position: int) -> None:
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     file.write_bytes(bytes(content))
 
 
@@ -40,9 +40,9 @@ STREAM = ("manifest.json", "stream.json", "documents.npy", "tokens.bin")
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, text):
-    """Nine documents in a table, so that their index is cached, too."""
+    """Nine documents in a table, so that the cache also contains an index of documents."""
     file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    lines = [text[place * 3000 : (place + 1) * 3000] for place in range(9)]
+    lines = [text[start : start + 3000] for start in range(0, 27_000, 3000)]
     file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return file
 
@@ -60,9 +60,9 @@ def content(text: PreparedText) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def whole(texts, tmp_path_factory):
-    """A cache with a tokenizer, an index of documents and two streams, and what a training is given of it."""
-    cache = tmp_path_factory.mktemp("whole") / "cache"
+def intact(texts, tmp_path_factory):
+    """A cache with a tokenizer, a table, an index of documents and two streams, and the content read from it."""
+    cache = tmp_path_factory.mktemp("intact") / "cache"
     return cache, content(prepared(texts, cache))
 
 
@@ -75,8 +75,8 @@ def files_of(cache: Path) -> list[Path]:
     ]
 
 
-def test_the_cache_holds_what_the_damage_is_tried_on(whole):
-    cache, _ = whole
+def test_the_cache_contains_the_expected_files(intact):
+    cache, _ = intact
     names = sorted(file.name for file in files_of(cache))
     assert [name for name in names if not name.startswith("index")] == sorted(
         [*STREAM, *STREAM, "manifest.json", "tokenizer.json", "rows.arrow", *["manifest.json"] * (len(names) - 10 - 2)]
@@ -85,8 +85,8 @@ def test_the_cache_holds_what_the_damage_is_tried_on(whole):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["tokenizers", "streams", "documents", "tables"])
-def test_each_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, whole, texts, tmp_path, caplog):
-    original, expected = whole
+def test_a_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, intact, texts, tmp_path, caplog):
+    original, expected = intact
     caplog.set_level(logging.INFO, "minigpt_hf")
     for number, file in enumerate(sorted(file for file in files_of(original) if kind in file.parts)):
         cache = tmp_path / str(number)
@@ -96,18 +96,19 @@ def test_each_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, wh
         for start in range(2):
             caplog.clear()
             assert content(prepared(texts, cache)) == expected, file.name
-            said = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
-            assert len(said) == (start == 0), file.name
+            warnings = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+            assert len(warnings) == (start == 0), file.name
             if start == 0:
-                assert said[0].startswith(f"{damaged.parent}: the cached ")
-                assert said[0].endswith("it is rebuilt")
-                assert file.name in said[0] or file.name == "manifest.json"  # a damaged sum tells of the file it is of
+                assert warnings[0].startswith(f"{damaged.parent}: the cached ")
+                assert warnings[0].endswith("will be rebuilt")
+                # A damaged manifest is reported as a difference in one of the other files.
+                assert file.name in warnings[0] or file.name == "manifest.json"
         assert {path.name for path in (cache / kind).iterdir()} == {path.name for path in (original / kind).iterdir()}
 
 
-def test_a_flipped_byte_is_noticed_though_size_and_modification_time_are_as_before(whole, texts, tmp_path):
-    """Also where the sum has been verified before, long enough ago for that to be remembered."""
-    original, expected = whole
+def test_a_flipped_byte_is_detected_although_size_and_modification_time_are_unchanged(intact, texts, tmp_path):
+    """Even if the file was verified earlier, long enough ago for its state to be recorded."""
+    original, expected = intact
     cache = tmp_path / "cache"
     shutil.copytree(original, cache)
     prepared(texts, cache)
@@ -121,8 +122,8 @@ def test_a_flipped_byte_is_noticed_though_size_and_modification_time_are_as_befo
     assert content(prepared(texts, cache)) == expected
 
 
-def test_an_unchanged_file_is_hashed_once(whole, texts, tmp_path, monkeypatch):
-    original, expected = whole
+def test_an_unchanged_file_is_hashed_once(intact, texts, tmp_path, monkeypatch):
+    original, expected = intact
     cache = tmp_path / "cache"
     shutil.copytree(original, cache)
     time.sleep(2.1)
@@ -136,13 +137,13 @@ def test_an_unchanged_file_is_hashed_once(whole, texts, tmp_path, monkeypatch):
     assert "tokens.bin" not in opened
 
 
-def test_files_that_do_not_fit_together_are_rebuilt_though_their_sums_are_right(whole, texts, tmp_path):
-    """As a faulty program would have written them: the manifest agrees, the offsets do not point to documents."""
+def test_inconsistent_files_are_rebuilt_although_their_sums_are_correct(intact, texts, tmp_path):
+    """As written by a faulty program: the manifest is correct, but the offsets do not point to BOS tokens."""
     from minigpt_hf.atomic import seal
 
-    original, expected = whole
+    original, expected = intact
     for number, change in enumerate(
-        (lambda places: places + 1, lambda places: places[::-1], lambda places: places[1:])
+        (lambda offsets: offsets + 1, lambda offsets: offsets[::-1], lambda offsets: offsets[1:])
     ):
         cache = tmp_path / str(number)
         shutil.copytree(original, cache)
@@ -152,8 +153,8 @@ def test_files_that_do_not_fit_together_are_rebuilt_though_their_sums_are_right(
         assert content(prepared(texts, cache)) == expected
 
 
-def test_an_entry_of_an_earlier_version_without_a_manifest_is_rebuilt(whole, texts, tmp_path, caplog):
-    original, expected = whole
+def test_an_entry_of_an_earlier_version_without_a_manifest_is_rebuilt(intact, texts, tmp_path, caplog):
+    original, expected = intact
     cache = tmp_path / "cache"
     shutil.copytree(original, cache)
     for file in cache.rglob("manifest.json"):
@@ -162,12 +163,12 @@ def test_an_entry_of_an_earlier_version_without_a_manifest_is_rebuilt(whole, tex
     assert "manifest.json is missing" in caplog.text
 
 
-# -- a prepared text, which has no source to be rebuilt from ----------------------------------------------------------
+# -- prepared texts, which cannot be rebuilt --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def kept(texts, recipe_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kept") / "kept"
+def prepared_folder(texts, recipe_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "prepared"
     argv = ["tokenize", "--recipe", recipe_file, "--data", texts, "--output_dir", folder]
     assert main([str(word) for word in argv]) == 0
     return folder
@@ -179,24 +180,24 @@ def trained(recipe, folder, run) -> int:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_prepared_text_is_refused_in_one_line(damage, kept, recipe_file, tmp_path, capsys):
-    for number, file in enumerate(sorted(file for file in kept.rglob("*") if file.is_file())):
+def test_a_damaged_prepared_text_is_reported_in_one_line(damage, prepared_folder, recipe_file, tmp_path, capsys):
+    for number, file in enumerate(sorted(file for file in prepared_folder.rglob("*") if file.is_file())):
         folder = tmp_path / str(number)
-        shutil.copytree(kept, folder)
-        DAMAGE[damage](folder / file.relative_to(kept))
+        shutil.copytree(prepared_folder, folder)
+        DAMAGE[damage](folder / file.relative_to(prepared_folder))
         if file.name == "prepared.json" and damage == "missing":
-            continue  # then it is not a prepared text
+            continue  # no longer a prepared text
         assert trained(recipe_file, folder, tmp_path / "run") == 2, file.name
         err = capsys.readouterr().err
-        (said,) = [line for line in err.splitlines() if line.startswith("minigpt")]
-        assert str(folder) in said
-        assert "`minigpt tokenize`" in said
+        (line,) = [line for line in err.splitlines() if line.startswith("minigpt")]
+        assert str(folder) in line
+        assert "`minigpt tokenize`" in line
         assert "Traceback" not in err
 
 
-def test_a_run_does_not_resume_on_a_damaged_prepared_text(kept, recipe_file, tmp_path, capsys):
-    folder = tmp_path / "kept"
-    shutil.copytree(kept, folder)
+def test_a_run_does_not_resume_on_a_damaged_prepared_text(prepared_folder, recipe_file, tmp_path, capsys):
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared_folder, folder)
     assert trained(recipe_file, folder, tmp_path / "run") == 0
     shutil.rmtree(tmp_path / "run" / "model")
     tokens = folder / "train" / "tokens.bin"
@@ -206,9 +207,11 @@ def test_a_run_does_not_resume_on_a_damaged_prepared_text(kept, recipe_file, tmp
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_prepared_text_of_the_format_without_a_manifest_is_refused(kept, recipe_file, tmp_path, capsys):
-    folder = tmp_path / "kept"
-    shutil.copytree(kept, folder)
+def test_a_prepared_text_of_an_earlier_format_without_a_manifest_is_an_error(
+    prepared_folder, recipe_file, tmp_path, capsys
+):
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared_folder, folder)
     (folder / "manifest.json").unlink()
     about = json.loads((folder / "prepared.json").read_text())
     del about["version"]
@@ -217,14 +220,16 @@ def test_a_prepared_text_of_the_format_without_a_manifest_is_refused(kept, recip
     assert "has format 1, and 3 is required: create it again with `minigpt tokenize`" in capsys.readouterr().err
 
 
-def test_a_stream_of_another_tokenizer_is_refused_though_all_sums_are_right(kept, recipe_file, tmp_path, capsys):
+def test_a_stream_of_another_tokenizer_is_an_error_although_sums_are_correct(
+    prepared_folder, recipe_file, tmp_path, capsys
+):
     from minigpt_hf.atomic import seal
     from minigpt_hf.data.tokenizer import byte_tokenizer
 
-    folder = tmp_path / "kept"
-    shutil.copytree(kept, folder)
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared_folder, folder)
     shutil.rmtree(folder / "tokenizer")
     byte_tokenizer().save_pretrained(folder / "tokenizer")
     seal(folder)
     assert trained(recipe_file, folder, tmp_path / "run") == 2
-    assert "train/ was not made with tokenizer/" in capsys.readouterr().err
+    assert "train/ was not encoded with tokenizer/" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A gigabyte in one file is prepared within bounds of memory, and found again in a blink. Opt-in: a quarter of an hour.
+"""A gigabyte in one file is tokenized in bounded memory, and then read from the cache. Opt-in: takes 15 minutes.
 
 MINIGPT_GIGABYTES=1 .venv/bin/python -m pytest tests/data/test_gigabyte.py
 """
@@ -25,13 +25,13 @@ print(json.dumps({"seconds": time.perf_counter() - began, "bytes": 1024 * int(ow
 """
 
 
-@pytest.mark.skipif(not GIGABYTES, reason="takes a quarter of an hour: set MINIGPT_GIGABYTES=1")
-def test_a_gigabyte_is_prepared_within_bounds_and_found_again_in_two_seconds(text, tmp_path):
+@pytest.mark.skipif(not GIGABYTES, reason="takes 15 minutes: set MINIGPT_GIGABYTES=1")
+def test_a_gigabyte_is_tokenized_in_bounded_memory_and_read_from_the_cache_in_two_seconds(text, tmp_path):
     lines, size = text.splitlines(keepends=True), 0
     with (tmp_path / "large.txt").open("w", encoding="utf-8") as file:
         while size < GIGABYTES * 1e9:
-            for shift in range(0, len(lines), 7):  # each copy in another order, so that no two stretches are alike
-                size += file.write("".join(lines[shift:] + lines[:shift]))
+            for start in range(0, len(lines), 7):  # each copy is rotated, so that no two long passages are equal
+                size += file.write("".join(lines[start:] + lines[:start]))
                 if size >= GIGABYTES * 1e9:
                     break
     argv = [sys.executable, "-c", PREPARE, str(tmp_path / "large.txt"), str(tmp_path / "cache")]

@@ -1,4 +1,4 @@
-"""Datasets of the Hub: whole, streamed, with configurations and splits of their own. The Hub is on loopback."""
+"""Hub datasets: downloaded or streamed, with configurations and splits. The Hub is a server on loopback."""
 
 import json
 
@@ -32,10 +32,10 @@ def plays(hub, tmp_path) -> str:
     return "user/plays"
 
 
-def test_a_dataset_brings_its_own_validation_split(plays):
+def test_the_validation_split_of_a_dataset_is_used(plays):
     corpus = load_corpus(f"{plays}:long")
     assert (list(corpus.train), list(corpus.validation)) == (ROWS, ["held out"] * 3)
-    assert corpus.cut == "the validation split that comes with it"
+    assert corpus.split_description == "the validation split that comes with it"
     part = load_corpus(f"{plays}:long", 0, split="train[:5%]")
     assert list(part.train) == ROWS[:10]
     short = load_corpus(f"{plays}:short", 0.4)
@@ -43,7 +43,7 @@ def test_a_dataset_brings_its_own_validation_split(plays):
     assert "".join([*short.train, *short.validation]) == "".join(ROWS[:5])
 
 
-def test_a_stream_is_cut_by_content_and_ends_at_so_many_tokens(plays, tmp_path):
+def test_a_streamed_dataset_is_split_by_content_and_limited_to_max_tokens(plays, tmp_path):
     streamed = load_corpus(f"{plays}:long", 0.1, streaming=True)
     assert list(streamed.train) == ROWS
     assert list(streamed.validation) == ["held out"] * 3
@@ -53,13 +53,13 @@ def test_a_stream_is_cut_by_content_and_ends_at_so_many_tokens(plays, tmp_path):
     assert 8 <= len(validation) <= 40
     assert "".join(part.validation.head(50)) == "".join(validation)[:50]
 
-    whole = build_stream(load_corpus(f"{plays}:long", 0).train, byte_tokenizer(), tmp_path)
+    complete = build_stream(load_corpus(f"{plays}:long", 0).train, byte_tokenizer(), tmp_path)
     stream = prepare(streamed, "bytes", 0, tmp_path, block_size=8, validation_characters=10, max_tokens=1000).train
     assert 1000 <= len(stream) < 1200
-    assert stream.tokens.tolist() == whole.tokens[: len(stream)].tolist()
+    assert stream.tokens.tolist() == complete.tokens[: len(stream)].tolist()
 
 
-def test_a_mixture_of_streams_keeps_its_shares(plays, hub, tmp_path):
+def test_a_mixture_of_streams_has_the_requested_shares(plays, hub, tmp_path):
     datasets.Dataset.from_dict({"text": ["x" * 40] * 500}).to_parquet(tmp_path / "x.parquet")
     hub.put("user/x", {"train.parquet": (tmp_path / "x.parquet").read_bytes()}, repo_type="datasets")
     corpus = load_corpus(f"{plays}:long:0.75,user/x:0.25", 0, streaming=True)
@@ -83,9 +83,9 @@ def test_files_of_a_repository_are_read_by_their_urls(plays, tmp_path):
     assert "config_name: long" in "".join(load_corpus(f"hf://datasets/{plays}/README.md", 0).train)
 
 
-def test_what_the_hub_refuses_is_told_in_a_line(hub):
+def test_a_dataset_that_cannot_be_loaded_is_an_error(hub):
     hub.put("user/empty", {"README.md": b"nothing"}, repo_type="datasets")
-    with pytest.raises(ValueError, match="user/absent: is no file or folder here, and cannot be had from the Hub"):
+    with pytest.raises(ValueError, match="user/absent: no such file or folder, and it cannot be loaded from the Hub"):
         load_corpus("user/absent")
     with pytest.raises(ValueError, match="user/empty"):
         load_corpus("user/empty")

@@ -1,4 +1,4 @@
-"""Tokenizing can be killed, interrupted, started several times at once and run out of disk: the cache stays correct."""
+"""The cache remains correct if tokenization is killed, interrupted, run concurrently, or runs out of disk space."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 
-# Each piece takes so much longer, and that the first one is being encoded is told by a file.
+# Delays the encoding of each chunk, and creates a file when encoding has started.
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -26,11 +26,11 @@ from minigpt_hf.data import tokenizer
 cache, slow = Path(sys.argv[1]), float(sys.argv[2])
 encode = tokenizer.Encoder.__call__
 
-def slowly(self, piece):
+def slowly(self, text):
     if slow:
         Path(f"{cache}.began").touch()
         time.sleep(slow)
-    return encode(self, piece)
+    return encode(self, text)
 
 tokenizer.Encoder.__call__ = slowly
 """
@@ -58,7 +58,7 @@ sys.exit(main(["tokenize", "--tokenizer", "bytes", "--num_proc", "2", "--cache_d
 
 @pytest.fixture(scope="module")
 def large(text, tmp_path_factory) -> Path:
-    """Enough for a pool of processes: 2.4 million characters, a tenth of which are held out."""
+    """2.4 million characters, a tenth of them held out: enough for a process pool."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(24):
         (folder / f"{number:02}.txt").write_text((text * 2)[number : 100_000 + number])
@@ -101,7 +101,7 @@ def expected(large, tmp_path_factory) -> str:
     return result(start(PREPARE, tmp_path_factory.mktemp("expected") / "cache", 0, large))
 
 
-def test_processes_that_start_at_once_use_one_result(large, expected, tmp_path):
+def test_concurrent_processes_use_one_result(large, expected, tmp_path):
     processes = [start(PREPARE, tmp_path / "cache", 0, large) for _ in range(4)]
     assert [result(process) for process in processes] == [expected] * 4
     assert leftovers(tmp_path / "cache") == []
@@ -109,8 +109,8 @@ def test_processes_that_start_at_once_use_one_result(large, expected, tmp_path):
     assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
 
 
-def test_a_killed_start_leaves_no_process_and_the_next_removes_what_it_left(large, expected, tmp_path):
-    """SIGKILL while two processes tokenize; while another start is at work, its directory is not touched."""
+def test_a_killed_process_leaves_no_workers_and_the_next_removes_its_files(large, expected, tmp_path):
+    """SIGKILL while two workers tokenize. The temporary directory of another running process is not removed."""
     cache = tmp_path / "cache"
     killed = start(PREPARE, cache, 0.2, large)
     wait_for(Path(f"{cache}.began").exists)
@@ -123,16 +123,16 @@ def test_a_killed_start_leaves_no_process_and_the_next_removes_what_it_left(larg
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert result(start(PREPARE, cache, 0, large)) == expected
     assert not Path(dead).exists()
-    assert result(alive) == expected  # which it could not be if its directory had been removed
+    assert result(alive) == expected  # impossible if its directory had been removed
     assert leftovers(cache) == []
 
 
 @pytest.mark.parametrize(
     ("number", "group"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)], ids=str
 )
-def test_a_signal_while_tokenizing_ends_all_processes_and_leaves_nothing(number, group, large, tmp_path):
-    """`minigpt tokenize` in a process group of its own; Ctrl+C reaches the whole group."""
-    flags = ["--data", large, "--output_dir", tmp_path / "kept"]
+def test_a_signal_during_tokenization_ends_all_processes_and_leaves_no_files(number, group, large, tmp_path):
+    """`minigpt tokenize` in its own process group; Ctrl+C is sent to the entire group."""
+    flags = ["--data", large, "--output_dir", tmp_path / "prepared"]
     process = start(TOKENIZE, tmp_path / "cache", 0.2, *flags)
     wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -143,46 +143,46 @@ def test_a_signal_while_tokenizing_ends_all_processes_and_leaves_nothing(number,
     assert len([line for line in err.splitlines() if line.startswith("minigpt")]) == 1
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert leftovers(tmp_path) == []
-    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "prepared").exists()
 
 
-def test_a_worker_that_is_killed_ends_the_start_with_one_line(large, tmp_path):
-    """As the kernel does when memory runs out; a pool of `multiprocessing` would wait for ever."""
+def test_a_killed_worker_is_reported_in_one_line(large, tmp_path):
+    """As when the kernel runs out of memory; a `multiprocessing` pool would wait forever."""
     process = start(PREPARE, tmp_path / "cache", 0.2, large)
     wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
     os.kill(wait_for(lambda: psutil.Process(process.pid).children())[-1].pid, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "ValueError: a process that tokenizes was killed" in err
+    assert "a tokenization process was killed" in err
     assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["cache", "prepared text"])
-def test_a_full_disk_ends_with_code_28_and_leaves_nothing(kind, text_file, recipe_file, tmp_path, capsys, monkeypatch):
-    from minigpt_hf import atomic
+def test_a_full_disk_exits_with_code_28_and_leaves_no_files(
+    kind, text_file, recipe_file, tmp_path, capsys, monkeypatch
+):
+    real, place = os.fsync, tmp_path / ("cache" if kind == "cache" else "prepared")
 
-    real, place = atomic.to_disk, tmp_path / ("cache" if kind == "cache" else "kept")
-
-    def full(path):
-        if path.name == "tokens.bin" and (kind == "cache") == path.is_relative_to(tmp_path / "cache"):
+    def full(descriptor):
+        if os.fstat(descriptor).st_ino in {file.stat().st_ino for file in place.rglob("tokens.bin")}:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path)
+        real(descriptor)
 
-    monkeypatch.setattr(atomic, "to_disk", full)
-    argv = ["tokenize", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "kept" / "text"]
+    monkeypatch.setattr(os, "fsync", full)
+    argv = ["tokenize", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "prepared" / "text"]
     argv = [str(word) for word in [*argv, "--cache_dir", tmp_path / "cache"]]
     assert main(argv) == 28
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
-    assert str(place) in said
-    assert "MB are free" in said or "no space left" in said
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
+    assert str(place) in line
+    assert "MB are free" in line or "no space left" in line
     assert leftovers(tmp_path) == []
-    assert not (tmp_path / "kept").exists()
-    monkeypatch.setattr(atomic, "to_disk", real)
+    assert not (tmp_path / "prepared").exists()
+    monkeypatch.setattr(os, "fsync", real)
     assert main(argv) == 0
 
 
-def test_a_cache_that_cannot_be_written_is_read(text_file, recipe_file, tmp_path, capsys, monkeypatch):
-    """A read-only file system; what is not in the cache is refused with the remedy."""
+def test_a_read_only_cache_can_be_used(text_file, recipe_file, tmp_path, capsys, monkeypatch):
+    """An entry missing from it is an error that states what to do."""
     argv = ["tokenize", "--recipe", recipe_file, "--data", text_file, "--cache_dir", tmp_path / "cache"]
     assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "one"]]) == 0
     real = os.open
@@ -197,12 +197,11 @@ def test_a_cache_that_cannot_be_written_is_read(text_file, recipe_file, tmp_path
     capsys.readouterr()
     flags = ["--output_dir", tmp_path / "three", "--tokenizer", "bytes"]
     assert main([str(word) for word in [*argv, *flags]]) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
-    assert f"{tmp_path / 'cache'}: the token stream cannot be written" in said
-    assert "--cache_dir" in said
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
+    assert f"{tmp_path / 'cache'}: the token stream cannot be written" in line
+    assert "--cache_dir" in line
 
 
-def test_more_processes_than_pieces(large, tmp_path):
-    """The pool starts no more than there is work for."""
+def test_more_processes_than_chunks(large, tmp_path):
     argv = ["tokenize", "--tokenizer", "bytes", "--data", large, "--num_proc", "16", "--cache_dir", tmp_path / "cache"]
-    assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "kept"]]) == 0
+    assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "prepared"]]) == 0

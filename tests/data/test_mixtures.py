@@ -1,4 +1,4 @@
-"""No document is on both sides of the cut, of one text or of several that overlap."""
+"""No document is in both splits, within one source or in a mixture of overlapping sources."""
 
 import json
 import logging
@@ -19,17 +19,17 @@ def write_folder(folder, contents: list[str]) -> str:
     return write_files(folder, {f"{i:03}.txt": text for i, text in enumerate(contents)})
 
 
-def sides(corpus) -> tuple[set[str], set[str]]:
-    """Documents of each side, without one that is itself cut in two."""
+def splits(corpus) -> tuple[set[str], set[str]]:
+    """The documents of each split, except one that is divided between both."""
     train, validation = list(corpus.train), list(corpus.validation or ())
-    parts = [*corpus.train.texts, *(corpus.validation.texts if corpus.validation else ())]
-    whole = {
+    parts = [*corpus.train.components, *(corpus.validation.components if corpus.validation else ())]
+    complete = {
         text
         for part in parts
         for one, text in zip(part.index, part, strict=True)
         if one["begin"] == 0 and text in WORDS
     }
-    return set(train) & whole, set(validation) & whole
+    return set(train) & complete, set(validation) & complete
 
 
 @settings(max_examples=40, deadline=None)
@@ -45,95 +45,103 @@ def test_overlapping_texts_share_no_document_between_train_and_validation(tmp_pa
     try:
         corpus = load_corpus(",".join(f"{name}:{source.random() + 0.1}" for name in names), fraction)
     except ValueError as error:
-        assert "all of its documents are held out for validation, as copies" in str(error)
+        assert "all of its documents are copies of validation documents" in str(error)
         return
-    train, validation = sides(corpus)
+    train, validation = splits(corpus)
     assert train.isdisjoint(validation)
-    # Nor is a document cut in two on the other side as a whole.
-    cut = {
+    # A document that is divided between the splits does not occur complete in training either.
+    held_out = {
         digest.tobytes()
-        for part in (corpus.validation.texts if corpus.validation else ())
+        for part in (corpus.validation.components if corpus.validation else ())
         for digest in part.index["digest"]
     }
-    for part in corpus.train.texts:
+    for part in corpus.train.components:
         for one, text in zip(part.index, part, strict=True):
-            assert one["digest"].tobytes() not in cut or text not in WORDS
+            assert one["digest"].tobytes() not in held_out or text not in WORDS
     assert corpus.validation is None or corpus.validation.characters > 0
 
 
-def test_copies_of_what_is_held_out_leave_training_and_are_counted(tmp_path, caplog):
-    """One text is cut by hash; the other, of 19 documents, by position: its last 3 of 10 characters are held out."""
+def test_copies_of_validation_documents_are_removed_from_training_and_counted(tmp_path, caplog):
+    """One source is split by hash; the other, of 19 documents, by position: the last 30% of its characters."""
     one = write_folder(tmp_path / "one", WORDS[:50])
     few = write_folder(tmp_path / "few", WORDS[:19])
     held_out = set(load_corpus(one, 0.3).validation)
     assert len(held_out) == 15
     end, total = 0, sum(map(len, WORDS[:19]))
-    whole = [text for text in WORDS[:19] if (end := end + len(text)) <= int(total * 0.7)]
-    expected = [text for text in whole if text not in held_out]
-    assert len(whole) > len(expected) > 0
+    complete = [text for text in WORDS[:19] if (end := end + len(text)) <= int(total * 0.7)]
+    expected = [text for text in complete if text not in held_out]
+    assert len(complete) > len(expected) > 0
     with caplog.at_level(logging.INFO):
         corpus = load_corpus(f"{one}:0.5,{few}:0.5", 0.3)
-    assert list(corpus.train.texts[1])[: len(expected)] == expected
-    assert set(corpus.train.texts[0]).isdisjoint(WORDS[len(whole) : 19])
-    copies = [text for text in WORDS[len(whole) : 19] if text not in held_out]
-    in_part_of_few = WORDS[len(whole)] in held_out  # the document that is cut in two is held out of the other text, too
-    one_cut, few_cut = (part.split("; ")[-1] for part in corpus.cut.split("; of few: "))
-    assert one_cut == f"{len(copies)} copies of validation documents left out of training"
-    number = len(whole) - len(expected) + in_part_of_few
-    assert few_cut == f"{number} {'copy' if number == 1 else 'copies'} of validation documents left out of training"
-    assert one_cut in caplog.text
+    assert list(corpus.train.components[1])[: len(expected)] == expected
+    assert set(corpus.train.components[0]).isdisjoint(WORDS[len(complete) : 19])
+    copies = [text for text in WORDS[len(complete) : 19] if text not in held_out]
+    in_part_of_few = WORDS[len(complete)] in held_out  # the divided document is also held out from the other source
+    one_description, few_description = (part.split("; ")[-1] for part in corpus.split_description.split("; of few: "))
+    assert one_description == f"{len(copies)} copies of validation documents left out of training"
+    number = len(complete) - len(expected) + in_part_of_few
+    assert (
+        few_description
+        == f"{number} {'copy' if number == 1 else 'copies'} of validation documents left out of training"
+    )
+    assert one_description in caplog.text
 
 
-def test_copies_among_few_documents_that_are_cut_by_position_leave_training(tmp_path):
+def test_copies_among_few_documents_split_by_position_are_removed_from_training(tmp_path):
     folder = write_folder(tmp_path / "a", ["same text here", "another", "same text here"])
     corpus = load_corpus(folder, 0.3)
     assert (list(corpus.train), list(corpus.validation)) == (["another", "sam"], ["e text here"])
-    assert corpus.cut == "the last 11 of 35 characters; 1 copy of validation documents left out of training"
-    with pytest.raises(ValueError, match="all of its documents are held out for validation, as copies"):
+    assert (
+        corpus.split_description == "the last 11 of 35 characters; 1 copy of validation documents left out of training"
+    )
+    with pytest.raises(ValueError, match="all of its documents are copies of validation documents"):
         load_corpus(write_folder(tmp_path / "b", ["same", "same"]), 0.5)
 
 
-def test_a_part_of_which_nothing_is_held_out_leaves_validation_to_the_others(tmp_path):
-    """By one threshold, 20 documents may all lie above it."""
+def test_a_source_without_held_out_documents_is_absent_from_validation(tmp_path):
+    """The common threshold may lie below the hashes of all of its 20 documents."""
     many = write_folder(tmp_path / "many", WORDS[:100])
     held_out = set(load_corpus(many, 0.05).validation)
     rest = [text for text in WORDS[:100] if text not in held_out][:20]
     corpus = load_corpus(f"{many}:0.5,{write_folder(tmp_path / 'rest', rest)}:0.5", 0.05)
     assert set(corpus.validation) == held_out
-    assert "of rest: none of 20 documents" in corpus.cut
+    assert "of rest: none of 20 documents" in corpus.split_description
     assert corpus.validation.shares == [1.0]
 
 
-def test_where_a_text_lies_is_not_in_the_description_of_its_cut(tmp_path):
+def test_the_description_of_a_split_does_not_contain_paths(tmp_path):
     names = [write_folder(tmp_path / name, WORDS[:3]) for name in ("one", "two")]
-    assert str(tmp_path) not in load_corpus(f"{names[0]}:0.5,{names[1]}:0.5").cut
+    assert str(tmp_path) not in load_corpus(f"{names[0]}:0.5,{names[1]}:0.5").split_description
 
 
-def test_how_much_of_each_part_a_mixture_takes_is_reported(tmp_path, caplog):
+def test_the_used_share_of_each_source_of_a_mixture_is_logged(tmp_path, caplog):
     folder = write_files(tmp_path, {"a.txt": "a" * 1000, "b.txt": "b" * 1000})
     with caplog.at_level(logging.INFO):
         load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0)
-    assert "b.txt the mixture takes 333 of 1,000 characters: it ends with the part that runs out first" in caplog.text
+    assert "the mixture uses 333 of 1,000 characters" in caplog.text
+    assert "b.txt: it ends with the source that is exhausted first" in caplog.text
 
 
-def test_a_dataset_with_its_own_validation_split_stays_as_published_with_a_warning(tmp_path, caplog):
+def test_a_dataset_with_its_own_validation_split_is_unchanged_and_duplicates_are_reported(tmp_path, caplog):
     rows = {"train": WORDS[:30], "validation": [*WORDS[25:30], "other"]}
     both = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts}) for name, texts in rows.items()})
     both.save_to_disk(tmp_path / "saved")
     corpus = load_corpus(str(tmp_path / "saved"))
     assert (list(corpus.train), list(corpus.validation)) == (rows["train"], rows["validation"])
-    assert "5 documents of its training split are in its own validation split, too" in caplog.text
+    assert "5 documents of its training split also occur in its validation split" in caplog.text
     mixed = load_corpus(f"{tmp_path / 'saved'}:0.5,{write_folder(tmp_path / 'few', WORDS[20:30])}:0.5")
-    assert [text for text in mixed.train.texts[1] if text in WORDS[25:30]] == []
+    assert [text for text in mixed.train.components[1] if text in WORDS[25:30]] == []
 
 
-def test_a_stream_in_a_mixture_shares_no_document_with_the_other_side(hub, tmp_path):
+def test_a_mixture_of_streams_shares_no_document_between_splits(hub, tmp_path):
     datasets.Dataset.from_dict({"text": WORDS}).to_parquet(tmp_path / "rows.parquet")
     hub.put("user/words", {"train.parquet": (tmp_path / "rows.parquet").read_bytes()}, repo_type="datasets")
     (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in WORDS[:40]))
     datasets.Dataset.from_dict({"text": WORDS[:40]}).to_parquet(tmp_path / "more.parquet")
     hub.put("user/more", {"train.parquet": (tmp_path / "more.parquet").read_bytes()}, repo_type="datasets")
     corpus = load_corpus("user/words:0.5,user/more:0.5", 0.2, streaming=True)
-    train, validation = ({text for part in side.texts for text in part} for side in (corpus.train, corpus.validation))
+    train, validation = (
+        {text for part in side.components for text in part} for side in (corpus.train, corpus.validation)
+    )
     assert train.isdisjoint(validation)
     assert train | validation == set(WORDS)

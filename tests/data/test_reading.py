@@ -1,4 +1,4 @@
-"""The text that was asked for, all of it: literal names, bytes as they are, nothing stale, nothing skipped unreported."""
+"""Files are found by their literal names and read byte for byte; skipped files are reported; the cache is never stale."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ import pytest
 
 from minigpt_hf import evaluate
 from minigpt_hf.cli import main
-from minigpt_hf.data import documents as texts
+from minigpt_hf.data import documents as module
 from minigpt_hf.data import reading
 from minigpt_hf.data.corpus import load_corpus
 from tests.conftest import ROOT
@@ -32,62 +32,68 @@ ODD_NAMES = ["a[1]", "x*y", "what?", "a::b", "[!a]", "{a,b}", "a:0.5,b:0.5", "50
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv", ".parquet", ".arrow", ".jsonl.gz"])
-def test_a_name_that_exists_is_taken_literally(name, ending, tmp_path, monkeypatch):
-    """Beside it lies a file that the name would match as a pattern."""
+@pytest.mark.parametrize("extension", [".txt", ".jsonl", ".csv", ".parquet", ".arrow", ".jsonl.gz"])
+def test_a_name_that_exists_is_taken_literally(name, extension, tmp_path, monkeypatch):
+    """Next to a file that the name would match as a pattern."""
     monkeypatch.chdir(tmp_path)
-    for stem, content in ((name, "asked for"), ("a1", "other"), ("x-y", "other"), ("what!", "other"), ("b", "other")):
-        plain = tmp_path / f"plain{ending.removesuffix('.gz')}"
-        if ending == ".txt":
+    for stem, content in ((name, "requested"), ("a1", "other"), ("x-y", "other"), ("what!", "other"), ("b", "other")):
+        plain = tmp_path / f"plain{extension.removesuffix('.gz')}"
+        if extension == ".txt":
             plain.write_text(content)
         else:
             write_table(datasets.Dataset.from_dict({"text": [content]}), plain)
         data = plain.read_bytes()
-        (tmp_path / f"{stem}{ending}").write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
-    assert texts_of(f"{name}{ending}") == ["asked for"]
-    assert texts_of(tmp_path / f"{name}{ending}") == ["asked for"]
+        (tmp_path / f"{stem}{extension}").write_bytes(gzip.compress(data) if extension.endswith(".gz") else data)
+    assert texts_of(f"{name}{extension}") == ["requested"]
+    assert texts_of(tmp_path / f"{name}{extension}") == ["requested"]
 
 
 @pytest.mark.parametrize("name", ["sub[1]", "a*", "a::b"])
-@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
-def test_a_folder_and_the_files_in_it_are_taken_literally(name, ending, tmp_path):
+@pytest.mark.parametrize("extension", [".txt", ".jsonl"])
+def test_a_folder_and_the_files_in_it_are_taken_literally(name, extension, tmp_path):
     folder = tmp_path / name
     rows = {"plain": "one", "x[y]": "two", "z*": "three"}
-    files = {f"{stem}{ending}": t if ending == ".txt" else json.dumps({"text": t}) for stem, t in rows.items()}
+    files = {f"{stem}{extension}": t if extension == ".txt" else json.dumps({"text": t}) for stem, t in rows.items()}
     write_files(folder, files)
     write_files(tmp_path / "sub1", files)
     assert texts_of(folder) == ["one", "two", "three"]
 
 
-def test_a_pattern_is_tried_when_nothing_has_that_name_and_says_so(tmp_path, caplog):
+def test_a_name_is_interpreted_as_a_pattern_only_if_no_file_has_it(tmp_path, caplog):
     write_files(tmp_path, {"a1.txt": "one", "a2.txt": "two", "a3.txt/x.txt": "a folder"})
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "a[13].txt") == ["one"]
-    assert "read as a pattern, since no file has that name: read 1 of 2 files; skipped 1: 1 folders" in caplog.text
+    assert (
+        "interpreted as a pattern, because no file has this name: read 1 of 2 files; skipped 1: 1 folders"
+        in caplog.text
+    )
 
 
-def test_names_in_a_mixture_may_have_commas_and_colons(tmp_path, monkeypatch):
+def test_names_in_a_mixture_may_contain_commas_and_colons(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, {"a,b.txt": "a" * 100, "c:d.txt": "c" * 100, "e:1,f.txt": "e" * 100})
     text = "".join(load_corpus("a,b.txt:0.5,c:d.txt:0.25, e:1,f.txt:0.25", 0).train)
     assert (text.count("a"), text.count("c"), text.count("e")) == (100, 50, 50)
-    for wrong, message in (("a,b.txt:1,absent,x:1", "'absent' is no part of a mixture"), ("c:1,c:2", "named twice")):
+    for wrong, message in (
+        ("a,b.txt:1,absent,x:1", "'absent' is not a valid component"),
+        ("c:1,c:2", "occurs twice"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_corpus(wrong)
 
 
 @pytest.mark.parametrize("data", ["", "  ", "\n", " :0.5,x:0.5"])
-def test_an_empty_name_is_refused(data, tmp_path, monkeypatch):
+def test_an_empty_name_is_an_error(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, {"a.txt": "text"})
-    with pytest.raises(ValueError, match="names no text"):
+    with pytest.raises(ValueError, match="which is empty"):
         load_corpus(data)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_reports_what_it_skips_and_how_to_include_it(tmp_path, caplog):
+def test_skipped_files_of_a_folder_are_reported_with_the_option_that_includes_them(tmp_path, caplog):
     names = ["README", "copyright", "x.amd64.gz", "y.1.gz", "p.png", ".hidden.txt", ".git/a.txt", "a.txt", "sub/B.TXT"]
     folder = Path(write_files(tmp_path / "texts", dict.fromkeys(names, "text")))
     (folder / "broken.txt").symlink_to("absent")
@@ -100,9 +106,9 @@ def test_a_folder_reports_what_it_skips_and_how_to_include_it(tmp_path, caplog):
     assert "read 2 of 12 files; skipped 10: " in line
     for reason in ("2 without extension", "2 *.gz of unknown kind", "2 hidden"):
         assert reason in line
-    assert "1 *.png, 1 broken links, 2 others" in line  # links to folders and what is not a regular file
+    assert "1 *.png, 1 broken links, 2 others" in line  # links to folders and special files
     assert line.endswith("--data_format text reads every file that is not hidden")
-    assert "read 2 of 12 files" in corpus.cut
+    assert "read 2 of 12 files" in corpus.split_description
 
 
 def test_data_format_text_reads_every_file_that_is_not_hidden(tmp_path, caplog):
@@ -112,10 +118,10 @@ def test_data_format_text_reads_every_file_that_is_not_hidden(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert sorted(texts_of(folder, data_format="text")) == ["1", "2", "4", "5", "6", "text\n3"]
     assert "read 7 of 8 files; skipped 1: 1 hidden" in caplog.text
-    assert "1 of 7 files have no text and are left out" in caplog.text
+    assert "1 of 7 files have no text and are skipped" in caplog.text
 
 
-def test_splits_and_readme_beside_tables_are_reported(tmp_path, caplog):
+def test_splits_and_documentation_next_to_tables_are_reported(tmp_path, caplog):
     rows = {f"{name}.jsonl": json.dumps({"text": name}) for name in ("train", "validation", "test")}
     folder = write_files(tmp_path, {**rows, "README.md": "about"})
     with caplog.at_level(logging.INFO):
@@ -127,16 +133,16 @@ def test_splits_and_readme_beside_tables_are_reported(tmp_path, caplog):
         texts_of(folder, split="dev")
 
 
-def test_a_split_of_what_has_none_is_refused_and_text_column_without_effect_is_reported(tmp_path, caplog):
+def test_data_split_of_files_is_an_error_and_text_column_without_effect_is_reported(tmp_path, caplog):
     write_files(tmp_path, {"a.txt": "text", "b.jsonl": '{"text": "row"}'})
     for name in ("a.txt", "b.jsonl"):
-        with pytest.raises(ValueError, match=r"--data_split train\[:5%\]: splits are of datasets"):
+        with pytest.raises(ValueError, match=r"--data_split train\[:5%\]: only datasets have splits"):
             texts_of(tmp_path / name, split="train[:5%]")
     assert texts_of(tmp_path / "a.txt", text_column="body") == ["text"]
     assert "--text_column body has no effect" in caplog.text
 
 
-def test_the_model_folder_says_how_many_files_were_read(recipe_file, text, tmp_path, capfd):
+def test_the_model_folder_states_how_many_files_were_read(recipe_file, text, tmp_path, capfd):
     folder = write_files(
         tmp_path / "data", {"a.txt": text[:3000], "b.txt": text[3000:6000], "README": "x", "c.bin": "x"}
     )
@@ -150,19 +156,19 @@ def test_the_model_folder_says_how_many_files_were_read(recipe_file, text, tmp_p
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", ["", *COMPRESS])
-def test_every_byte_is_kept(packing, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "PART_CHARACTERS", 8)  # every pair of characters is on a border sometimes
+@pytest.mark.parametrize("compression", ["", *COMPRESS])
+def test_every_byte_is_preserved(compression, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_CHARACTERS", 8)  # parts end between any two characters for some shift
     content = "\ufeffa\r\nb\rc\n\r\n\x0b\x0c\x1c\x85\u2028\u2029\0\x1a€😀 end\r".encode()
-    for shift in range(8):
-        data = b"x" * shift + content
-        file = tmp_path / f"{shift}.txt{packing}"
-        file.write_bytes(COMPRESS[packing](data) if packing else data)
+    for padding in range(8):
+        data = b"x" * padding + content
+        file = tmp_path / f"{padding}.txt{compression}"
+        file.write_bytes(COMPRESS[compression](data) if compression else data)
         assert "".join(texts_of(file)).encode() == data
 
 
-def test_standard_input_and_a_descriptor_are_kept_byte_for_byte(tmp_path, monkeypatch):
-    """`/dev/fd/N` is what `<(command)` of a shell stands for."""
+def test_standard_input_and_file_descriptors_are_read_byte_for_byte(tmp_path, monkeypatch):
+    """A shell replaces `<(command)` by `/dev/fd/N`."""
     content = "\ufeffa\r\nb\rc\n€\0".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert "".join(texts_of("-", cache_dir=tmp_path)).encode() == content
@@ -173,23 +179,23 @@ def test_standard_input_and_a_descriptor_are_kept_byte_for_byte(tmp_path, monkey
         load_corpus(f"/dev/fd/{reader}", cache_dir=tmp_path)
     os.close(reader)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="standard input reaches one process of several"):
+    with pytest.raises(ValueError, match="standard input is available to only one of several processes"):
         load_corpus("-")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 1000])
-def test_universal_newlines_are_those_of_python(size, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(texts, "PART_CHARACTERS", size)
+def test_universal_newlines_equal_those_of_python(size, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "PART_CHARACTERS", size)
     text = "a\r\n\r\nb\rc\n\r\r\n\nd\u2028e\r"
     (tmp_path / "a.txt").write_bytes(text.encode())
     with caplog.at_level(logging.INFO):
         assert "".join(texts_of(tmp_path / "a.txt", newline="universal")) == (tmp_path / "a.txt").read_text()
     assert "converted 6 line ends (CRLF, CR) to LF" in caplog.text
-    with pytest.raises(ValueError, match="newline 'unix': there are preserve, universal"):
+    with pytest.raises(ValueError, match="newline is 'unix': it must be one of preserve, universal"):
         texts_of(tmp_path / "a.txt", newline="unix")
 
 
-def test_bits_per_byte_are_of_the_bytes_of_the_file_and_evaluate_reads_as_training_did(
+def test_bits_per_byte_refer_to_the_bytes_of_the_file_and_evaluate_reads_like_training(
     recipe_file, text, tmp_path, capfd
 ):
     crlf = text[:6000].replace("\n", "\r\n")
@@ -215,7 +221,7 @@ def test_bits_per_byte_are_of_the_bytes_of_the_file_and_evaluate_reads_as_traini
     assert evaluate(run / "model", str(file), newline="preserve").bytes == len(crlf.encode())
 
 
-@pytest.mark.parametrize("packing", ["", *COMPRESS])
+@pytest.mark.parametrize("compression", ["", *COMPRESS])
 @pytest.mark.parametrize(
     ("encoding", "good", "bad", "offset"),
     [
@@ -227,42 +233,49 @@ def test_bits_per_byte_are_of_the_bytes_of_the_file_and_evaluate_reads_as_traini
         ("cp1252", "é€", b"\x81", 0),
     ],
 )
-def test_bytes_that_are_not_text_are_named_with_their_position(packing, encoding, good, bad, offset, tmp_path):
+def test_undecodable_bytes_are_reported_with_their_position(compression, encoding, good, bad, offset, tmp_path):
     data = (good * 500_000).encode(encoding) + bad
     assert data.decode(encoding, "replace")[:2] == good
-    file = tmp_path / f"bad.txt{packing}"
-    file.write_bytes(COMPRESS[packing](data) if packing else data)
+    file = tmp_path / f"bad.txt{compression}"
+    file.write_bytes(COMPRESS[compression](data) if compression else data)
     position = len(data) - len(bad)
-    message = rf"bad\.txt{packing}: not {encoding} text: byte {data[position]:#04x} at position {position};"
+    message = rf"bad\.txt{compression}: not {encoding} text: byte {data[position]:#04x} at position {position};"
     with pytest.raises(ValueError, match=message):
         load_corpus(str(file), encoding=encoding)
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "base64", "hex", "zlib", "bz2", "uu", "undefined", "", "a\0b", "utf-9"])
-def test_what_is_no_encoding_of_text_is_refused(encoding, text_file):
+def test_codecs_that_do_not_decode_text_are_errors(encoding, text_file):
     with pytest.raises(ValueError, match=r"encoding .* (is unknown|does not decode bytes to text); try utf-8"):
         load_corpus(str(text_file), encoding=encoding)
 
 
-def test_marks_zero_characters_and_half_characters_are_reported(tmp_path, caplog):
+def test_byte_order_marks_zero_characters_and_lone_surrogates_are_reported(tmp_path, caplog):
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbftext")
     assert texts_of(tmp_path / "mark.txt") == ["\ufefftext"]
-    assert "mark.txt begins with a byte order mark, kept as the character U+FEFF; --encoding utf-8-sig" in caplog.text
+    assert (
+        "mark.txt begins with a byte order mark, which is read as the character U+FEFF; --encoding utf-8-sig"
+        in caplog.text
+    )
     assert texts_of(tmp_path / "mark.txt", encoding="utf-8-sig") == ["text"]
     (tmp_path / "wide.txt").write_bytes("text".encode("utf-16-le"))
     texts_of(tmp_path / "wide.txt")
-    assert "wide.txt holds zero characters (U+0000): UTF-16 text, which --encoding utf-16 reads" in caplog.text
+    assert (
+        "wide.txt contains zero characters (U+0000), so the data may be UTF-16 (use --encoding utf-16)" in caplog.text
+    )
     (tmp_path / "half.txt").write_bytes(rb"a\ud800b")
-    with pytest.raises(ValueError, match=r"half\.txt: holds U\+D800, half of a surrogate pair"):
+    with pytest.raises(ValueError, match=r"half\.txt: contains U\+D800, a lone surrogate"):
         texts_of(tmp_path / "half.txt", encoding="unicode_escape")
 
 
-# -- content decides --------------------------------------------------------------------------------------------------
+# -- identification by content ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.zst", ".csv", ".jsonl", ".jsonl.gz", ".parquet", ".arrow"])
-def test_changed_content_is_read_whatever_size_and_time_say(ending, tmp_path):
-    kinds = ending.split(".")[1:]
+@pytest.mark.parametrize(
+    "extension", [".txt", ".txt.gz", ".txt.zst", ".csv", ".jsonl", ".jsonl.gz", ".parquet", ".arrow"]
+)
+def test_changed_content_is_read_although_size_and_time_are_unchanged(extension, tmp_path):
+    kinds = extension.split(".")[1:]
 
     def write(text: str) -> Path:
         plain = tmp_path / f"a.{kinds[0]}"
@@ -271,7 +284,7 @@ def test_changed_content_is_read_whatever_size_and_time_say(ending, tmp_path):
         else:
             write_table(datasets.Dataset.from_dict({"text": [text]}), plain)
         if len(kinds) > 1:
-            packed = tmp_path / f"a{ending}"
+            packed = tmp_path / f"a{extension}"
             packed.write_bytes(COMPRESS[f".{kinds[1]}"](plain.read_bytes()))
             plain.unlink()
             return packed
@@ -286,11 +299,11 @@ def test_changed_content_is_read_whatever_size_and_time_say(ending, tmp_path):
         sizes.add(file.stat().st_size)
         fingerprints.add(corpus.train.fingerprint)
     assert len(fingerprints) == 2
-    assert len(sizes) == 1 or ending in (".txt.gz", ".parquet")
+    assert len(sizes) == 1 or extension in (".txt.gz", ".parquet")
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "truncate", "remove"])
-def test_a_file_that_changes_between_the_index_and_the_reading_is_an_error(change, tmp_path):
+def test_a_file_that_changes_between_indexing_and_reading_is_an_error(change, tmp_path):
     file = tmp_path / "growing.log"
     file.write_text("line\n" * 1000)
     corpus = load_corpus(str(file), 0.1)
@@ -310,9 +323,9 @@ def test_a_file_that_changes_between_the_index_and_the_reading_is_an_error(chang
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv"])
-def test_fields_of_csv_are_text_verbatim(ending, tmp_path):
-    tab = "\t" if ending == ".tsv" else ","
+@pytest.mark.parametrize("extension", [".csv", ".tsv"])
+def test_csv_fields_are_read_verbatim(extension, tmp_path):
+    tab = "\t" if extension == ".tsv" else ","
     fields = [
         "NA",
         "null",
@@ -337,17 +350,17 @@ def test_fields_of_csv_are_text_verbatim(ending, tmp_path):
         "",
         "10",
     ]
-    file = tmp_path / f"rows{ending}"
+    file = tmp_path / f"rows{extension}"
     file.write_bytes("\r\n".join(lines).encode())
     assert texts_of(file) == [*fields, "NA"]
     file.write_bytes(b"\xef\xbb\xbf" + "\n".join(f"{field}{tab}x" for field in ["text", *quoted]).encode("utf-8"))
     assert texts_of(file) == fields
 
 
-def test_the_column_of_csv_is_the_one_that_holds_text(tmp_path):
+def test_the_text_column_of_csv_is_detected(tmp_path):
     write_files(tmp_path, {"a.csv": "n,body,score\n1,hello,\n2,7,NA\n", "n.csv": "n,m\n007,1\n08,2\n"})
     assert texts_of(tmp_path / "a.csv") == ["hello", "7"]
-    with pytest.raises(ValueError, match=r"no column holds text; columns of text: none"):
+    with pytest.raises(ValueError, match=r"no column contains text; columns of text: none"):
         texts_of(tmp_path / "n.csv")
     assert texts_of(tmp_path / "n.csv", text_column="n") == ["007", "08"]
 
@@ -355,21 +368,21 @@ def test_the_column_of_csv_is_the_one_that_holds_text(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text\nhello, world\n", r"a\.csv: the row that ends on line 2 has 2 fields and the header 1; put text"),
+        ("text\nhello, world\n", r"a\.csv: the row that ends on line 2 has 2 fields and the header 1; quote fields"),
         ("text,text\na,b\n", r"a\.csv: 2 columns are named 'text'"),
         ('text\n"never closed\nmore\n', r"a\.csv: line 3: unexpected end of data"),
-        ("text\n", r"a\.csv: there is no text in it"),
-        ("", r"a\.csv: there is no text in it: the table has no rows"),
+        ("text\n", r"a\.csv: contains no text"),
+        ("", r"a\.csv: contains no text: the table has no rows"),
         (b"text\ncaf\xe9\n", r"a\.csv: not utf-8 text: byte 0xe9 at position 8"),
     ],
 )
-def test_csv_that_would_lose_text_is_refused(content, message, tmp_path):
+def test_invalid_csv_is_an_error(content, message, tmp_path):
     (tmp_path / "a.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_corpus(str(tmp_path / "a.csv"))
 
 
-def test_bytes_that_are_not_text_are_found_in_json_too(tmp_path):
+def test_undecodable_bytes_are_detected_in_json(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "caf\xe9"}\r\n{"text": "a\\r\\nb"}\n{"text": null}\n{}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl: not utf-8 text: byte 0xe9 at position 13"):
@@ -380,15 +393,15 @@ def test_bytes_that_are_not_text_are_found_in_json_too(tmp_path):
     assert texts_of(file, encoding="utf-16") == ["é"]
 
 
-def test_empty_rows_are_counted(tmp_path, caplog):
+def test_skipped_rows_are_counted(tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "a.jsonl") == ["a", "b"]
-    assert "2 of 4 rows have no text and are left out" in caplog.text
+    assert "2 of 4 rows have no text and are skipped" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_strings_of_any_arrow_type_are_text(kind, tmp_path):
+def test_all_arrow_string_types_are_text(kind, tmp_path):
     import pyarrow.parquet as pq
 
     table = pa.table({"text": pa.array(["one", None, "zwei €"], kind), "n": [1, 2, 3]})
@@ -399,7 +412,7 @@ def test_strings_of_any_arrow_type_are_text(kind, tmp_path):
     assert texts_of(tmp_path / "a.arrow") == ["one", "zwei €"]
 
 
-def test_a_table_under_the_wrong_ending_is_an_error(tmp_path):
+def test_a_table_with_the_wrong_extension_is_an_error(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     for name in ("a.jsonl", "a.csv", "a.arrow", "a.txt"):
@@ -408,31 +421,31 @@ def test_a_table_under_the_wrong_ending_is_an_error(tmp_path):
             texts_of(tmp_path / name)
 
 
-# -- attacks ----------------------------------------------------------------------------------------------------------
+# -- hostile files ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", COMPRESS)
-def test_frames_are_read_to_the_last_and_a_truncated_file_is_an_error(packing, tmp_path):
-    compress = COMPRESS[packing]
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_all_frames_are_read_and_a_damaged_file_is_an_error(compression, tmp_path):
+    compress = COMPRESS[compression]
     rows = [json.dumps({"text": np.random.default_rng(i).bytes(3000).hex()}) + "\n" for i in (0, 1)]
-    for ending in (".txt", ".jsonl"):
-        padding = b"" if packing == ".zst" else b"\0" * 8
-        file = tmp_path / f"a{ending}{packing}"
+    for extension in (".txt", ".jsonl"):
+        padding = b"" if compression == ".zst" else b"\0" * 8
+        file = tmp_path / f"a{extension}{compression}"
         packed = b"".join(compress(row.encode()) + padding for row in rows)
         file.write_bytes(packed)
-        assert "".join(texts_of(file)).count("".join(rows) if ending == ".txt" else json.loads(rows[1])["text"]) == 1
+        assert "".join(texts_of(file)).count("".join(rows) if extension == ".txt" else json.loads(rows[1])["text"]) == 1
         for damaged in (packed[:-20], packed[: len(packed) * 3 // 4], packed + b"garbage"):
             file.write_bytes(damaged)
-            with pytest.raises(ValueError, match=f"a{ending}{packing}: cannot be read"):
+            with pytest.raises(ValueError, match=f"a{extension}{compression}: cannot be read"):
                 texts_of(file)
 
 
 @pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.txt.zst", "bomb.txt.xz", "bomb.jsonl.gz", "bomb.csv.zst"])
-def test_a_file_that_expands_without_bound_is_refused(name, tmp_path, monkeypatch):
+def test_a_file_that_expands_excessively_is_an_error(name, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "EXPANSION_CHECKED_ABOVE_BYTES", 1_000_000)
     file = tmp_path / name
     file.write_bytes(COMPRESS[file.suffix](b"0" * 3_000_000))
-    with pytest.raises(ValueError, match=rf"{name}: its .* bytes expand more than 100-fold .* unpack it"):
+    with pytest.raises(ValueError, match=rf"{name}: its .* bytes expand more than 100-fold .* decompress it"):
         load_corpus(str(file), cache_dir=tmp_path / "cache")
     file.write_bytes(COMPRESS[file.suffix](b"0" * 900_000))
     if ".txt" in name:
@@ -440,40 +453,40 @@ def test_a_file_that_expands_without_bound_is_refused(name, tmp_path, monkeypatc
 
 
 def peak_of(data: Path) -> tuple[int | str, int]:
-    """Characters read, or the error, and the peak of allocated bytes."""
+    """Return the number of characters read, or the error message, and the peak of allocated bytes."""
     tracemalloc.start()
     try:
         corpus = load_corpus(str(data), 0.1)
-        said = sum(len(text) for part in (corpus.train, corpus.validation) for _, text in part.parts())
+        result = sum(len(text) for part in (corpus.train, corpus.validation) for _, text in part.parts())
     except ValueError as error:
-        said = str(error)
+        result = str(error)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return said, peak
+    return result, peak
 
 
-@pytest.mark.parametrize("packing", ["", ".gz"])
-def test_memory_does_not_depend_on_the_length_of_a_line(packing, tmp_path):
-    file = tmp_path / f"line.txt{packing}"
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_memory_does_not_depend_on_the_length_of_a_line(compression, tmp_path):
+    file = tmp_path / f"line.txt{compression}"
     data = np.random.default_rng(0).integers(97, 123, 20_000_000, dtype=np.uint8).tobytes()
-    file.write_bytes(gzip.compress(data, 1) if packing else data)
+    file.write_bytes(gzip.compress(data, 1) if compression else data)
     del data
     characters, peak = peak_of(file)
     assert characters == 20_000_000
     assert peak < 12_000_000
 
 
-def test_memory_is_bounded_for_a_bomb(tmp_path):
+def test_memory_is_bounded_for_a_decompression_bomb(tmp_path):
     file = tmp_path / "bomb.txt.gz"
     with gzip.open(file, "wb") as bomb:
         for _ in range(300):
             bomb.write(b"0" * 1_000_000)
-    said, peak = peak_of(file)
-    assert "bomb.txt.gz: its" in said
+    error, peak = peak_of(file)
+    assert "bomb.txt.gz: its" in error
     assert peak < 12_000_000
 
 
-def test_what_is_not_a_regular_file_is_refused_and_never_waited_for(tmp_path, monkeypatch):
+def test_special_files_are_errors_and_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.txt")
     with socket.socket(socket.AF_UNIX) as server:
@@ -494,7 +507,7 @@ def test_what_is_not_a_regular_file_is_refused_and_never_waited_for(tmp_path, mo
             load_corpus(name)
 
 
-def test_names_that_are_not_utf8_or_not_one_line_do_not_break_reports(recipe_file, text, tmp_path, capfd):
+def test_names_with_invalid_utf8_or_line_ends_are_escaped_in_messages(recipe_file, text, tmp_path, capfd):
     folder = tmp_path / "data"
     folder.mkdir()
     names = [b"a\xff.txt", b"b\nc.txt", b"d.x\xff", b"e.y\nz"]
@@ -513,8 +526,8 @@ def test_names_that_are_not_utf8_or_not_one_line_do_not_break_reports(recipe_fil
         "--data",
     ]
     assert main([*argv, str(folder), "--output_dir", str(tmp_path / "run")]) == 0
-    said = capfd.readouterr().err
-    assert r"skipped 2: 1 *.x\udcff, 1 *.y\nz" in said
+    err = capfd.readouterr().err
+    assert r"skipped 2: 1 *.x\udcff, 1 *.y\nz" in err
     one = os.fsdecode(os.fsencode(folder) + b"/" + names[0])
     assert main([*argv, one, "--output_dir", str(tmp_path / "one")]) == 0
     json.loads((tmp_path / "one" / "model" / "minigpt.json").read_text(encoding="utf-8"))
@@ -524,8 +537,8 @@ def test_names_that_are_not_utf8_or_not_one_line_do_not_break_reports(recipe_fil
     assert len([line for line in capfd.readouterr().err.splitlines() if line.startswith("minigpt train: ")]) == 1
 
 
-def test_many_files_are_read_in_time_that_grows_with_their_number(tmp_path):
-    """Work, not seconds: the calls of 2,000 files are at most some 10 times those of 200."""
+def test_reading_many_files_takes_linear_time(tmp_path):
+    """Measured in function calls: 2,000 files take at most about 10 times the calls of 200."""
 
     def calls(number: int) -> int:
         folder = tmp_path / str(number)
@@ -551,7 +564,7 @@ def test_many_files_are_read_in_time_that_grows_with_their_number(tmp_path):
     assert calls(2000) < 12 * calls(200)
 
 
-def test_processes_that_read_the_same_text_agree(tmp_path, text):
+def test_processes_that_read_the_same_text_compute_the_same_fingerprint(tmp_path, text):
     folder = write_files(tmp_path / "data", {f"{i}.txt": text[i * 100 : i * 100 + 90] + "\r\n" for i in range(40)})
     code = (
         "import sys; from minigpt_hf.data.corpus import load_corpus\n"
@@ -559,8 +572,8 @@ def test_processes_that_read_the_same_text_agree(tmp_path, text):
     )
     corpus = load_corpus(folder)
     env = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    said = subprocess.check_output([sys.executable, "-c", code, folder], env=env, cwd=ROOT, text=True)
-    assert said.split() == [corpus.train.fingerprint, corpus.validation.fingerprint]
+    out = subprocess.check_output([sys.executable, "-c", code, folder], env=env, cwd=ROOT, text=True)
+    assert out.split() == [corpus.train.fingerprint, corpus.validation.fingerprint]
 
 
 def test_xz_streams_are_separated_by_padding_of_four_bytes(tmp_path):

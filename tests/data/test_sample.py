@@ -1,4 +1,4 @@
-"""A sample of the validation text covers all of its documents, in proportion, in excerpts of whole windows."""
+"""A sample of the validation split covers all documents in proportion, in excerpts of complete windows."""
 
 import itertools
 import json
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.documents import EXCERPTS, INDEX, StreamedDocuments, runs
+from minigpt_hf.data.documents import INDEX_DTYPE, MIN_EXCERPTS, StreamedDocuments, document_batches
 
 WINDOW = 8
 
 
 def corpus_of(lengths: list[int], folder, seed: int = 0):
-    """A table whose rows are random letters of these lengths, all different in practice."""
+    """A table whose rows are random letters of the given lengths, distinct in practice."""
     letters = random.Random(seed)
     texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=length)) for length in lengths]
     file = folder / f"{len(lengths)}-{seed}-{sum(lengths)}.jsonl"
@@ -28,7 +28,7 @@ def corpus_of(lengths: list[int], folder, seed: int = 0):
 
 
 def excerpts_by_document(sample, texts: list[str]) -> dict[int, list[tuple[int, int]]]:
-    """Where each excerpt lies: {document: [(begin, end), …]}."""
+    """Return {document: [(begin, end) of each excerpt]}."""
     found: dict[int, list[tuple[int, int]]] = {}
     for excerpt in sample:
         (number,) = [number for number, text in enumerate(texts) if excerpt in text]
@@ -39,22 +39,22 @@ def excerpts_by_document(sample, texts: list[str]) -> dict[int, list[tuple[int, 
 
 def test_every_document_contributes_the_same_share(tmp_path):
     lengths = [4000, 400, 40, 1000, 200, 100]
-    whole, texts = corpus_of(lengths, tmp_path)
-    sample = whole.sample(1435, WINDOW)  # a quarter
+    documents, texts = corpus_of(lengths, tmp_path)
+    sample = documents.sample(1435, WINDOW)  # a quarter
     found = excerpts_by_document(sample, texts)
     taken = [sum(end - begin for begin, end in found[number]) for number in range(len(texts))]
     assert all(abs(size - length / 4) <= WINDOW for size, length in zip(taken, lengths, strict=True))
     assert abs(sample.characters - 1435) <= WINDOW
-    assert sample.number_of_documents == whole.number_of_documents == 6
+    assert sample.number_of_documents == documents.number_of_documents == 6
 
 
 def test_a_long_document_is_sampled_from_all_its_sections(tmp_path):
-    whole, texts = corpus_of([10_000], tmp_path)
-    places = sorted(excerpts_by_document(whole.sample(1000, WINDOW), texts)[0])
-    assert len(places) >= EXCERPTS
-    for section in range(10):  # an excerpt begins in each tenth of the document
-        assert any(section * 1000 <= begin < (section + 1) * 1000 for begin, _ in places)
-    assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))  # no overlap
+    documents, texts = corpus_of([10_000], tmp_path)
+    ranges = sorted(excerpts_by_document(documents.sample(1000, WINDOW), texts)[0])
+    assert len(ranges) >= MIN_EXCERPTS
+    for section in range(10):  # an excerpt starts in each tenth of the document
+        assert any(section * 1000 <= begin < (section + 1) * 1000 for begin, _ in ranges)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(ranges))  # no overlap
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,37 +63,37 @@ def test_a_long_document_is_sampled_from_all_its_sections(tmp_path):
     share=st.floats(0.02, 0.99),
     window=st.integers(1, 40),
 )
-def test_a_sample_is_of_the_size_asked_for_and_made_of_whole_windows(tmp_path_factory, lengths, share, window):
+def test_a_sample_has_the_requested_size_and_consists_of_complete_windows(tmp_path_factory, lengths, share, window):
     folder = tmp_path_factory.getbasetemp() / "samples"
     folder.mkdir(exist_ok=True)
-    whole, texts = corpus_of(lengths, folder)
-    characters = max(1, int(whole.characters * share))
-    sample = whole.sample(characters, window)
+    documents, texts = corpus_of(lengths, folder)
+    characters = max(1, int(documents.characters * share))
+    sample = documents.sample(characters, window)
     assert sum(map(len, sample)) == sample.characters
-    assert abs(sample.characters - characters) <= window * (1 + len(lengths))  # at most one rounding per document
+    assert abs(sample.characters - characters) <= window * (1 + len(lengths))  # at most one rounding error per document
     assert all(len(excerpt) % window == 0 or excerpt in texts for excerpt in sample)
-    assert list(whole.sample(characters, window)) == list(sample)
+    assert list(documents.sample(characters, window)) == list(sample)
     if characters >= sum(max(window, length) for length in lengths):
         assert sample.number_of_documents == len(lengths)
 
 
-def test_short_documents_are_represented_in_proportion_and_whole(tmp_path):
-    whole, texts = corpus_of([20] * 100, tmp_path)
-    sample = whole.sample(500, window=64)  # a document is shorter than a window
+def test_short_documents_are_sampled_entirely_and_in_proportion(tmp_path):
+    documents, texts = corpus_of([20] * 100, tmp_path)
+    sample = documents.sample(500, window=64)  # a document is shorter than a window
     assert list(sample) == [text for text in texts if text in set(sample)]
     assert sample.characters == 500
 
 
-def test_a_text_that_is_not_longer_than_the_budget_is_scored_whole(tmp_path):
-    whole, texts = corpus_of([30, 20], tmp_path)
-    assert list(whole.sample(50, WINDOW)) == texts
-    assert list(whole.sample(10**9, WINDOW)) == texts
+def test_a_text_not_longer_than_the_limit_is_scored_completely(tmp_path):
+    documents, texts = corpus_of([30, 20], tmp_path)
+    assert list(documents.sample(50, WINDOW)) == texts
+    assert list(documents.sample(10**9, WINDOW)) == texts
 
 
 @pytest.mark.parametrize("lengths", [[1500], [40, 900, 30]])
 def test_the_smallest_sample_is_one_window(lengths, tmp_path):
-    whole, texts = corpus_of(lengths, tmp_path)
-    (excerpt,) = whole.sample(100, window=800)
+    documents, texts = corpus_of(lengths, tmp_path)
+    (excerpt,) = documents.sample(100, window=800)
     assert len(excerpt) == 800
     assert excerpt in max(texts, key=len)
 
@@ -103,9 +103,9 @@ def test_a_streamed_text_is_sampled_from_many_documents():
     streamed = StreamedDocuments(rows, "name")
     sample = list(streamed.sample(200, WINDOW))
     assert sum(map(len, sample)) == 200
-    assert max(map(len, sample)) == 8  # a twentieth of the budget, in whole windows
+    assert max(map(len, sample)) == 8  # a twentieth of the limit, in complete windows
     assert streamed.sample(200, WINDOW).fingerprint != streamed.head(200).fingerprint
-    assert replace(streamed, most=200).fingerprint == streamed.head(200).fingerprint
+    assert replace(streamed, max_characters=200).fingerprint == streamed.head(200).fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def many_documents(tmp_path_factory, text):
     return folder
 
 
-def test_the_score_of_a_training_rests_on_all_held_out_documents_and_evaluate_repeats_it(
+def test_the_published_score_covers_all_held_out_documents_and_evaluate_repeats_it(
     many_documents, recipe_file, tmp_path, capsys
 ):
     run = tmp_path / "run"
@@ -135,7 +135,7 @@ def test_the_score_of_a_training_rests_on_all_held_out_documents_and_evaluate_re
     stated = f"excerpts from {validation['documents']} of 30 documents"
     assert stated in captured.out  # the plan
     assert stated in (run / "model" / "README.md").read_text()
-    assert f"rests on only {results['tokens']:,} tokens" in captured.err
+    assert f"is based on only {results['tokens']:,} tokens" in captured.err
 
     assert main(["evaluate", str(run / "model"), "--data", str(many_documents), "--split", "validation", "--json"]) == 0
     captured = capsys.readouterr()
@@ -147,8 +147,8 @@ def test_the_score_of_a_training_rests_on_all_held_out_documents_and_evaluate_re
     assert stated in captured.err
 
 
-def test_a_sampled_score_is_near_that_of_the_whole_text(many_documents, recipe_file, tmp_path, capsys):
-    """The failure this prevents: a score of the first documents only, which may differ by bits per byte."""
+def test_a_sampled_score_is_close_to_that_of_the_complete_text(many_documents, recipe_file, tmp_path, capsys):
+    """A score of the first documents only could differ much more."""
     run = tmp_path / "run"
     argv = ["train", "--recipe", str(recipe_file), "--data", str(many_documents), "--output_dir", str(run)]
     assert main([*argv, "--max_steps", "4", "--sample_tokens", "0", "--save_total_limit", "1"]) == 0
@@ -163,12 +163,12 @@ def test_a_sampled_score_is_near_that_of_the_whole_text(many_documents, recipe_f
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_documents_are_read_in_runs_of_at_most_a_part(seed):
-    """Each document once, in order; as many at a time as fit, or a single longer one."""
+def test_documents_are_read_in_batches_of_bounded_length(seed):
+    """Each document once and in order; a batch has as many documents as fit, or a single longer one."""
     lengths = random.Random(seed).choices([1, 300_000, 500_000, 999_999, 1_000_000, 3_000_000], k=40)
-    index = np.zeros(len(lengths), dtype=INDEX)
+    index = np.zeros(len(lengths), dtype=INDEX_DTYPE)
     index["row"], index["end"] = np.arange(len(lengths)), lengths
-    found = [run["end"].tolist() for run in runs(index)]
-    assert [length for run in found for length in run] == lengths
-    assert all(sum(run) <= 1_000_000 or len(run) == 1 for run in found)
-    assert all(sum(run) + after[0] > 1_000_000 for run, after in itertools.pairwise(found))
+    batches = [batch["end"].tolist() for batch in document_batches(index)]
+    assert [length for batch in batches for length in batch] == lengths
+    assert all(sum(batch) <= 1_000_000 or len(batch) == 1 for batch in batches)
+    assert all(sum(batch) + following[0] > 1_000_000 for batch, following in itertools.pairwise(batches))

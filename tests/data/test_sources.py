@@ -1,4 +1,4 @@
-"""`--data` takes whatever `datasets` can load, and refuses the rest by name."""
+"""`--data` accepts text files, tables, saved and Hub datasets; anything else is an error that names it."""
 
 import gzip
 import io
@@ -16,9 +16,10 @@ import pytest
 import zstandard
 
 import minigpt_hf
-from minigpt_hf.data import documents as texts
+from minigpt_hf.data import documents as module
 from minigpt_hf.data.corpus import load_corpus, mixture
-from minigpt_hf.data.files import FORMAT_OF, FORMATS
+from minigpt_hf.data.files import FORMATS
+from minigpt_hf.data.tables import READERS
 from tests.data.test_corpus import write_files
 
 ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
@@ -35,65 +36,65 @@ def table() -> datasets.Dataset:
 
 
 def write_table(table: datasets.Dataset, file) -> None:
-    ending = file.suffix
-    if ending in (".jsonl", ".ndjson"):
+    extension = file.suffix
+    if extension in (".jsonl", ".ndjson"):
         table.to_json(file)
-    elif ending == ".json":
+    elif extension == ".json":
         table.to_json(file, lines=False)
-    elif ending in (".csv", ".tsv"):
-        table.to_csv(file, sep="\t" if ending == ".tsv" else ",")
-    elif ending == ".parquet":
+    elif extension in (".csv", ".tsv"):
+        table.to_csv(file, sep="\t" if extension == ".tsv" else ",")
+    elif extension == ".parquet":
         table.to_parquet(file)
-    elif ending == ".arrow":
+    elif extension == ".arrow":
         with datasets.arrow_writer.ArrowWriter(path=str(file), features=table.features) as writer:
             for row in table:
                 writer.write(row)
             writer.finalize()
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"])
-def test_each_row_of_a_table_is_a_document(table, ending, tmp_path):
-    write_table(table, tmp_path / f"rows{ending}")
-    assert texts_of(tmp_path / f"rows{ending}") == ROWS
+@pytest.mark.parametrize("extension", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"])
+def test_each_row_of_a_table_is_a_document(table, extension, tmp_path):
+    write_table(table, tmp_path / f"rows{extension}")
+    assert texts_of(tmp_path / f"rows{extension}") == ROWS
 
 
-@pytest.mark.parametrize("packing", COMPRESS)
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv"])
-def test_packed_files_are_unpacked(table, ending, packing, tmp_path):
-    plain = tmp_path / f"rows{ending}"
-    if ending == ".txt":
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("extension", [".txt", ".jsonl", ".csv"])
+def test_compressed_files_are_decompressed(table, extension, compression, tmp_path):
+    plain = tmp_path / f"rows{extension}"
+    if extension == ".txt":
         plain.write_text("".join(ROWS), encoding="utf-8")
     else:
         write_table(table, plain)
-    packed = tmp_path / f"packed{ending}{packing}"
-    packed.write_bytes(COMPRESS[packing](plain.read_bytes()))
-    assert texts_of(packed) == (["".join(ROWS)] if ending == ".txt" else ROWS)
+    packed = tmp_path / f"packed{extension}{compression}"
+    packed.write_bytes(COMPRESS[compression](plain.read_bytes()))
+    assert texts_of(packed) == (["".join(ROWS)] if extension == ".txt" else ROWS)
 
 
-def test_every_ending_has_a_known_format():
-    assert set(FORMAT_OF.values()) == set(FORMATS)
+def test_every_format_has_a_reader():
+    assert {"text", *READERS} == set(FORMATS)
 
 
-def test_a_glob_stands_for_the_files_it_matches_in_order(tmp_path, monkeypatch):
+def test_a_glob_reads_the_files_it_matches_in_order(tmp_path, monkeypatch):
     write_files(tmp_path, {"b/2.txt": "two", "a/1.txt": "one", "a/3.md": "three"})
     assert texts_of(tmp_path / "**" / "*.txt") == ["one", "two"]
     monkeypatch.chdir(tmp_path)
     assert texts_of("*/*") == ["one", "three", "two"]
 
 
-def test_a_folder_that_save_to_disk_wrote_brings_its_splits(table, tmp_path):
+def test_the_splits_of_a_saved_dataset_are_used(table, tmp_path):
     table.shuffle(seed=1).save_to_disk(tmp_path / "one")  # with an indices mapping
     assert sorted(texts_of(tmp_path / "one")) == sorted(ROWS)
     both = datasets.DatasetDict({"train": table, "dev": table.select([0, 1])})
     both.save_to_disk(tmp_path / "two")
     corpus = load_corpus(str(tmp_path / "two"))
     assert (list(corpus.train), list(corpus.validation)) == (ROWS, ROWS[:2])
-    assert corpus.cut == "the validation split that comes with it"
+    assert corpus.split_description == "the validation split that comes with it"
     assert list(load_corpus(str(tmp_path / "two"), 0, split="dev").train) == ROWS[:2]
     assert load_corpus(str(tmp_path / "two"), 0).validation is None
 
 
-def test_a_folder_of_tables_brings_its_validation_file_and_leaves_out_test_and_readme(table, tmp_path):
+def test_a_folder_of_tables_uses_its_validation_file_and_skips_test_and_readme(table, tmp_path):
     for name, rows in (("train", [0, 1, 2]), ("validation", [3]), ("test", [4])):
         table.select(rows).to_json(tmp_path / f"{name}.jsonl")
     (tmp_path / "README.md").write_text("about the data")
@@ -101,22 +102,22 @@ def test_a_folder_of_tables_brings_its_validation_file_and_leaves_out_test_and_r
     assert (list(corpus.train), list(corpus.validation)) == (ROWS[:3], ROWS[3:4])
 
 
-def test_another_column_can_be_the_text(tmp_path):
+def test_another_text_column_can_be_selected(tmp_path):
     rows = datasets.Dataset.from_dict({"question": ["q1", "q2"], "answer": ["a1", None], "n": [1, 2]})
     rows.to_json(tmp_path / "rows.jsonl")
     file = tmp_path / "rows.jsonl"
-    assert texts_of(file, text_column="answer") == ["a1"]  # rows without text are no documents
+    assert texts_of(file, text_column="answer") == ["a1"]  # rows without text are skipped
     rows.select_columns(["answer", "n"]).to_json(tmp_path / "one.jsonl")
     assert texts_of(tmp_path / "one.jsonl") == ["a1"]  # the only column of text
-    with pytest.raises(ValueError, match=r"which column is the text.*columns of text: question, answer"):
+    with pytest.raises(ValueError, match=r"several columns contain text; .*columns of text: question, answer"):
         texts_of(file)
     with pytest.raises(ValueError, match="--text_column body: there is no such column"):
         texts_of(file, text_column="body")
-    with pytest.raises(ValueError, match="--text_column n: holds no text"):
+    with pytest.raises(ValueError, match="--text_column n: contains values that are not text"):
         texts_of(file, text_column="n")
 
 
-def test_a_table_can_be_learnt_as_it_stands(table, tmp_path):
+def test_a_table_can_be_read_as_plain_text(table, tmp_path):
     write_table(table, tmp_path / "rows.csv")
     assert texts_of(tmp_path / "rows.csv", data_format="text") == [(tmp_path / "rows.csv").read_text(encoding="utf-8")]
 
@@ -124,22 +125,22 @@ def test_a_table_can_be_learnt_as_it_stands(table, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.pdf": "x"}, r"a\.pdf: nothing here reads \.pdf files; known are \.txt .* say --data_format text"),
-        ({"a.zip": "x"}, r"nothing here reads \.zip files"),
-        ({"a.bin.gz": "x"}, r"nothing here reads \.bin files"),
+        ({"a.pdf": "x"}, r"a\.pdf: \.pdf files are not supported; known extensions: \.txt .* use --data_format text"),
+        ({"a.zip": "x"}, r"\.zip files are not supported"),
+        ({"a.bin.gz": "x"}, r"\.bin files are not supported"),
     ],
 )
-def test_what_has_no_reader_is_refused_by_name(files, message, tmp_path):
+def test_unsupported_files_are_errors_that_name_them(files, message, tmp_path):
     write_files(tmp_path, files)
     with pytest.raises(ValueError, match=message):
         texts_of(tmp_path / next(iter(files)))
 
 
-def test_files_of_different_kinds_are_not_mixed(tmp_path):
+def test_a_folder_with_text_files_and_tables_is_an_error(tmp_path):
     write_files(tmp_path, {"a.txt": "x", "b.jsonl": '{"text": "y"}'})
     with pytest.raises(
         ValueError,
-        match=r"1 files of text and 1 tables \(\.jsonl, \.txt\).*--data '.*\*\*/\*\.jsonl'.*--data_format text",
+        match=r"1 text files and 1 tables \(\.jsonl, \.txt\).*--data '.*\*\*/\*\.jsonl'.*--data_format text",
     ):
         texts_of(tmp_path)
     assert texts_of(tmp_path / "*.jsonl") == ["y"]
@@ -150,48 +151,48 @@ def test_standard_input_is_a_document(monkeypatch, tmp_path):
     assert texts_of("-", cache_dir=tmp_path) == ["über\nalles"]
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- parts of documents -----------------------------------------------------------------------------------------------
 
 
-def test_a_text_in_parts_is_the_same_corpus(text, tmp_path, monkeypatch):
-    """Line ends of every kind, blank lines, a byte order mark, no line end at the end; as files and as a table."""
-    spiteful = "\ufeff" + text.replace("\n\n", "\r\n\x0b\u2028\n", 5) + "end"
-    contents = [spiteful + "a", spiteful + "日本" * 400]
+def test_the_corpus_does_not_depend_on_the_size_of_parts(text, tmp_path, monkeypatch):
+    """All kinds of line ends, blank lines, a byte order mark, no final line end; as files and as a table."""
+    difficult = "\ufeff" + text.replace("\n\n", "\r\n\x0b\u2028\n", 5) + "end"
+    contents = [difficult + "a", difficult + "日本" * 400]
     for name, content in zip("ab", contents, strict=True):
         (tmp_path / f"{name}.txt").write_bytes(content.encode())
     (tmp_path / "cache").mkdir()
     datasets.Dataset.from_dict({"text": contents}).to_parquet(tmp_path / "cache" / "rows.parquet")
-    whole = load_corpus(str(tmp_path / "*.txt"), 0.3, cache_dir=tmp_path / "cache")
-    assert "".join([*whole.train, *whole.validation]) == "".join(contents)
-    monkeypatch.setattr(texts, "PART_CHARACTERS", 700)
+    complete = load_corpus(str(tmp_path / "*.txt"), 0.3, cache_dir=tmp_path / "cache")
+    assert "".join([*complete.train, *complete.validation]) == "".join(contents)
+    monkeypatch.setattr(module, "PART_CHARACTERS", 700)
     in_parts = load_corpus(str(tmp_path / "*.txt"), 0.3, cache_dir=tmp_path / "cache")
     rows = load_corpus(str(tmp_path / "cache" / "rows.parquet"), 0.3, cache_dir=tmp_path / "cache")
     for other in (in_parts, rows):
         assert len(list(other.train.parts())) > 100
         assert max(len(part) for _, part in other.train.parts()) <= 700
-        for one, again in ((whole.train, other.train), (whole.validation, other.validation)):
+        for one, again in ((complete.train, other.train), (complete.validation, other.validation)):
             assert list(one) == list(again)
             assert one.fingerprint == again.fingerprint
             for characters in (1, 699, 701, 5000):
                 assert "".join(again.head(characters)) == "".join(one)[:characters]
 
 
-def test_text_from_all_over_is_some_of_it_in_order(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "PART_CHARACTERS", 500)
+def test_evenly_spaced_parts_cover_the_text_in_order(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_CHARACTERS", 500)
     folder = write_files(tmp_path, {f"{i:02}.txt": text[i * 300 : (i + 1) * 300] for i in range(100)})
     train = load_corpus(folder, 0).train
-    some = list(train.evenly(6_000))
-    assert 5_000 < sum(map(len, some)) < 8_000
-    places = [text.index(part) for part in some]
-    assert places == sorted(places)
-    assert places[-1] > 25_000
-    assert "".join(train.evenly(10**9)) == "".join(train)
+    parts = list(train.evenly_spaced(6_000))
+    assert 5_000 < sum(map(len, parts)) < 8_000
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert positions[-1] > 25_000
+    assert "".join(train.evenly_spaced(10**9)) == "".join(train)
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_takes_characters_in_its_shares_and_repeats_none(tmp_path):
+def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path):
     folder = write_files(tmp_path, {"a.txt": "a" * 1000, "b.txt": "b" * 1000})
     corpus = load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0.1)
     train, validation = "".join(corpus.train), "".join(corpus.validation)
@@ -202,7 +203,7 @@ def test_a_mixture_takes_characters_in_its_shares_and_repeats_none(tmp_path):
     assert other.train.fingerprint != corpus.train.fingerprint
 
 
-def test_a_mixture_is_told_from_a_name_with_a_comma(tmp_path, monkeypatch):
+def test_a_mixture_is_distinguished_from_a_name_with_a_comma(tmp_path, monkeypatch):
     assert mixture("plain.txt") is None
     assert mixture("user/a:config:0.7, user/b:0.3") == {"user/a:config": 0.7, "user/b": 0.3}
     monkeypatch.chdir(tmp_path)
@@ -213,7 +214,7 @@ def test_a_mixture_is_told_from_a_name_with_a_comma(tmp_path, monkeypatch):
             mixture(wrong)
 
 
-def test_bytes_that_are_no_text_can_be_replaced_or_ignored(tmp_path):
+def test_undecodable_bytes_can_be_replaced_or_ignored(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "b.txt").write_text("plain")
     with pytest.raises(ValueError, match=r"a\.txt: not utf-8 text: byte 0xe9 at position 3.*--encoding_errors replace"):
@@ -236,26 +237,26 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/**"])
-def test_splits_are_told_by_the_words_in_names_of_files_and_folders(layout, pattern, tmp_path, caplog):
+def test_splits_are_recognized_by_words_in_the_names_of_files_and_folders(layout, pattern, tmp_path, caplog):
     names = LAYOUTS[layout]
-    folder = tmp_path / "test"  # the name of the folder itself says nothing
+    folder = tmp_path / "test"  # the name of the root folder is ignored
     write_files(folder, {name: json.dumps({"text": name}) for name in names})
     with caplog.at_level(logging.INFO):
         corpus = load_corpus(f"{folder}{pattern}")
     assert (list(corpus.train), list(corpus.validation)) == (names[:2], names[2:3])
     assert re.search(r"read 3 of \d files; skipped .*1 of the test split", caplog.text)
-    assert f"1 of the files for validation, as named: {names[2]}" in caplog.text
+    assert f"1 files of the validation split: {names[2]}" in caplog.text
     word = {"hub": "validation", "numbered": "valid", "folders": "validation"}[layout]
     assert texts_of(f"{folder}{pattern}", split=word) == names[2:3]
 
 
-def test_words_in_which_the_name_of_a_split_occurs_are_no_splits(tmp_path):
+def test_words_that_contain_the_name_of_a_split_do_not_indicate_one(tmp_path):
     names = ["contest.jsonl", "latest.jsonl", "developer.jsonl"]
     write_files(tmp_path, {name: json.dumps({"text": name}) for name in names})
     assert sorted(texts_of(tmp_path)) == sorted(names)
 
 
-def test_files_of_text_are_of_splits_only_if_all_of_them_are(tmp_path):
+def test_text_files_indicate_splits_only_if_all_names_do(tmp_path):
     write_files(tmp_path, {"train/a.txt": "train", "test/a.txt": "test", "dev/a.txt": "dev"})
     corpus = load_corpus(str(tmp_path))
     assert (list(corpus.train), list(corpus.validation)) == (["train"], ["dev"])
@@ -263,7 +264,7 @@ def test_files_of_text_are_of_splits_only_if_all_of_them_are(tmp_path):
     assert sorted(texts_of(tmp_path)) == ["dev", "main", "test", "train"]
 
 
-def test_a_glob_leaves_out_what_is_hidden_and_counts_it(tmp_path, caplog):
+def test_a_glob_skips_and_counts_hidden_files(tmp_path, caplog):
     write_files(tmp_path, {"a.txt": "a", ".b.txt": "b", ".git/c.txt": "c", "d/e.txt": "e"})
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "**" / "*.txt") == ["a", "e"]
@@ -273,7 +274,7 @@ def test_a_glob_leaves_out_what_is_hidden_and_counts_it(tmp_path, caplog):
     assert texts_of(tmp_path / ".git" / "*") == ["c"]
 
 
-def test_all_of_a_text_includes_the_validation_split_that_comes_with_it(tmp_path, run_folder, caplog):
+def test_split_all_includes_the_validation_split_of_the_data(tmp_path, run_folder, caplog):
     rows = {"train": ["def one():\n", "    return 1\n"], "validation": ["def two():\n"]}
     write_files(tmp_path, {f"{name}.jsonl": "\n".join(json.dumps({"text": t}) for t in rows[name]) for name in rows})
     model = minigpt_hf.ModelFolder(run_folder / "model")
@@ -284,20 +285,20 @@ def test_all_of_a_text_includes_the_validation_split_that_comes_with_it(tmp_path
     assert scores["all"].documents == 3
     with caplog.at_level(logging.INFO):
         assert model.evaluate(str(tmp_path), max_characters=1000).documents == 3
-    assert "the validation score rests on only" in caplog.text
+    assert "the validation score is based on only" in caplog.text
 
 
-def test_broken_json_names_file_and_line(tmp_path):
+def test_invalid_json_is_reported_with_file_and_line(tmp_path):
     write_files(tmp_path, {"a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n\n{"text": \n{"text": "c"}\n'})
     with pytest.raises(ValueError, match=r"b\.jsonl: line 3 is not JSON: "):
         texts_of(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ",")])
-def test_a_table_with_another_delimiter_is_refused(name, delimiter, tmp_path):
-    """Its rows would be taken whole for texts, the delimiters included."""
+def test_a_table_with_another_delimiter_is_an_error(name, delimiter, tmp_path):
+    """Otherwise entire rows, including delimiters, would be read as text."""
     (tmp_path / name).write_text(f"id{delimiter}text\n1{delimiter}one\n2{delimiter}two\n")
-    with pytest.raises(ValueError, match=r"its only column is 'id.+text', so its fields seem to be separated by"):
+    with pytest.raises(ValueError, match=r"its only column is 'id.+text', so its fields appear to be separated by"):
         texts_of(tmp_path / name)
 
 
@@ -309,7 +310,7 @@ def test_how_a_table_is_interpreted_is_logged(tmp_path, caplog):
     assert "quote" not in caplog.text
     (tmp_path / "a.tsv").write_text('id\ttext\n1\t"one"\n2\ttwo "2"\n')
     assert texts_of(tmp_path / "a.tsv") == ["one", 'two "2"']
-    assert "a.tsv: 1 fields of the first 1,000 lines begin with a quote" in caplog.text
+    assert "a.tsv: 1 fields in the first 1,000 lines begin with a quote" in caplog.text
 
 
 def write_json_lines(file, *rows) -> None:
@@ -317,34 +318,34 @@ def write_json_lines(file, *rows) -> None:
 
 
 @pytest.mark.parametrize("value", [5, True, 1.10, ["a"], {"a": "b"}])
-@pytest.mark.parametrize("place", [0, 200, 5000])
-def test_a_value_that_is_not_a_string_is_refused_wherever_it_is(value, place, tmp_path):
-    """It is neither converted nor a reason to read another column."""
+@pytest.mark.parametrize("index", [0, 200, 5000])
+def test_a_value_that_is_not_a_string_is_an_error_in_any_row(value, index, tmp_path):
+    """It is not converted, and no other column is used instead."""
     rows = [{"text": f"text of row {row}", "url": f"https://example.org/{row}"} for row in range(5001)]
-    rows[place]["text"] = value
+    rows[index]["text"] = value
     write_json_lines(tmp_path / "rows.jsonl", *rows)
-    with pytest.raises(ValueError, match=rf"rows\.jsonl: line {place + 1:,}: 'text' is .*, not a string"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: line {index + 1:,}: 'text' is .*, not a string"):
         texts_of(tmp_path / "rows.jsonl")
     assert texts_of(tmp_path / "rows.jsonl", text_column="url")[-1] == "https://example.org/5000"
 
 
-def test_a_column_called_text_is_not_passed_over(tmp_path):
+def test_a_column_called_text_is_never_ignored(tmp_path):
     write_json_lines(tmp_path / "rows.jsonl", {"text": 1, "url": "a"}, {"text": 2, "url": "b"})
-    with pytest.raises(ValueError, match="the column 'text': holds no text, or not only text; columns of text: url"):
+    with pytest.raises(ValueError, match="the column 'text': contains values that are not text; columns of text: url"):
         texts_of(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("odd", [5, datetime(2020, 1, 1), b"bytes"])
 @pytest.mark.parametrize("first", [True, False])
-def test_files_whose_text_columns_have_different_types_are_refused(odd, first, tmp_path):
-    """Neither is cast to the type of the other, in whichever order they are read."""
+def test_text_columns_of_different_types_are_an_error(odd, first, tmp_path):
+    """Neither is cast to the type of the other, in either order of the files."""
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / f"{2 if first else 1}.parquet")
     pq.write_table(pa.table({"text": [odd]}), tmp_path / f"{1 if first else 2}.parquet")
-    with pytest.raises(ValueError, match=r"'text'.*(of type \w+|holds no text)"):
+    with pytest.raises(ValueError, match=r"'text'.*(of type \w+|contains values that are not text)"):
         texts_of(tmp_path)
 
 
-def test_strings_that_look_like_something_else_and_rows_that_differ_are_read_verbatim(tmp_path):
+def test_strings_that_look_like_other_types_and_rows_with_different_keys_are_read_verbatim(tmp_path):
     texts = ["2026-11-24T10:00:00Z", "1.10", "007", "null", "NaN", "2020-01-01"] * 3000
     write_json_lines(tmp_path / "1.jsonl", *[{"text": text, "date": text} for text in texts])
     write_json_lines(tmp_path / "2.jsonl", {"other": 1, "text": "last"}, {"other": [1, "x"]}, {"date": 3})
@@ -354,21 +355,21 @@ def test_strings_that_look_like_something_else_and_rows_that_differ_are_read_ver
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2 is not JSON: the key 'text' is there twice"),
-        ('{"text": "a"}\n{"text": "\\ud800"}\n', "row 2 holds half of a surrogate pair"),
+        ('{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2 is not JSON: the key 'text' occurs twice"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "row 2 contains a lone surrogate"),
         ('{"text": "a"}\n["b"]\n', "line 2 is not a JSON object"),
         ('[{"text": "a"}, 5]', "row 2 is not a JSON object"),
         ('[{"text": "a"},\n{"text": }]', "line 2 is not JSON: "),
         ('{"text": "a"}\n' + '{"a": ' * 100_000 + "\n", "line 2 is nested too deeply"),
     ],
 )
-def test_json_that_is_not_a_table_is_refused_by_line_or_row(content, message, tmp_path):
+def test_json_that_is_not_a_table_is_reported_with_line_or_row(content, message, tmp_path):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=re.escape(f"a.json: {message}")):
         texts_of(tmp_path / "a.json")
 
 
-def test_json_over_several_lines_and_arrays_of_strings_are_tables(tmp_path):
+def test_json_values_that_span_lines_and_arrays_of_strings_are_tables(tmp_path):
     values = {
         "pretty": json.dumps({"text": "a\nb"}, indent=1) * 2,
         "strings": '["a", "b"]\n["c"]',
@@ -389,7 +390,7 @@ def test_dictionary_encoded_and_view_columns_are_text(tmp_path):
         assert texts_of(tmp_path / f"{number}.arrow") == ["a", "b", "a"]
 
 
-def test_a_split_is_found_by_the_name_of_the_split_or_by_the_word_in_the_file_name(tmp_path):
+def test_a_split_can_be_selected_by_its_name_or_by_a_word_in_file_names(tmp_path):
     write_files(tmp_path, {f"{name}.jsonl": json.dumps({"text": name}) for name in ("train", "val")})
     for split in ("val", "validation"):
         assert texts_of(tmp_path, split=split) == ["val"]

@@ -1,4 +1,4 @@
-"""A stream holds every document in order, wherever and by however many processes it was made."""
+"""A token stream contains every document in order, independent of the number of processes that encode it."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minigpt_hf import evaluate, train
-from minigpt_hf.data import stream as module
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.stream import TokenStream, build_stream
 from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer
@@ -21,22 +20,22 @@ def corpus(tmp_path):
     return load_corpus(write_files(tmp_path / "text", {f"{i}.txt": t for i, t in enumerate(TEXTS)}), 0)
 
 
-def test_a_stream_is_every_document_in_order_each_opened_by_end_of_text(corpus, tmp_path):
+def test_a_stream_is_every_document_in_order_each_preceded_by_bos(corpus, tmp_path):
     tokenizer = byte_tokenizer()
     stream = build_stream(corpus.train, tokenizer, tmp_path / "cache")
     expected = [i for text in TEXTS for i in [0, *(byte + 2 for byte in text.encode())]]
     assert stream.tokens.tolist() == expected
     assert stream.tokens.dtype == np.uint16
-    assert [tokenizer.decode(ids) for ids in stream.texts()] == TEXTS
+    assert [tokenizer.decode(ids) for ids in stream.iterate_documents()] == TEXTS
     assert stream.tokens[stream.documents].tolist() == [0] * len(TEXTS)
     assert stream.characters == sum(map(len, TEXTS))
     assert stream.bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_processes_make_the_same_stream_as_one(text, tmp_path, monkeypatch):
+def test_several_processes_write_the_same_stream_as_one(text, tmp_path, monkeypatch):
     folder = write_files(tmp_path / "text", {f"{i:02}.py": text[i * 100 :] for i in range(30)})
     documents = load_corpus(folder, 0).train
-    assert documents.characters > 2_000_000  # enough for a pool to be started
+    assert documents.characters > 2_000_000  # enough for a process pool
     tokenizer = byte_level_bpe([text], 400)
     alone = build_stream(documents, tokenizer, tmp_path / "alone", num_proc=1)
     many = build_stream(documents, tokenizer, tmp_path / "many", num_proc=2)
@@ -44,15 +43,16 @@ def test_processes_make_the_same_stream_as_one(text, tmp_path, monkeypatch):
     assert (alone.folder / "stream.json").read_bytes() == (many.folder / "stream.json").read_bytes()
 
 
-def test_a_stream_is_found_again_by_content(corpus, tmp_path, monkeypatch):
+def test_a_stream_is_cached_by_content(corpus, tmp_path):
     first = build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache")
-    monkeypatch.setattr(module, "_write_stream", lambda *args: pytest.fail("encoded again"))
     moved = load_corpus(write_files(tmp_path / "moved", {f"{i}.txt": t for i, t in enumerate(TEXTS)}), 0)
-    assert build_stream(moved.train, byte_tokenizer(), tmp_path / "cache").folder == first.folder
+    encoded_again = lambda characters: pytest.fail("encoded again")  # noqa: E731
+    again = build_stream(moved.train, byte_tokenizer(), tmp_path / "cache", progress=encoded_again)
+    assert again.folder == first.folder
 
 
 def tokenizer_of_size(size: int, bos: str | None = None) -> PreTrainedTokenizerFast:
-    """Words `w0`, `w1`, …, ids up to `size` - 1, and `</s>`, which closes a text, before them."""
+    """A vocabulary of `</s>` (EOS), `<s>`, and words `w2`, `w3`, … up to id `size` - 1."""
     vocabulary = {"</s>": 0, "<s>": 1, **{f"w{number}": number for number in range(2, size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -60,7 +60,7 @@ def tokenizer_of_size(size: int, bos: str | None = None) -> PreTrainedTokenizerF
 
 
 @pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1])
-def test_the_largest_id_survives_at_the_limit_of_two_bytes(size, tmp_path):
+def test_the_largest_id_is_stored_correctly_at_the_limit_of_two_bytes(size, tmp_path):
     (tmp_path / "text.txt").write_text(f"w{size - 1} w5")
     texts = load_corpus(str(tmp_path / "text.txt"), 0).train
     stream = build_stream(texts, tokenizer_of_size(size), tmp_path / "cache")
@@ -69,18 +69,18 @@ def test_the_largest_id_survives_at_the_limit_of_two_bytes(size, tmp_path):
     assert (stream.folder / "tokens.bin").stat().st_size == 3 * (2 if size <= 2**16 else 4)
 
 
-def test_documents_are_opened_by_bos_where_it_differs_from_eos(tmp_path):
-    """As `evaluate` and `generate` open a text; without BOS all of them take EOS."""
+def test_documents_are_preceded_by_bos_where_it_differs_from_eos(tmp_path):
+    """As in `evaluate` and `generate`; a tokenizer without BOS uses EOS."""
     folder = write_files(tmp_path / "text", {"a.txt": "w5 w6", "b.txt": "w7"})
     texts = load_corpus(folder, 0).train
     both, eos = (build_stream(texts, tokenizer_of_size(9, bos), tmp_path / "cache") for bos in ("<s>", None))
-    assert (both.tokens.tolist(), both.end_of_text) == ([1, 5, 6, 1, 7], 1)
-    assert (eos.tokens.tolist(), eos.end_of_text) == ([0, 5, 6, 0, 7], 0)
+    assert (both.tokens.tolist(), both.bos_token_id) == ([1, 5, 6, 1, 7], 1)
+    assert (eos.tokens.tolist(), eos.bos_token_id) == ([0, 5, 6, 0, 7], 0)
     assert both.folder != eos.folder
 
 
 def test_validation_while_training_equals_evaluation_where_bos_differs_from_eos(tmp_path, recipe_file):
-    """The figure that is published is that of `minigpt evaluate`, with the same opening token."""
+    """The published loss equals that of `minigpt evaluate`, with the same BOS token."""
     words = " ".join(f"w{2 + number * number % 37}" for number in range(3000))
     (tmp_path / "text.txt").write_text(words)
     tokenizer_of_size(40, "<s>").save_pretrained(tmp_path / "tokenizer")
@@ -107,10 +107,10 @@ def test_validation_while_training_equals_evaluation_where_bos_differs_from_eos(
         logits = model(window[None, :-1]).logits[0]
         nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     assert scored.loss == pytest.approx(nats / len(ids), rel=1e-5)
-    assert {0, 1} <= set(model.generation_config.eos_token_id)  # either token ends a text that is generated
+    assert {0, 1} <= set(model.generation_config.eos_token_id)  # either token ends generation
 
 
-def test_other_text_or_another_tokenizer_makes_another_stream(corpus, tmp_path):
+def test_streams_of_different_texts_or_tokenizers_differ(corpus, tmp_path):
     folders = {
         build_stream(documents, tokenizer, tmp_path / "cache").folder
         for documents in (corpus.train, corpus.train.head(10))
@@ -119,18 +119,17 @@ def test_other_text_or_another_tokenizer_makes_another_stream(corpus, tmp_path):
     assert len(folders) == 4
 
 
-def test_a_stream_is_whole_or_absent(corpus, tmp_path, monkeypatch):
-    def fail(job):
-        raise ValueError("no")
+def test_no_partial_stream_remains_after_an_error(corpus, tmp_path):
+    def fail(characters):
+        raise ValueError("interrupted")
 
-    monkeypatch.setattr(module, "_encode_piece", fail)
-    with pytest.raises(ValueError, match="no"):
-        build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="interrupted"):
+        build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache", progress=fail)
     assert list((tmp_path / "cache" / "streams").iterdir()) == []
 
 
-def test_opening_a_stream_gives_what_was_built(corpus, tmp_path):
+def test_an_opened_stream_equals_the_built_one(corpus, tmp_path):
     built = build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache")
     opened = TokenStream.open(built.folder)
     assert opened.tokens.tolist() == built.tokens.tolist()
-    assert (opened.fingerprint, opened.bytes, opened.end_of_text) == (built.fingerprint, built.bytes, 0)
+    assert (opened.fingerprint, opened.bytes, opened.bos_token_id) == (built.fingerprint, built.bytes, 0)

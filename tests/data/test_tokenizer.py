@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing, and say what they do not know."""
+"""Tokenizers are lossless, and unknown characters are errors that name them."""
 
 import json
 import random
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from minigpt_hf.cli import main
-from minigpt_hf.data import cuts
+from minigpt_hf.data import chunking
 from minigpt_hf.data import tokenizer as module
-from minigpt_hf.data.cuts import pieces
+from minigpt_hf.data.chunking import split_into_chunks
 from minigpt_hf.data.tokenizer import (
     END_OF_TEXT,
     PAD,
@@ -21,14 +21,14 @@ from minigpt_hf.data.tokenizer import (
     byte_tokenizer,
     character_tokenizer,
     load_tokenizer,
+    lost_characters,
     tokenizer_fingerprint,
-    what_is_lost,
 )
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import tiny_model
 
-# Text that is likely to break something: any character, the specials, white space in every mixture.
-SPITEFUL = st.lists(
+# Difficult text: any character, special tokens, and mixtures of white space.
+DIFFICULT = st.lists(
     st.one_of(
         st.text(), st.sampled_from([END_OF_TEXT, PAD, "\n", "\r\n", "  ", "\u2028", "\x1c", "\t", "'ll", " é", "é"])
     )
@@ -48,8 +48,8 @@ def tokenizers(bpe):
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=SPITEFUL)
-def test_decoding_what_was_encoded_gives_the_text_back(tokenizers, text):
+@given(text=DIFFICULT)
+def test_decoding_restores_the_encoded_text(tokenizers, text):
     for tokenizer in tokenizers:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
         encoder = Encoder(tokenizer.backend_tokenizer.to_str())
@@ -58,35 +58,34 @@ def test_decoding_what_was_encoded_gives_the_text_back(tokenizers, text):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet="ab \n\r\té", max_size=60))
-def test_characters_are_given_back_too(text):
+def test_decoding_restores_the_text_of_a_character_tokenizer(text):
     tokenizer = character_tokenizer(["ab \n\r\té"])
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=SPITEFUL, size=st.integers(1, 20))
-def test_pieces_encode_to_the_same_tokens_as_the_whole(bpe, text, size):
+@given(text=DIFFICULT, size=st.integers(1, 20))
+def test_chunks_encode_to_the_same_tokens_as_the_complete_text(bpe, text, size):
     encoder = Encoder(bpe.backend_tokenizer.to_str())
-    cut = list(_pieces_of_size(text, size))
-    assert "".join(cut) == text
-    assert [i for piece in cut for i in encoder(piece)] == encoder(text)
+    chunks = list(_chunks_of_size(text, size))
+    assert "".join(chunks) == text
+    assert [i for chunk in chunks for i in encoder(chunk)] == encoder(text)
 
 
-def _pieces_of_size(text, size):
+def _chunks_of_size(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "PIECE_CHARACTERS", size)
-        yield from (piece for _, piece in pieces([(True, text[: size * 3]), (False, text[size * 3 :])]))
+        patch.setattr(chunking, "CHUNK_CHARACTERS", size)
+        yield from (chunk for _, chunk in split_into_chunks([(True, text[: size * 3]), (False, text[size * 3 :])]))
 
 
-def test_real_text_is_cut_and_encodes_the_same(bpe, text):
+def test_chunks_of_real_text_encode_to_the_same_tokens(bpe, text):
     encoder = Encoder(bpe.backend_tokenizer.to_str())
-    cut = list(_pieces_of_size(text, 1000))
-    assert len(cut) > 50
-    assert [i for piece in cut for i in encoder(piece)] == encoder(text)
+    chunks = list(_chunks_of_size(text, 1000))
+    assert len(chunks) > 50
+    assert [i for chunk in chunks for i in encoder(chunk)] == encoder(text)
 
 
-def test_words_are_cut_as_qwen2_cuts_them(bpe):
-    """The pre-tokenizer is Qwen2's own, as transformers has it."""
+def test_the_pre_tokenizer_equals_that_of_qwen2(bpe):
     qwen2 = Qwen2TokenizerFast().backend_tokenizer.pre_tokenizer
     ours = bpe.backend_tokenizer.pre_tokenizer
     source = random.Random(0)
@@ -95,7 +94,7 @@ def test_words_are_cut_as_qwen2_cuts_them(bpe):
         assert ours.pre_tokenize_str(text) == qwen2.pre_tokenize_str(text)
 
 
-def test_training_is_deterministic_and_of_the_size_asked_for(text):
+def test_training_is_deterministic_and_gives_the_requested_vocabulary_size(text):
     one, other = byte_level_bpe([text], 300), byte_level_bpe(iter([text]), 300)
     assert len(one) == len(other) == 300
     assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
@@ -112,24 +111,24 @@ def test_byte_b_has_id_b_plus_2():
     assert byte_tokenizer()("A\n\x00é").input_ids == [65 + 2, 10 + 2, 0 + 2, 0xC3 + 2, 0xA9 + 2]
 
 
-def test_characters_have_ids_in_code_point_order_after_the_specials():
+def test_characters_have_ids_in_code_point_order_after_the_special_tokens():
     assert character_tokenizer(["cab"])("abc").input_ids == [2, 3, 4]
 
 
-def test_an_unknown_character_is_named():
+def test_an_unknown_character_is_an_error_that_names_it():
     encoder = Encoder(character_tokenizer(["abc"]).backend_tokenizer.to_str())
-    with pytest.raises(ValueError, match=r"does not know the character 'é' \(U\+00E9\)"):
+    with pytest.raises(ValueError, match=r"does not know: 'é' \(U\+00E9\)"):
         encoder("abécab")
 
 
-def test_text_that_spells_a_special_token_stays_text(bpe):
+def test_special_tokens_in_the_text_are_encoded_as_text(bpe):
     encoder = Encoder(bpe.backend_tokenizer.to_str())
     assert bpe.eos_token_id not in encoder(f"a{END_OF_TEXT}b{PAD}")
     assert bpe.pad_token_id not in encoder(f"a{END_OF_TEXT}b{PAD}")
-    assert bpe(f"a{END_OF_TEXT}").input_ids[-1] == bpe.eos_token_id  # where it is meant, it is one token
+    assert bpe(f"a{END_OF_TEXT}").input_ids[-1] == bpe.eos_token_id  # transformers recognizes the special token
 
 
-def test_special_tokens_are_as_promised(tokenizers):
+def test_ids_of_special_tokens(tokenizers):
     for tokenizer in [*tokenizers, character_tokenizer(["abc"])]:
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
         assert (tokenizer.bos_token, tokenizer.pad_token) == (END_OF_TEXT, PAD)
@@ -147,15 +146,15 @@ def test_a_saved_tokenizer_loads_anywhere_and_encodes_the_same(tokenizers, tmp_p
         assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / str(i)))) == tokenizer_fingerprint(tokenizer)
 
 
-def test_loaders_of_other_versions_are_told_not_to_tidy_spaces(tokenizers, tmp_path):
-    """transformers 4 removes the space in "a ." by default when it decodes."""
+def test_saved_tokenizers_disable_the_cleanup_of_spaces(tokenizers, tmp_path):
+    """By default transformers 4 removes the space of "a ." when decoding."""
     for name, tokenizer in enumerate(tokenizers):
         tokenizer.save_pretrained(tmp_path / str(name))
         config = json.loads((tmp_path / str(name) / "tokenizer_config.json").read_text())
         assert config["clean_up_tokenization_spaces"] is False
 
 
-def test_a_tokenizer_that_is_not_there_or_a_vocabulary_too_small_is_refused(tmp_path):
+def test_a_missing_tokenizer_and_a_vocabulary_that_is_too_small_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="at least 258"):
@@ -163,7 +162,7 @@ def test_a_tokenizer_that_is_not_there_or_a_vocabulary_too_small_is_refused(tmp_
 
 
 def lossy_tokenizer(folder, text: str) -> str:
-    """Words in lower case without accents, as in BERT; of other words it knows nothing."""
+    """A vocabulary of lower-case words without accents, as in BERT; other words are unknown tokens."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -172,25 +171,26 @@ def lossy_tokenizer(folder, text: str) -> str:
     return str(folder)
 
 
-def test_a_tokenizer_that_loses_text_is_reported_and_published_with_the_figures(text, recipe_file, tmp_path, capfd):
+def test_what_a_tokenizer_loses_is_logged_and_published(text, recipe_file, tmp_path, capfd):
     words, folder = text[:20_000], lossy_tokenizer(tmp_path / "tokenizer", text)
     (tmp_path / "text.txt").write_text(words)
     flags = ["--data", str(tmp_path / "text.txt"), "--tokenizer", folder, "--validation_fraction", "0.5"]
     short = "--max_steps 2 --eval_steps 2 --save_steps 2 --sample_tokens 0".split()
-    kept, run = str(tmp_path / "kept"), tmp_path / "run"
-    assert main(["tokenize", "--recipe", str(recipe_file), *flags, "--output_dir", kept]) == 0
+    prepared, run = str(tmp_path / "prepared"), tmp_path / "run"
+    assert main(["tokenize", "--recipe", str(recipe_file), *flags, "--output_dir", prepared]) == 0
     encoding = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(words[:10_000])
     unknown = encoding.ids.count(0) / len(encoding.ids)
-    said = f"the tokenizer does not reproduce the text ({unknown:.2%} of the tokens are unknown ones; upper case, white space"
-    assert said in capfd.readouterr().err
-    assert main(["train", "--recipe", str(recipe_file), "--data", kept, *short, "--output_dir", str(run)]) == 0
-    assert said in json.loads((run / "model" / "minigpt.json").read_text())["tokenizer"]["lossy"]
-    assert said in (run / "model" / "README.md").read_text()
+    lost = f"{unknown:.2%} of the tokens are unknown ones; upper case, white space"
+    warning = f"the tokenizer does not reproduce the text ({lost}"
+    assert warning in capfd.readouterr().err
+    assert main(["train", "--recipe", str(recipe_file), "--data", prepared, *short, "--output_dir", str(run)]) == 0
+    assert warning in json.loads((run / "model" / "minigpt.json").read_text())["tokenizer"]["lossy"]
+    assert warning in (run / "model" / "README.md").read_text()
     capfd.readouterr()
     assert main(["evaluate", str(run / "model"), "--data", str(tmp_path / "text.txt")]) == 0
     assert "the tokenizer does not reproduce the text (" in capfd.readouterr().err
 
 
-def test_our_tokenizers_lose_nothing_as_existing_ones_either(text, bpe):
+def test_lost_characters_is_none_for_lossless_tokenizers(text, bpe):
     for tokenizer in (bpe, byte_tokenizer(), character_tokenizer([text])):
-        assert what_is_lost(tokenizer, [text[:5000], " a\n"]) is None
+        assert lost_characters(tokenizer, [text[:5000], " a\n"]) is None

@@ -1,4 +1,4 @@
-"""Ranks that have read different texts do not train."""
+"""Training does not start if ranks have read different texts."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from tests.conftest import ROOT
 
-# Each rank starts in a folder of its own, so the same name stands for different files.
+# Each rank runs in a different folder, where the same name refers to a different file.
 SCRIPT = """
 import os, sys
 os.chdir(os.path.join(sys.argv[1], os.environ["RANK"]))

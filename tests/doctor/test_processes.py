@@ -1,4 +1,4 @@
-"""What a folder's code can and cannot do, and what becomes of a process that hangs, dies or lies."""
+"""The separate process: isolation of the folder's code, and processes that hang, crash or write invalid rows."""
 
 import json
 import pickle
@@ -37,10 +37,10 @@ pathlib.Path({canary!r}).write_text(repr(dict(
 
 
 def test_code_that_is_trusted_runs_alone_and_a_cache_that_it_breaks_is_found(broken, monkeypatch, capfd):
-    """One process for both: starting one takes seconds."""
+    """Both in one process, because starting one takes seconds."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     broken.append("modeling_minigpt.py", CURIOUS.format(canary=str(broken.canary)))
-    # Positions that count from zero again with each step.
+    # Positions that restart at 0 in each step.
     broken.replace("modeling_minigpt.py", "past_key_values.get_seq_length()", "0 * past_key_values.get_seq_length()")
     names = (doctor.OWN_CODE, *doctor.BEHAVIOUR)
     rows = child.rows_of("loading", broken.path, names, 600, 12 * GIB, "own")

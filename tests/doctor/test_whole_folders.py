@@ -1,4 +1,4 @@
-"""No false alarm: folders in order pass every row that applies to them."""
+"""Valid folders pass every applicable check."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_level_bpe, tokenizer_fingerprint
 from minigpt_hf.doctor import behaviour, card, code, config, loading, tokenizer, weights
-from minigpt_hf.doctor import files as files_room
+from minigpt_hf.doctor import files as file_checks
 from minigpt_hf.inference.generation import AutoTokenizer
 from minigpt_hf.model.configuration_minigpt import AUTO_MAP
 from minigpt_hf.publish.model_folder import REQUIRED
@@ -40,7 +40,7 @@ def test_a_minigpt_in_characters_passes(recipe_file, text_file, tmp_path, capsys
     argv += ["--tokenizer", "characters", "--max_steps", 2, "--logging_steps", 1, "--validation_characters", 500]
     assert main([str(word) for word in argv]) == 0
     capsys.readouterr()
-    # As a person would ask; in JSON, so that rows can be counted.
+    # Through the command line, in JSON.
     code = main(["doctor", str(tmp_path / "run" / "model"), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert (code, told["failed"]) == (0, 0), told
@@ -69,9 +69,9 @@ def save(model, tokenizer, folder):
 
 
 def examine_here(folder) -> list[doctor.Row]:
-    """As `examine`, but the loading rows come from this process: others' classes need no process without the package."""
+    """`examine`, but loading in this process, since other architectures need no isolation from the package."""
     found = doctor.examine_files(folder)
-    not_run = doctor.Row(doctor.OWN_CODE, "not applicable", "the folder brings no code of its own")
+    not_run = doctor.Row(doctor.OWN_CODE, "not applicable", "the folder contains no code")
     return [*found, *loading.rows(folder, "package"), not_run]
 
 
@@ -121,7 +121,7 @@ def test_the_fingerprint_is_that_of_training(run_folder):
 
 def test_names_of_files_and_classes_are_those_of_the_model_and_publish():
     assert set(code.AUTO_CLASSES) == set(AUTO_MAP)
-    assert {*files_room.REQUIRED, *files_room.SUITCASE, files_room.WEIGHTS} == set(REQUIRED)
+    assert {*file_checks.REQUIRED, *file_checks.CODE, file_checks.WEIGHTS} == set(REQUIRED)
 
 
 def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
@@ -136,7 +136,7 @@ def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
 def test_the_document_tells_of_every_row_and_of_no_other():
     table = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
     told = re.findall(r"^\| `([^`]+)` \|(?: (yes) \|)?", table, re.MULTILINE)
-    files = [check.row_name for room in (files_room, config, code, weights) for check in room.CHECKS]
+    files = [check.row_name for room in (file_checks, config, code, weights) for check in room.CHECKS]
     cards = [check.row_name for check in card.CHECKS]
     loads = [*doctor.LOADS, doctor.OWN_CODE, *doctor.BEHAVIOUR]
     assert [name for name, _ in told] == [*files, *doctor.TOKENIZER, *cards, *loads]

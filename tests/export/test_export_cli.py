@@ -42,7 +42,7 @@ def test_the_commands_of_the_page_run(runs, capsys):
 def test_the_output_states_the_folder_what_was_verified_and_the_maximum_context(runs, capsys):
     assert main(["export", "runs/bard/model", "--to", "native", "--output_dir", "out", "--context", "20"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "exported to out",
+        "the export is in out",
         "verified: loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit",
         "maximum context: 20 tokens",
     ]

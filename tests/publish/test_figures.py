@@ -36,7 +36,7 @@ def test_runs_are_compared_in_one_figure(run_folder, tmp_path, capsys):
     other.mkdir(parents=True)
     shutil.copy(run_folder / "log.jsonl", other)
     assert main(["plot", str(run_folder), str(other), "--output", str(tmp_path / "both.png")]) == 0
-    assert "drawn" in capsys.readouterr().out
+    assert "the figure is in" in capsys.readouterr().out
     assert main(["plot", str(run_folder), "--output", str(tmp_path / "one.png")]) == 0
     both, one = ((tmp_path / name).read_bytes() for name in ("both.png", "one.png"))
     assert both != one

@@ -44,7 +44,7 @@ def test_a_folder_with_doctor_failures_is_not_pushed(run_folder, hub, tmp_path, 
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     code, _, err = push(capsys, tmp_path / "model", "--repo-id", "user/ill")
     assert code == 2
-    assert re.fullmatch("minigpt push: .*: is not pushed, the doctor found .*minigpt doctor .* says what to do\n", err)
+    assert re.fullmatch("minigpt push: .*: not uploaded, checks failed: .*minigpt doctor .* prints the remedies\n", err)
     assert not any(request.path.startswith("/api/repos/create") for request in hub.requests)
 
 

@@ -101,7 +101,7 @@ def test_a_broken_checkpoint_is_told_in_one_line_and_the_run_ends_the_same(recip
 def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
     """The save dies after 0, 1, 2, … files were forced to disk; then before the rename."""
     files = [path for path in (finished / "checkpoint-8").iterdir() if path.name != MANIFEST]
-    real = atomic.to_disk
+    real = atomic.fsync
     for survives in range(len(files) + 3):
         run = tmp_path / str(survives)
         shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
@@ -114,14 +114,14 @@ def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path,
             left -= 1
             real(path)
 
-        monkeypatch.setattr(atomic, "to_disk", dies)
+        monkeypatch.setattr(atomic, "fsync", dies)
         try:
             with atomic_checkpoint(run / "checkpoint-8") as folder:
                 for file in files:
                     shutil.copy(file, folder)
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr(atomic, "to_disk", real)
+        monkeypatch.setattr(atomic, "fsync", real)
         found, lines = newest_valid(RunFolder(run))
         assert lines == []
         # Once all files, the manifest and the folder are on disk, the rename has happened.
@@ -231,7 +231,7 @@ TRAINING_STEP = MiniGPTTrainer.training_step
 @pytest.mark.parametrize("fails_at", range(10))
 def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
     """ENOSPC when the n-th file of the second checkpoint is forced to disk."""
-    folder, count, real = tmp_path / "run", 0, atomic.to_disk
+    folder, count, real = tmp_path / "run", 0, atomic.fsync
 
     def full(path):
         nonlocal count
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finis
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(atomic, "to_disk", full)
+    monkeypatch.setattr(atomic, "fsync", full)
     assert train(recipe, words, folder) == 28
     err = capsys.readouterr().err
     assert "no room for checkpoint-4: it needs about" in err
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finis
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert verification_error(folder / "checkpoint-2") is None
     assert not (folder / ".unfinished").exists()
-    monkeypatch.setattr(atomic, "to_disk", real)
+    monkeypatch.setattr(atomic, "fsync", real)
     assert train(recipe, words, folder) == 0
     assert rows(folder) == rows(finished)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))

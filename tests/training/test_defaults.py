@@ -465,7 +465,7 @@ def test_a_vocabulary_that_is_not_as_asked_is_announced(letters, tmp_path, caplo
 
 
 def test_help_shows_the_defaults_that_a_command_has(capsys):
-    main(["train", "--help"])
+    main(["train", "--help-all"])
     _, options = " ".join(capsys.readouterr().out.split()).split("options:")
     for name, (without, alone) in effective_defaults().items():
         shown = re.search(rf" --{name} \[?{name.upper()}.*?\(default: (.*?)\)", options)[1]

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
-from minigpt_hf.data.blocks import Blocks
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import byte_tokenizer
@@ -38,7 +38,7 @@ def trained(streams, folder, *, model=None, **settings) -> MiniGPTTrainer:
     settings = {**defaults, "load_best_model_at_end": False, **settings}
     args = MiniGPTTrainingArguments(output_dir=str(folder), **settings)
     model = model or tiny_model(vocab_size=258)
-    blocks = Blocks(streams[0], 32, seed=args.seed)
+    blocks = SequenceDataset(streams[0], 32, seed=args.seed)
     trainer = MiniGPTTrainer(model, args, blocks, streams[1], byte_tokenizer(), callbacks=[])
     trainer.train()
     return trainer
@@ -97,7 +97,9 @@ def test_one_batch_can_be_learnt_by_heart(streams, tmp_path):
         use_cpu=True,
         per_device_train_batch_size=1,
     )
-    trainer = MiniGPTTrainer(tiny_model(vocab_size=258), args, Blocks(stream, 32, 0), None, byte_tokenizer(), [])
+    trainer = MiniGPTTrainer(
+        tiny_model(vocab_size=258), args, SequenceDataset(stream, 32, 0), None, byte_tokenizer(), []
+    )
     trainer.train()
     score = evaluate_texts(trainer.model.eval(), byte_tokenizer(), [text.read_text()], block_size=32)
     assert score.loss < 0.05

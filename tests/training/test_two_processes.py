@@ -16,7 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 from transformers import TrainerControl
 
-from minigpt_hf.data.blocks import BlockSampler
+from minigpt_hf.data.blocks import SequenceSampler
 from minigpt_hf.training.lock import FolderLock
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.stopping import StopAtBoundary
@@ -146,7 +146,7 @@ def test_a_signal_stops_both_processes_at_one_step_and_the_run_goes_on_exactly(r
 def test_no_block_is_doubled_over_processes_and_none_lost_but_of_an_incomplete_step(blocks, processes):
     seen = Counter()
     for rank in range(processes):
-        sampler = BatchSampler(BlockSampler(blocks, seed=0), 2, drop_last=processes > 1)
+        sampler = BatchSampler(SequenceSampler(blocks, seed=0), 2, drop_last=processes > 1)
         batches = BatchSamplerShard(sampler, processes, rank) if processes > 1 else sampler
         seen.update(index for batch in batches for _, index in batch)
     assert set(seen.values()) == {1}
@@ -160,7 +160,7 @@ def test_another_number_of_processes_keeps_the_order_of_blocks():
 
     def steps(processes: int, batch: int) -> list[set]:
         shards = [
-            list(BatchSamplerShard(BatchSampler(BlockSampler(24, seed=0), batch, drop_last=True), processes, rank))
+            list(BatchSamplerShard(BatchSampler(SequenceSampler(24, seed=0), batch, drop_last=True), processes, rank))
             for rank in range(processes)
         ]
         return [set().union(*map(set, step)) for step in zip(*shards, strict=True)]

@@ -1,4 +1,4 @@
-"""Text is encoded in pieces of bounded size, whatever the length of its lines and words, to the same tokens."""
+"""Encoding text in chunks of bounded size gives the same tokens, whatever the length of its lines and words."""
 
 import logging
 import random
@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_hf.data import cuts
+from minigpt_hf.data import chunking
 from minigpt_hf.data import tokenizer as module
-from minigpt_hf.data.cuts import LETTER, PUNCTUATION, pieces
+from minigpt_hf.data.chunking import LETTER, PUNCTUATION, split_into_chunks
 from minigpt_hf.data.tokenizer import Encoder, byte_level_bpe, byte_tokenizer, character_tokenizer
 from tests.conftest import ROOT
 
-# Each class of characters that the pattern knows, and what lies at their borders.
-NASTY = [
+# Characters of each class of the pre-tokenizer pattern, and strings at the boundaries of classes.
+EDGE_CASES = [
     *"aZzſK'’\"=;.-_(){}0179²Ⅷ٣½",
     *" \t\n\r\v\f\0\x1c\x1f\x85\xa0\xad\u2028\u200b\u200d\u3000\ufeff\u0301\u0300éßñяא中々〇、。！ア",
     *[
@@ -47,10 +47,10 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def bpe(text):
-    """Merges of code, of runs, and of everything nasty."""
+    """Trained on code, long runs, and edge cases."""
     source = random.Random(1)
-    nasty = "".join(source.choices(NASTY, k=20_000))
-    return byte_level_bpe([text[:30_000], nasty, "A" * 1000, "=" * 999, "ACGT" * 300, "中文" * 300], 900)
+    edge_cases = "".join(source.choices(EDGE_CASES, k=20_000))
+    return byte_level_bpe([text[:30_000], edge_cases, "A" * 1000, "=" * 999, "ACGT" * 300, "中文" * 300], 900)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def encoder(bpe):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Pieces and windows of some characters, so that a short text has many."""
+    """Set the size of chunks and windows to a few characters, so that a short text has many."""
 
-    def sizes(piece: int, long: int = 10**9, overlap: int = 8) -> None:
-        monkeypatch.setattr(cuts, "PIECE_CHARACTERS", piece)
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", piece)
+    def sizes(chunk: int, long: int = 10**9, overlap: int = 8) -> None:
+        monkeypatch.setattr(chunking, "CHUNK_CHARACTERS", chunk)
+        monkeypatch.setattr(module, "CHUNK_CHARACTERS", chunk)
         monkeypatch.setattr(module, "LONG_WORD", long)
         monkeypatch.setattr(module, "OVERLAP", overlap)
 
@@ -76,39 +76,39 @@ def in_parts(text: str, bounds: list[int]) -> list[tuple[bool, str]]:
     return [(number == 0, text[a:b]) for number, (a, b) in enumerate(pairwise(bounds))]
 
 
-def check_pieces(encoder, bpe, text: str, bounds: list[int]) -> int:
-    cut = [piece for _, piece in pieces(in_parts(text, bounds))]
-    assert "".join(cut) == text
-    ids = [i for piece in cut for i in encoder(piece)]
+def check_chunks(encoder, bpe, text: str, bounds: list[int]) -> int:
+    chunks = [chunk for _, chunk in split_into_chunks(in_parts(text, bounds))]
+    assert "".join(chunks) == text
+    ids = [i for chunk in chunks for i in encoder(chunk)]
     assert ids == bpe(text, split_special_tokens=True).input_ids, repr(text)
-    assert cut == [piece for _, piece in pieces([(True, text)])]  # however the text comes in parts
-    return len(cut)
+    assert chunks == [chunk for _, chunk in split_into_chunks([(True, text)])]  # independent of the parts
+    return len(chunks)
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.lists(st.sampled_from(NASTY), max_size=60).map("".join), size=st.integers(1, 9), data=st.data())
-def test_pieces_of_nasty_text_give_the_tokens_of_the_whole(encoder, bpe, text, size, data):
+@given(text=st.lists(st.sampled_from(EDGE_CASES), max_size=60).map("".join), size=st.integers(1, 9), data=st.data())
+def test_chunks_of_edge_cases_give_the_tokens_of_the_complete_text(encoder, bpe, text, size, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "PIECE_CHARACTERS", size)
-        check_pieces(encoder, bpe, text, data.draw(st.lists(st.integers(0, 60), max_size=4)))
+        patch.setattr(chunking, "CHUNK_CHARACTERS", size)
+        check_chunks(encoder, bpe, text, data.draw(st.lists(st.integers(0, 60), max_size=4)))
 
 
-@pytest.mark.parametrize("alphabet", ["nasty", "any character"])
-def test_pieces_of_thousands_of_random_texts_give_the_tokens_of_the_whole(alphabet, encoder, bpe, small):
+@pytest.mark.parametrize("alphabet", ["edge cases", "any character"])
+def test_chunks_of_thousands_of_random_texts_give_the_tokens_of_the_complete_text(alphabet, encoder, bpe, small):
     small(2)
-    source, cut = random.Random(0), 0
+    source, chunks = random.Random(0), 0
     for _ in range(2000):
-        if alphabet == "nasty":
-            text = "".join(source.choices(NASTY, k=source.randint(1, 30)))
+        if alphabet == "edge cases":
+            text = "".join(source.choices(EDGE_CASES, k=source.randint(1, 30)))
         else:
             others = [chr(number) for number in source.choices(range(0x30000), k=20) if not 0xD800 <= number < 0xE000]
-            text = "".join(source.choices([*others, *others, *NASTY], k=40))
-        cut += check_pieces(encoder, bpe, text, [source.randint(0, 40) for _ in range(2)])
-    assert cut > 2 * 2000
+            text = "".join(source.choices([*others, *others, *EDGE_CASES], k=40))
+        chunks += check_chunks(encoder, bpe, text, [source.randint(0, 40) for _ in range(2)])
+    assert chunks > 2 * 2000
 
 
-def test_the_classes_of_characters_are_those_of_the_tokenizer():
-    """Each character that a cut relies on, against the regular expressions of the tokenizer itself."""
+def test_character_classes_agree_with_the_pre_tokenizer():
+    """Every character of the classes, compared with the regular expressions of `tokenizers`."""
     import re
 
     from tokenizers import Regex, pre_tokenizers
@@ -138,7 +138,7 @@ LONG = {
     "blank lines": lambda source: "\n" * 1500 + " \n" * 700,
     "words between": lambda source: "x = 1; " * 50 + "A" * 900 + " don't " + "=" * 900 + "don't\n\n" + "A" * 999 + "'s",
     "everything": lambda source: "".join(
-        character * source.choice([1, 2, 50, 300]) for character in source.choices(NASTY, k=60)
+        character * source.choice([1, 2, 50, 300]) for character in source.choices(EDGE_CASES, k=60)
     ),
 }
 
@@ -155,36 +155,36 @@ def test_long_words_are_encoded_in_windows_to_the_same_tokens(kind, size, encode
 
 @settings(max_examples=150, deadline=None)
 @given(word=st.text(alphabet="AB", min_size=30, max_size=400), overlap=st.integers(1, 20))
-def test_windows_that_do_not_agree_are_enlarged(word, overlap):
-    """Merges of two letters of all lengths, so that where a token ends depends on letters far away."""
+def test_windows_whose_tokens_differ_are_enlarged(word, overlap):
+    """Merges of two letters of many lengths, so that the boundaries of tokens depend on distant letters."""
     tokenizer = byte_level_bpe(["AB" * 64, "A" * 128, "BA" * 30, "AAB" * 40], 300)
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("PIECE_CHARACTERS", 20), ("LONG_WORD", 20), ("OVERLAP", overlap)):
+        for name, value in (("CHUNK_CHARACTERS", 20), ("LONG_WORD", 20), ("OVERLAP", overlap)):
             patch.setattr(module, name, value)
         assert list(encoder(word)) == tokenizer(word).input_ids
 
 
-def test_a_tokenizer_with_added_tokens_that_are_text_gets_documents_whole(bpe):
-    """Such a token is found before the text is split into words, even across what would be a cut."""
+def test_documents_are_not_split_for_a_tokenizer_with_added_tokens_that_are_not_special(bpe):
+    """Such a token is matched before the pre-tokenizer runs, even across a chunk boundary."""
     from tokenizers import AddedToken, Tokenizer
 
     backend = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
     backend.add_tokens([AddedToken("tool_call 1;", special=False)])
     encoder = Encoder(backend.to_str())
     text = "a tool_call 1; b\n" * 20_000
-    assert [text] == [piece for _, piece in encoder.pieces([(True, text)])]
+    assert [text] == [chunk for _, chunk in encoder.split_into_chunks([(True, text)])]
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["ab"])], ids=["bytes", "characters"])
-def test_one_long_line_comes_in_pieces_for_tokenizers_without_merges(tokenizer, small):
+def test_one_long_line_is_split_for_tokenizers_without_merges(tokenizer, small):
     small(100, long=300)
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())
     text = "ab" * 5000
-    cut = [piece for _, piece in encoder.pieces([(True, text[:7000]), (False, text[7000:])])]
-    assert [i for piece in cut for i in encoder(piece)] == tokenizer(text).input_ids
+    chunks = [chunk for _, chunk in encoder.split_into_chunks([(True, text[:7000]), (False, text[7000:])])]
+    assert [i for chunk in chunks for i in encoder(chunk)] == tokenizer(text).input_ids
     if tokenizer.convert_ids_to_tokens(2) == "a":
-        assert {len(piece) for piece in cut} == {100}
+        assert {len(chunk) for chunk in chunks} == {100}
 
 
 MEASURE = """
@@ -208,22 +208,22 @@ lines = {
 before = peak()
 for text in lines.values():
     encoder = Encoder(byte_level_bpe([text], 300).backend_tokenizer.to_str())
-    assert sum(len(encoder(piece)) for _, piece in encoder.pieces([(True, text)])) > 500_000
+    assert sum(len(encoder(chunk)) for _, chunk in encoder.split_into_chunks([(True, text)])) > 500_000
 print(peak() - before)
 """
 
 
 def test_memory_does_not_depend_on_the_length_of_a_line():
-    """Lines of two million characters took some 400 MB, and the merges of DNA hours."""
+    """Lines of two million characters: without chunks they take about 400 MB, and training merges of DNA takes hours."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300
     )
     assert float(done.stdout) < 120
 
 
-def test_it_is_said_that_merges_of_long_words_are_learned_from_a_sample(small, caplog, monkeypatch):
+def test_learning_merges_of_long_words_from_a_sample_is_logged(small, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    monkeypatch.setattr(module, "SAMPLES", 10)
+    monkeypatch.setattr(module, "MAX_SAMPLES", 10)
     small(1000, long=3000)
     tokenizer = byte_level_bpe(["ACGT" * 25_000, "plain words"], 262)
     assert "words of more than 3,000 characters: merges are learned from" in caplog.text

@@ -1,0 +1,66 @@
+"""Entry point of the `minigpt` command.
+
+This module lies outside the package because importing `minigpt_hf` imports torch and transformers, to register the Auto
+classes, which takes seconds: `minigpt --help` and `--version` do without. The OpenMP library reads its settings when torch
+is loaded, so they are set here, too. The commands are in `minigpt_hf.cli`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a GPT on a text and write a model folder",
+    "tokenize": "tokenize a text in advance, for one or several training runs",
+    "recipes": "list the recipes with model size, cost and result, or print one",
+    "plot": "plot the loss curves of runs",
+    "evaluate": "score a text with a causal LM: loss, perplexity, bits per byte",
+    "generate": "generate text with a causal LM",
+    "export": "convert a model folder for other programs: native Qwen3, GGUF, ONNX",
+    "doctor": "check a model folder: completeness, consistency, pickles, secrets, loading",
+    "import": "convert a nanoGPT checkpoint to a GPT-2 folder",
+    "push": "upload a model folder to the Hub in one commit",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"minigpt {version('minigpt-hf')}")
+        return 0
+
+    set_openmp_policy()
+    from minigpt_hf.cli import main
+
+    return main(argv)
+
+
+def set_openmp_policy() -> None:
+    """Limit the time that OpenMP threads spin before they sleep, unless the user has chosen a policy.
+
+    Spinning threads keep the cores from the threads that they wait for when other processes run on the same cores.
+    Subprocesses inherit the setting. It has no effect after torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # iterations of GNU OpenMP; its default is 300,000
+
+
+def usage() -> str:
+    """The text of `minigpt --help`."""
+    lines = [f"  {command:<11} {summary}\n" for command, summary in COMMANDS.items()]
+    return (
+        "usage: minigpt <command> [options]      minigpt <command> --help\n\n"
+        + "".join(lines)
+        + "\n  --version   print the version of the package\n"
+        "  --debug     after a command: show the traceback of an error\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
