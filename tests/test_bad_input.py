@@ -346,7 +346,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); remove it"),
         "a prompt longer than the context": (
             ["generate", "MODEL", "--prompt", "x y " * 2000],
-            "tokens, and this model",
+            "tokens and the context of the model is",
         ),
         "a tokenizer with more tokens than the model": (
             ["generate", "other-tokenizer", "--prompt", "deflated"],
@@ -370,7 +370,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "nothing held out": (
             ["evaluate", "MODEL", "--data", "text.txt", "--split", "validation", "--validation_fraction", "0"],
-            "nothing of text.txt is held out for validation",
+            "text.txt has no validation split",
         ),
     },
 }

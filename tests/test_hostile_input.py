@@ -136,7 +136,7 @@ def test_a_folder_that_needs_its_code_is_refused(verb, folder, text_file, recipe
     refused(
         asked(verb, folder.path, text_file, recipe_file),
         capfd,
-        "it needs custom code, which is not run|type .foreign.",
+        "it needs custom code, which is not run|type is .foreign.",
         folder.outside,
     )
     assert not folder.canary.exists()
