@@ -72,7 +72,7 @@ def a_pickle_dressed_as_safetensors(folder: Broken):
     torch.save(Touch(folder.canary), folder.path / "model.safetensors")
 
 
-# -- references to files outside the folder -------------------------------------------------------------------------------------------
+# -- references to files outside the folder ----------------------------------------------------------------------------
 
 
 @attack("auto_map", says=r"is '.*outside/evil\.Model', not of the form module.Class")

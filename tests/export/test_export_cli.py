@@ -51,7 +51,7 @@ def test_it_says_where_the_export_is_what_was_verified_and_its_bounds(runs, caps
     [
         (["--to", "gguf"], r"slide a window of 33 tokens .* Say --context 33"),
         (["--to", "gguf", "--context", "34"], "--context 34: give 1 to 33 tokens"),
-        (["--to", "native", "--dtype", "float16"], "--to native keeps the weights as they are"),
+        (["--to", "native", "--dtype", "float16"], "--to native copies the weights unchanged"),
         (["--to", "onnx", "--dtype", "q8_0"], "ONNX in q8_0"),
         (["--to", "native", "--output_dir", "runs"], "runs: is there already"),
         (["--to", "tflite"], "invalid choice: 'tflite'"),
