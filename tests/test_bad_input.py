@@ -301,7 +301,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["tokenize", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "used"],
             "used: already exists",
         ),
-        "a picture of no run": (["plot", "absent"], "absent: no run there"),
+        "a picture of no run": (["plot", "absent"], "absent: not a run folder"),
         "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: the format must be .png"),
         "a picture nowhere": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
     },
@@ -341,7 +341,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "words for a room": (
             ["generate", "MODEL", "--fast", "--max_cache_len", "x"],
-            "--max_cache_len x: a whole number",
+            "--max_cache_len x: must be an integer",
         ),
         "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); remove it"),
         "a prompt longer than the context": (

@@ -23,6 +23,14 @@ POLICIES = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
+# Ends when its parent process does.
+BUSY_LOOP = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
 LOADS = (0, 1, 3)  # busy loops per core
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -83,7 +91,7 @@ def median_ratio(values: list[float], references: list[float]) -> float:
 @contextmanager
 def busy_loops(number: int) -> Iterator[list[subprocess.Popen]]:
     """Run processes that each occupy one core."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) for _ in range(number)]
     try:
         time.sleep(0.5 if processes else 0)  # until all of them have started
         yield processes
