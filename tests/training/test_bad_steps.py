@@ -97,7 +97,8 @@ def test_a_run_in_which_most_steps_were_skipped_is_not_published_and_fewer_are_r
     assert said in capsys.readouterr().err
     assert (folder / "model").exists() == (exit_code == 0)
     if exit_code == 0:
-        assert said in (folder / "model" / "README.md").read_text()
+        card = (folder / "model" / "README.md").read_text()
+        assert f"| skipped steps (non-finite or exploded loss) | {len(steps)} |" in card
         assert json.loads((folder / "model" / "minigpt.json").read_text())["training"]["skipped_steps"] == 4
 
 

@@ -716,8 +716,13 @@ def test_a_run_outlasts_its_output_and_saves_when_its_process_group_is_stopped(r
             assert process.stdout.readline()
         process.stdout.close()
         wait_for(lambda: steps_logged(folder) > 20, process)
-        workers = psutil.Process(process.pid).children()
-        assert len(workers) >= 2
+        workers = []
+
+        def has_workers() -> bool:
+            workers[:] = psutil.Process(process.pid).children()
+            return len(workers) >= 2
+
+        wait_for(has_workers, process)  # each epoch starts new ones
         os.killpg(process.pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 143
