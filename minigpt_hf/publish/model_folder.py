@@ -60,11 +60,11 @@ def save_model_files(
     use_cache, model.config.use_cache = model.config.use_cache, True
     model.save_pretrained(folder, state_dict=state_dict)
     model.config.use_cache = use_cache
-    for file in folder.glob("*.safetensors"):  # safetensors creates its files for their owner only
-        file.chmod((folder / "config.json").stat().st_mode)
 
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
+    for weights in folder.glob("*.safetensors"):  # safetensors creates its files for their owner only
+        weights.chmod(file.stat().st_mode)
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
