@@ -8,9 +8,15 @@ import signal
 
 
 class MiniGPTError(ValueError):
-    """Invalid input. The message says what was given, why it is invalid, and what to do."""
+    """Invalid input. The message says what was given, why it is invalid, and what to do.
+
+    Attributes:
+        exit_code: What the command line returns.
+        was_reported: Whether one process has logged the message for all.
+    """
 
     exit_code = 2
+    was_reported = False
 
 
 class UnreadableFileError(MiniGPTError):
@@ -18,14 +24,9 @@ class UnreadableFileError(MiniGPTError):
 
 
 class TrainingStopped(MiniGPTError):
-    """Training ended early. Checkpoints are intact; the message says how to resume.
-
-    Attributes:
-        was_reported: Whether one process has logged the message for all.
-    """
+    """Training ended early. Checkpoints are intact; the message says how to resume."""
 
     exit_code = 1
-    was_reported = False
 
 
 class TrainingInterrupted(TrainingStopped):

@@ -66,20 +66,25 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
     except BrokenPipeError:  # e.g. `| head`; exit code of a process terminated by SIGPIPE
         discard(sys.stdout)
         return 141
-    except (MiniGPTError, OSError) as error:
+    except MiniGPTError as error:
         if debug:
             raise
-        if not getattr(error, "was_reported", False):
-            print(f"minigpt {command}: {_printable(str(error))}", file=sys.stderr)
-        if isinstance(error, OSError):
-            return (
-                errno.ENOSPC if error.errno == errno.ENOSPC else 2
-            )  # as `DiskFullError`; writing the log can fail, too
+        if not error.was_reported:
+            _print_error(command, error)
         return error.exit_code
+    except OSError as error:
+        if debug:
+            raise
+        _print_error(command, error)
+        return errno.ENOSPC if error.errno == errno.ENOSPC else 2  # ENOSPC as `DiskFullError`: logs need space, too
     except Exception as error:
         error.add_note("This is a bug: please report it with this traceback and the command.")
         raise
     return code or 0
+
+
+def _print_error(command: str, error: Exception) -> None:
+    print(f"minigpt {command}: {_printable(str(error))}", file=sys.stderr)
 
 
 def _printable(message: str) -> str:

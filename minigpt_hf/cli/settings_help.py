@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import MISSING, fields
+from enum import Enum
 from typing import Any
 
 WIDTH = 120  # characters
@@ -116,7 +117,7 @@ def shown_default(default: Any) -> str:
     """The default of a dataclass field as the help shows it."""
     if default is None or default is MISSING or default == "":
         return "none"
-    return str(getattr(default, "value", default))  # enumerations of transformers
+    return str(default.value if isinstance(default, Enum) else default)
 
 
 def _row(flag: str, default: str, with_data: str, transformers: str, description: str) -> str:

@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -56,7 +57,10 @@ OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": 
 ChooseColumn = Callable[[list[str], list[str], list[str]], str]
 
 
-class Table:
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Table(ABC):
     """A table in a file; subclasses read one format each.
 
     Args:
@@ -68,23 +72,23 @@ class Table:
     def __init__(self, path: str, name: str, decoding: Decoding):
         self.path, self.name, self.decoding = path, name, replace(decoding, newline="preserve")
 
+    @abstractmethod
     def columns(self) -> tuple[list[str], list[str], list[str]]:
         """Return the names of all columns, of those that appear to contain text, and of those that may be chosen.
 
         Raises:
             UnreadableFileError: if the file is not a table.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def texts(self, column: str) -> Iterator[str | None]:
         """Yield the values of a column.
 
         Raises:
             UnreadableFileError: stating the row, if a value is not a string.
         """
-        raise NotImplementedError
 
-    def describe(self) -> None:
+    def describe(self) -> None:  # noqa: B027 (most formats are not ambiguous)
         """Log how the file was interpreted, where this is ambiguous."""
 
     def error(self, message: str) -> UnreadableFileError:
@@ -167,7 +171,7 @@ def _write(tables: list[Table], digests: list[str], column: str, file: Path) -> 
                 try:
                     writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
                 except UnicodeEncodeError as error:  # JSON can contain lone surrogates
-                    row = next(i for i, text in enumerate(batch) if text and not _is_unicode(text))
+                    row = next(i for i, text in enumerate(batch) if text and SURROGATE.search(text))
                     raise table.error(
                         f"row {rows + row + 1:,} contains a lone surrogate, which is not a character; remove the row"
                     ) from error
@@ -189,14 +193,6 @@ def _batches(texts: Iterator[str | None]) -> Iterator[list[str | None]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -247,7 +243,9 @@ class JsonTable(Table):
             try:
                 value, position = _DECODER.raw_decode(content, position)
             except ValueError as error:
-                line = number + content.count("\n", 0, getattr(error, "pos", position))
+                line = number + content.count(
+                    "\n", 0, error.pos if isinstance(error, json.JSONDecodeError) else position
+                )
                 raise self.error(f"line {line:,} is not JSON: {error}") from error
             except RecursionError as error:
                 raise self.error(f"line {number:,} is nested too deeply") from error
