@@ -99,7 +99,7 @@ def train(settings: Settings, began: float | None = None) -> Path:
         if not plan.is_finished:
             trainer = run_training(plan, lock, stop)
             publish(plan, trainer, run, stop)
-            leave_process_group(plan.settings.training)
+        leave_process_group(plan.settings.training)
         return run.model
 
 
