@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import get_scheduler, set_seed
+from transformers import set_seed
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments, Settings
 from minigpt_hf.training.initialize import build_config, build_model
+from minigpt_hf.training.optimizer import optimizer_factory
 from minigpt_hf.training.recipe import parse_arguments
+from minigpt_hf.training.schedule import learning_rate_schedule
 from minigpt_hf.training.train import prepare_text
-from minigpt_hf.training.trainer import optimizer_factory
 
 
 def train(arguments: Settings) -> list[float]:
@@ -46,13 +47,7 @@ def train_model(model: MiniGPTForCausalLM, blocks: SequenceDataset, training: Mi
     model.train()
     optimizer = make_optimizer(model, training)
     steps = training.max_steps
-    scheduler = get_scheduler(
-        training.lr_scheduler_type,
-        optimizer,
-        training.get_warmup_steps(steps),
-        steps,
-        scheduler_specific_kwargs=training.lr_scheduler_kwargs,
-    )
+    scheduler = learning_rate_schedule(optimizer, training, steps)
 
     losses, epoch, start = [], 0, time.perf_counter()
     while len(losses) < steps:

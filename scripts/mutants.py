@@ -60,7 +60,7 @@ THRESHOLD = 0.1  # share of mutants that may survive
 # Lines on which a mutant changes nothing that a test should see, as patterns, with the reason.
 EQUIVALENT = {
     r"\btqdm\b|\bbar\b|self\.bar|with_bar": "progress bars",
-    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|duration\(": "times, which differ from run to run",
+    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|measure_step|duration\(": "times, which differ from run to run",
     r"flush=True|\bindent=|ensure_ascii|\bverbose=": "how output looks",
     r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
     r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "how much is read or encoded at once",
@@ -70,7 +70,7 @@ EQUIVALENT = {
 # `strict` of `zip` asserts lengths that are equal by construction.
 ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
 REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
-REPORTING_FUNCTIONS = {"show_plan", "device_name", "learnt", "in_words", "assumed_power", "_nearest"}
+REPORTING_FUNCTIONS = {"plan_table", "device_name", "trainable_share", "in_words", "assumed_power", "_nearest"}
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------

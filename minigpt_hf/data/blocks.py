@@ -79,13 +79,15 @@ class SequenceDataset(Dataset):
         has `position_ids` that restart there, which prevents attention across documents. Otherwise they are omitted, and
         the model uses plain causal attention.
         """
-        input_ids = torch.from_numpy(np.stack([sequence["input_ids"] for sequence in sequences]))
+        ids = np.stack([sequence["input_ids"] for sequence in sequences])
+        input_ids = torch.from_numpy(ids)
         shift_labels = torch.from_numpy(np.stack([sequence["shift_labels"] for sequence in sequences]))
         batch = {"input_ids": input_ids, "labels": input_ids, "shift_labels": shift_labels}
-        starts_document = input_ids == self.stream.bos_token_id  # [B, T]
+        starts_document = ids == self.stream.bos_token_id  # [B, T]
         if starts_document[:, 1:].any():
-            position = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-            batch["position_ids"] = position - torch.where(starts_document, position, 0).cummax(dim=1).values
+            position = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+            last_start = np.maximum.accumulate(np.where(starts_document, position, 0), axis=1)
+            batch["position_ids"] = torch.from_numpy(position - last_start)
         return batch
 
 

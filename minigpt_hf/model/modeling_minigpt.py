@@ -376,10 +376,6 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, H]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)  # [1, T]
 
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` with a static cache passes one mask per layer type
@@ -388,11 +384,16 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": position_ids,
+                "position_ids": position_ids,  # if given, searched for documents, which makes the host wait for the device
             }
             masks = {"full_attention": create_causal_mask(**mask_inputs)}
             if "sliding_attention" in self.config.layer_types:
                 masks["sliding_attention"] = create_sliding_window_causal_mask(**mask_inputs)
+
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)  # [1, T]
 
         hidden_states = self.dropout(inputs_embeds)  # [B, T, H]
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

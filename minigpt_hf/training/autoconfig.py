@@ -24,8 +24,9 @@ from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
 from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_once
 from .initialize import build_config, build_model
+from .optimizer import optimizer_factory
 from .recipe import read_recipe
-from .report import device_name, duration
+from .report import device_name, duration, tokens_per_step
 from .run_folder import RunFolder
 from .scaling import (
     LARGEST_UNASKED,
@@ -47,7 +48,6 @@ from .scaling import (
     vocabulary_for_text,
     weight_decay,
 )
-from .trainer import optimizer_factory
 
 MEASURED_SHARE = 0.1  # of the time asked, at most
 TRAINER_OVERHEAD = 1.03  # of the Trainer over the loop that is measured here
@@ -78,6 +78,7 @@ class AutoConfigurator:
         self.settings, self.began = settings, began
         self.asked_vocabulary = self.data.vocab_size
         self.by_text = self.training.size == AUTO
+        self.tokens_per_second: float | None = None  # of the chosen shape, if it was measured
         self.enabled = bool(self.training.minutes or self.training.size)
         if not self.enabled:
             return
@@ -100,6 +101,13 @@ class AutoConfigurator:
         self._fill_in({"block_size": self._at_most_the_context(128)})
         if self.by_text:
             self._fill_in(self._shape(LARGEST_UNASKED, vocabulary=2048).settings())
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Seconds of an optimizer step, if they were measured to choose the settings."""
+        if self.tokens_per_second is None:
+            return None
+        return tokens_per_step(self.training, self.data.block_size) / self.tokens_per_second
 
     @property
     def data(self) -> DataArguments:
@@ -379,6 +387,7 @@ class AutoConfigurator:
             among = list(measured) if is_over else shapes
             shape = min(among, key=lambda shape: distance_from_optimal(shape, self.vocabulary, compute))
         speed, beside = measured[shape]
+        self.tokens_per_second = speed
         seconds = self._left(beside + OTHER_SECONDS)
         measuring = time.perf_counter() - started
         speeds = ", ".join(f"{speed:,.0f} at width {shape.width}" for shape, (speed, _) in measured.items())

@@ -1,6 +1,7 @@
-"""Progress output during training: log lines, `log.jsonl`, and generated samples.
+"""Progress output during training: printed lines, `log.jsonl`, and generated samples.
 
-The callbacks do not influence training: samples restore all random states.
+`ProgressLogger` is the only part of the library that prints; everything else uses `logging`. The callbacks do not influence
+training: samples restore all random states.
 """
 
 import html
@@ -31,36 +32,46 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 class ProgressLogger(TrainerCallback):
-    """A line for each log and each validation, with units and the time left; and `log.jsonl`.
+    """Prints a line for each log and each evaluation, with units and the time left, and writes `log.jsonl`.
 
-    Must exist because the Trainer's own printing shows raw dictionaries and neither bits per byte nor the time left.
+    The Trainer's `PrinterCallback` prints raw dictionaries, with neither bits per byte nor the time left.
 
     Args:
+        file: `log.jsonl`.
         tokens_per_step: Tokens in an optimizer step, over all processes.
-        tokens_per_byte: Of the training text, to tell loss as bits per byte.
-        with_bar: Show a bar instead of the lines about training, as notebooks like it.
+        tokens_per_byte: Of the training text; converts the loss to bits per byte.
+        with_bar: Show a progress bar instead of the lines about training steps (notebooks).
+        quiet: Print nothing.
     """
 
-    def __init__(self, file: Path, tokens_per_step: int, tokens_per_byte: float, with_bar: bool = False):
+    def __init__(
+        self, file: Path, tokens_per_step: int, tokens_per_byte: float, with_bar: bool = False, quiet: bool = False
+    ):
         self.file = file
-        self.with_bar = with_bar
+        self.with_bar = with_bar and not quiet
+        self.quiet = quiet
         self.tokens_per_step = tokens_per_step
         self.tokens_per_byte = tokens_per_byte
 
+    def print(self, text: str) -> None:
+        """Print progress to standard output, unless the run is quiet."""
+        if not self.quiet:
+            print(text, flush=True)
+
     def on_train_begin(self, args, state, control, **kwargs):
         rows = [row for row in read_log(self.file) if "seconds" in row] if self.file.is_file() else []
-        self.earlier = rows[-1]["seconds"] if rows else 0.0  # what a run that goes on took before
+        self.earlier = rows[-1]["seconds"] if rows else 0.0  # seconds of the run before it was resumed
         self.began = time.perf_counter()
         self.first_step = self.last_step = state.global_step
-        self.busy = 0.0  # seconds of training since the last line; validating, saving and sampling are left out
-        self.all_busy = 0.0  # the same since the start
+        self.busy = 0.0  # seconds of training steps since the last log, without evaluation, saving and sampling
+        self.all_busy = 0.0  # the same since training began
         self.mark = None
         show = self.with_bar and state.is_world_process_zero
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step") if show else None
 
     @property
     def seconds(self) -> float:
-        """How long this run has taken, over all the times that it went on."""
+        """Training time of the run so far, including the time before it was resumed."""
         return self.earlier + time.perf_counter() - self.began
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -84,27 +95,26 @@ class ProgressLogger(TrainerCallback):
             return
         step = state.global_step
         row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **logs}
-        place = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        position = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            print(
-                f"{place}   validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
-                f"   {logs['eval_bits_per_byte']:.3f} bits/byte",
-                flush=True,
+            self.print(
+                f"{position}   validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
+                f"   {logs['eval_bits_per_byte']:.3f} bits/byte"
             )
         elif "loss" in logs:
             row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
             row["tokens_per_second"] = round((step - self.last_step) * self.tokens_per_step / self.busy, 1)
             left = self._seconds_left(step, state.max_steps)
-            said = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
-            said += f"   {row['tokens_per_second']:,.0f} tokens/s"
+            line = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
+            line += f"   {row['tokens_per_second']:,.0f} tokens/s"
             if self.bar is not None:
-                self.bar.set_postfix_str(said)
+                self.bar.set_postfix_str(line)
             else:
-                print(f"{place}   {said}   {duration(left)} left", flush=True)
+                self.print(f"{position}   {line}   {duration(left)} left")
         append_to_log(self.file, row)
 
     def _seconds_left(self, step: int, max_steps: int) -> float:
-        """Steps at the speed since the last log line, and everything else (evaluations, checkpoints) at its mean so far."""
+        """Estimate the remaining time: steps at the speed since the last log, everything else at its mean so far."""
         per_step = self.busy / (step - self.last_step)
         self.all_busy += self.busy
         others = (time.perf_counter() - self.began - self.all_busy) / (step - self.first_step)
@@ -117,42 +127,52 @@ class ProgressLogger(TrainerCallback):
 
 
 class SampleLogger(TrainerCallback):
-    """What the model writes before, during and after training.
+    """Generates a sample before training, after each evaluation and at the end.
 
-    Must exist because a loss does not show whether the text reads like the text it learnt from. All of them stand side by
-    side in `samples.md`.
+    A loss does not show whether the text resembles the training text. The samples are printed, appended to `log.jsonl`, and
+    collected in `samples.md`.
+
+    Args:
+        progress: Prints the samples.
+        prompt: Start of each sample; an empty one if the model cannot encode it.
+        tokens: Length of a sample; 0 for none.
+        stop: Stopped runs generate no further sample.
     """
+
+    temperature = SAMPLE_TEMPERATURE
 
     def __init__(
         self,
-        log: Path,
+        progress: ProgressLogger,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompt: str,
         tokens: int,
         stop: StopAtBoundary,
     ):
-        self.log, self.tokenizer, self.prompt, self.tokens, self.stop = log, tokenizer, prompt, tokens, stop
+        self.progress, self.tokenizer, self.tokens, self.stop = progress, tokenizer, tokens, stop
+        self.prompt = prompt
         self.latest = ""
         try:
             check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
-        except ValueError as error:  # a prompt with characters that the text does not have, or as long as the context
+        except ValueError as error:  # a character that the tokenizer lacks, or a prompt as long as the context
             self.prompt = ""
-            print(f"samples begin a document: {error}", flush=True)
+            logger.warning(f"samples start a new document, without the prompt: {error}")
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         if self._is_due_at_start(args, state):
             self._show(f"at step {state.global_step}" if state.global_step else "before training", state, model)
 
     def _is_due_at_start(self, args, state) -> bool:
-        """At step 0; and at the step of a checkpoint, whose samples are removed from the log, where there was one.
+        """Whether a sample belongs to the step at which this process starts.
 
-        A checkpoint that was saved for a signal, in between, has none: a resumed run logs what a straight one does.
+        True for step 0, and for the step of a checkpoint after which a sample was logged (resuming has removed it from the
+        log). A checkpoint saved for a signal has none, so that the log of a resumed run equals that of an uninterrupted one.
         """
         step = state.global_step
         if step == 0 or step >= state.max_steps:
             return step == 0
-        if args.eval_strategy != "no":  # an evaluation that is made up brings its own sample
+        if args.eval_strategy != "no":  # an evaluation that is made up for adds its own sample
             return any(row["step"] == step and "eval_loss" in row for row in state.log_history)
         if args.save_strategy == "steps":
             return step % state.save_steps == 0
@@ -167,11 +187,11 @@ class SampleLogger(TrainerCallback):
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        if not self.stop.stopped:  # else who stopped it is waiting
+        if not self.stop.stopped:  # a stopped run ends without delay
             self._show("after training", state, model)
 
-    def first_seeds(self, model: PreTrainedModel) -> list[str]:
-        """What goes into the card: seeds 0, 1 and 2, so that nobody has chosen.
+    def final_samples(self, model: PreTrainedModel) -> list[str]:
+        """The samples of the model card: seeds 0, 1 and 2, not selected.
 
         Raises:
             NonFiniteLossError: if the model cannot generate text.
@@ -191,36 +211,32 @@ class SampleLogger(TrainerCallback):
                 self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
-                logger.warning(f"step {state.global_step}: no sample was written ({type(error).__name__}: {reason})")
+                logger.warning(f"step {state.global_step}: no sample generated ({type(error).__name__}: {reason})")
                 return
-            print(
-                f"--- it writes, {when}:",
-                *("  " + line for line in self.latest.splitlines()),
-                "---",
-                sep="\n",
-                flush=True,
-            )
-            append_to_log(self.log, {"step": state.global_step, "sample": self.latest})
-            write_files({self.log.with_name("samples.md"): side_by_side(read_log(self.log))})
+            lines = (f"  {line}" for line in self.latest.splitlines())
+            self.progress.print("\n".join([f"--- sample {when}:", *lines, "---"]))
+            log = self.progress.file
+            append_to_log(log, {"step": state.global_step, "sample": self.latest})
+            write_files({log.with_name("samples.md"): samples_table(read_log(log))})
 
 
-def side_by_side(log: list[dict[str, Any]]) -> str:
-    """The samples of a log as a table in Markdown, with the validation loss at which each was written."""
+def samples_table(log: list[dict[str, Any]]) -> str:
+    """The samples of a log as a Markdown table, with the validation loss of their step."""
     losses = {row["step"]: f"{row['eval_loss']:.4f}" for row in log if "eval_loss" in row}
     samples = {row["step"]: html.escape(row["sample"], quote=False) for row in log if "sample" in row}
     lines = [
         f"| {step} | {losses.get(step, '')} | {text.replace('|', '&#124;').replace(chr(10), '<br>')} |\n"
         for step, text in samples.items()
     ]
-    return "| step | validation loss | it writes |\n|---|---|---|\n" + "".join(lines)
+    return "| step | validation loss | sample |\n|---|---|---|\n" + "".join(lines)
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int = 0) -> str:
-    """One text, always the same for a seed, that leaves model and random states as they were."""
+    """Generate one text, a function of the seed, and leave the mode of the model and all random states as they were."""
     was_training = model.training
     model.eval()
     try:
-        with random_state_kept():
+        with preserved_random_state():
             return generate(
                 model,
                 tokenizer,
@@ -236,8 +252,8 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give Python, NumPy and torch their random states back at the end."""
+def preserved_random_state() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch at the end of the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

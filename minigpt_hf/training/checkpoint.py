@@ -7,10 +7,12 @@
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..atomic import MANIFEST, fsync, rename_aside, seal, sha256
 from .run_folder import FINGERPRINT, RunFolder
@@ -81,3 +83,26 @@ def newest_valid(run: RunFolder) -> tuple[Path | None, list[str]]:
             return checkpoint, lines
         lines.append(f"{checkpoint.name} is broken ({fault}); it is kept as {rename_aside(checkpoint).name}")
     return None, lines
+
+
+def best_checkpoint(
+    runs: list[Path], log_history: list[dict[str, Any]], metric: str, greater_is_better: bool
+) -> tuple[int, float, Path] | None:
+    """Find the best valid checkpoint by a metric; the earliest of equals.
+
+    Args:
+        runs: Run folders in which to look, in this order.
+        log_history: The Trainer's log rows.
+
+    Returns:
+        Step, value of the metric and folder; `None` if no evaluated checkpoint is valid.
+    """
+    found: dict[int, tuple[float, Path]] = {}
+    for row in log_history:
+        for run in map(RunFolder, runs):
+            if math.isfinite(row.get(metric, math.nan)) and run.checkpoint(row["step"]).is_dir():
+                found.setdefault(row["step"], (row[metric], run.checkpoint(row["step"])))
+    order = sorted(found, key=lambda step: (found[step][0] * (-1 if greater_is_better else 1), step))
+    valid = (step for step in order if verification_error(found[step][1]) is None)
+    step = next(valid, None)
+    return None if step is None else (step, *found[step])

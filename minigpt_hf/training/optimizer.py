@@ -10,12 +10,14 @@ norm weights use AdamW (arXiv:1711.05101).
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
 from ..errors import MiniGPTError
+from .arguments import MiniGPTTrainingArguments
 
 # Quintic Newton-Schulz iteration: p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵ maps singular values in (0, 1] towards 1, with
 # the largest slope at 0. Five iterations bring them into about [0.7, 1.2], which suffices in practice (Jordan et al.).
@@ -173,3 +175,16 @@ def muon_adamw(
         ],
         lr=lr,
     )
+
+
+def optimizer_factory(args: MiniGPTTrainingArguments) -> tuple[Callable[[], Callable[..., MuonAdamW]], dict[str, Any]]:
+    """`muon_adamw` and its arguments, in the form in which the Trainer accepts an optimizer for the whole model."""
+    settings = {
+        "lr": args.learning_rate,
+        "muon_lr": args.muon_learning_rate,
+        "momentum": args.muon_momentum,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    return (lambda: muon_adamw), settings

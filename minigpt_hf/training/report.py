@@ -1,16 +1,17 @@
-"""What a run reports about itself: the plan printed before training, and the metadata of a model folder (`minigpt.json`)."""
+"""What a run reports: the plan printed before training, and the metadata of a model folder (`minigpt.json`)."""
 
 import math
 import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 import transformers
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import __version__
 from ..data.corpus import public_name
@@ -23,7 +24,10 @@ from ..inference.evaluation import Score, summarize
 from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .recipe import resolved
 
-WHERE = ("data", "tokenizer", "init_from")  # settings that may name a place on this machine
+if TYPE_CHECKING:
+    from .trainer import MiniGPTTrainer
+
+LOCAL_PATHS = ("data", "tokenizer", "init_from")  # settings that may be paths on this machine
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,41 @@ class TrainingResult:
     samples: list[str]
 
 
+def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None = None) -> TrainingResult:
+    """The outcome of a run so far.
+
+    Args:
+        finished: The model to publish, if training has ended; its samples are generated.
+    """
+    samples = trainer.samples
+    latest = [samples.latest] if samples.latest else []
+    return TrainingResult(
+        name=trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name,
+        parameters=(finished or trainer.model).num_parameters(),
+        steps=trainer.state.global_step,
+        skipped_steps=trainer.guard.skipped_steps,
+        planned_steps=trainer.state.max_steps,
+        seconds=trainer.progress.seconds,
+        evaluation=_evaluation_of_weights(trainer, finished is not None),
+        prompt=samples.prompt,
+        temperature=samples.temperature,
+        sample_tokens=samples.tokens,
+        samples=samples.final_samples(finished) if finished else latest,
+    )
+
+
+def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] | None:
+    """The log row of the evaluation of the current weights, which at the end may be those of the best checkpoint."""
+    state = trainer.state
+    evaluations = [row for row in state.log_history if "eval_loss" in row]
+    if not finished:
+        evaluations = [row for row in evaluations if row["step"] == state.global_step]
+    if finished and trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        evaluations = [row for row in evaluations if row["step"] == state.best_global_step] or evaluations
+        return evaluations[0] if evaluations else None
+    return evaluations[-1] if evaluations else None
+
+
 def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> dict[str, Any]:
     """The content of `minigpt.json`: how a model folder was made. Local paths are reduced to their last part."""
     data, _, training = settings
@@ -67,7 +106,9 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": {name: public_name(value) if name in WHERE else value for name, value in resolved(settings).items()},
+        "recipe": {
+            name: public_name(value) if name in LOCAL_PATHS else value for name, value in resolved(settings).items()
+        },
         "data": {
             "name": public_name(text.name),
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
@@ -116,7 +157,7 @@ def score_of(result: TrainingResult, validation: TokenStream | None, block_size:
 
 
 def describe_validation(text: PreparedText) -> dict[str, Any]:
-    """Counts and fingerprint of the text that is scored, and how much of the validation text it is."""
+    """Counts and fingerprint of the evaluated text, and its share of the validation split."""
     return {
         **describe_stream(text.validation),
         "documents": text.scored.documents,
@@ -129,7 +170,7 @@ def describe_validation(text: PreparedText) -> dict[str, Any]:
 
 
 def describe_stream(stream: TokenStream) -> dict[str, Any]:
-    """Counts and fingerprint of a text and its tokens."""
+    """Counts and fingerprint of a token stream."""
     return {
         "documents": len(stream.documents),
         "characters": stream.characters,
@@ -143,18 +184,18 @@ def describe_stream(stream: TokenStream) -> dict[str, Any]:
 
 
 def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
-    """Tokens that one optimizer step learns from, over all processes."""
-    blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    return blocks * block_size
+    """Training tokens of an optimizer step, over all processes."""
+    sequences = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return sequences * block_size
 
 
 def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:
-    """Whether weights, gradients and two moments of each parameter, in float32, will fit: 16 bytes for each.
+    """Check that weights, gradients and two moments per parameter fit into memory, in float32: 16 bytes per parameter.
 
-    With LoRA what is learnt is little, and 4 bytes are enough; with FSDP processes share.
+    With LoRA few parameters are trained, and 4 bytes suffice; with FSDP the processes share.
 
     Raises:
-        MiniGPTError: before anything is allocated, if they will not.
+        MiniGPTError: before anything is allocated, if they do not fit.
     """
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
@@ -170,11 +211,12 @@ def check_memory(config: PreTrainedConfig, architecture: ModelArguments, trainin
         )
 
 
-def show_plan(trainer: Trainer, text: PreparedText, done: int = 0) -> None:
-    """What is about to happen, before it does.
+def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_step: float | None = None) -> str:
+    """The plan of a run, for people: device, text, model, steps and time.
 
     Args:
-        done: Steps that were taken before, if a run is resumed: the time is that of the rest.
+        done: Optimizer steps taken before, if the run is resumed; the time is that of the remaining ones.
+        seconds_per_step: If it has been measured; otherwise it is measured here.
     """
     args, model, stream = trainer.args, trainer.model, text.train
     steps = args.max_steps
@@ -182,37 +224,40 @@ def show_plan(trainer: Trainer, text: PreparedText, done: int = 0) -> None:
         steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
         steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     step = tokens_per_step(args, trainer.train_dataset.block_size)
-    rest = f" for the remaining {steps - done:,} steps" if done else ""
+    remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
-    print(
+    seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
+    return (
         f"device        {device_name(args)}, {precision}\n"
         f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
         f"{stream.bytes / len(stream):.2f} bytes; validation: {text.split_description}"
         f"{f'; scored: {text.scored}' if text.scored else ''}\n"
         f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
-        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{learnt(model)}\n"
+        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
-        f"{steps * step / len(stream):.2f} times the text\n"
-        f"time          about {duration((steps - done) * seconds_per_step(trainer))}{rest}, evaluations left out",
-        flush=True,
+        f"{steps * step / len(stream):.2f} epochs\n"
+        f"time          about {duration(seconds)}{remaining}, without evaluations"
     )
 
 
-def learnt(model) -> str:
-    """How many of the parameters are learnt, where it is not all of them."""
-    few, all_of_them = model.num_parameters(only_trainable=True), model.num_parameters()
-    return f"; {few:,} of them are learnt ({few / all_of_them:.1%})" if few < all_of_them else ""
+def trainable_share(model: PreTrainedModel) -> str:
+    """How many parameters are trained, if not all are."""
+    trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    return f"; {trainable:,} of them are trained ({trainable / total:.1%})" if trainable < total else ""
 
 
-def seconds_per_step(trainer: Trainer) -> float:
-    """Time forward and backward on one batch, three times, and forget the gradients; the fastest is taken."""
+def measure_step(trainer: Trainer) -> float:
+    """Seconds of an optimizer step: the fastest of three forward and backward passes on one batch.
+
+    Gradients are discarded and random states restored.
+    """
     args = trainer.args
     rows = min(args.train_batch_size, len(trainer.train_dataset))
     batch = trainer.train_dataset.collate([trainer.train_dataset[0, i] for i in range(rows)])
     batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
     devices = [args.device] if args.device.type == "cuda" else []
     seconds = []
-    with torch.random.fork_rng(devices):  # dropout draws numbers
+    with torch.random.fork_rng(devices):  # dropout draws random numbers
         for _ in range(3):
             began = time.perf_counter()
             with trainer.accelerator.autocast():
@@ -225,7 +270,7 @@ def seconds_per_step(trainer: Trainer) -> float:
 
 
 def device_name(args: MiniGPTTrainingArguments) -> str:
-    """The hardware, in words."""
+    """The hardware of a run, for people."""
     if args.device.type == "cuda":
         return f"{args.world_size} × {torch.cuda.get_device_name(args.device)}"
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
@@ -234,10 +279,9 @@ def device_name(args: MiniGPTTrainingArguments) -> str:
 
 
 def assumed_power(args: MiniGPTTrainingArguments) -> dict[str, Any]:
-    """What an estimate of energy goes by, since nothing here measures any.
+    """The assumptions of the energy estimate; nothing is measured.
 
-    The watts are those that Green Algorithms (arXiv:2007.07610) takes for a processor core, and for an accelerator, of
-    an unknown kind.
+    The watts are those of Green Algorithms (arXiv:2007.07610) for a processor core and an accelerator of unknown type.
     """
     if args.device.type == "cpu":
         return {"devices": torch.get_num_threads() * args.world_size, "kind": "processor core", "watts": 12}
@@ -245,7 +289,7 @@ def assumed_power(args: MiniGPTTrainingArguments) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """45 -> "45 s"; 200 -> "3 min 20 s"; 7500 -> "2 h 5 min"."""
+    """Format seconds: 45 -> "45 s"; 200 -> "3 min 20 s"; 7500 -> "2 h 5 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

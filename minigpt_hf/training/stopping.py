@@ -1,6 +1,7 @@
 """Orderly stops: signals that save a checkpoint at the next step boundary, and early stopping."""
 
 import errno
+import logging
 import math
 import os
 import signal
@@ -14,12 +15,14 @@ from transformers import TrainerCallback
 
 from ..errors import TrainingInterrupted, TrainingStopped
 
+logger = logging.getLogger(__name__)
+
 SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
-SAME_REQUEST = 1.0  # seconds: `timeout`, and launchers on Ctrl-C, deliver one request twice
+REPEAT_SECONDS = 1.0  # `timeout`, and launchers on Ctrl-C, deliver the same signal twice within this time
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of safetensors, says that there is no room."""
+    """Whether an error, raised by Python or safetensors, reports a full disk."""
     full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     return getattr(error, "errno", None) in full or "No space left" in str(error)
 
@@ -29,22 +32,28 @@ class _Stop(KeyboardInterrupt):
 
 
 class StopAtBoundary(TrainerCallback):
-    """Save a checkpoint at the next step boundary on SIGTERM, SIGINT or SIGHUP, and end the run; at once on a second signal.
+    """On SIGTERM, SIGINT or SIGHUP, saves a checkpoint at the next step boundary and ends the run.
 
-    Before training begins, a signal ends the run immediately, with cleanup. A signal that was ignored when the run started
-    (`nohup`) stays ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only, and not the time before training.
+    A second signal ends the process immediately; so does the first one before training begins, with cleanup. Signals ignored
+    when the run started (`nohup`) stay ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only, and not the time
+    before training.
+
+    Attributes:
+        number: The signal received.
+        stopped: Whether it ended training.
     """
 
     def __init__(self):
-        self.number: int | None = None  # the signal that came
-        self.stopped = False  # whether training was ended for it
-        self.training = False  # whether training has begun: from then on a signal waits for a boundary
-        self.came = -1.0  # when the signal came
+        self.number: int | None = None
+        self.stopped = False
+        self.training = False  # whether training has begun: from then on signals wait for a step boundary
+        self.received = -1.0  # time of the signal
         self.process = 0
+        self.group = None  # see `_stop_if_asked`
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals within the block; outside the main thread Python cannot, and they act as before."""
+        """Handle the signals within the block. Python allows this in the main thread only; elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -52,7 +61,7 @@ class StopAtBoundary(TrainerCallback):
         now = {number: signal.getsignal(number) for number in SIGNALS}
         before = {number: handler for number, handler in now.items() if handler not in (signal.SIG_IGN, None)}
         for number in before:
-            signal.signal(number, self._asked)
+            signal.signal(number, self._handle)
         try:
             yield
         except BaseException as error:
@@ -66,42 +75,48 @@ class StopAtBoundary(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
+        if args.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs):
         self._stop_if_asked(args, control)
         if self.stopped:
-            control.should_evaluate = False  # who asked is waiting; a resumed run evaluates first
+            control.should_evaluate = False  # the process must end soon; a resumed run evaluates first
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._stop_if_asked(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped:  # training was ended, and saved, in the middle of this epoch or at its last step
+        if self.stopped:  # training ended, and was saved, within this epoch or at its last step
             control.should_log = control.should_evaluate = control.should_save = False
 
     def _stop_if_asked(self, args, control) -> None:
+        """Stop all ranks at the same step, although each receives the signal at another time.
+
+        The exchange uses the CPU backend, so that no rank waits for its accelerator.
+        """
         number = self.number
-        if args.world_size > 1:  # the signal reaches each process at another time; all are to stop at the same step
-            asked = torch.tensor(number or 0, device=args.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if args.world_size > 1:
+            asked = torch.tensor(number or 0)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.group)
             number = int(asked) or None
-        if number is not None:  # one that came during the exchange waits in `self.number` for the next step
+        if number is not None:  # a signal during the exchange waits in `self.number` for the next step
             self.number, self.stopped = number, True
             control.should_save = control.should_training_stop = True
 
-    def _asked(self, number: int, frame) -> None:
-        again = self.number is not None and time.monotonic() - self.came >= SAME_REQUEST
-        if again or os.getpid() != self.process:  # the second request, or a forked child, which has nothing to save
+    def _handle(self, number: int, frame) -> None:
+        repeated = self.number is not None and time.monotonic() - self.received >= REPEAT_SECONDS
+        if repeated or os.getpid() != self.process:  # a second signal, or a forked child, which has nothing to save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self.number is None:
-            self.number, self.came = number, time.monotonic()
+            self.number, self.received = number, time.monotonic()
             if not self.training:
                 raise _Stop
 
 
 def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> None:
-    """For a loader worker: what is sent to the process group stops the main process, which then ends its workers."""
+    """Initialize a data loader worker: on a signal to the process group, the main process stops and ends its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if initialize is not None:
@@ -109,17 +124,19 @@ def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> Non
 
 
 class EarlyStopping(TrainerCallback):
-    """End after so many evaluations without a better one; 0 for never.
+    """Ends training after `patience` evaluations without a lower validation loss.
 
-    Must exist because transformers' `EarlyStoppingCallback` counts from zero again when a run goes on; this one looks at
-    what is written down.
+    transformers' `EarlyStoppingCallback` restarts its count when a run is resumed; this one counts in the log history.
+
+    Args:
+        patience: Number of evaluations; 0 for no early stopping.
     """
 
     def __init__(self, patience: int):
         self.patience = patience
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._stop_if_no_better(state, control)  # a run that this ended, and that was killed before it was published
+        self._stop_if_no_better(state, control)  # a run that was stopped early, and killed before it was published
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._stop_if_no_better(state, control)
@@ -133,4 +150,4 @@ class EarlyStopping(TrainerCallback):
         if self.patience and since_best >= self.patience and state.global_step < state.max_steps:
             control.should_training_stop = True
             if state.is_world_process_zero:
-                print(f"no better validation loss in {since_best} evaluations: training ends here", flush=True)
+                logger.info(f"early stopping: no better validation loss in {since_best} evaluations")

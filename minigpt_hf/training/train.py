@@ -1,7 +1,7 @@
 """The entry point of training: resolve the settings, train, publish.
 
-`train` takes the three settings dataclasses and returns a model folder. In between lies a run folder with checkpoints, log
-and recipe, from which an interrupted run resumes.
+`train` takes the three settings dataclasses and returns a model folder. Checkpoints, log and recipe are written to the run
+folder, from which an interrupted run resumes.
 """
 
 import json
@@ -25,7 +25,7 @@ from ..data.blocks import SequenceDataset
 from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.prepared import PreparedText, is_prepared, prepare
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
-from ..errors import MiniGPTError, StorageError, TrainingInterrupted, TrainingStopped
+from ..errors import MiniGPTError, TrainingInterrupted
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..output import guarded_output
 from ..publish.model_folder import write_model_folder
@@ -43,7 +43,7 @@ from .initialize import (
 )
 from .lock import FolderLock
 from .recipe import resolved
-from .report import check_memory, describe, show_plan, tokens_per_step
+from .report import check_memory, describe, plan_table, tokens_per_step, training_result
 from .resume import (
     checkpoint_to_resume,
     fingerprint_of,
@@ -54,7 +54,8 @@ from .resume import (
     step_of,
 )
 from .run_folder import RunFolder, read_log
-from .stopping import EarlyStopping, StopAtBoundary, is_disk_full
+from .safeguards import check_batches, check_disk_space, check_trained, storage_errors
+from .stopping import EarlyStopping, StopAtBoundary
 from .trainer import MiniGPTTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,21 +63,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run is about to do, decided before its first step.
+    """A run, resolved before its first step.
 
     Args:
-        settings: Complete; nothing changes them any more.
+        settings: Complete and frozen.
         config: Architecture of the model.
-        fingerprint: Everything that determines the numbers that the run computes.
-        checkpoint: Where to resume from; `None` for step 0.
+        fingerprint: Everything that determines the numbers of the run.
+        seconds_per_step: If it was measured to choose the settings.
+        checkpoint: Checkpoint to resume from; `None` for step 0.
         starts_over: Whether a previous run in the folder is renamed first.
-        is_finished: Whether the run has published its model: there is nothing to do.
+        is_finished: Whether the run has published its model, so that nothing is left to do.
     """
 
     settings: Settings
     text: PreparedText
     config: MiniGPTConfig
     fingerprint: dict[str, Any]
+    seconds_per_step: float | None
     checkpoint: Path | None
     starts_over: bool
     is_finished: bool
@@ -93,7 +96,12 @@ def train(settings: Settings, began: float | None = None) -> Path:
         TrainingStopped: if the run ended early: by a signal, a full disk, or a non-finite loss.
     """
     stop, began = StopAtBoundary(), began or time.perf_counter()
-    with guarded_output(lasting=True), stop.listening(), locked_run_folder(settings.training) as lock:
+    with (
+        guarded_output(lasting=True),
+        logging_level(settings.training),
+        stop.listening(),
+        locked_run_folder(settings.training) as lock,
+    ):
         run = RunFolder(lock.folder)
         plan = resolve(settings, run, began)
         if not plan.is_finished:
@@ -148,7 +156,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             warn_about_the_card(run.model, settings.data)
         if not finished:
             checkpoint = from_main_process(training, lambda: checkpoint_to_resume(run, fingerprint, settings.training))
-    return Plan(settings, text, config, fingerprint, checkpoint, starts_over, finished)
+    return Plan(settings, text, config, fingerprint, configurator.seconds_per_step, checkpoint, starts_over, finished)
 
 
 def prepare_text(
@@ -236,7 +244,7 @@ def warn_about_the_card(model: Path, data: DataArguments) -> None:
 
 
 def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTTrainer:
-    """Train as planned.
+    """Train according to the plan.
 
     Raises:
         TrainingStopped: if the run ended early.
@@ -244,29 +252,30 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
     data, architecture, training = settings
     model = build_model(plan.config, architecture)
-    blocks = SequenceDataset(text.train, data.block_size, training.seed)
+    sequences = SequenceDataset(text.train, data.block_size, training.seed)
     progress = ProgressLogger(
         run.log,
         tokens_per_step(training, data.block_size),
         len(text.train) / text.train.bytes,
-        is_in_notebook(),
+        with_bar=is_in_notebook(),
+        quiet=not shows_progress(training),
     )
-    samples = SampleLogger(run.log, model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
-    callbacks = [progress, samples, stop, EarlyStopping(patience(training, blocks))]
+    samples = SampleLogger(progress, model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
+    callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences))]
     trainer = MiniGPTTrainer(
-        model, training, blocks, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
+        model, training, sequences, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
     )
-    trainer.check_batches()
+    check_batches(trainer)
     done = step_of(plan.checkpoint) if plan.checkpoint else 0
     with storage_errors(trainer):
         if trainer.is_world_process_zero():
-            trainer.check_room()
+            check_disk_space(trainer)
             if plan.starts_over:
                 start_over(lock)
             recipe = yaml.safe_dump(resolved(settings), sort_keys=False)
             fingerprint = json.dumps(plan.fingerprint, indent=2) + "\n"
             write_files({run.recipe: recipe, run.fingerprint: fingerprint})
-            show_plan(trainer, text, done)
+            progress.print(plan_table(trainer, text, done, plan.seconds_per_step))
         trainer.announced_step = done if plan.checkpoint else None
         trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
     if stop.stopped:
@@ -279,39 +288,42 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
             stopped.was_reported = True
             leave_process_group(training)
         raise stopped
-    trainer.check_trained()
+    check_trained(trainer)
     return trainer
 
 
-def patience(training: MiniGPTTrainingArguments, blocks: SequenceDataset) -> int:
-    """Evaluations without improvement after which to stop; 0 for never, since a text that is read once is not memorized."""
+@contextmanager
+def logging_level(training: MiniGPTTrainingArguments) -> Iterator[None]:
+    """Apply `log_level` to the package's logger within the block; `passive`, the default, leaves it as it is."""
+    package_logger = logging.getLogger("minigpt_hf")
+    before = package_logger.level
+    if training.log_level != "passive":
+        package_logger.setLevel(training.get_process_log_level())
+    try:
+        yield
+    finally:
+        package_logger.setLevel(before)
+
+
+def shows_progress(training: MiniGPTTrainingArguments) -> bool:
+    """Whether `log_level` admits progress output; by default it does."""
+    return training.log_level in ("passive", "debug", "detail", "info")
+
+
+def patience(training: MiniGPTTrainingArguments, sequences: SequenceDataset) -> int:
+    """Evaluations without improvement before early stopping; 0 for none.
+
+    By default 5 if the text is seen more than once, otherwise 0: a text seen once is not memorized.
+    """
     if training.early_stopping_patience is not None:
         return training.early_stopping_patience
-    steps_per_epoch = len(blocks) * blocks.block_size / tokens_per_step(training, blocks.block_size)
+    steps_per_epoch = len(sequences) * sequences.block_size / tokens_per_step(training, sequences.block_size)
     epochs = training.max_steps / steps_per_epoch if training.max_steps > 0 else training.num_train_epochs
     return 5 if epochs > 1 and training.load_best_model_at_end else 0
 
 
-@contextmanager
-def storage_errors(trainer: MiniGPTTrainer) -> Iterator[None]:
-    """Say what a full disk, or a run folder that cannot be written any more, means for the run."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, TrainingStopped):
-            raise
-        if is_disk_full(error):
-            raise trainer.disk_full(f"what a run writes ({error})") from error
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"{error} (after step {trainer.state.global_step}); once {trainer.args.output_dir} can be written again, the "
-                "same command resumes from the newest checkpoint in it"
-            ) from error
-        raise
-
-
 def leave_process_group(training: MiniGPTTrainingArguments) -> None:
-    """Wait for all processes, then leave the group together: torch aborts a process that ends while others are in it."""
+    """Leave the process group together: torch aborts a process that ends while others are still in the group."""
     if training.world_size > 1 and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -321,17 +333,18 @@ def leave_process_group(training: MiniGPTTrainingArguments) -> None:
 
 
 def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBoundary) -> None:
-    """Write the model folder, and upload it if asked. Only the main process does."""
+    """Write the model folder and, with `push_to_hub`, upload it. Only the main process does."""
     training = plan.settings.training
     if not trainer.is_world_process_zero():
         return
     folder = run.model
     with storage_errors(trainer):
         model = merge_lora(trainer.model) if plan.settings.model.lora_rank else trainer.model
-        metadata = describe(plan.settings, plan.text, trainer.result(model))
+        metadata = describe(plan.settings, plan.text, training_result(trainer, model))
         write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run.log))
-    print(f"the model is in {folder}", flush=True)
+    trainer.progress.print(f"the model is in {folder}")
     if training.push_to_hub:
         if stop.number is not None:
             raise TrainingInterrupted(stop.number, f"before the push; push with `minigpt push {folder} USER/NAME`")
-        print(*push_folder(folder, trainer.hub_model_id, training.hub_revision), flush=True)
+        for url in push_folder(folder, trainer.hub_model_id, training.hub_revision):
+            trainer.progress.print(url)

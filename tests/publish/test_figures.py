@@ -7,7 +7,7 @@ from PIL import Image
 
 from minigpt_hf.cli import main
 from minigpt_hf.publish.figures import columns, short
-from minigpt_hf.training.callbacks import side_by_side
+from minigpt_hf.training.callbacks import samples_table
 from minigpt_hf.training.run_folder import read_log
 
 
@@ -24,11 +24,11 @@ def test_every_figure_is_drawn_and_each_curve_has_points(run_folder):
 
 def test_samples_are_listed_with_their_validation_loss(run_folder):
     lines = (run_folder / "samples.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| step | validation loss | it writes |"
+    assert lines[0] == "| step | validation loss | sample |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0", "| 20", "| 40"]
     losses = [row["eval_loss"] for row in read_log(run_folder / "log.jsonl") if "eval_loss" in row]
     assert f"| {losses[0]:.4f} |" in lines[3]
-    assert side_by_side([{"step": 1, "sample": "a|b\n<c>"}]).endswith("| 1 |  | a&#124;b<br>&lt;c&gt; |\n")
+    assert samples_table([{"step": 1, "sample": "a|b\n<c>"}]).endswith("| 1 |  | a&#124;b<br>&lt;c&gt; |\n")
 
 
 def test_runs_are_compared_in_one_figure(run_folder, tmp_path, capsys):

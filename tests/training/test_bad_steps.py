@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
 from minigpt_hf.training import callbacks
+from minigpt_hf.training.safeguards import LossGuard
 from tests.training.conftest import assert_equal, rows, state_of, train
 
 UNIFORM = math.log(258)  # the loss of a uniform guess over the byte tokenizer's vocabulary, and of fresh weights
@@ -138,7 +140,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_neither_saved_nor_publi
     folder = tmp_path / "run"
     assert train(recipe, words, folder, *flags, "--on_bad_loss", on_bad_loss) == 65
     err = capsys.readouterr().err
-    assert f"step {step}: model.embed_tokens.weight has values that are not finite" in err
+    assert f"step {step}: model.embed_tokens.weight has non-finite values" in err
     assert "--learning_rate" in err
     assert not (folder / "model").exists()
     saved = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
@@ -221,10 +223,66 @@ def test_a_sample_that_fails_is_one_line_and_changes_nothing_about_the_training(
     capsys.readouterr()
     assert train(recipe, words, folder, *EVALUATED, "--sample_tokens", "4") == 65  # the card needs samples
     lines = capsys.readouterr().err.splitlines()
-    told = [line for line in lines if "no sample was written (RuntimeError: out of memory)" in line]
+    told = [line for line in lines if "no sample generated (RuntimeError: out of memory)" in line]
     assert [line.split(":")[0] for line in told] == ["step 0", "step 2", "step 4", "step 6", "step 8"]
     assert "the trained model cannot generate text (out of memory" in lines[-1]
     assert rows(folder) == rows(plain)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(plain / "checkpoint-8"))
     monkeypatch.setattr(callbacks, "generate", real)
     assert train(recipe, words, folder, *EVALUATED, "--sample_tokens", "4") == 0
+
+
+# -- accelerators: losses are read one step later ---------------------------------------------------------------------
+
+
+def defer_checks(monkeypatch) -> None:
+    """Check losses one step later, as on CUDA, where the host does not wait for the device in every step."""
+    real = LossGuard.__init__
+
+    def init(self, trainer):
+        real(self, trainer)
+        self.deferred = True
+
+    monkeypatch.setattr(LossGuard, "__init__", init)
+
+
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_a_deferred_check_saves_no_weights_of_a_bad_step_and_shows_its_data(
+    step, recipe, words, tmp_path, monkeypatch, capsys
+):
+    """Between two saves, at a step with a save, and at the last step."""
+    multiply_loss(monkeypatch, step, factor=math.nan)
+    immediate, deferred = tmp_path / "immediate", tmp_path / "deferred"
+    flags = ["--save_steps", "4"]
+    assert train(recipe, words, immediate, *flags) == 65
+    defer_checks(monkeypatch)
+    assert train(recipe, words, deferred, *flags) == 65
+    assert capsys.readouterr().err.count(f"step {step}: the loss is nan") == 2
+    saved = [f"checkpoint-{each}" for each in (4, 8) if each < step]
+    for folder in (immediate, deferred):
+        assert [path.name for path in folder.glob("checkpoint-*")] == saved
+        assert not (folder / "model").exists()
+        assert [path.name for path in folder.glob("bad-step-*")] == [f"bad-step-{step}.json"]
+    shown = [json.loads((folder / f"bad-step-{step}.json").read_text()) for folder in (immediate, deferred)]
+    assert shown[0]["input_ids"] == shown[1]["input_ids"]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that the host reads from tensors: each read waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_with_deferred_checks_the_host_reads_no_tensor_in_a_step(recipe, words, tmp_path, monkeypatch):
+    defer_checks(monkeypatch)
+    flags = ["--save_strategy", "no", "--logging_strategy", "no"]
+    reads = []
+    for steps in (4, 12):
+        with HostReads() as mode:
+            assert train(recipe, words, tmp_path / str(steps), *flags, "--max_steps", str(steps)) == 0
+        reads.append(mode.count)
+    assert reads[0] == reads[1]

@@ -264,12 +264,15 @@ def test_room_is_looked_for_before_the_first_step(recipe, words, tmp_path, capsy
     assert "step" not in captured.out
 
 
-def test_the_room_that_is_estimated_is_about_what_a_checkpoint_takes(finished, monkeypatch, recipe, words, tmp_path):
-    estimates = []
-    monkeypatch.setattr(MiniGPTTrainer, "check_room", lambda self: estimates.append(self.bytes_of_a_checkpoint()))
-    assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
+def test_the_disk_space_required_is_about_that_of_the_checkpoints(finished, monkeypatch, recipe, words, tmp_path):
+    """With `save_total_limit 1`: two checkpoints, one of them being written, and the model folder."""
     size = sum(file.stat().st_size for file in (finished / "checkpoint-8").iterdir())
-    assert size <= estimates[0] <= 1.6 * size
+    model = (finished / "model" / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    flags = ["--max_steps", "1", "--save_total_limit", "1"]
+    for free, code in ((2 * size, 28), (int(1.6 * 2 * size) + model, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert train(recipe, words, tmp_path / f"{code}", *flags) == code
 
 
 # -- a loss that is no number -----------------------------------------------------------------------------------------
@@ -307,7 +310,9 @@ def test_a_bad_step_can_be_left_out(recipe, words, tmp_path, capsys, monkeypatch
     bad_at_step(3, float("nan"), monkeypatch)
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--on_bad_loss", "skip", "--logging_steps", "2") == 0
-    assert "step 3: the loss is nan and the gradient norm nan; it is left out (1 so far)" in capsys.readouterr().out
+    assert (
+        "step 3: the loss is nan and the gradient norm nan; the step is skipped (1 so far)" in capsys.readouterr().err
+    )
     assert all(math.isfinite(row["loss"]) and row["loss"] > 1 for row in rows(folder))
     before, after = (torch.load(folder / f"checkpoint-{step}" / "optimizer.pt") for step in (2, 4))
     taken = [

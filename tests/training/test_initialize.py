@@ -82,7 +82,7 @@ def test_a_qwen3_folder_becomes_a_minigpt_with_the_same_logits(finetune, run_fol
 
 def test_lora_learns_beside_frozen_matrices_and_is_merged_at_the_end(finetune, run_folder, tmp_path, capsys):
     assert finetune("run", "--lora_rank", "2") == 0
-    assert "of them are learnt" in capsys.readouterr().out
+    assert "of them are trained" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(run_folder / "model")
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-6")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -159,7 +159,7 @@ def test_training_ends_when_it_gets_no_better(text, tmp_path, capsys):
     argv += ["--lr_scheduler_type", "constant"]
     argv += "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --max_steps 120 --eval_steps 4".split()
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
-    assert "no better validation loss in 5 evaluations" in capsys.readouterr().out
+    assert "no better validation loss in 5 evaluations" in capsys.readouterr().err
     losses = validation_losses(tmp_path / "run")
     assert len(losses) < 30
     assert losses.index(min(losses)) == len(losses) - 6

@@ -27,3 +27,12 @@ def test_samples_and_validation_do_not_change_the_training(recipe, words, tmp_pa
     assert train(recipe, words, watched, *flags, "--eval_steps", "2", "--sample_tokens", "5") == 0
     assert rows(watched) == rows(plain)
     assert_equal(state_of(watched / "checkpoint-8"), state_of(plain / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("level, is_shown", [("info", True), ("error", False)])
+def test_log_level_decides_what_is_shown(level, is_shown, recipe, words, tmp_path, capsys):
+    flags = ["--max_steps", "1", "--logging_steps", "20", "--log_level", level]
+    assert train(recipe, words, tmp_path / "run", *flags) == 0
+    captured = capsys.readouterr()
+    assert ("the model is in" in captured.out) == ("1 steps of 32 tokens" in captured.out) == is_shown
+    assert ("no training loss is shown" in captured.err) == is_shown

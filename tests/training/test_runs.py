@@ -167,9 +167,9 @@ def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(
     def changed(*args):
         shutil.copy(finished / "checkpoint-2" / "trainer_state.json", folder / "checkpoint-4")
 
-    monkeypatch.setattr("minigpt_hf.training.train.show_plan", changed)
+    monkeypatch.setattr("minigpt_hf.training.train.plan_table", changed)
     assert train(recipe, words, folder) == 2
-    assert "was saved at step 4, and is loaded at step 2" in capsys.readouterr().err
+    assert "was saved at step 4, but loaded at step 2" in capsys.readouterr().err
 
 
 # -- nothing untrained ------------------------------------------------------------------------------------------------
@@ -526,7 +526,10 @@ def test_a_lost_best_checkpoint_is_told_and_the_next_best_is_published_with_its_
     best, second = sorted(losses, key=losses.get)[:2]
     shutil.rmtree(folder / f"checkpoint-{best}")
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
-    assert f"checkpoint-{best}, the best one, is missing or broken; checkpoint-{second} is" in capsys.readouterr().err
+    assert (
+        f"checkpoint-{best}, the best checkpoint, is missing or invalid; checkpoint-{second} is"
+        in capsys.readouterr().err
+    )
     weights = [load_file(folder / name / "model.safetensors") for name in ("model", f"checkpoint-{second}")]
     assert_equal(*weights)
     results = json.loads((folder / "model" / "minigpt.json").read_text())["results"]
@@ -551,7 +554,7 @@ def test_early_stopping_is_final(recipe, words, tmp_path, capsys):
     go_back(straight, folder, 99)
     capsys.readouterr()
     assert train(recipe, words, folder, *flags, "--max_steps", "40") == 0
-    assert "training ends here" in capsys.readouterr().out
+    assert "early stopping" in capsys.readouterr().err
     assert rows(folder) == rows(straight)
     assert max(row["step"] for row in log_of(folder)) == last
     models = [load_file(run / "model" / "model.safetensors") for run in (folder, straight)]
@@ -654,7 +657,7 @@ def test_a_run_stopped_where_it_would_be_evaluated_is_evaluated_when_it_resumes(
         assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, straight)])
 
 
-@pytest.mark.parametrize("where", ["prepare_text", "show_plan"])
+@pytest.mark.parametrize("where", ["prepare_text", "plan_table"])
 def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
     where, recipe, words, tmp_path, capsys, monkeypatch
 ):
@@ -670,7 +673,7 @@ def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
     assert train(recipe, words, tmp_path / "run") == 143
     err = capsys.readouterr().err
     assert "stopped by SIGTERM (before training began); run the same command again" in err
-    assert (tmp_path / "run").exists() == (where == "show_plan")
+    assert (tmp_path / "run").exists() == (where == "plan_table")
     monkeypatch.setattr(minigpt_hf.training.train, where, real)
     assert train(recipe, words, tmp_path / "run") == 0
 

@@ -11,7 +11,7 @@ def test_a_sample_with_markup_quotes_and_lines_is_one_cell_of_the_table(recipe, 
     flags = ["--sample_prompt", prompt, "--sample_tokens", "4", "--validation_fraction", "0.3", "--eval_steps", "4"]
     assert train(recipe, words, folder, *flags) == 0
     head, rule, *table = (folder / "samples.md").read_text().splitlines()
-    assert (head, rule) == ("| step | validation loss | it writes |", "|---|---|---|")
+    assert (head, rule) == ("| step | validation loss | sample |", "|---|---|---|")
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     samples = [(row["step"], row["sample"]) for row in logged if "sample" in row]
     losses = {row["step"]: row["eval_loss"] for row in logged if "eval_loss" in row}

@@ -17,7 +17,7 @@ from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.inference.evaluation import evaluate_texts
 from minigpt_hf.inference.generation import load
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments
-from minigpt_hf.training.callbacks import random_state_kept
+from minigpt_hf.training.callbacks import preserved_random_state
 from minigpt_hf.training.recipe import parse_arguments
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT, tiny_model
@@ -233,7 +233,7 @@ def test_samples_leave_all_random_states_as_they_were():
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     expected = draw()
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    with random_state_kept():
+    with preserved_random_state():
         draw()
     assert draw() == expected
 

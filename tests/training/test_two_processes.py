@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_job_within_ten_seconds_with_a_message(recipe,
 
 def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(monkeypatch):
     """Gloo with one process stands for the group; the signal comes after this step's number was handed over."""
-    stop, args = StopAtBoundary(), SimpleNamespace(world_size=2, device="cpu")
+    stop, args = StopAtBoundary(), SimpleNamespace(world_size=2)
     all_reduce = torch.distributed.all_reduce
 
     def interrupted(*args):
@@ -230,7 +230,7 @@ def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, m
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2, 65, 0]] * 2
     assert done.stderr.count(f"locked: another process (pid {os.getpid()} on host") == 2
-    said = "has 3 blocks of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
+    said = "has 3 sequences of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
     assert done.stderr.count(said) == 2
     assert not (tmp_path / "small").exists()
 

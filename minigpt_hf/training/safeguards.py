@@ -1,0 +1,311 @@
+"""Checks that protect a run: non-finite and exploded losses, models without training, batches and disk space.
+
+Everything here either returns without effect or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, Trainer
+
+from ..errors import (
+    DiskFullError,
+    MiniGPTError,
+    NonFiniteLossError,
+    StorageError,
+    TrainingStopped,
+    UntrainedModelError,
+)
+from ..publish.model_folder import non_finite_parameter
+from .run_folder import RunFolder
+from .stopping import is_disk_full
+
+if TYPE_CHECKING:
+    from .trainer import MiniGPTTrainer
+
+logger = logging.getLogger(__name__)
+
+# A uniform guess costs ln(vocabulary size) nats per token; a loss above this multiple of it has exploded.
+EXPLOSION = 10
+
+
+# -- losses, gradients and weights ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An optimizer step whose figures are still to be checked.
+
+    Args:
+        number: Counted from 1.
+        figures: [ranks, 2]: loss in nats per token and gradient norm of each rank.
+        batches: Token ids [B, T] of this rank, one tensor per micro-batch.
+        copied: Recorded after the copy of `figures` to the host was queued; `None` if they can be read at once.
+    """
+
+    number: int
+    figures: torch.Tensor
+    batches: list[torch.Tensor]
+    copied: torch.cuda.Event | None
+
+
+class LossGuard:
+    """Detects optimizer steps with a non-finite loss or gradient, or an exploded loss, and stops or skips them.
+
+    Reading a loss makes the host wait for the device. On CUDA with `on_bad_loss stop` the figures are therefore copied
+    asynchronously and checked one step later, when the copy is complete; every save, evaluation and the end of training
+    check what is pending, so that the weights of a bad step are never saved. Otherwise they are checked before the step.
+
+    Attributes:
+        deferred: Whether figures are checked one step later.
+        skipped_steps: Steps skipped in this run.
+        skipped_since_log: Those since the last logged loss.
+    """
+
+    def __init__(self, trainer: "MiniGPTTrainer"):
+        self.trainer = trainer
+        self.deferred = trainer.args.device.type == "cuda" and trainer.args.on_bad_loss == "stop"
+        self.skipped_steps = self.skipped_since_log = 0
+        self._batches: list[torch.Tensor] = []  # of the current step
+        self._loss_before = torch.zeros(())  # accumulated loss at the begin of the current step
+        self._pending: list[_Step] = []
+
+    def record(self, input_ids: torch.Tensor, accumulated_loss: torch.Tensor) -> None:
+        """Note a micro-batch before its forward pass.
+
+        Args:
+            input_ids: Token ids [B, T].
+            accumulated_loss: The Trainer's sum of losses since it last logged one.
+        """
+        if not self._batches:
+            self._loss_before = accumulated_loss.clone()
+        self._batches.append(input_ids)
+
+    def check(self, model: torch.nn.Module, accumulated_loss: torch.Tensor, norm: torch.Tensor | float) -> None:
+        """Check a step between its backward pass and its update.
+
+        Args:
+            accumulated_loss: As in `record`, with the loss of this step.
+            norm: Gradient norm before clipping.
+
+        Raises:
+            NonFiniteLossError: on every rank, for a bad step with `on_bad_loss stop`.
+        """
+        trainer, device = self.trainer, accumulated_loss.device
+        loss = accumulated_loss - self._loss_before
+        figures = torch.stack([loss, torch.as_tensor(norm, dtype=loss.dtype, device=device)])[None]
+        if trainer.args.world_size > 1:
+            figures = trainer.accelerator.gather(figures)
+        batches, self._batches = self._batches, []
+        copied = None
+        if device.type == "cuda":
+            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._pending.append(_Step(trainer.state.global_step + 1, figures, batches, copied))
+        for _ in range(len(self._pending) - self.deferred):
+            if not self._is_good(self._pending.pop(0)):
+                self._skip(model, accumulated_loss)
+
+    def check_pending(self) -> None:
+        """Check the steps that `check` has deferred.
+
+        Raises:
+            NonFiniteLossError: as `check`.
+        """
+        while self._pending:
+            self._is_good(self._pending.pop(0))
+
+    def _is_good(self, step: _Step) -> bool:
+        """Whether a step may change the weights; raises if it may not and `on_bad_loss` is `stop`."""
+        args = self.trainer.args
+        if step.copied is not None:
+            step.copied.synchronize()
+        losses, norms = step.figures.T.tolist()
+        # The loss of each rank is scaled such that their mean is the loss of the step, as with one process.
+        loss = sum(losses) / len(losses)
+        exploded = loss > EXPLOSION * math.log(self.trainer.model.config.vocab_size)
+        # With fp16, accelerate finds the loss scale by skipping steps with non-finite gradients.
+        if math.isfinite(loss) and not exploded and (args.fp16 or all(map(math.isfinite, norms))):
+            return True
+        if not self.deferred:
+            check_weights(self.trainer)  # broken by an earlier update: the data of this step are not the cause
+        fault = f"step {step.number}: the loss is {loss:.4g} and the gradient norm {norms[0]:.4g}"
+        if len(losses) > 1:
+            fault += f" (loss by rank: {', '.join(f'{each:.4g}' for each in losses)})"
+        if args.on_bad_loss == "skip":
+            self.skipped_steps += 1
+            self.skipped_since_log += 1
+            if self.trainer.is_world_process_zero():
+                logger.warning(f"{fault}; the step is skipped ({self.skipped_steps} so far)")
+            return False
+        file = self._write_batches(step, fault, losses)
+        raise NonFiniteLossError(
+            f"{fault}; no weight changed by it is saved, its data are in {file}, earlier checkpoints are intact; "
+            f"{advice(self.trainer)}, or add --on_bad_loss skip"
+        )
+
+    def _skip(self, model: torch.nn.Module, accumulated_loss: torch.Tensor) -> None:
+        """Undo the effects of the current step."""
+        accumulated_loss.copy_(self._loss_before)
+        model.zero_grad(set_to_none=True)  # the optimizer ignores parameters without a gradient
+
+    def _write_batches(self, step: _Step, fault: str, losses: list[float]) -> Path:
+        """Write the sequences of all ranks to a JSON file."""
+        trainer = self.trainer
+        file = RunFolder(Path(trainer.args.output_dir)).bad_step(step.number)
+        rows = [(trainer.args.process_index, row) for batch in step.batches for row in batch.tolist()]
+        if trainer.args.world_size > 1:
+            rows = gather_object(rows)
+        if trainer.is_world_process_zero():
+            ranks, ids = zip(*rows, strict=True)
+            texts = trainer.processing_class.batch_decode(ids)
+            content = {"what": fault, "ranks": ranks, "losses": losses, "input_ids": ids, "texts": texts}
+            file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one fails
+        return file
+
+
+def check_weights(trainer: "MiniGPTTrainer") -> None:
+    """Check on all ranks that the weights are finite.
+
+    Raises:
+        NonFiniteLossError: on every rank, whatever `on_bad_loss` is: no later step can repair such weights.
+    """
+    name = non_finite_parameter(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    names = gather_object([name]) if trainer.args.world_size > 1 else [name]
+    if found := next((each for each in names if each), None):
+        raise NonFiniteLossError(
+            f"step {trainer.state.global_step}: {found} has non-finite values; these weights are neither saved nor "
+            f"published, earlier checkpoints are intact; {advice(trainer)}"
+        )
+
+
+def check_trained(trainer: "MiniGPTTrainer") -> None:
+    """Check that at least half of the optimizer steps were taken and that the weights are finite.
+
+    Raises:
+        UntrainedModelError: if most steps were skipped: such a model is never published.
+        NonFiniteLossError: if a weight is not finite.
+    """
+    skipped, steps = trainer.guard.skipped_steps, trainer.state.global_step
+    if steps <= skipped or skipped > steps / 2:
+        fault = "no optimizer step was taken" if steps <= skipped else "most optimizer steps were not taken"
+        raise UntrainedModelError(
+            f"{fault}: {skipped} of {steps} steps were skipped because of a non-finite or exploded loss or gradient; no "
+            "model is published; start again with a lower --learning_rate and --muon_learning_rate and --fresh, or inspect "
+            "the text"
+        )
+    if skipped and trainer.is_world_process_zero():
+        logger.warning(f"{skipped} of {steps} steps were skipped because of a non-finite or exploded loss")
+    check_weights(trainer)
+
+
+def advice(trainer: "MiniGPTTrainer") -> str:
+    """From which checkpoint, and with which settings, to resume after a non-finite or exploded loss."""
+    uniform_guess = math.log(trainer.model.config.vocab_size)
+    history = trainer.state.log_history
+    losses = {f"checkpoint-{row['step']}": row["eval_loss"] for row in history if "eval_loss" in row}
+    checkpoints = list(reversed(RunFolder(Path(trainer.args.output_dir)).checkpoints()))
+    if not checkpoints:
+        return "there is no checkpoint: start again with a lower --learning_rate and --muon_learning_rate and --fresh"
+    lower = "a lower --learning_rate and --muon_learning_rate (--allow_change)"
+    loss = losses.get(checkpoints[0].name, 0.0)  # a checkpoint that was not evaluated is assumed to be good
+    good = next((path for path in checkpoints if losses.get(path.name, math.inf) < uniform_guess), None)
+    if not loss < uniform_guess and good:
+        return (
+            f"the validation loss of {checkpoints[0].name} is {loss:.4g} and that of a uniform guess {uniform_guess:.4g}: "
+            f"resume from an earlier checkpoint with --resume_from_checkpoint {good}, and {lower}"
+        )
+    return f"resume with {lower}"
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Check that an epoch has at least one full batch for each process, if incomplete batches are dropped.
+
+    Raises:
+        MiniGPTError: if not: no optimizer step would be taken.
+    """
+    if len(trainer.get_train_dataloader()) == 0:
+        args, sequences = trainer.args, trainer.train_dataset
+        size, processes = args.train_batch_size, args.world_size
+        raise MiniGPTError(
+            f"the training text has {len(sequences):,} sequences of {sequences.block_size:,} tokens, and a step needs "
+            f"{size * processes:,}: per_device_train_batch_size {size} × {processes} processes; lower "
+            "--per_device_train_batch_size or --block_size, start fewer processes, or give more text"
+        )
+
+
+# -- disk space -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """Estimate the size of a checkpoint: float32 weights, one moment of Muon or two of AdamW, and the small files."""
+    model: PreTrainedModel = trainer.model
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    total = model.num_parameters()
+    moments = matrices + 2 * (total - matrices) if trainer.args.muon else 2 * total
+    return 4 * (total + moments) + len(trainer.processing_class.backend_tokenizer.to_str().encode()) + 200_000
+
+
+def check_disk_space(trainer: Trainer) -> None:
+    """Check that all checkpoints of the run, one being written, and the model folder fit on the disk.
+
+    Raises:
+        DiskFullError: if not.
+    """
+    args = trainer.args
+    if args.save_strategy == "no":
+        return
+    checkpoints = args.save_total_limit or math.ceil(1 / args.save_steps if args.save_steps < 1 else 1)
+    copies = 2 if args.push_to_hub else 1  # of the model: its folder, and the copy that is uploaded
+    needed = (checkpoints + 1) * checkpoint_bytes(trainer) + 4 * trainer.model.num_parameters() * copies
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise DiskFullError(
+            f"no room for this run in {args.output_dir}: {checkpoints} checkpoints, one being written and the model need "
+            f"about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, or name another --output_dir"
+        )
+
+
+def disk_full(trainer: Trainer, content: str) -> DiskFullError:
+    """The error to raise if there is no space for `content`."""
+    subject = "it" if content.startswith("checkpoint") else "a checkpoint"
+    needed, free = checkpoint_bytes(trainer), shutil.disk_usage(trainer.args.output_dir).free
+    return DiskFullError(
+        f"no room for {content}: {subject} needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier "
+        "checkpoints are intact; make room, and run the same command again to resume"
+    )
+
+
+@contextmanager
+def storage_errors(trainer: Trainer) -> Iterator[None]:
+    """Translate errors of a full disk, or of a run folder that is no longer writable, into what they mean for the run.
+
+    Raises:
+        DiskFullError, StorageError: see above.
+    """
+    try:
+        yield
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(trainer, f"what a run writes ({error})") from error
+        if isinstance(error, OSError):
+            raise StorageError(
+                f"{error} (after step {trainer.state.global_step}); once {trainer.args.output_dir} is writable again, the "
+                "same command resumes from the newest checkpoint in it"
+            ) from error
+        raise
