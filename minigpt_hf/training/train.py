@@ -60,6 +60,11 @@ from .trainer import MiniGPTTrainer
 
 logger = logging.getLogger(__name__)
 
+# With several processes, the main process tokenizes while the others wait, at most `ddp_timeout` (30 minutes by default);
+# a billion characters take about 6 minutes on one core.
+MAX_CHARACTERS_TO_TOKENIZE = 1_000_000_000
+CHARACTERS_PER_TOKEN = 4  # of a stream, whose length is known in tokens
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -140,7 +145,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
         check_memory(config, settings.model, training)
 
     with training.main_process_first(desc="text"):  # the other processes find the result in the cache
-        text = prepare_text(settings.data, configurator.choose_tokenizer)
+        text = prepare_text(settings.data, configurator.choose_tokenizer, training.world_size)
     raise_unless_same_text(text, training)
     raise_unless_same_tokenizer(text, settings)
     settings = configurator.choose_remaining(text)
@@ -160,12 +165,16 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
 
 
 def prepare_text(
-    data: DataArguments, choose_tokenizer: Callable[[Corpus], DataArguments] | None = None
+    data: DataArguments, choose_tokenizer: Callable[[Corpus], DataArguments] | None = None, world_size: int = 1
 ) -> PreparedText:
-    """Text, tokenizer and token streams, from the cache if they were prepared before.
+    """Load the text, tokenizer and token streams, from the cache if they were prepared before.
 
     Args:
         choose_tokenizer: Returns the settings with a tokenizer chosen for the corpus.
+        world_size: Number of processes that wait for the text.
+
+    Raises:
+        MiniGPTError: if the text cannot be read, or is too long to be tokenized while other processes wait.
     """
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
     if is_prepared(data.data):
@@ -182,6 +191,8 @@ def prepare_text(
         streaming=data.streaming,
         cache_dir=cache_dir,
     )
+    if world_size > 1:
+        check_length(corpus, data)
     if choose_tokenizer is not None:
         data = choose_tokenizer(corpus)
     return prepare(
@@ -194,6 +205,23 @@ def prepare_text(
         num_proc=data.num_proc,
         max_tokens=data.max_tokens,
     )
+
+
+def check_length(corpus: Corpus, data: DataArguments) -> None:
+    """Check that a text is short enough to be tokenized while other processes wait.
+
+    Raises:
+        MiniGPTError: if not, with the commands to use instead.
+    """
+    estimate = corpus.train.characters is None
+    characters = CHARACTERS_PER_TOKEN * (data.max_tokens or 0) if estimate else corpus.train.characters
+    if characters > MAX_CHARACTERS_TO_TOKENIZE:
+        flags = f"--data {data.data}" + (f" --streaming --max_tokens {data.max_tokens}" if data.streaming else "")
+        raise MiniGPTError(
+            f"{data.data}: {'about ' * estimate}{characters:,} characters are too many to tokenize while the other processes "
+            f"wait (more than {MAX_CHARACTERS_TO_TOKENIZE:,}): run `minigpt tokenize` with the same recipe and {flags}, and "
+            "train with the folder that it writes as --data"
+        )
 
 
 def raise_unless_same_tokenizer(text: PreparedText, settings: Settings) -> None:

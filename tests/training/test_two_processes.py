@@ -173,8 +173,10 @@ EXPLODES = """
 import json, os, sys
 from pathlib import Path
 from minigpt_hf.cli import main
+from minigpt_hf.training import train
 from minigpt_hf.training.trainer import MiniGPTTrainer
 
+train.MAX_CHARACTERS_TO_TOKENIZE = 900
 rank, real = os.environ["RANK"], MiniGPTTrainer.compute_loss
 
 def compute_loss(self, *args, **kwargs):
@@ -189,7 +191,8 @@ Path(sys.argv[1]).with_name(f"codes-{rank}.json").write_text(json.dumps(codes))
 
 
 def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, monkeypatch):
-    """A locked folder, a text without a full batch, a loss that explodes on one rank: stopped, then skipped.
+    """A locked folder, a text without a full batch, one that takes too long to tokenize while a process waits, a loss that
+    explodes on one rank: stopped, then skipped.
 
     What was skipped is what one process with the same blocks skips, and the losses are its losses.
     """
@@ -206,10 +209,12 @@ def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, m
 
     (tmp_path / "explodes.py").write_text(EXPLODES)
     (tmp_path / "small.txt").write_text(words.read_text()[:60])
+    (tmp_path / "long.txt").write_text(words.read_text() * 3)
     common = ["--recipe", recipe, "--data", words, *PLAIN, "--output_dir"]
     commands = [
         [*common, tmp_path / "locked"],
         [*common, tmp_path / "small", "--data", tmp_path / "small.txt"],
+        [*common, tmp_path / "long", "--data", tmp_path / "long.txt"],
         [*common, tmp_path / "stopped"],
         [*common, tmp_path / "skipped", "--on_bad_loss", "skip"],
     ]
@@ -228,11 +233,13 @@ def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, m
     finally:
         lock.release()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2, 65, 0]] * 2
+    assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2, 2, 65, 0]] * 2
     assert done.stderr.count(f"locked: another process (pid {os.getpid()} on host") == 2
     said = "has 3 sequences of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
     assert done.stderr.count(said) == 2
-    assert not (tmp_path / "small").exists()
+    assert done.stderr.count(f"{tmp_path / 'long.txt'}: 1,260 characters are too many to tokenize while") == 2
+    assert done.stderr.count("run `minigpt tokenize` with the same recipe and --data") == 2
+    assert not (tmp_path / "small").exists() and not (tmp_path / "long").exists()
 
     shown = json.loads((tmp_path / "stopped" / "bad-step-3.json").read_text())
     assert shown["ranks"] == [0, 0, 1, 1]
