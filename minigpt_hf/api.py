@@ -160,7 +160,8 @@ def evaluate(
     recipe = recipe_of(model)
 
     def given_or_as_trained(name: str, value: Any, default: Any = None) -> Any:
-        return recipe.get(name, default) if value is None else value
+        stored = default if recipe.get(name) is None else recipe[name]
+        return stored if value is None else value
 
     trained_split = recipe.get("data_split")
     if data_split is None and trained_split and has_split(data, trained_split):

@@ -440,6 +440,26 @@ def no_tokenizer(folder):
         folder.delete(name)
 
 
+@hostile("architectures", "generate", "evaluate")
+def architectures_of_a_wrong_type(folder):
+    folder.json("config.json", architectures=[["x"]])
+
+
+@hostile("architectures", "generate", "evaluate")
+def architectures_that_are_a_number(folder):
+    folder.json("config.json", architectures=5)
+
+
+@hostile("BOS token.*vocabulary", "evaluate")
+def a_bos_token_outside_the_vocabulary(folder):
+    folder.json("tokenizer_config.json", bos_token="../../etc/passwd")
+
+
+@hostile("has another tokenizer", "init_from", "export")
+def the_tokenizer_of_another_model(folder):
+    exchange_two_tokens(folder)
+
+
 for _name, _text in {
     "a list": "[]",
     "null": "null",
@@ -466,6 +486,32 @@ def test_a_hostile_folder_is_refused_in_one_line(case, verb, folder, text_file, 
     refused(asked(verb, folder.path, text_file, recipe_file), capfd, message, Path.cwd(), folder.outside)
     assert not folder.canary.exists()
     assert hub.requests == []
+
+
+def exchange_two_tokens(folder) -> None:
+    tokenizer = folder.get("tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    folder.write("tokenizer.json", json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+def test_the_tokenizer_of_another_model_is_reported(verb, folder, text_file, recipe_file, capfd):
+    """It is not refused: other programs add tokens without updating the fingerprint in config.json."""
+    exchange_two_tokens(folder)
+    assert main(asked(verb, folder.path, text_file, recipe_file)) == 0
+    assert (
+        f"{folder.path}: has another tokenizer than the one that the model was trained with" in capfd.readouterr().err
+    )
+
+
+def test_a_null_in_a_recipe_is_a_setting_that_was_not_given(folder, text_file, recipe_file, capfd):
+    argv = asked("evaluate", folder.path, text_file, recipe_file)
+    assert main(argv) == 0
+    expected = capfd.readouterr().out
+    folder.json("minigpt.json", recipe={**folder.get("minigpt.json")["recipe"], "encoding": None, "newline": None})
+    assert main(argv) == 0
+    assert capfd.readouterr().out == expected
 
 
 @pytest.mark.parametrize(

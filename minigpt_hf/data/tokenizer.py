@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
@@ -197,6 +197,17 @@ def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything that determines which ids a text has."""
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def tokenizer_mismatch(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a description if a configuration records another tokenizer than the given one, otherwise None."""
+    recorded = getattr(config, "tokenizer_fingerprint", None)
+    if recorded is None or not tokenizer.is_fast or tokenizer_fingerprint(tokenizer) == recorded:
+        return None
+    return (
+        "has another tokenizer than the one that the model was trained with: restore tokenizer.json, or, if the change is "
+        "intended, remove tokenizer_fingerprint from config.json"
+    )
 
 
 class Encoder:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -36,7 +37,9 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
             folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
         )
     with loading(str(folder), "tokenizer", "an export needs the tokenizer of the model"):
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if mismatch := tokenizer_mismatch(model.config, tokenizer):
+        raise MiniGPTError(f"{folder}: {mismatch}")
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[key]:
             raise MiniGPTError(f"{folder}: {key.replace('_', ' ')} in its weights: {sorted(map(str, report[key]))}")

@@ -89,6 +89,11 @@ def evaluate_texts(
         raise MiniGPTError(
             "neither the tokenizer nor the configuration of the model defines a BOS token: add one to either"
         )
+    if not 0 <= bos_token_id < model.config.vocab_size:
+        raise MiniGPTError(
+            f"the BOS token has id {bos_token_id}, which exceeds the vocabulary of the model ({model.config.vocab_size:,} "
+            "tokens): use the tokenizer that it was trained with"
+        )
     num_bytes = 0
 
     def encoded() -> Iterator[np.ndarray]:

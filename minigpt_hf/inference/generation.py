@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..data.tokenizer import unknown_character_error
+from ..data.tokenizer import tokenizer_mismatch, unknown_character_error
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 
@@ -48,7 +48,11 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
         )
     with loading(folder, "tokenizer", trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if mismatch := tokenizer_mismatch(model.config, tokenizer):
+        logger.warning("%s: %s", folder, mismatch)
     architectures = model.config.architectures or [type(model).__name__]
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise MiniGPTError(f"{folder}: architectures in config.json is {architectures!r}, not a list of names")
     if not trust_remote_code and not any(name in CAUSAL_LMS for name in architectures):
         raise MiniGPTError(
             f"{folder}: {architectures[0]} is not a causal language model, so its prediction of a token may depend on "

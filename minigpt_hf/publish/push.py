@@ -24,6 +24,16 @@ from .model_folder import OPTIONAL, REQUIRED, published_files
 
 logger = logging.getLogger(__name__)
 
+# Files that no model folder has, and that `from_pretrained` would read next to its files.
+FOREIGN = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_templates/*",
+    "additional_chat_templates/*",
+    "adapter_config.json",
+)
+
 # HTTP status -> explanation and remedy.
 REMEDIES = {
     401: "the token is invalid: log in again with `hf auth login`, or set HF_TOKEN to a valid token",
@@ -76,7 +86,13 @@ def push_folder(
             raise MiniGPTError(
                 f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
             )
-        return [commit_folder(source, repo_id, branch, card=card) for branch, source in branches]
+        urls: list[str] = []
+        for branch, source in branches:
+            try:
+                urls.append(commit_folder(source, repo_id, branch, card=card))
+            except OSError as error:
+                raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
+        return urls
 
 
 def open_repository(repo_id: str, private: bool = False) -> str:
@@ -102,8 +118,9 @@ def commit_folder(
 ) -> str:
     """Update a branch to a model folder in one commit, and return its URL.
 
-    Files of a model folder that the new one does not contain are deleted: old shards would be loaded instead of the new
-    weights. Other files of the repository are not changed.
+    Files that transformers would read in addition to those of the folder are deleted, and named in the log: old shards would
+    be loaded instead of the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files of the
+    repository are not changed.
 
     Args:
         message: Commit message.
@@ -121,7 +138,9 @@ def commit_folder(
         if card is not None:
             content["README.md"] = card.encode()
         paths = [file.rfilename for file in current.siblings]
-        stale = [path for path in paths if _is_model_file(path) and path not in content]
+        stale = [path for path in paths if _is_read_by_loaders(path) and path not in content]
+        if stale:
+            logger.info("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
         api.create_commit(
             repo_id,
             [
@@ -197,7 +216,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
             cause = cause.__cause__  # huggingface_hub wraps upload errors in a `RuntimeError` without the reason
         if isinstance(cause, HfHubHTTPError):
             status, message = cause.response.status_code, cause.server_message
-            remedy = REMEDIES.get(status, "try again later" if status >= 500 else "nothing was changed")
+            remedy = REMEDIES.get(status, "try again later" if status >= 500 else "this request changed nothing")
             detail = f" ({message})" if message else ""
             raise OSError(f"{repo_id}: the Hub answered {status}{detail}: {remedy}") from error
         raise OSError(
@@ -206,5 +225,6 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def _is_model_file(path: str) -> bool:
-    return any(fnmatch(path, pattern) for pattern in (*REQUIRED, *OPTIONAL))
+def _is_read_by_loaders(path: str) -> bool:
+    """Whether `from_pretrained` reads a file of this name if a repository has it."""
+    return any(fnmatch(path, pattern) for pattern in (*REQUIRED, *OPTIONAL, *FOREIGN))

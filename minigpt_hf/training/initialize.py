@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from ..data.tokenizer import tokenizer_fingerprint, tokenizer_mismatch, vocabulary_size
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -70,6 +70,8 @@ def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
             f"--max_position_embeddings {config.max_position_embeddings} is less than --block_size {block_size}: "
             "the model could not take its own training sequences"
         )
+    if mismatch := tokenizer_mismatch(config, tokenizer):  # of `init_from`: a new configuration records no tokenizer
+        raise MiniGPTError(f"--init_from {architecture.init_from}: {mismatch}")
     if config.vocab_size < (size := vocabulary_size(tokenizer)):
         raise MiniGPTError(f"the tokenizer has {size:,} tokens, and the model's vocabulary only {config.vocab_size:,}")
     tokenizer.model_max_length = config.max_position_embeddings

@@ -176,6 +176,33 @@ def test_only_model_files_are_uploaded_and_stale_ones_are_deleted(run_folder, hu
     assert titles(hub, "user/tiny") == ["Upload model", "put", "initial commit"]
 
 
+def test_files_that_would_change_how_the_model_loads_are_deleted_and_named(run_folder, hub, tmp_path, capsys):
+    """transformers reads these if a repository has them, and would load another tokenizer or an adapter."""
+    foreign = {
+        "special_tokens_map.json": b'{"bos_token": "To"}',
+        "added_tokens.json": b'{"To": 400}',
+        "adapter_config.json": b"{}",
+        "chat_templates/other.jinja": b"x",
+    }
+    hub.put("user/tiny", {**foreign, "notes.txt": b"theirs"})
+    code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
+    assert code == 0
+    assert set(uploaded(hub, "user/tiny")) == MODEL | {"notes.txt"}
+    for name in foreign:
+        assert name in err
+
+
+def test_a_failure_of_the_second_branch_names_the_branch_that_was_updated(run_folder, hub, capsys):
+    hub.fail("POST", "/commit/native", 400)
+    code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny", "--native")
+    assert code == 2
+    assert re.fullmatch(
+        f"minigpt push: user/tiny: the Hub answered 400.*{hub.endpoint}/user/tiny was updated before\n", err
+    )
+    assert "nothing was changed" not in err
+    assert set(uploaded(hub, "user/tiny")) == MODEL
+
+
 def test_shards_are_uploaded_with_their_index(run_folder, hub, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(run_folder / "model", folder)
