@@ -156,6 +156,12 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
             yield f"config.json: `rope_type` is {kind!r}, which is unknown"
         if not (type(theta) in (int, float) and 1 < theta < math.inf):
             yield f"config.json: `rope_theta` is {theta!r}: a number above 1 is required"
+    if config.get("model_type") in ("minigpt", "qwen3"):
+        epsilon, layers = config.get("rms_norm_eps", 1e-6), config.get("layer_types")
+        if not (type(epsilon) in (int, float) and 0 < epsilon < 0.1):
+            yield f"config.json: `rms_norm_eps` is {plain(repr(epsilon))}: a number between 0 and 0.1 is required"
+        if isinstance(layers, list) and "sliding_attention" in layers and not config.get("use_sliding_window"):
+            yield "config.json: `layer_types` has sliding attention, but `use_sliding_window` is not true"
     for key, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"config.json: `{key}` is {value!r}: a finite number is required"

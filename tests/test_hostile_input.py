@@ -440,6 +440,30 @@ def no_tokenizer(folder):
         folder.delete(name)
 
 
+@hostile("`use_sliding_window` is not true", "generate", "init_from", "export")
+def a_sliding_window_that_is_not_used(folder):
+    config = folder.get("config.json")
+    del config["use_sliding_window"]
+    config |= {"sliding_window": 33, "layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
+    folder.write("config.json", json.dumps(config))
+
+
+@hostile("`sliding_window` is 1000000000000000000000000000000", "generate", "init_from", "export")
+def an_endless_sliding_window(folder):
+    layers = ["sliding_attention"] * folder.get("config.json")["num_hidden_layers"]
+    folder.json("config.json", use_sliding_window=True, sliding_window=10**30, layer_types=layers)
+
+
+@hostile("`rms_norm_eps` is 1000000000000000000000000000000", "generate", "init_from", "export")
+def an_epsilon_beyond_floats(folder):
+    folder.json("config.json", rms_norm_eps=10**30)
+
+
+@hostile("`rms_norm_eps` is -1", "generate", "init_from", "export")
+def a_negative_epsilon(folder):
+    folder.json("config.json", rms_norm_eps=-1)
+
+
 @hostile("architectures", "generate", "evaluate")
 def architectures_of_a_wrong_type(folder):
     folder.json("config.json", architectures=[["x"]])

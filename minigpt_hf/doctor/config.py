@@ -22,6 +22,7 @@ SIZES = {
     "num_key_value_heads": (("num_key_value_heads",), 10_000),
     "head_dim": (("head_dim",), 100_000),
     "max_position_embeddings": (("max_position_embeddings", "n_positions"), 100_000_000),
+    "sliding_window": (("sliding_window",), 100_000_000),
 }
 ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers")
 # Implementations in transformers. Other names refer to kernels, i.e. code that is downloaded from the Hub and executed. With
