@@ -165,15 +165,17 @@ def test_parameters_and_tokens_for_a_text(size, tokens, expected):
     assert size_for_text(size, tokens) == expected
 
 
-def test_the_recipe_says_the_rules_that_are_applied():
+def test_the_recipe_states_the_rules_that_are_applied():
     notes = recipe_notes("auto")
     rules = (PARAMETERS_PER_BYTE, f"{LARGEST_UNASKED:,}")
-    assert notes["parameters"].startswith("{} for each byte of text, at most {}: ".format(*rules))
+    assert notes["parameters"].startswith("{} · bytes of text, at most {}: ".format(*rules))
     rules = (MAX_EFFECTIVE_EPOCHS, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
-    assert notes["tokens"] == "{} readings, {} of a short text until they are {}, at most {}".format(*rules)
+    assert notes["tokens"] == (
+        "{} epochs; short texts up to {} epochs, until {} tokens; at most {} tokens".format(*rules)
+    )
     demo = re.search(r"([\d,]+) \+ 192 = ([\d,]+)|= ([\d,]+)$", recipe_notes("demo")["parameters"])[0].split("= ")[1]
     tokens = re.search(r"= ([\d,]+) tokens", recipe_notes("demo")["tokens"])[1]
-    assert notes["cost"].endswith(f"where `demo` takes {demo} · {tokens}")
+    assert notes["cost"].endswith(f"`demo`: {demo} · {tokens}")
     assert int(demo.replace(",", "")) * int(tokens.replace(",", "")) > LARGEST_UNASKED * LONGEST_UNASKED
 
 
