@@ -1,4 +1,4 @@
-"""The benchmarks: times and ratios against hand calculations, losses against those of `minigpt train`."""
+"""The benchmarks: times and ratios compared with manual calculations, losses with those of `minigpt train`."""
 
 import argparse
 import json
@@ -219,7 +219,7 @@ def test_a_clone_is_copied_without_its_outputs(tmp_path):
     (clone / nanogpt.DATA).mkdir(parents=True)
     for name in ("train.py", nanogpt.DATA / "prepare.py", nanogpt.DATA / "train.bin"):
         (clone / name).write_text(str(name))
-    text.write_text("a play")
+    text.write_text("a text")
     nanogpt.copy(clone, text, tmp_path / "copy")
     names = {file.name for file in (tmp_path / "copy").rglob("*.*")}
     assert names == {"train.py", "prepare.py", "requests.py", "input.txt"}

@@ -57,7 +57,7 @@ def a_foreign_file(folder: Broken):
 
 
 @plant("files known", says=r"foreign: helpers/more\.py")
-def a_folder_of_code(folder: Broken):
+def a_subfolder_with_code(folder: Broken):
     folder.write("helpers/more.py", "x = 1\n")
 
 
@@ -68,7 +68,7 @@ def half_a_config(folder: Broken):
 
 
 @plant("files readable", says="duplicate key 'eos_token_id'")
-def a_key_twice(folder: Broken):
+def a_duplicate_key(folder: Broken):
     folder.replace("generation_config.json", "{", '{"eos_token_id": 5,')
 
 
@@ -78,7 +78,7 @@ def a_card_in_latin_1(folder: Broken):
 
 
 @plant("files readable", says="tokenizer_config.json is not a JSON object")
-def a_list_for_settings(folder: Broken):
+def a_list_instead_of_settings(folder: Broken):
     folder.write("tokenizer_config.json", "[]")
 
 
@@ -88,7 +88,7 @@ def a_token_in_the_card(folder: Broken):
 
 
 @plant("no secret", says=r"minigpt\.json, line \d+: a token")
-def the_token_of_the_trainer(folder: Broken):
+def a_token_in_the_metadata(folder: Broken):
     folder.json("minigpt.json", hub_token="not-of-a-known-form")
 
 
@@ -96,7 +96,7 @@ def the_token_of_the_trainer(folder: Broken):
 
 
 @plant("config", "recipe", says="`num_hidden_layers` is -1")
-def layers_below_zero(folder: Broken):
+def a_negative_number_of_layers(folder: Broken):
     folder.json("config.json", num_hidden_layers=-1)
 
 
@@ -116,7 +116,7 @@ def heads_that_do_not_divide(folder: Broken):
 
 
 @plant("config", "special tokens", says="`eos_token_id` 300 is not in the vocabulary of 300")
-def an_end_beyond_the_vocabulary(folder: Broken):
+def an_eos_token_beyond_the_vocabulary(folder: Broken):
     folder.json("config.json", eos_token_id=300)
 
 
@@ -126,12 +126,12 @@ def a_model_without_a_head(folder: Broken):
 
 
 @plant("config", says="no `head_dim`: its default may differ elsewhere")
-def a_size_left_to_the_default(folder: Broken):
+def a_size_that_depends_on_the_default(folder: Broken):
     folder.json("config.json", head_dim=None)
 
 
 @plant("config", "recipe", says="`layer_types` and `use_sliding_window` disagree")
-def a_window_switched_off(folder: Broken):
+def a_disabled_sliding_window(folder: Broken):
     folder.json("config.json", use_sliding_window=False)
 
 
@@ -222,12 +222,12 @@ def an_import_of_what_is_not_installed(folder: Broken):
 
 
 @plant("code", says=r"parses one of its lines as an import of `\.there`")
-def prose_that_looks_like_an_import(folder: Broken):
+def a_docstring_that_looks_like_an_import(folder: Broken):
     folder.append("modeling_minigpt.py", '\n"""\nfrom .there import nothing\n"""\n')
 
 
 @plant("chat template", says="chat_template.jinja does not parse")
-def a_chat_template_with_an_open_end(folder: Broken):
+def a_chat_template_without_an_end_tag(folder: Broken):
     folder.write("chat_template.jinja", "{% for message in messages %}{{ message.content }}")
 
 
@@ -236,13 +236,13 @@ def a_chat_template_with_an_open_end(folder: Broken):
 
 @plant("weights header", says="the tensors end at byte")
 def half_of_the_weights(folder: Broken):
-    kept = (folder.path / "model.safetensors").read_bytes()
-    folder.write("model.safetensors", kept[: len(kept) - 400])
+    content = (folder.path / "model.safetensors").read_bytes()
+    folder.write("model.safetensors", content[: len(content) - 400])
 
 
 @plant("tensors", says=r"missing: model\.layers\.1\.mlp\.up_proj\.weight$")
 def a_tensor_is_missing(folder: Broken):
-    folder.tensors(lambda kept: kept.pop("model.layers.1.mlp.up_proj.weight"))
+    folder.tensors(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
 
 @plant("tensors", "recipe", says=r"missing: model\.layers\.2\..* and 8 more")
@@ -253,31 +253,31 @@ def one_layer_too_many_in_the_config(folder: Broken):
 
 @plant("tensors", says=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias")
 def a_tensor_too_many(folder: Broken):
-    folder.tensors(lambda kept: kept.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
+    folder.tensors(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
 
 
 @plant("tensors", says=r"model\.norm\.weight is \(31,\), not \(32,\)")
 def a_tensor_of_another_shape(folder: Broken):
-    folder.tensors(lambda kept: kept.update({"model.norm.weight": torch.ones(31)}))
+    folder.tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
 
 
 @plant("tensors finite", says=r"NaN or infinity in model\.norm\.weight")
 def one_nan(folder: Broken):
-    folder.tensors(lambda kept: kept["model.norm.weight"].__setitem__(7, float("nan")))
+    folder.tensors(lambda tensors: tensors["model.norm.weight"].__setitem__(7, float("nan")))
 
 
 @plant("tensors finite", says=r"NaN or infinity in model\.layers\.0\.mlp\.down_proj\.weight")
 def an_infinity_in_bfloat16(folder: Broken):
-    def spoil(kept):
-        kept.update({name: tensor.bfloat16() for name, tensor in kept.items()})
-        kept["model.layers.0.mlp.down_proj.weight"][3, 5] = float("-inf")
+    def set_infinity(tensors):
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+        tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = float("-inf")
 
-    folder.tensors(spoil)
+    folder.tensors(set_infinity)
 
 
 @plant("tied weights", says=r"lm_head\.weight and model\.embed_tokens\.weight differ")
-def a_tie_that_was_cut(folder: Broken):
-    folder.tensors(lambda kept: kept.update({"lm_head.weight": kept["model.embed_tokens.weight"] + 1}))
+def tied_weights_that_differ(folder: Broken):
+    folder.tensors(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
 
 
 @plant(
@@ -291,29 +291,29 @@ def a_shard_is_missing(folder: Broken):
 
 
 @plant("weights index", says="no model.safetensors.index.json, and the weights are model-00001-of-00002.safetensors")
-def a_shard_that_was_left_behind(folder: Broken):
+def a_shard_without_an_index(folder: Broken):
     folder.write("model-00001-of-00002.safetensors", (folder.path / "model.safetensors").read_bytes())
 
 
 @plant("weights index", says="a tensor is in two shards")
 def a_tensor_in_two_shards(folder: Broken):
-    kept = (folder.path / "model.safetensors").read_bytes()
-    folder.write("model-00002-of-00002.safetensors", kept)
+    content = (folder.path / "model.safetensors").read_bytes()
+    folder.write("model-00002-of-00002.safetensors", content)
     places = dict.fromkeys(weight_names(folder), "model.safetensors")
     places["model.norm.weight"] = "model-00002-of-00002.safetensors"
     folder.write("model.safetensors.index.json", json.dumps({"weight_map": places}))
 
 
 @plant("weights index", says=r"disagree about model\.norm\.weight")
-def an_index_that_forgets_a_tensor(folder: Broken):
+def an_index_without_a_tensor(folder: Broken):
     places = dict.fromkeys(weight_names(folder), "model.safetensors")
     del places["model.norm.weight"]
     folder.write("model.safetensors.index.json", json.dumps({"weight_map": places}))
 
 
 def weight_names(folder: Broken) -> list[str]:
-    kept = (folder.path / "model.safetensors").read_bytes()
-    header = json.loads(kept[8 : 8 + int.from_bytes(kept[:8], "little")])
+    content = (folder.path / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return [name for name in header if name != "__metadata__"]
 
 
@@ -321,7 +321,7 @@ def weight_names(folder: Broken) -> list[str]:
 
 
 @plant("tokenizer", says="tokenizer.json does not load")
-def a_tokenizer_of_no_kind(folder: Broken):
+def a_tokenizer_of_an_unknown_type(folder: Broken):
     content = folder.get("tokenizer.json")
     folder.json("tokenizer.json", model={**content["model"], "type": "Guess"})
 
@@ -352,22 +352,22 @@ def a_special_token_that_is_text(folder: Broken):
 
 
 @plant("special tokens", says="pad_token is 0, but config.json has 1")
-def padding_with_the_end(folder: Broken):
+def padding_with_the_eos_token(folder: Broken):
     folder.json("tokenizer_config.json", pad_token="<|endoftext|>")
 
 
 @plant("special tokens", "end of text", says="eos_token is 0, but generation_config.json has 5")
-def another_end_in_the_generation_config(folder: Broken):
+def another_eos_token_in_the_generation_config(folder: Broken):
     folder.json("generation_config.json", eos_token_id=5)
 
 
 @plant("end of text", says=r"`suppress_tokens` suppresses '<\|endoftext\|>'")
-def an_end_that_is_forbidden(folder: Broken):
+def a_suppressed_eos_token(folder: Broken):
     folder.json("generation_config.json", suppress_tokens=[0])
 
 
 @plant("end of text", "fingerprint", says="the tokenizer has no eos_token")
-def a_tokenizer_without_an_end(folder: Broken):
+def a_tokenizer_without_an_eos_token(folder: Broken):
     folder.json("tokenizer_config.json", eos_token=None)
 
 
@@ -380,7 +380,7 @@ def a_card_without_metadata(folder: Broken):
 
 
 @plant("card", says="`language` holds False, which is not a string")
-def a_card_in_norwegian(folder: Broken):
+def a_language_that_yaml_reads_as_false(folder: Broken):
     folder.replace("README.md", "library_name:", "language: no\nlibrary_name:")
 
 
@@ -404,13 +404,13 @@ def a_section_left_empty(folder: Broken):
     folder.append("README.md", "\n## Limits\n\n[More Information Needed]\n")
 
 
-# -- each named, and nothing else -------------------------------------------------------------------------------------
+# -- every fault ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named_in_its_row(name, broken):
-    plant_it, expected, says = FAULTS[name]
-    plant_it(broken)
+def test_a_fault_is_reported_by_its_checks_only(name, broken):
+    damage, expected, says = FAULTS[name]
+    damage(broken)
     failed = doctor.failures(doctor.examine_files(broken.path))
     assert sorted(row.name for row in failed) == sorted(expected), failed
     row = next(row for row in failed if row.name == expected[0])
@@ -418,5 +418,5 @@ def test_a_fault_is_named_in_its_row(name, broken):
     assert row.remedy
 
 
-def test_faults_enough_are_planted():
+def test_at_least_forty_faults_are_tested():
     assert len(FAULTS) >= 40

@@ -125,8 +125,14 @@ BAD = {
         "it refers to builtins.print, and is rejected",
     ),
     "not a pickle": (lambda f: (f / "ckpt.pt").write_text("hello"), "not a file written by `torch.save`"),
-    "another program's": (lambda f: torch.save({"state_dict": {}}, f / "ckpt.pt"), "not a nanoGPT checkpoint"),
-    "no vocabulary in it": (lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({})), "not a nanoGPT vocabulary"),
+    "a checkpoint of another program": (
+        lambda f: torch.save({"state_dict": {}}, f / "ckpt.pt"),
+        "not a nanoGPT checkpoint",
+    ),
+    "a pickle without a vocabulary": (
+        lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({})),
+        "not a nanoGPT vocabulary",
+    ),
     "ids with a gap": (
         lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 2}})),
         "does not map single characters to the ids 0 to 1",
@@ -147,8 +153,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_an_invalid_checkpoint_is_reported_in_one_line(case, tmp_path, capfd):
     argv = write(tmp_path)
-    spoil, message = BAD[case]
-    spoil(tmp_path)
+    change, message = BAD[case]
+    change(tmp_path)
     assert main(argv) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
