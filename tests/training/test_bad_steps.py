@@ -93,8 +93,8 @@ def test_a_run_with_more_than_half_of_its_steps_skipped_is_not_published_and_few
     multiply_loss(monkeypatch, *steps, factor=math.nan)
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--on_bad_loss", "skip") == exit_code
-    said = f"{len(steps)} of 8 steps were skipped because of a non-finite or exploded loss"
-    assert said in capsys.readouterr().err
+    message = f"{len(steps)} of 8 steps were skipped because of a non-finite or exploded loss"
+    assert message in capsys.readouterr().err
     assert (folder / "model").exists() == (exit_code == 0)
     if exit_code == 0:
         card = (folder / "model" / "README.md").read_text()

@@ -96,8 +96,8 @@ def test_a_damaged_checkpoint_is_reported_in_one_line_and_the_final_state_is_equ
     torture.CORRUPTIONS["flipped"](folder / "checkpoint-6" / "optimizer.pt")
     assert train(recipe, words, folder) == 0
     out = capsys.readouterr().out
-    said = "checkpoint-6 is broken (the content of optimizer.pt has changed); it is kept as checkpoint-6.aside-1\n"
-    assert said in out
+    message = "checkpoint-6 is broken (the content of optimizer.pt has changed); it is kept as checkpoint-6.aside-1\n"
+    assert message in out
     assert "going on from step 4" in out
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 

@@ -140,8 +140,10 @@ def test_two_processes_choose_the_settings_of_one_with_half_the_batch_size(lette
 
     flags = ["--data", letters, "--use_cpu", "--max_steps", "2", "--sample_tokens", "0"]
     flags += ["--cache_dir", tmp_path / "cache"]
-    said = finish(start("auto", letters, tmp_path / "two", *flags))
-    assert said.count("sample_prompt 'Liebe Grete, ich'") == said.count("hidden_size ") == 1  # logged by rank 0 only
+    output = finish(start("auto", letters, tmp_path / "two", *flags))
+    assert (
+        output.count("sample_prompt 'Liebe Grete, ich'") == output.count("hidden_size ") == 1
+    )  # logged by rank 0 only
     assert main([*map(str, ["train", *flags, "--output_dir", tmp_path / "one"])]) == 0
     one, two = (yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("one", "two"))
     rows = "per_device_train_batch_size"
@@ -217,10 +219,10 @@ def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
 
 def test_a_size_that_the_embedding_alone_exceeds_is_reported(text_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", text_file, "--size", "30k", "--vocab_size", "2000", "--max_steps", "2"])
-    (said,) = re.findall(
+    (numbers,) = re.findall(
         r"the nearest model has ([\d,]+) parameters, ([\d,]+) of them the embedding of 2,000", caplog.text
     )
-    parameters, embedding = (int(number.replace(",", "")) for number in said)
+    parameters, embedding = (int(number.replace(",", "")) for number in numbers)
     assert embedding == 2000 * 32 < parameters
 
 

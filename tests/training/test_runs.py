@@ -498,8 +498,8 @@ def test_changed_data_is_reported_with_its_size(recipe, words, finished, tmp_pat
     go_back(finished, folder, 4)
     other.write_text(words.read_text()[:400])
     assert train(recipe, other, folder) == 2
-    said = f"data was {words} (420 characters, 421 tokens) and is {other} (400 characters, 401 tokens)"
-    assert said in capsys.readouterr().err
+    message = f"data was {words} (420 characters, 421 tokens) and is {other} (400 characters, 401 tokens)"
+    assert message in capsys.readouterr().err
     same = tmp_path / words.name
     same.write_text(words.read_text()[::-1])
     os.chdir(tmp_path)

@@ -38,8 +38,8 @@ def trained(streams, folder, *, model=None, **settings) -> MiniGPTTrainer:
     settings = {**defaults, "load_best_model_at_end": False, **settings}
     args = MiniGPTTrainingArguments(output_dir=str(folder), **settings)
     model = model or tiny_model(vocab_size=258)
-    blocks = SequenceDataset(streams[0], 32, seed=args.seed)
-    trainer = MiniGPTTrainer(model, args, blocks, streams[1], byte_tokenizer(), callbacks=[])
+    dataset = SequenceDataset(streams[0], 32, seed=args.seed)
+    trainer = MiniGPTTrainer(model, args, dataset, streams[1], byte_tokenizer(), callbacks=[])
     trainer.train()
     return trainer
 
@@ -138,8 +138,8 @@ def test_compiled_training_gives_equal_losses_and_unprefixed_parameter_names(str
 def test_label_smoothing_covers_every_label_of_a_sequence(streams, tmp_path):
     """With smoothing ε the loss is (1-ε) · NLL of the label + ε · mean NLL over the vocabulary."""
     trainer = trained(streams, tmp_path, max_steps=1, label_smoothing_factor=0.1)
-    blocks = trainer.train_dataset
-    batch = blocks.collate([blocks[0, i] for i in range(2)])
+    dataset = trainer.train_dataset
+    batch = dataset.collate([dataset[0, i] for i in range(2)])
     model = trainer.model.eval()
     loss = trainer.compute_loss(model, dict(batch))
     log_shares = model(batch["input_ids"]).logits.log_softmax(-1)

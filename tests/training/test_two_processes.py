@@ -142,17 +142,17 @@ def test_a_signal_stops_both_processes_at_the_same_step_and_the_run_is_resumed_e
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("blocks", [24, 29])
-def test_no_sequence_is_used_by_two_processes_and_only_those_of_an_incomplete_step_are_omitted(blocks, processes):
+@pytest.mark.parametrize("sequences", [24, 29])
+def test_no_sequence_is_used_by_two_processes_and_only_those_of_an_incomplete_step_are_omitted(sequences, processes):
     seen = Counter()
     for rank in range(processes):
-        sampler = BatchSampler(SequenceSampler(blocks, seed=0), 2, drop_last=processes > 1)
+        sampler = BatchSampler(SequenceSampler(sequences, seed=0), 2, drop_last=processes > 1)
         batches = BatchSamplerShard(sampler, processes, rank) if processes > 1 else sampler
         seen.update(index for batch in batches for _, index in batch)
     assert set(seen.values()) == {1}
-    assert blocks - len(seen) < 2 * processes
+    assert sequences - len(seen) < 2 * processes
     if processes == 1:
-        assert len(seen) == blocks
+        assert len(seen) == sequences
 
 
 def test_another_number_of_processes_preserves_the_order_of_sequences():
@@ -230,8 +230,8 @@ def test_both_processes_fail_stop_and_skip_together(recipe, words, tmp_path, mon
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2, 65, 0]] * 2
     assert done.stderr.count(f"locked: another process (pid {os.getpid()} on host") == 2
-    said = "has 3 blocks of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
-    assert done.stderr.count(said) == 2
+    message = "has 3 blocks of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
+    assert done.stderr.count(message) == 2
     assert not (tmp_path / "small").exists()
 
     shown = json.loads((tmp_path / "stopped" / "bad-step-3.json").read_text())
