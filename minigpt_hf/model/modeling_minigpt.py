@@ -3,8 +3,8 @@
 A language model predicts the next token. An embedding turns each token id into a vector of H numbers, and a stack of L
 decoder layers refines these vectors. Each layer has two sublayers: *self-attention* moves information between positions, from
 earlier tokens to later ones, and the *feed-forward network* transforms the vector of every position separately. Both add
-their output to their input, so the vectors flow through the entire stack along one path, the *residual stream*. A final linear
-layer, the language modeling head, maps each vector to V logits.
+their output to their input, so the vectors flow through the entire stack along one path, the *residual stream*. A final
+linear layer, the language modeling head, maps each vector to V logits.
 
 The computation and the parameter names are those of Qwen3 in transformers, so the same weights run wherever Qwen3 runs.
 Dropout is the only addition, and it is inactive in `eval()`. This file is copied into every model folder; it imports nothing
