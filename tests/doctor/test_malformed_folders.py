@@ -22,7 +22,7 @@ NAMES = ("config.json", "generation_config.json", "tokenizer_config.json", "mini
 
 @pytest.fixture(scope="module")
 def folder(run_folder, tmp_path_factory):
-    return Broken(run_folder / "model", tmp_path_factory.mktemp("odd"))
+    return Broken(run_folder / "model", tmp_path_factory.mktemp("malformed"))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
