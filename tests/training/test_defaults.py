@@ -419,7 +419,7 @@ def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
         (["--intermediate_size", 0, "--size", "1m"], "`intermediate_size` is 0"),
     ],
 )
-def test_an_invalid_architecture_is_refused_before_the_text_is_read(flags, message, tmp_path, capsys):
+def test_an_invalid_architecture_is_rejected_before_the_text_is_read(flags, message, tmp_path, capsys):
     argv = ["train", "--data", str(tmp_path / "absent.txt"), "--output_dir", str(tmp_path / "run"), *map(str, flags)]
     assert main([*argv, "--use_cpu"]) == 2
     err = capsys.readouterr().err
