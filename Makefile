@@ -1,4 +1,4 @@
-# Each target does all of its own set-up and may be repeated at no cost.
+# Each target installs what it needs; repeated calls skip what is already installed.
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLE ?= 100
@@ -13,33 +13,33 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-# A hundred real kills in one training, most of them inside a save; the end is compared bit for bit.
+# Kill a training run 100 times, mostly during a save, and compare the final state bit for bit with an uninterrupted run.
 torture: install
 	$(BIN)/python scripts/torture.py --kills 100
 
-# A folder as remote code under the oldest and the newest release it promises, each in an environment of its own.
+# Load a model folder as remote code with the oldest and the newest supported release, each in a separate environment.
 compat: install
 	$(BIN)/python scripts/compat.py 5.17.0 5.23.0
 
-# The tests that transformers gives to its own models, from a checkout of theirs: make conformance TRANSFORMERS=PATH
+# Run transformers' own model tests, from a checkout of transformers: make conformance TRANSFORMERS=PATH
 conformance: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
 	$(BIN)/python scripts/conformance.py $(TRANSFORMERS)
 
-# Change the code at random spots, and see whether the tests that reach them notice: make mutants SAMPLE=100 SEED=0
+# Mutation testing on a random sample of mutants: make mutants SAMPLE=100 SEED=0
 mutants: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python scripts/mutants.py --sample $(SAMPLE) --seed $(SEED)
 
-# Other people's programs, run for real on a folder trained here. Environments and folder are kept in .neighbours/.
+# Test a trained model folder with third-party programs. The environments and the folder are stored in .neighbours/.
 neighbours: .neighbours/venv/installed .neighbours/vllm/installed
 	.neighbours/venv/bin/python -m pytest tests/neighbours
 
-# Those of them that need nothing beyond .venv.
+# The subset of these tests that needs only .venv.
 neighbours-quick: install
 	$(BIN)/python -m pytest tests/neighbours/test_pipeline.py tests/neighbours/test_peft.py tests/neighbours/test_launch.py
 
-# The commands of the README that take minutes, in a copy, as on a fresh machine.
+# The commands of the README that take minutes, in a fresh clone.
 docs-check:
 	@folder=$$(mktemp -d) && git clone --quiet . $$folder && $(MAKE) --directory $$folder demo test && rm -rf $$folder
 
@@ -63,7 +63,7 @@ EXTRAS = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproje
 	DS_BUILD_OPS=0 .neighbours/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation deepspeed==0.19.8
 	@touch $@
 
-# torchvision and its like are for pictures and sound; those that fit a CUDA torch break a CPU one.
+# The CUDA builds of torchvision, torchaudio and torchcodec fail to import with a CPU build of torch, and are not needed.
 .neighbours/vllm/installed: tests/neighbours/requirements-vllm.txt
 	$(PYTHON) -m venv .neighbours/vllm
 	.neighbours/vllm/bin/python -m pip install --quiet --requirement tests/neighbours/requirements-vllm.txt

@@ -4,7 +4,7 @@
 
 Takes the recipe and flags of `minigpt train`, and saves a folder that `from_pretrained` loads. On one CPU the losses
 are bit-identical to the Trainer's. It supports one device, without gradient accumulation, validation, checkpoints or
-resuming. It is meant to be read, and is the baseline of `benchmark.py throughput`.
+resuming. It serves as an introduction, and as the baseline of `benchmark.py throughput`.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def train(arguments: Settings) -> list[float]:
     return losses
 
 
-def train_model(model: MiniGPTForCausalLM, blocks: SequenceDataset, training: MiniGPTTrainingArguments) -> list[float]:
+def train_model(
+    model: MiniGPTForCausalLM, sequences: SequenceDataset, training: MiniGPTTrainingArguments
+) -> list[float]:
     """The training loop. Returns the loss of every step, in nats per token."""
     model.train()
     optimizer = make_optimizer(model, training)
@@ -51,9 +53,9 @@ def train_model(model: MiniGPTForCausalLM, blocks: SequenceDataset, training: Mi
 
     losses, epoch, start = [], 0, time.perf_counter()
     while len(losses) < steps:
-        sampler = SequenceSampler(len(blocks), training.seed)
-        sampler.set_epoch(epoch)  # each epoch splits the stream at another offset and shuffles the blocks anew
-        for batch in DataLoader(blocks, training.train_batch_size, sampler=sampler, collate_fn=blocks.collate):
+        sampler = SequenceSampler(len(sequences), training.seed)
+        sampler.set_epoch(epoch)  # each epoch splits the stream at another offset and shuffles the sequences
+        for batch in DataLoader(sequences, training.train_batch_size, sampler=sampler, collate_fn=sequences.collate):
             batch = {name: tensor.to(training.device) for name, tensor in batch.items()}
             with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=training.bf16):
                 # Sum of the token losses divided by the number of tokens in the step, as in the Trainer.
@@ -92,7 +94,7 @@ if __name__ == "__main__":
     recipe, flags = parser.parse_known_args()
     arguments = parse_arguments(flags, recipe.recipe)
     if arguments[2].size or arguments[2].minutes:
-        raise SystemExit("this loop chooses no settings: name a recipe without size and minutes, e.g. --recipe demo")
+        raise SystemExit("size and minutes are not supported: give a recipe without them, e.g. --recipe demo")
     if Path(arguments[2].output_dir).exists():
         raise SystemExit(f"{arguments[2].output_dir} already exists: choose another --output_dir")
     train(arguments)

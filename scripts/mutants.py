@@ -1,19 +1,19 @@
-"""Mutation testing of data preparation, training and evaluation: change one spot at a time, and run the tests that reach it.
+"""Mutation testing of data preparation, training and evaluation.
 
     python scripts/mutants.py --sample 100 --seed 0
 
-1. Copy the working tree, run the tests in it once, and record which test executes which line (coverage.py), in
-   subprocesses and fixtures, too.
-2. List every mutant that the operators below make, and draw a random sample of it.
-3. For each mutant, in the copy: run the tests that execute the changed lines, up to the first failure.
+1. Copy the working tree, run the tests once, and record the lines that each test executes (coverage.py), including those
+   executed in subprocesses and fixtures.
+2. Generate all mutants with the operators below, and draw a random sample.
+3. For each mutant, run the tests that execute the changed lines in the copy, up to the first failure.
 
-A mutant is killed if a test fails or exceeds its time limit. Otherwise it survives: either a behavior has no test, or the
+A mutant is killed if a test fails or exceeds its time limit. Otherwise it survives: either a behavior is not tested, or the
 mutant is equivalent to the original. The exit code is 1 if more than 10 % of the sample survive.
 
-Mutations of expressions are mutmut's. They are applied to the source text, one mutant at a time, since mutmut itself leaves
-out decorated functions and module level code. Left out, because no test should depend on it: strings (messages, docstrings,
-help), annotations, code that only reports, large numbers, and the lines in `EQUIVALENT`. Mutmut's "replace this value by
-None" is left out as well: it nearly always raises an exception, and would only make the surviving share look smaller.
+Expressions are mutated by the operators of mutmut. They are applied to the source text, one mutant at a time, because
+mutmut itself omits decorated functions and module-level code. Not mutated, because no test should depend on them: strings
+(messages, docstrings, help), annotations, reporting code, large numbers, and the lines in `EQUIVALENT`. Mutmut's operator
+that replaces a value by None is omitted as well: it nearly always raises an exception, which would lower the surviving share.
 """
 
 import argparse
@@ -57,17 +57,17 @@ TESTS = (
 )
 THRESHOLD = 0.1  # share of mutants that may survive
 
-# Lines on which a mutant changes nothing that a test should see, as patterns, with the reason.
+# Patterns of lines whose mutants no test should detect, with the reason.
 EQUIVALENT = {
     r"\btqdm\b|\bbar\b|self\.bar|with_bar": "progress bars",
-    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|measure_step|duration\(": "times, which differ from run to run",
-    r"flush=True|\bindent=|ensure_ascii|\bverbose=": "how output looks",
+    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|measure_step|duration\(": "times, which differ between runs",
+    r"flush=True|\bindent=|ensure_ascii|\bverbose=": "format of output",
     r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
-    r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "how much is read or encoded at once",
+    r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "sizes of chunks",
     r"os\.name == \"nt\"": "needs Windows",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
 }
-# `strict` of `zip` asserts lengths that are equal by construction.
+# Including `strict` of `zip`, which asserts lengths that are equal by construction.
 ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
 REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
 REPORTING_FUNCTIONS = {"plan_table", "device_name", "trainable_share", "in_words", "assumed_power", "_nearest"}
@@ -78,7 +78,15 @@ REPORTING_FUNCTIONS = {"plan_table", "device_name", "trainable_share", "in_words
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed spot of a file: `lines` are those of its statement, none if it is executed on import."""
+    """A single change of a file.
+
+    Args:
+        file: Path relative to the root.
+        line: Line of the change.
+        lines: Lines of the changed statement; empty if it is executed on import.
+        source: Original content of the file.
+        mutated: Content with the change.
+    """
 
     file: str
     line: int
@@ -93,35 +101,35 @@ class Mutant:
 
 
 def drop_arguments(node: cst.Call) -> Iterator[cst.Call]:
-    """f(a, b) -> f(a), f(b): mutmut's operator without its replacement of arguments by None."""
+    """f(a, b) -> f(a), f(b): mutmut's operator without the replacement of arguments by None."""
     for mutant in mutators.operator_arg_removal(node):
         if len(mutant.args) < len(node.args):
-            (dropped,) = [arg for arg in node.args if all(arg is not kept for kept in mutant.args)]
+            (dropped,) = [arg for arg in node.args if all(arg is not other for other in mutant.args)]
             if not is_without_effect(dropped):
                 yield mutant
 
 
 def is_without_effect(node: cst.Arg) -> bool:
-    """An argument that only decides how something is shown to people, or how fast it is."""
+    """Whether an argument only affects the output format or the speed."""
     name = node.keyword or node.value
     return isinstance(name, cst.Name) and name.value in ARGUMENTS_WITHOUT_EFFECT
 
 
 def increase_number(node: cst.Integer | cst.Float) -> Iterator[cst.BaseNumber]:
-    """1 -> 2, but not 100000 -> 100001: large numbers are thresholds of size, which no test should pin down so closely."""
+    """1 -> 2, but not 100000 -> 100001: tests should not depend on the exact value of a size limit."""
     if node.evaluated_value < 1000:
         yield from mutators.operator_number(node)
 
 
 def force_condition(node: cst.If) -> Iterator[cst.If]:
-    """As mutmut does with conditional expressions: `if` always, and never."""
+    """Make the condition of `if` always false or always true, as mutmut does for conditional expressions."""
     test = node.test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
     for operator, value in ((cst.And(), "False"), (cst.Or(), "True")):
         yield node.with_changes(test=cst.BooleanOperation(test, operator, cst.Name(value)))
 
 
 def drop_statement(node: cst.SimpleStatementLine) -> Iterator[cst.SimpleStatementLine]:
-    """A call made for its effect is not made; an exception is not raised. A call that only takes a string adds a message."""
+    """Remove a call whose value is unused, or a `raise`. Calls with only string arguments are messages and are retained."""
     (statement, *more) = node.body
     if isinstance(statement, cst.Expr) and isinstance(statement.value, cst.Call):
         arguments = statement.value.args
@@ -149,8 +157,8 @@ OPERATORS += [
 ]
 
 
-class Spots(cst.CSTVisitor):
-    """Nodes that may be mutated, each with its replacement and the lines of its statement."""
+class MutationCollector(cst.CSTVisitor):
+    """Collects the nodes that may be mutated, each with its replacement and the lines of its statement."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -170,7 +178,7 @@ class Spots(cst.CSTVisitor):
         position = self.get_metadata(PositionProvider, node, None)
         if isinstance(node, cst.SimpleStatementLine):
             self.statements.append(range(position.start.line, position.end.line + 1))
-        elif isinstance(node, cst.BaseCompoundStatement):  # its header; its body consists of statements again
+        elif isinstance(node, cst.BaseCompoundStatement):  # its header; the body consists of further statements
             body = self.get_metadata(PositionProvider, node.body).start.line
             self.statements.append(range(position.start.line, max(body, position.start.line + 1)))
         if position and self.statements and not self._is_equivalent(position.start.line):
@@ -200,7 +208,7 @@ class Spots(cst.CSTVisitor):
             return isinstance(name, cst.Name) and name.value in REPORTING_CALLS
         if isinstance(node, cst.FunctionDef):
             return node.name.value in REPORTING_FUNCTIONS
-        if isinstance(node, cst.Raise):  # its message; the statement as a whole may be dropped
+        if isinstance(node, cst.Raise):  # its message; the complete statement may be dropped
             return True
         if isinstance(node, cst.Arg):
             return is_without_effect(node)
@@ -208,14 +216,14 @@ class Spots(cst.CSTVisitor):
 
 
 def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
-    """A random sample of `count` mutants (0: all of them) that are valid Python, and of how many it was drawn."""
+    """Return a random sample of `count` mutants that are valid Python (0: all), and the number of candidates."""
     candidates = []
     for file in files:
         source = file.read_text(encoding="utf-8")
         wrapper = MetadataWrapper(cst.parse_module(source))
-        spots = Spots(source)
-        wrapper.visit(spots)
-        candidates += [(file, source, wrapper.module, *spot) for spot in spots.found]
+        collector = MutationCollector(source)
+        wrapper.visit(collector)
+        candidates += [(file, source, wrapper.module, *found) for found in collector.found]
     mutants: dict[str, Mutant] = {}
     for file, source, module, node, mutated, line, lines in random.Random(seed).sample(candidates, len(candidates)):
         code = module.deep_replace(node, mutated).code
@@ -234,7 +242,7 @@ def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tupl
 
 
 class Tests:
-    """Which tests execute a line, and how long they take; recorded by running them once."""
+    """The lines that each test executes and its duration, recorded by running all tests once."""
 
     def __init__(self, folder: Path, recorded: list[dict], slowest: float):
         self.seconds = {
@@ -245,7 +253,7 @@ class Tests:
         setup: dict[str, float] = {}
         for test in recorded:
             setup |= test["setup"]
-        # A test is given ten times what it took, and what the fixtures took that it shares with others.
+        # Time limit of a test: 30 s plus ten times its recorded duration, including that of its shared fixtures.
         self.limits = {
             test["id"]: 30 + 10 * (test["seconds"] + sum(setup.get(name, 0) for name in test["fixtures"]))
             for test in recorded
@@ -267,9 +275,9 @@ class Tests:
         self.of_sources = set().union(*(tests for by_line in self.by_line.values() for tests in by_line.values()))
 
     def of(self, mutant: Mutant, budget: float) -> list[str]:
-        """Tests that execute a mutant, as fit into `budget` seconds: first those named after its file, then the fastest.
+        """Tests that execute a mutant and fit into `budget` seconds: first those named after its file, then the fastest.
 
-        What is executed on import, such as a constant, belongs to all tests, but first to those that execute its file.
+        Code executed on import, such as a constant, is executed by all tests; those that execute its file come first.
         """
         by_line, name = self.by_line[mutant.file], f"test_{Path(mutant.file).stem}"
         of_file = set().union(*by_line.values())
@@ -284,7 +292,7 @@ class Tests:
 
 
 def copy_tree(target: Path) -> Path:
-    """The files of the working tree that git knows, or would not ignore."""
+    """Copy the files of the working tree that git does not ignore."""
     listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
@@ -294,7 +302,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def pytest(tree: Path, *flags: str, **environment: str) -> int:
-    """Run pytest on a copy; its subprocesses import that copy, too."""
+    """Run pytest on a copy, which its subprocesses import as well. Returns the exit code."""
     path = os.pathsep.join([*filter(None, [environment.pop("FIRST", "")]), str(tree), str(tree / "scripts")])
     settings = {
         "PYTHONPATH": path,
@@ -327,13 +335,13 @@ running: set[subprocess.Popen] = set()
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a run of pytest, and what its tests left running."""
+    """Kill pytest and all processes of its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def record(tree: Path, folder: Path, jobs: int, tests: list[str], slowest: float) -> Tests:
-    """Run all tests once, with coverage."""
+    """Run all tests once with coverage."""
     folder.mkdir()
     (folder / "coveragerc").write_text(
         f"[run]\nparallel = true\npatch = _exit\ncontext = ${{PYTEST_CURRENT_TEST-}}\ndata_file = {folder}/coverage\n"
@@ -348,12 +356,12 @@ def record(tree: Path, folder: Path, jobs: int, tests: list[str], slowest: float
     }
     pytest(tree, *flags, *tests, **environment)
     if not (folder / "tests.json").is_file():
-        sys.exit(f"the tests cannot be run:\n{(tree.parent / 'output.txt').read_text()[-3000:]}")
+        sys.exit(f"running the tests failed:\n{(tree.parent / 'output.txt').read_text()[-3000:]}")
     return Tests(folder, json.loads((folder / "tests.json").read_text()), slowest)
 
 
 def outcome(mutant: Mutant, tests: list[str], tree: Path, limits: Path) -> str:
-    """What the tests say of a mutant: "killed" if one fails, "timeout" if one does not end, else "SURVIVED"."""
+    """Test a mutant: "killed" if a test fails, "timeout" if a test exceeds its limit, otherwise "SURVIVED"."""
     file = tree / mutant.file
     file.write_text(mutant.mutated, encoding="utf-8")
     try:
@@ -368,19 +376,19 @@ def outcome(mutant: Mutant, tests: list[str], tree: Path, limits: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=100, help="mutants to run; 0: all (default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=100, help="number of mutants; 0: all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants run at the same time (default: %(default)s)")
-    parser.add_argument("--files", default="", help="only mutate files whose path contains this")
-    parser.add_argument("--tests", nargs="+", default=[*TESTS], help="what to give to pytest (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tested in parallel (default: %(default)s)")
+    parser.add_argument("--files", default="", help="mutate only files whose path contains this text")
+    parser.add_argument("--tests", nargs="+", default=[*TESTS], help="arguments of pytest (default: %(default)s)")
     parser.add_argument(
-        "--slowest", type=float, default=15, help="leave out slower tests (seconds; default: %(default)s)"
+        "--slowest", type=float, default=15, help="omit tests that take more seconds (default: %(default)s)"
     )
-    parser.add_argument("--budget", type=float, default=150, help="of tests per mutant (seconds; default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=150, help="seconds of tests per mutant (default: %(default)s)")
     parser.add_argument(
-        "--recorded", type=Path, help="keep the coverage here, or use what is there, if the code is the same"
+        "--recorded", type=Path, help="folder for the recorded coverage; reused if it exists (for unchanged code only)"
     )
-    parser.add_argument("--report", type=Path, help="also write the outcome of every mutant here, as JSON lines")
+    parser.add_argument("--report", type=Path, help="JSON Lines file for the outcome of every mutant, appended to")
     arguments = parser.parse_args(argv)
 
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
@@ -396,7 +404,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
     files = [file for file in files if arguments.files in str(file.relative_to(trees[0]))]
     sample, possible = sample_mutants(files, trees[0], arguments.sample, arguments.seed)
     count = len(sample)
-    print(f"{count} of {possible:,} mutants, seed {arguments.seed}; first the tests run once", flush=True)
+    print(f"{count} of {possible:,} mutants, seed {arguments.seed}; recording one run of the tests", flush=True)
 
     began = time.monotonic()
     recorded = arguments.recorded or folder / "recorded"

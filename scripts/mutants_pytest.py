@@ -1,4 +1,4 @@
-"""The part of `mutants.py` that runs inside pytest: record what each test executes, or stop a test that does not end."""
+"""Pytest plugin of `mutants.py`: records the lines that each test executes, and enforces time limits."""
 
 import json
 import os
@@ -14,7 +14,7 @@ LIMITS = os.environ.get("MUTANTS_LIMITS")
 SECONDS = json.loads(Path(LIMITS).read_text()) if LIMITS else {}
 
 tests: dict[str, dict] = defaultdict(lambda: {"seconds": 0.0, "passed": True, "fixtures": [], "setup": {}})
-setup: dict[str, float] = {}  # seconds that each shared fixture took
+setup: dict[str, float] = {}  # duration of each shared fixture, in seconds
 
 
 def switch_context(name: str) -> None:
@@ -29,7 +29,7 @@ def pytest_runtest_protocol(item):
     switch_context(item.nodeid)
     item.user_properties.append(("fixtures", [*item.fixturenames]))
     if LIMITS:
-        # Nobody handles the alarm, so it ends the process: what a mutant does forever counts as a failure.
+        # SIGALRM without a handler ends the process, so an endless loop of a mutant counts as a failure.
         signal.setitimer(signal.ITIMER_REAL, SECONDS.get(item.nodeid, 60))
     try:
         return (yield)
@@ -39,7 +39,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef, request):
-    """What a shared fixture executes belongs to every test that uses it, not to the first one."""
+    """Attribute the lines that a shared fixture executes to every test that uses it, not only to the first."""
     if fixturedef.scope == "function":
         return (yield)
     switch_context(f"fixture {fixturedef.argname}")

@@ -8,7 +8,7 @@ with the same command. The run uses dropout and lasts several epochs. The exit c
 bit-identical: weights, optimizer moments, learning-rate schedule and random number generators.
 
 Then each file of the latest checkpoint is corrupted in five ways, and the previous checkpoint must be selected.
-Training processes are forked after the imports, so that a hundred kills take minutes.
+Training processes are forked after the imports, so that 100 kills take only minutes.
 """
 
 import argparse

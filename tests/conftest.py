@@ -1,11 +1,11 @@
-"""What the tests share: a tiny model (2 layers, width 32), real text, and one training that many tests look at."""
+"""Shared fixtures: a tiny model (2 layers, width 32), a text, a local Hub, and a run folder trained once per session."""
 
 import os
 import tempfile
 
 from tests.hub_server import HUB, TOKEN, HubServer
 
-# Before any Hugging Face library is imported: no network, and caches of this test process alone. The Hub is on loopback.
+# Set before any Hugging Face library is imported: no network, separate caches, and the Hub server on loopback.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="minigpt-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
@@ -49,7 +49,7 @@ use_cpu: true
 
 
 def pytest_configure():
-    """Restore signals that were ignored when pytest was started, as by `nohup` or in the background of a script."""
+    """Restore signals that are ignored when pytest is started by `nohup` or in the background of a script."""
     for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
@@ -93,7 +93,7 @@ def tiny_config(**overrides) -> MiniGPTConfig:
 
 
 def tiny_model(**overrides) -> MiniGPTForCausalLM:
-    """The same model each time, far from its initial values: norm weights differ from 1, logits from uniform."""
+    """A deterministic model with perturbed weights, so that norm weights differ from 1 and logits are not uniform."""
     torch.manual_seed(0)
     model = MiniGPTForCausalLM(tiny_config(**overrides))
     generator = torch.Generator().manual_seed(1)
@@ -104,13 +104,13 @@ def tiny_model(**overrides) -> MiniGPTForCausalLM:
 
 
 def random_ids(*shape: int) -> torch.Tensor:
-    """Token ids that are no specials."""
+    """Token ids without special tokens (0 and 1)."""
     return torch.randint(2, 99, shape, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """Real text, on every machine: the source of argparse."""
+    """A text available on every machine: the source code of argparse."""
     return Path(argparse.__file__).read_text(encoding="utf-8")
 
 
@@ -130,7 +130,7 @@ def recipe_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_folder(text_file, recipe_file, tmp_path_factory) -> Path:
-    """A whole training, by the command a person would type."""
+    """A run folder trained by `minigpt train`."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(folder)]
     assert main(argv) == 0

@@ -202,8 +202,11 @@ class Handler(BaseHTTPRequestHandler):
         return {"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
     def create(self):
-        wanted = json.loads(self.body)
-        repo_id, kind = f"{wanted['organization'] or 'user'}/{wanted['name']}", f"{wanted.get('type', 'model')}s"
+        requested = json.loads(self.body)
+        repo_id, kind = (
+            f"{requested['organization'] or 'user'}/{requested['name']}",
+            f"{requested.get('type', 'model')}s",
+        )
         if not repo_id.startswith("user/"):
             raise HubError(403, message="You don't have the rights to create a model under this namespace")
         url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
@@ -211,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
             repository = Repository(self.hub.root, kind, repo_id)
             if repository.folder.exists():
                 return 409, json.dumps({"error": "You already created this repo", "url": url}).encode(), {}
-            repository.create(private=wanted.get("visibility") == "private")
+            repository.create(private=requested.get("visibility") == "private")
         return {"url": url}
 
     def validate_card(self):
@@ -281,9 +284,9 @@ class Handler(BaseHTTPRequestHandler):
         """Return a blob, or the requested range of it."""
         body = (self.hub.root / "blobs" / oid).read_bytes()
         headers = {**headers, "ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-        if not (requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")):
+        if not (byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")):
             return 200, body, headers
-        first, last = int(requested[1]), min(int(requested[2] or len(body)), len(body) - 1)
+        first, last = int(byte_range[1]), min(int(byte_range[2] or len(body)), len(body) - 1)
         if first > last:
             return 416, b"", {"Content-Range": f"bytes */{len(body)}"}
         return 206, body[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(body)}"}

@@ -1,6 +1,6 @@
 """Bad input is reported in one line that names the input, the reason and the remedy, with exit code 2; no file is changed.
 
-`BAD` lists the cases. Words in capitals stand for folders and files that the fixture `workshop` creates.
+`BAD` lists the cases. MODEL, RUN, RECIPE and LETTERS are replaced by paths; the other files are created by `things`.
 """
 
 import gzip
@@ -33,21 +33,21 @@ def data(name: str, *flags: str) -> list[str]:
 BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     "texts": {
         "no such file": (data("absent.txt"), "absent.txt: no such file or folder; specify a text file"),
-        "nothing readable in a folder": (data("pictures"), "pictures: no text file or table in this folder"),
+        "a folder without text": (data("pictures"), "pictures: no text file or table in this folder"),
         "an empty file": (data("empty.txt"), "empty.txt: contains no text"),
         "too short to train on": (
             ["train", "--data", "short.txt", "--output_dir", "new"],
             "short.txt: the training part has 4 characters, which are … tokens: more than 128 are needed to train on",
         ),
-        "shorter than a block": (data("short.txt", "--tokenizer", "bytes"), "a sequence with its labels needs 33"),
+        "shorter than a sequence": (data("short.txt", "--tokenizer", "bytes"), "a sequence with its labels needs 33"),
         "not UTF-8": (data("latin.txt"), "latin.txt: not utf-8 text: byte 0xe9 at position 3 … --encoding latin-1"),
         "UTF-16 read as UTF-8": (data("utf16.txt"), "utf16.txt: not utf-8 text: byte 0xff at position 0"),
         "an unknown encoding": (train("--encoding", "utf-9"), "encoding 'utf-9' is unknown; try utf-8"),
-        "an unknown way with bad bytes": (
+        "an unknown error handler": (
             train("--encoding_errors", "guess"),
             "encoding_errors is 'guess': it must be one of strict",
         ),
-        "an ending without a reader": (
+        "an unsupported file extension": (
             data("thesis.pdf"),
             "thesis.pdf: .pdf files are not supported; known extensions",
         ),
@@ -57,21 +57,21 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "mixed: contains 1 text files and 1 tables (.jsonl, .txt) … --data_format text",
         ),
         "a pattern that matches nothing": (data("*.docx"), "*.docx: no such file or folder"),
-        "no gzip inside .gz": (data("broken.txt.gz"), "broken.txt.gz: cannot be read: … "),
-        "half a .gz": (data("half.txt.gz"), "half.txt.gz: cannot be read: … "),
-        "half a .xz": (data("half.txt.xz"), "half.txt.xz: cannot be read: … "),
-        "half a parquet file": (data("half.parquet"), "half.parquet: cannot be read: … "),
-        "a broken row of JSON": (data("broken.jsonl"), "broken.jsonl: line 2 is not JSON: … "),
+        "invalid gzip data": (data("broken.txt.gz"), "broken.txt.gz: cannot be read: … "),
+        "a truncated .gz": (data("half.txt.gz"), "half.txt.gz: cannot be read: … "),
+        "a truncated .xz": (data("half.txt.xz"), "half.txt.xz: cannot be read: … "),
+        "a truncated parquet file": (data("half.parquet"), "half.parquet: cannot be read: … "),
+        "an invalid line of JSON": (data("broken.jsonl"), "broken.jsonl: line 2 is not JSON: … "),
         "a file as a folder": (data("text.txt/"), "text.txt/: is a file, not a folder; remove the trailing /"),
         "a text of one character": (
             data("one.txt"),
             "one.txt: no text is left to train on: it has 0 training characters",
         ),
-        "a fraction that leaves nothing": (
+        "a validation fraction that leaves no training text": (
             data("short.txt", "--validation_fraction", "0.99"),
             "short.txt: no text is left to train on: … 5 characters held out",
         ),
-        "a limit that leaves nothing": (
+        "a max_tokens that leaves no training text": (
             data("text.txt", "--max_tokens", "1"),
             "text.txt: no text is left to train on: … max_tokens is 1;",
         ),
@@ -89,10 +89,13 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("comma.csv"),
             "comma.csv: the row that ends on line 2 has 2 fields and the header 1; quote fields",
         ),
-        "an open quotation in csv": (data("quote.csv"), "quote.csv: line 2: unexpected end of data"),
+        "an unclosed quote in csv": (data("quote.csv"), "quote.csv: line 2: unexpected end of data"),
         "an empty name": (data(""), "data is ''"),
         "a blank name in a mixture": (data(" :0.5,text.txt:0.5"), "data is ' ', which is empty"),
-        "a part named twice": (data("text.txt:0.5,text.txt:0.5"), "text.txt occurs twice in this mixture"),
+        "a duplicate component of a mixture": (
+            data("text.txt:0.5,text.txt:0.5"),
+            "text.txt occurs twice in this mixture",
+        ),
         "a device": (data("/dev/zero"), "/dev/zero: is a device, not a regular file"),
         "a named pipe": (data("pipe.txt"), "pipe.txt: is a named pipe, not a regular file"),
         "a link to nothing": (data("link.txt"), "link.txt: cannot be read: … No such file"),
@@ -100,7 +103,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("text.txt", "--data_split", "train"),
             "--data_split train: only datasets have splits",
         ),
-        "an encoding that is not of text": (
+        "a codec that does not decode text": (
             train("--encoding", "rot13"),
             "encoding 'rot13' does not decode bytes to text; try utf-8",
         ),
@@ -113,7 +116,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be positive and finite"),
         "a mixture with a missing part": (data("text.txt:1,absent.txt:1"), "absent.txt: no such file or folder"),
         "a file, streamed": (data("text.txt", "--streaming", "--max_tokens", "9"), "requires a dataset of the Hub"),
-        "streaming without an end": (data("u/n", "--streaming"), "--streaming needs --max_tokens"),
+        "streaming without max_tokens": (data("u/n", "--streaming"), "--streaming needs --max_tokens"),
         "a Hub dataset while offline": (
             data("user/name"),
             "user/name: no such file or folder, and it cannot be loaded",
@@ -122,10 +125,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("http://127.0.0.1:9/a.txt"),
             "http://127.0.0.1:9/a.txt: cannot be read: … ",
         ),
-        "another kind of URL": (data("ftp://host/a.txt"), "ftp://host/a.txt: no such file or folder"),
+        "an unsupported URL scheme": (data("ftp://host/a.txt"), "ftp://host/a.txt: no such file or folder"),
         "no such split": (data("saved", "--data_split", "test"), "saved: has no split 'test' … train"),
-        "half a saved dataset": (data("half-saved"), "half-saved: cannot be read: … "),
-        "half a prepared text": (
+        "a damaged saved dataset": (data("half-saved"), "half-saved: cannot be read: … "),
+        "an incomplete prepared text": (
             data("half-prepared"),
             "half-prepared: this prepared text has no settings ('settings'): create it again with",
         ),
@@ -133,9 +136,9 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("old-prepared"),
             "old-prepared: this prepared text has format 1, and 3 is required: create it again with",
         ),
-        "nothing on standard input": (data("-"), "-: contains no text"),
-        "a name longer than names may be": (data("x" * 300), "File name too long"),
-        "a name with a zero in it": (data("a\0b"), "no such file or folder"),
+        "an empty standard input": (data("-"), "-: contains no text"),
+        "a file name that is too long": (data("x" * 300), "File name too long"),
+        "a name with a null character": (data("a\0b"), "no such file or folder"),
         "a validation share of 2": (
             train("--validation_fraction", "2"),
             "validation_fraction is 2.0: it must be in [0, 1)",
@@ -151,12 +154,15 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--recipe", "typo.yaml"),
             "unknown setting 'hiden_size'; did you mean hidden_size",
         ),
-        "no YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: not YAML"),
-        "a list": (train("--recipe", "list.yaml"), "recipe list.yaml: expected lines of `key: value`, found a list"),
-        "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
+        "invalid YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: not YAML"),
+        "a recipe that is a list": (
+            train("--recipe", "list.yaml"),
+            "recipe list.yaml: expected lines of `key: value`, found a list",
+        ),
+        "a binary recipe": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
-        "which recipe?": (["recipes", "show"], "recipes show: name a recipe: "),
+        "no name of a recipe": (["recipes", "show"], "recipes show: name a recipe: "),
         "no such recipe to show": (["recipes", "show", "dmeo"], "unknown recipe 'dmeo'; did you mean demo"),
     },
     "settings": {
@@ -167,11 +173,11 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a value of the wrong type": (train("--max_steps", "many"), "argument --max_steps … invalid int value: 'many'"),
         "a flag without its value": (train("--max_steps"), "argument --max_steps … expected one argument"),
-        "heads not dividing": (
+        "a width that is not a multiple of the heads": (
             train("--hidden_size", "30", "--num_attention_heads", "4"),
             "`hidden_size` 30 does not divide into 4 heads",
         ),
-        "no heads that divide, before the text": (
+        "heads of the recipe that do not divide the width, before the text": (
             data("absent.txt", "--hidden_size", "30"),
             "`hidden_size` 30 does not divide into 4 heads",
         ),
@@ -204,28 +210,28 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "gradient_accumulation_steps is 0: it must be",
         ),
         "a negative learning rate": (train("--learning_rate", "-1"), "learning_rate is -1.0: it must be at least 0"),
-        "a learning rate that is none": (
+        "a NaN learning rate": (
             train("--learning_rate", "nan"),
             "learning_rate is nan: it must be at least 0",
         ),
         "an infinite learning rate": (train("--muon_learning_rate", "inf"), "muon_learning_rate is inf: it must be"),
         "an unknown schedule": (train("--lr_scheduler_type", "triangle"), "triangle"),
         "an unknown optimizer": (train("--no_muon", "--optim", "sgdd"), "sgdd"),
-        "a metric that there is not": (
+        "an unknown metric": (
             train("--metric_for_best_model", "accuracy"),
             "metric_for_best_model accuracy: there is no such metric; give loss, perplexity, bits_per_byte",
         ),
-        "a metric of which more is better": (
+        "greater_is_better": (
             train("--metric_for_best_model", "perplexity", "--greater_is_better", "true"),
             "greater_is_better is True: lower is better",
         ),
-        "data that are not skipped": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
-        "a seed of the data": (train("--data_seed", "3"), "data_seed 3 is not supported: seed decides"),
-        "checkpoints that are not validated": (
+        "ignore_data_skip": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
+        "data_seed": (train("--data_seed", "3"), "data_seed 3 is not supported: seed decides"),
+        "save_steps that are not a multiple of eval_steps": (
             train("--eval_steps", "3", "--save_steps", "4", "--load_best_model_at_end", "true"),
             "save_steps is 4, and must be a multiple of eval_steps, which is 3; give --save_steps 3",
         ),
-        "a shape beside a model": (
+        "an architecture setting with init_from": (
             train("--init_from", "MODEL", "--recipe", "finetune", "--no_tie_word_embeddings"),
             "--tie_word_embeddings comes with the model",
         ),
@@ -233,13 +239,13 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--sample_prompt", "caf\udce9"),
             "argument 'caf\\udce9': is not valid text in the encoding of this system",
         ),
-        "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
+        "optim without no_muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
         "a language in words": (
             train("--language", "English"),
             "language 'English': expected an ISO 639 code such as en",
         ),
         "a language that YAML reads as false": (train("--recipe", "norwegian.yaml"), "Norwegian is 'no' in quotes"),
-        "a licence in words": (train("--license", "My own"), "license 'My own': expected a name of the Hub's"),
+        "a license in words": (train("--license", "My own"), "license 'My own': expected a name of the Hub's"),
         "a token on the command line": (train("--hub_token", "hf_secret"), "hub_token is not taken: log in once with"),
         "a push of pickles": (
             train("--push_to_hub", "--hub_strategy", "checkpoint"),
@@ -257,66 +263,66 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "a size in words": (["train", "--size", "small", "--data", "text.txt"], "--size small: this is no number"),
         "fp16 without an accelerator": (train("--fp16", "true"), "fp16 needs an accelerator"),
-        "a report to what is not installed": (
+        "a report_to integration that is not installed": (
             train("--report_to", "comet_ml"),
             "report_to comet_ml: is unknown or not",
         ),
-        "a negative block": (train("--block_size", "-3"), "block_size is -3"),
+        "a negative block size": (train("--block_size", "-3"), "block_size is -3"),
         "too small a vocabulary": (train("--vocab_size", "5"), "vocab_size is 5: byte-level BPE needs at least 258"),
         "no such tokenizer": (train("--tokenizer", "absent"), "absent: no tokenizer can be loaded from it"),
-        "a model shorter than its blocks": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
-        "options of an optimizer beside Muon": (
+        "a maximum length below the block size": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
+        "optim_args without no_muon": (
             train("--optim_args", "foo=1"),
             "optim_args has no effect on Muon: add --no_muon",
         ),
-        "modules of an optimizer beside Muon": (
+        "optim_target_modules without no_muon": (
             train("--optim_target_modules", "all-linear"),
             "optim_target_modules has no effect on Muon",
         ),
-        "another order of the data": (
+        "another sampling strategy": (
             train("--train_sampling_strategy", "sequential"),
             "train_sampling_strategy sequential is not supported",
         ),
-        "no order of the data": (
+        "an unordered data loader": (
             train("--dataloader_num_workers", "2", "--dataloader_in_order", "false"),
             "dataloader_in_order false is not supported",
         ),
-        "names of labels": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
-        "a checkpoint that is not there": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
+        "label_names": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
+        "a missing checkpoint": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
     },
     "folders": {
         "another run": (
             train("--output_dir", "taken"),
             "taken: holds another run … name another folder, or say --fresh",
         ),
-        "a folder in use": (train("--output_dir", "used"), "used: is not empty and holds no run"),
-        "a file for a folder": (train("--output_dir", "text.txt"), "text.txt: this is a file; name a folder"),
-        "a place where nothing can be written": (train("--output_dir", "/proc/new"), "/proc/new"),
+        "a folder with other files": (train("--output_dir", "used"), "used: is not empty and holds no run"),
+        "a file as output_dir": (train("--output_dir", "text.txt"), "text.txt: this is a file; name a folder"),
+        "an output_dir that cannot be written": (train("--output_dir", "/proc/new"), "/proc/new"),
         "a cache that is a file": (train("--cache_dir", "text.txt"), "text.txt"),
-        "no folder for a prepared text": (
+        "tokenize without output_dir": (
             ["tokenize", "--recipe", "RECIPE", "--data", "text.txt"],
             "--output_dir FOLDER",
         ),
-        "a prepared text over another": (
+        "tokenize into an existing folder": (
             ["tokenize", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "used"],
             "used: already exists",
         ),
-        "a picture of no run": (["plot", "absent"], "absent: not a run folder"),
-        "a picture of another kind": (["plot", "RUN", "--output", "a.docx"], "a.docx: the format must be .png"),
-        "a picture nowhere": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
+        "plot of a missing run": (["plot", "absent"], "absent: not a run folder"),
+        "plot to an unsupported format": (["plot", "RUN", "--output", "a.docx"], "a.docx: the format must be .png"),
+        "plot to a missing folder": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
     },
     "models": {
         "no such model": (["generate", "absent"], "absent: no model can be loaded"),
-        "a run, not its model": (["generate", "RUN"], "this is a run; its model is in"),
-        "half a download": (["generate", "half-model"], "half-model: no model can be loaded"),
-        "weights cut short": (["generate", "cut-model"], "cut-model: no model can be loaded"),
-        "an architecture that is not ours": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),
-        "no model to go on from": (train("--recipe", "finetune"), "name a folder or a Hub id with --init_from"),
-        "no such model to go on from": (
+        "a run folder instead of a model folder": (["generate", "RUN"], "this is a run; its model is in"),
+        "a model folder without weights": (["generate", "half-model"], "half-model: no model can be loaded"),
+        "truncated weights": (["generate", "cut-model"], "cut-model: no model can be loaded"),
+        "another architecture as init_from": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),
+        "finetune without init_from": (train("--recipe", "finetune"), "name a folder or a Hub id with --init_from"),
+        "a missing init_from": (
             train("--init_from", "absent", "--recipe", "finetune"),
             "absent: no model can be",
         ),
-        "weights cut short, to go on from": (
+        "truncated weights as init_from": (
             train("--init_from", "cut-model", "--recipe", "finetune", "--block_size", "32"),
             "cut-model",
         ),
@@ -329,9 +335,9 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     "prompts and evaluations": {
         "an unknown command": (["trian"], "unknown command 'trian'; available: train"),
         "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
-        "a stray word": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
+        "an unexpected argument": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
-        "words for a number": (
+        "a word for max_new_tokens": (
             ["generate", "MODEL", "--max_new_tokens", "many"],
             "many: must be an integer of at least 1",
         ),
@@ -339,11 +345,11 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["generate", "MODEL", "--top_k", "many"],
             "`top_k` has to be a strictly positive integer",
         ),
-        "words for a room": (
+        "a word for max_cache_len": (
             ["generate", "MODEL", "--fast", "--max_cache_len", "x"],
             "--max_cache_len x: must be an integer",
         ),
-        "an unknown letter": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); remove it"),
+        "an unknown character": (["generate", "LETTERS", "--prompt", "a→b"], "does not know: '→' (U+2192); remove it"),
         "a prompt longer than the context": (
             ["generate", "MODEL", "--prompt", "x y " * 2000],
             "tokens and the context of the model is",
@@ -352,7 +358,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["generate", "other-tokenizer", "--prompt", "deflated"],
             "exceeds the vocabulary of the model",
         ),
-        "a text of such tokens": (
+        "evaluation with such a tokenizer": (
             ["evaluate", "other-tokenizer", "--data", "text.txt"],
             "exceeds the vocabulary of the model",
         ),
@@ -363,12 +369,12 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "block_size is 9999: this model supports windows of 1 to",
         ),
         "no stride": (["evaluate", "MODEL", "--data", "text.txt", "--stride", "0"], "stride is 0"),
-        "no windows": (["evaluate", "MODEL", "--data", "text.txt", "--batch_size", "0"], "batch_size is 0"),
-        "a sample of nothing": (
+        "a batch size of 0": (["evaluate", "MODEL", "--data", "text.txt", "--batch_size", "0"], "batch_size is 0"),
+        "max_characters of 0": (
             ["evaluate", "MODEL", "--data", "text.txt", "--max_characters", "0"],
             "max_characters is 0: it must be at least 1",
         ),
-        "nothing held out": (
+        "no validation split": (
             ["evaluate", "MODEL", "--data", "text.txt", "--split", "validation", "--validation_fraction", "0"],
             "text.txt has no validation split",
         ),
@@ -397,7 +403,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("texts.zip", b"PK\x03\x04")
     write("mixed/a.txt", "text")
     write("mixed/b.jsonl", '{"text": "text"}')
-    write("broken.txt.gz", "this is no gzip")
+    write("broken.txt.gz", "not gzip")
     write("half.txt.gz", gzip.compress(text.encode())[:5000])
     write("half.txt.xz", __import__("lzma").compress(text.encode())[:5000])
     write("broken.jsonl", '{"text": "one"}\n{"text": \n')
@@ -424,7 +430,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("word.yaml", "hidden_size: many\n")
     write("list-value.yaml", "hidden_size: [1, 2]\n")
     write("taken/fingerprint.json", '{"seed": 7}')
-    write("used/thesis.docx", "precious")
+    write("used/thesis.docx", "content")
     model = run_folder / "model"
     shutil.copytree(model, here / "half-model")
     (here / "half-model" / "model.safetensors").unlink()
@@ -455,22 +461,22 @@ def content(folder) -> dict:
 
 
 @pytest.mark.parametrize(("group", "case"), CASES, ids=[case for _, case in CASES])
-def test_bad_input_gets_one_line_and_loses_nothing(group, case, workshop, run_folder, recipe_file, capfd):
+def test_bad_input_is_reported_in_one_line_and_changes_nothing(group, case, workshop, run_folder, recipe_file, capfd):
     argv, message = BAD[group][case]
     places = {"MODEL": run_folder / "model", "RUN": run_folder, "RECIPE": recipe_file, "LETTERS": "letters/model"}
     before, began = content(workshop), time.perf_counter()
     code = main([str(places.get(word, word)) for word in argv])
     seconds = time.perf_counter() - began
     _, err = capfd.readouterr()
-    said = [line for line in err.splitlines() if line.startswith("minigpt")]
+    messages = [line for line in err.splitlines() if line.startswith("minigpt")]
     assert code == 2, err
-    assert len(said) == 1, err
+    assert len(messages) == 1, err
     assert "Traceback" not in err
-    assert re.search(".*".join(map(re.escape, message.split(" … "))), said[0]), said[0]
+    assert re.search(".*".join(map(re.escape, message.split(" … "))), messages[0]), messages[0]
     assert seconds < 10
     assert content(workshop) == before
 
 
-def test_debug_shows_where_an_error_comes_from(workshop):
+def test_debug_shows_the_traceback(workshop):
     with pytest.raises(ValueError, match="no such file"):
         main(["train", "--data", "absent.txt", "--output_dir", "new", "--debug"])

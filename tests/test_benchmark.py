@@ -1,4 +1,4 @@
-"""The benchmarks: times and ratios against hand calculations, losses against those of `minigpt train`."""
+"""The benchmarks: times and ratios compared with manual calculations, losses with those of `minigpt train`."""
 
 import argparse
 import json
@@ -80,7 +80,7 @@ def test_the_loss_of_a_trial_equals_that_of_the_trainer(run_folder, recipe_file,
 def test_an_ablation_reports_differences_from_the_recipe_and_reuses_its_log(recipe_file, text_file, tmp_path):
     parser = argparse.ArgumentParser()
     ablation.add_arguments(parser)
-    names = ["unchanged", "residual projections zero", "same block offset in every epoch"]
+    names = ["unchanged", "residual projections zero", "same offset in every epoch"]
     names += ["half the batch size, twice the steps"]
     argv = ["--data", str(text_file), "--recipe", str(recipe_file), "--seeds", "3", "4", "--max_steps", "2"]
     argv += ["--log", str(tmp_path / "log"), "--only", *names]
@@ -190,10 +190,10 @@ def test_peers_have_as_many_parameters_as_the_recipe(architecture):
     assert 800_512 * 0.99 < size < 800_512 * 1.02
 
 
-def test_group_texts_concatenates_texts_and_splits_them_into_blocks():
+def test_group_texts_concatenates_texts_and_splits_them_into_sequences():
     rows = {"input_ids": [list(range(50)), list(range(50, 200))]}
-    blocks = hf_peer.group_texts(rows)
-    assert blocks["input_ids"] == blocks["labels"] == [list(range(i, i + 64)) for i in (0, 64, 128)]
+    sequences = hf_peer.group_texts(rows)
+    assert sequences["input_ids"] == sequences["labels"] == [list(range(i, i + 64)) for i in (0, 64, 128)]
 
 
 def test_both_pipelines_tokenize_the_complete_text(tmp_path):
@@ -207,9 +207,9 @@ def test_both_pipelines_tokenize_the_complete_text(tmp_path):
     assert size - 2 * data.BLOCK_SIZE < theirs <= size
 
 
-def test_fixed_offset_blocks_are_the_same_in_every_epoch(tmp_path):
+def test_fixed_offset_sequences_are_the_same_in_every_epoch(tmp_path):
     stream = TokenStream(tmp_path, torch.arange(100).numpy(), torch.zeros(1).numpy(), 0, 100, 100, "")
-    fixed, shifted = ablation.FixedOffsetBlocks(stream, 8, seed=0), SequenceDataset(stream, 8, seed=0)
+    fixed, shifted = ablation.FixedOffsetSequences(stream, 8, seed=0), SequenceDataset(stream, 8, seed=0)
     assert [fixed[epoch, 0]["input_ids"][0] for epoch in range(3)] == [0, 0, 0]
     assert len({int(shifted[epoch, 0]["input_ids"][0]) for epoch in range(3)}) > 1
 
@@ -219,7 +219,7 @@ def test_a_clone_is_copied_without_its_outputs(tmp_path):
     (clone / nanogpt.DATA).mkdir(parents=True)
     for name in ("train.py", nanogpt.DATA / "prepare.py", nanogpt.DATA / "train.bin"):
         (clone / name).write_text(str(name))
-    text.write_text("a play")
+    text.write_text("a text")
     nanogpt.copy(clone, text, tmp_path / "copy")
     names = {file.name for file in (tmp_path / "copy").rglob("*.*")}
     assert names == {"train.py", "prepare.py", "requests.py", "input.txt"}

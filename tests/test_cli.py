@@ -1,4 +1,4 @@
-"""The command line: each command does its work; bad input is reported in one line with exit code 2."""
+"""The command line: results and output of each command, help, and the start of the process."""
 
 import json
 import os
@@ -22,10 +22,10 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-# -- what works -------------------------------------------------------------------------------------------------------
+# -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_trained_folder_evaluates_to_the_figures_it_was_published_with(run_folder, text_file, capsys):
+def test_evaluate_reproduces_the_published_results(run_folder, text_file, capsys):
     folder = run_folder / "model"
     code, out, _ = run(capsys, "evaluate", folder, "--data", text_file, "--split", "validation", "--json")
     results = json.loads((folder / "minigpt.json").read_text())["results"]
@@ -37,7 +37,7 @@ def test_a_trained_folder_evaluates_to_the_figures_it_was_published_with(run_fol
     }
 
 
-def test_evaluate_prints_the_same_figures_in_words_and_splits_add_up(run_folder, text_file, text, capsys):
+def test_evaluate_prints_the_loss_and_the_sizes_of_the_splits_add_up(run_folder, text_file, text, capsys):
     folder = run_folder / "model"
     sizes = []
     for split in ("train", "validation", "all"):
@@ -48,13 +48,13 @@ def test_evaluate_prints_the_same_figures_in_words_and_splits_add_up(run_folder,
     assert sizes[0] + sizes[1] == sizes[2] == len(text.encode())
 
 
-def test_generate_streams_the_text_of_generate_and_repeats_with_a_seed(run_folder, capsys):
+def test_generate_streams_text_that_is_determined_by_the_seed(run_folder, capsys):
     folder = run_folder / "model"
     argv = ("generate", folder, "--prompt", "def ", "--max_new_tokens", 20)
     texts = [run(capsys, *argv, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("def ")
-    # Streamed or not, it is the same text.
+    # Greedy text is equal with and without streaming.
     code, several, _ = run(capsys, *argv, "--seed", 1, "--num_return_sequences", 2)
     assert code == 0
     assert several.count("\n---\n") == 2
@@ -68,20 +68,20 @@ def test_a_prompt_is_printed_once_all_options_are_accepted(run_folder, capsys):
         assert main([*argv, option]) == 2
         assert capsys.readouterr().out == ""
     assert main([*argv, "--temperature", "1e-3", "--seed", "1"]) == 0
-    cold = capsys.readouterr().out
+    greedy = capsys.readouterr().out
     assert main([*argv, "--temperature", "0.001", "--seed", "1"]) == 0
-    assert capsys.readouterr().out == cold
-    assert cold.startswith("def ")
+    assert capsys.readouterr().out == greedy
+    assert greedy.startswith("def ")
 
 
-def test_generate_without_a_prompt_begins_a_document(run_folder, capsys):
+def test_generate_without_a_prompt_starts_with_the_bos_token(run_folder, capsys):
     code, out, _ = run(capsys, "generate", run_folder / "model", "--max_new_tokens", 12, "--seed", 3)
     assert code == 0
     assert out.strip()
     assert "<|endoftext|>" not in out
 
 
-def test_interactive_answers_line_after_line(run_folder, capsys, monkeypatch):
+def test_interactive_generation_continues_each_line(run_folder, capsys, monkeypatch):
     lines = iter(["def ", "class "])
 
     def next_line(prompt):
@@ -98,7 +98,7 @@ def test_interactive_answers_line_after_line(run_folder, capsys, monkeypatch):
     assert "Ctrl-D" in err
 
 
-def test_training_says_its_plan_then_lines_then_where_the_model_is(recipe_file, text_file, tmp_path, capsys):
+def test_training_prints_its_plan_its_progress_and_the_model_folder(recipe_file, text_file, tmp_path, capsys):
     code, out, err = run(
         capsys,
         *("train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"),
@@ -139,7 +139,7 @@ def test_without_validation_the_last_weights_are_published(recipe_file, text_fil
     assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"] == {}
 
 
-def test_a_sample_prompt_in_another_alphabet_gives_way(recipe_file, tmp_path, capsys):
+def test_a_sample_prompt_with_unknown_characters_is_replaced_by_the_bos_token(recipe_file, tmp_path, capsys):
     text = tmp_path / "greek.txt"
     text.write_text("μῆνιν ἄειδε θεὰ Πηληϊάδεω Ἀχιλῆος\n" * 30, encoding="utf-8")
     code, _, err = run(
@@ -170,7 +170,7 @@ def test_an_existing_tokenizer_can_be_used(recipe_file, run_folder, text_file, t
     assert written == (run_folder / "model" / "tokenizer.json").read_text()
 
 
-def test_epochs_that_are_asked_for_are_not_cut_short_by_the_recipes_steps(recipe_file, tmp_path, capsys):
+def test_given_epochs_take_precedence_over_the_steps_of_the_recipe(recipe_file, tmp_path, capsys):
     text = tmp_path / "short.txt"
     text.write_text("a line of text to learn\n" * 40)
     code, out, _ = run(
@@ -179,8 +179,8 @@ def test_epochs_that_are_asked_for_are_not_cut_short_by_the_recipes_steps(recipe
         *("--num_train_epochs", 2, "--tokenizer", "bytes", "--logging_steps", 1),
     )
     assert code == 0
-    blocks = (864 + 1) // 32  # nine tenths of 960 bytes, and the E
-    assert f"{2 * -(-blocks // 4)} steps of 128 tokens" in out
+    sequences = (864 + 1) // 32  # nine tenths of 960 bytes, and the BOS token
+    assert f"{2 * -(-sequences // 4)} steps of 128 tokens" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -195,7 +195,7 @@ def test_every_command_has_help(command, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "tokenize"])
-def test_the_help_has_at_most_50_lines_and_says_where_the_rest_is(command, capsys):
+def test_the_help_has_at_most_50_lines_and_refers_to_the_complete_help(command, capsys):
     assert main([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 50
@@ -214,7 +214,7 @@ def test_the_help_of_train_groups_common_settings_with_their_defaults(capsys):
     assert rows["--max_steps"][:3] == ["600", "auto", "-1"]
     assert rows["--eval_steps"][:3] == ["0.25", "auto", "none"]
     assert rows["--seed"][0] == "42"
-    assert rows["--seed"][1] == "seed"  # equal in all three: no further columns
+    assert rows["--seed"][1] == "seed"  # equal in all three, hence no further columns
     assert rows["--hidden_size"][:3] == ["192", "auto", "width"]  # not a setting of transformers
     assert rows["--output_dir"][:2] == ["runs/RECIPE", "none"]
 
@@ -267,13 +267,13 @@ def test_the_entry_point_runs_the_commands(capsys):
     assert minigpt_cli.main(["--version"]) == 0
 
 
-def test_an_openmp_policy_is_set_unless_the_user_chose_one(monkeypatch):
-    for chosen, expected in (
+def test_an_openmp_policy_is_set_unless_the_environment_sets_one(monkeypatch):
+    for given, expected in (
         ({}, {"GOMP_SPINCOUNT": "1000"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
     ):
-        monkeypatch.setattr(os, "environ", dict(chosen))
+        monkeypatch.setattr(os, "environ", dict(given))
         minigpt_cli.set_openmp_policy()
         assert os.environ == expected
 

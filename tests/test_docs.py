@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
-# Run elsewhere: `make test` is this run; `make docs-check` runs `make demo` and the installation.
+# Not run here: `make test` runs this test, and `make docs-check` runs `make demo` and the installation.
 ELSEWHERE = ("make ", "python -m venv", ".venv/bin/python -m pip", ".venv/bin/python -m pytest")
 SHORT = "--max_steps 2 --logging_steps 1 --validation_characters 500 --sample_tokens 5 --use_cpu".split()
 SMALL = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 2".split()
@@ -29,7 +29,7 @@ def commands(document: str) -> list[list[str]]:
 
 
 def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> int:
-    """Run the commands that are not run elsewhere, with few steps. Returns their number."""
+    """Run all commands except those of `ELSEWHERE`, with few steps. Returns their number."""
     ran = 0
     for words in lines:
         line = " ".join(words)
@@ -50,7 +50,7 @@ def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> i
 
 
 def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, capsys):
-    """With the files and folders that the README assumes."""
+    """In a folder with the files that the README assumes."""
     monkeypatch.chdir(tmp_path)
     for name in ("tinyshakespeare.txt", "notes.txt", "my_folder/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -59,8 +59,8 @@ def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, 
     assert run_in_order(commands(README), capsys) >= 9
 
 
-def test_every_command_about_ones_own_text_runs_in_order(text, tmp_path, monkeypatch, capsys):
-    """With small texts of the kinds mentioned, and small models."""
+def test_every_command_of_your_own_text_runs_in_order(text, tmp_path, monkeypatch, capsys):
+    """With small files of each kind of text, and small models."""
     monkeypatch.chdir(tmp_path)
     files = {
         "tinyshakespeare.txt": "ROMEO:\nBut soft, what light through yonder window breaks?\n" * 300,
@@ -96,8 +96,8 @@ def test_quoted_code_in_the_walkthrough_is_in_the_package():
         assert lines in (ROOT / file).read_text(encoding="utf-8"), (file, lines)
 
 
-def test_the_python_of_the_readme_runs(run_folder, text, tmp_path, monkeypatch):
-    """Loading unmodified; training with few steps."""
+def test_the_python_snippets_of_the_readme_run(run_folder, text, tmp_path, monkeypatch):
+    """Loading is unmodified; training has fewer steps."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(run_folder)
     (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
@@ -112,7 +112,7 @@ def test_the_python_of_the_readme_runs(run_folder, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
-def test_every_link_leads_to_a_file(document):
+def test_every_link_resolves_to_a_file(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
         if not target.startswith(("http", "figures/")):
             assert (document.parent / target).exists(), target
@@ -122,6 +122,6 @@ def test_the_readme_lists_every_recipe():
     assert set(re.findall(r"^\| `([a-z0-9-]+)`", README, re.MULTILINE)) == set(recipe_names())
 
 
-def test_the_first_figure_of_the_readme_is_in_the_results():
+def test_the_loss_in_the_readme_is_in_the_results():
     (figure,) = re.findall(r"\*\*(\d\.\d+) nats per character\*\*", README)
     assert figure in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

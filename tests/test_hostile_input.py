@@ -1,7 +1,7 @@
-"""Hostile folders and files: no code of theirs runs, nothing outside of them is opened, and each gets one line.
+"""Hostile folders and files: their code is not executed, nothing outside them is opened, and each is reported in one line.
 
-A canary is a file that exists once something has run. The discipline is that of `test_bad_input.py`: one line that names
-what was given, exit code 2, no traceback, nothing on disk changes, within ten seconds.
+A canary is a file that exists if code has been executed. As in `test_bad_input.py`: one line that states what was given,
+exit code 2, no traceback, no change on disk, within ten seconds.
 """
 
 import ast
@@ -26,8 +26,8 @@ from tests.conftest import ROOT
 from tests.doctor.conftest import Broken
 
 SHORT = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --sample_tokens 0".split()
-# What each verb is asked about a folder.
-VERBS = {
+# Commands that load a folder, by name.
+COMMANDS = {
     "generate": "generate FOLDER --prompt def --max_new_tokens 2 --do_sample false",
     "evaluate": "evaluate FOLDER --data TEXT --max_characters 100",
     "init_from": "train --recipe finetune --init_from FOLDER --data TEXT --block_size 32 --use_cpu true --output_dir new",
@@ -35,12 +35,12 @@ VERBS = {
     "tokenize": "tokenize --recipe RECIPE --tokenizer FOLDER --data TEXT --output_dir new",
     "export": "export FOLDER --to native --output_dir new",
 }
-MODEL_VERBS = tuple(name for name in VERBS if not name.startswith("token"))
+MODEL_COMMANDS = tuple(name for name in COMMANDS if not name.startswith("token"))
 
 
 @pytest.fixture
 def folder(run_folder, tmp_path, monkeypatch) -> Broken:
-    """A copy of a whole model folder, to be made hostile in one way, in a current directory of its own."""
+    """A copy of a valid model folder, to be modified by a test, in an empty current directory."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 100)))
@@ -52,35 +52,35 @@ def content(place: Path) -> dict:
     return {path: text for path, text in files.items() if "canary" not in path.name}
 
 
-def asked(verb: str, folder: Path, text_file: Path, recipe_file: Path) -> list[str]:
+def arguments_of(command: str, folder: Path, text_file: Path, recipe_file: Path) -> list[str]:
     words = {"FOLDER": str(folder), "TEXT": str(text_file), "RECIPE": str(recipe_file)}
-    argv = [words.get(word, word) for word in VERBS[verb].split()]
+    argv = [words.get(word, word) for word in COMMANDS[command].split()]
     return argv + SHORT if argv[0] == "train" else argv
 
 
-def refused(argv: list[str], capfd, message: str, *places: Path) -> None:
-    """It is refused in one line that matches, soon, and no place has changed."""
+def rejected(argv: list[str], capfd, message: str, *places: Path) -> None:
+    """Check that a command fails within the time limit with one line that matches `message`, and changes no place."""
     before, began = [content(place) for place in places], (time.process_time(), time.perf_counter())
     capfd.readouterr()
     code = main(argv)
     processor, seconds = time.process_time() - began[0], time.perf_counter() - began[1]
     _, err = capfd.readouterr()
-    said = [line for line in err.splitlines() if line.startswith("minigpt ")]
+    messages = [line for line in err.splitlines() if line.startswith("minigpt ")]
     assert code == 2, err
-    assert len(said) == 1, err
+    assert len(messages) == 1, err
     assert "Traceback" not in err
-    assert re.search(message, said[0]), said[0]
+    assert re.search(message, messages[0]), messages[0]
     assert "\x1b" not in err
-    assert processor < 10  # not the clock of the wall: the machine may be busy
+    assert processor < 10  # CPU time, since the machine may be busy
     assert seconds < 100
     assert [content(place) for place in places] == before
 
 
-# Code.
+# -- remote code ------------------------------------------------------------------------------------------------------
 
 
 def poison(folder: Broken) -> None:
-    """Code wherever transformers looks for it, in a folder that loads without any of it."""
+    """Add code wherever transformers looks for it, to a folder that loads without it."""
     code = f"open({str(folder.canary)!r}, 'w').close()\n"
     folder.write("evil.py", code + "class A:\n    pass\n")
     folder.write("custom_generate/generate.py", code + "def generate(model, **kwargs):\n    pass\n")
@@ -90,11 +90,11 @@ def poison(folder: Broken) -> None:
     folder.json("config.json", auto_map={**classes, "AutoTokenizer": ["evil.A", "evil.A"]}, custom_pipelines={"a": {}})
     folder.json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.A", "evil.A"]})
     folder.write("processor_config.json", json.dumps({"auto_map": {"AutoProcessor": "evil.A"}}))
-    (folder.path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder.canary)))
+    (folder.path / "pytorch_model.bin").write_bytes(pickle.dumps(CreateCanary(folder.canary)))
 
 
-class Bomb:
-    """A pickle that creates the canary when it is opened."""
+class CreateCanary:
+    """Creates the canary when it is unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = str(canary)
@@ -103,15 +103,17 @@ class Bomb:
         return open, (self.canary, "w")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_code_of_a_folder_does_not_run_and_nobody_is_asked(verb, folder, text_file, recipe_file, monkeypatch, capfd):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_of_a_folder_is_not_executed_and_no_question_is_asked(
+    command, folder, text_file, recipe_file, monkeypatch, capfd
+):
     poison(folder)
 
     def read(*args):
         raise AssertionError("standard input was read")
 
     monkeypatch.setattr("builtins.input", read)
-    code = main(asked(verb, folder.path, text_file, recipe_file))
+    code = main(arguments_of(command, folder.path, text_file, recipe_file))
     _, err = capfd.readouterr()
     assert not folder.canary.exists()
     assert "y/N" not in err
@@ -119,22 +121,22 @@ def test_code_of_a_folder_does_not_run_and_nobody_is_asked(verb, folder, text_fi
 
 
 def foreign(folder: Broken) -> None:
-    """Only its own code could load it."""
+    """Change the model type so that only the code of the folder could load it."""
     poison(folder)
     folder.json("config.json", model_type="foreign")
     folder.json("tokenizer_config.json", tokenizer_class="ForeignTokenizer")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_folder_that_needs_its_code_is_refused(verb, folder, text_file, recipe_file, monkeypatch, capfd):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_needs_its_code_is_rejected(command, folder, text_file, recipe_file, monkeypatch, capfd):
     foreign(folder)
 
     def read(*args):
         raise AssertionError("standard input was read")
 
     monkeypatch.setattr("builtins.input", read)
-    refused(
-        asked(verb, folder.path, text_file, recipe_file),
+    rejected(
+        arguments_of(command, folder.path, text_file, recipe_file),
         capfd,
         "it needs custom code, which is not run|type is .foreign.",
         folder.outside,
@@ -142,10 +144,10 @@ def test_a_folder_that_needs_its_code_is_refused(verb, folder, text_file, recipe
     assert not folder.canary.exists()
 
 
-@pytest.mark.parametrize("verb", ["init_from", "export"])
-def test_a_process_with_an_answer_on_standard_input_runs_no_code_either(verb, folder, text_file, recipe_file):
+@pytest.mark.parametrize("command", ["init_from", "export"])
+def test_an_answer_on_standard_input_does_not_permit_code(command, folder, text_file, recipe_file):
     foreign(folder)
-    argv = asked(verb, folder.path, text_file, recipe_file)
+    argv = arguments_of(command, folder.path, text_file, recipe_file)
     done = subprocess.run(
         [sys.executable, "-m", "minigpt_hf.cli", *argv],
         input="y\n" * 100,
@@ -161,7 +163,7 @@ def test_a_process_with_an_answer_on_standard_input_runs_no_code_either(verb, fo
     assert len([line for line in done.stderr.splitlines() if line.startswith("minigpt ")]) == 1, done.stderr
 
 
-def test_push_and_its_examination_run_no_code_of_a_folder(folder, hub, capfd):
+def test_push_and_its_checks_execute_no_code_of_a_folder(folder, hub, capfd):
     foreign(folder)
     assert main(["push", str(folder.path), "--repo-id", "user/x"]) == 2
     assert "not uploaded" in capfd.readouterr().err
@@ -169,7 +171,7 @@ def test_push_and_its_examination_run_no_code_of_a_folder(folder, hub, capfd):
     assert hub.requests == []
 
 
-def test_text_on_standard_input_arrives_whole_beside_a_model_with_code(folder, text, monkeypatch):
+def test_text_on_standard_input_is_read_completely_with_a_model_that_contains_code(folder, text, monkeypatch):
     poison(folder)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     argv = ["train", "--recipe", "finetune", "--init_from", str(folder.path), "--data", "-", "--block_size", "32"]
@@ -180,11 +182,11 @@ def test_text_on_standard_input_arrives_whole_beside_a_model_with_code(folder, t
     assert not folder.canary.exists()
 
 
-# Every loader of the package says whether code may run; a class of ours, or one of transformers, cannot run any.
-CANNOT_RUN_CODE = {"MiniGPTForCausalLM", "MiniGPTConfig", "Qwen3ForCausalLM", "GenerationConfig"}
+# Loaders of a fixed class, which execute no remote code. All others must state `trust_remote_code`.
+FIXED_CLASSES = {"MiniGPTForCausalLM", "MiniGPTConfig", "Qwen3ForCausalLM", "GenerationConfig"}
 
 
-def test_every_loader_call_says_whether_code_is_trusted():
+def test_every_loader_call_states_trust_remote_code():
     calls = []
     for file in (ROOT / "minigpt_hf").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -192,30 +194,30 @@ def test_every_loader_call_says_whether_code_is_trusted():
                 continue
             if node.func.attr in ("from_pretrained", "from_config"):
                 owner = ast.unparse(node.func.value)
-                said = {keyword.arg for keyword in node.keywords}
+                given = {keyword.arg for keyword in node.keywords}
                 calls.append(owner)
-                assert "trust_remote_code" in said or owner in CANNOT_RUN_CODE, f"{file}:{node.lineno}"
+                assert "trust_remote_code" in given or owner in FIXED_CLASSES, f"{file}:{node.lineno}"
                 if node.func.attr == "from_pretrained" and owner.endswith("ForCausalLM"):
-                    assert said & {"use_safetensors", "gguf_file"}, (
+                    assert given & {"use_safetensors", "gguf_file"}, (
                         f"{file}:{node.lineno}"
-                    )  # else a pickle may be opened
+                    )  # otherwise a pickle may be loaded
     assert len(calls) > 10
 
 
-# Settings that lead elsewhere, malformed settings, weights.
+# -- references to other files, malformed settings, weights -----------------------------------------------------------
 
-FOLDERS: dict[str, tuple] = {}  # name -> (function, message, verbs)
+FOLDERS: dict[str, tuple] = {}  # name -> (function, message, commands)
 
 
-def hostile(message: str, *verbs: str):
-    def keep(function):
-        FOLDERS[function.__name__.replace("_", " ")] = (function, message, verbs or MODEL_VERBS)
+def hostile(message: str, *commands: str):
+    def register(function):
+        FOLDERS[function.__name__.replace("_", " ")] = (function, message, commands or MODEL_COMMANDS)
         return function
 
-    return keep
+    return register
 
 
-@hostile("`_attn_implementation` is 'evil/kernel'", *VERBS)
+@hostile("`_attn_implementation` is 'evil/kernel'", *COMMANDS)
 def a_kernel(folder):
     folder.json("config.json", _attn_implementation="evil/kernel")
 
@@ -246,61 +248,61 @@ def quantized_weights(folder):
 
 
 @hostile("`compile_config` refers to code outside", "generate")
-def a_compiler(folder):
+def a_compiler_backend(folder):
     folder.json("generation_config.json", compile_config={"backend": "evil", "_compile_all_devices": True})
 
 
-@hostile("adapter_config.json refers to the base model 'evil/base'", *VERBS)
-def an_adapter_of_a_model_elsewhere(folder):
+@hostile("adapter_config.json refers to the base model 'evil/base'", *COMMANDS)
+def an_adapter_with_an_external_base_model(folder):
     folder.write("adapter_config.json", json.dumps({"base_model_name_or_path": "evil/base", "peft_type": "LORA"}))
 
 
 @hostile("adapter_config.json refers to the base model 'evil/base'", "generate")
-def nothing_but_an_adapter(folder):
-    an_adapter_of_a_model_elsewhere(folder)
+def only_an_adapter(folder):
+    an_adapter_with_an_external_base_model(folder)
     folder.delete("config.json")
 
 
 @hostile("`transformers_weights` is '../outside/model.safetensors'")
-def weights_named_elsewhere(folder):
+def external_weights(folder):
     shutil.copy(folder.path / "model.safetensors", folder.outside)
     folder.json("config.json", transformers_weights="../outside/model.safetensors")
 
 
-@hostile("`vocab_file` is '/etc/passwd'", *VERBS)
-def a_vocabulary_elsewhere(folder):
+@hostile("`vocab_file` is '/etc/passwd'", *COMMANDS)
+def an_external_vocabulary(folder):
     folder.json("tokenizer_config.json", vocab_file="/etc/passwd")
 
 
 @hostile("no file named model.safetensors")
 def weights_in_a_pickle_only(folder):
     folder.delete("model.safetensors")
-    (folder.path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder.canary)))
+    (folder.path / "pytorch_model.bin").write_bytes(pickle.dumps(CreateCanary(folder.canary)))
 
 
 @hostile("model.safetensors is a link")
-def weights_by_a_link_that_leads_out(folder):
+def weights_by_a_link_out_of_the_folder(folder):
     shutil.move(folder.path / "model.safetensors", folder.outside)
     (folder.path / "model.safetensors").symlink_to(folder.outside / "model.safetensors")
 
 
-@hostile("tokenizer.json is a device, a pipe or a socket", *VERBS)
+@hostile("tokenizer.json is a device, a pipe or a socket", *COMMANDS)
 def a_pipe_for_a_tokenizer(folder):
     folder.delete("tokenizer.json")
     os.mkfifo(folder.path / "tokenizer.json")
 
 
 def shards(folder: Broken, **changes) -> None:
-    """The weights in one shard and an index, with a change to the place of a tensor."""
-    kept = load_file(folder.path / "model.safetensors")
+    """Store the weights in one shard with an index, in which `norm` is the file of model.norm.weight."""
+    tensors = load_file(folder.path / "model.safetensors")
     folder.delete("model.safetensors")
-    save_file(kept, folder.path / "model-00001-of-00001.safetensors", {"format": "pt"})
-    places = dict.fromkeys(kept, "model-00001-of-00001.safetensors") | {"model.norm.weight": changes["norm"]}
+    save_file(tensors, folder.path / "model-00001-of-00001.safetensors", {"format": "pt"})
+    places = dict.fromkeys(tensors, "model-00001-of-00001.safetensors") | {"model.norm.weight": changes["norm"]}
     folder.write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": places}))
 
 
 @hostile(r"index.json names files outside the folder: \.\./outside/secret.safetensors")
-def a_shard_above(folder):
+def a_shard_in_the_parent_folder(folder):
     shards(folder, norm="../outside/secret.safetensors")
 
 
@@ -320,7 +322,7 @@ def a_shard_that_is_a_number(folder):
 
 
 @hostile("duplicate key 'weight_map'", "generate", "init_from")
-def two_maps(folder):
+def two_weight_maps(folder):
     shards(folder, norm="model-00001-of-00001.safetensors")
     index = folder.path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {}, ' + index.read_text()[1:])
@@ -345,7 +347,7 @@ def more_layers_than_weights(folder):
 
 
 @hostile("`num_hidden_layers` is 10000000000", "generate", "export")
-def layers_without_end(folder):
+def ten_billion_layers(folder):
     folder.json("config.json", num_hidden_layers=10**10, layer_types=None)
 
 
@@ -355,8 +357,8 @@ def an_embedding_larger_than_the_weights(folder):
 
 
 @hostile("its weights are incomplete|missing|not those of its configuration")
-def a_tensor_too_few(folder):
-    folder.tensors(lambda kept: kept.pop("model.layers.1.mlp.up_proj.weight"))
+def a_missing_tensor(folder):
+    folder.tensors(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
 
 @hostile("`dtype` is 'evil'")
@@ -370,12 +372,12 @@ def a_dtype_that_is_a_function(folder):
 
 
 @hostile("`rope_type` is 'evil', which is unknown", "generate", "init_from", "export")
-def nonsense_rope(folder):
+def an_unknown_rope_type(folder):
     folder.json("config.json", rope_parameters={"rope_type": "evil", "rope_theta": 10000.0})
 
 
 @hostile("`rope_theta` is 'x'", "generate")
-def a_rope_theta_of_words(folder):
+def a_rope_theta_that_is_a_word(folder):
     folder.json("config.json", rope_parameters={"rope_type": "default", "rope_theta": "x"})
 
 
@@ -389,18 +391,18 @@ def a_kernel_in_a_part_of_the_configuration(folder):
     folder.json("config.json", text_config={"_attn_implementation": "evil/kernel"})
 
 
-@hostile("config.json", *VERBS)
+@hostile("config.json", *COMMANDS)
 def a_config_that_is_a_list(folder):
     folder.write("config.json", "[]")
 
 
-@hostile("config.json is not valid JSON", *VERBS)
-def a_config_nested_without_end(folder):
+@hostile("config.json is not valid JSON", *COMMANDS)
+def a_deeply_nested_config(folder):
     folder.write("config.json", "[" * 200_000)
 
 
 @hostile("config.json is not UTF-8", "generate")
-def a_config_of_bytes(folder):
+def a_config_that_is_not_utf_8(folder):
     folder.write("config.json", b'{"model_type": "\xff"}')
 
 
@@ -415,7 +417,7 @@ def a_generation_config_that_is_a_list(folder):
 
 
 @hostile("custom_generate|dola|penalty_alpha|requires `trust_remote_code=True`|Contrastive", "generate")
-def a_way_of_generating_from_the_hub(folder):
+def a_decoding_method_from_the_hub(folder):
     folder.json("generation_config.json", penalty_alpha=0.6, top_k=4, do_sample=False)
 
 
@@ -424,13 +426,13 @@ def a_broken_tokenizer(folder):
     folder.write("tokenizer.json", '{"version": "1.0", "model": {"type": "evil"}}')
 
 
-@hostile("tokenizer_config.json is not a JSON object", *VERBS)
+@hostile("tokenizer_config.json is not a JSON object", *COMMANDS)
 def a_tokenizer_config_that_is_a_list(folder):
     folder.write("tokenizer_config.json", "[]")
 
 
-@hostile("`model_max_length` is 'x', not a number", *VERBS)
-def a_length_of_words(folder):
+@hostile("`model_max_length` is 'x', not a number", *COMMANDS)
+def a_length_that_is_a_word(folder):
     folder.json("tokenizer_config.json", model_max_length="x")
 
 
@@ -489,10 +491,10 @@ for _name, _text in {
     "null": "null",
     "empty": "",
     "invalid UTF-8": b"\xff\xfe{}",
-    "nested without end": '{"recipe": ' + "[" * 200_000,
-    "a recipe of numbers": '{"recipe": 7}',
-    "a block of words": '{"recipe": {"block_size": "x"}}',
-    "a share that is no number": '{"recipe": {"block_size": 8, "validation_fraction": [1]}}',
+    "deeply nested": '{"recipe": ' + "[" * 200_000,
+    "a recipe that is a number": '{"recipe": 7}',
+    "a block size that is a word": '{"recipe": {"block_size": "x"}}',
+    "a validation fraction that is a list": '{"recipe": {"block_size": 8, "validation_fraction": [1]}}',
 }.items():
     FOLDERS[f"minigpt.json is {_name}"] = (
         lambda folder, text=_text: folder.write("minigpt.json", text),
@@ -500,14 +502,14 @@ for _name, _text in {
         ("evaluate",),
     )
 
-CASES = [(case, verb) for case, (_, _, verbs) in FOLDERS.items() for verb in verbs]
+CASES = [(case, command) for case, (_, _, commands) in FOLDERS.items() for command in commands]
 
 
-@pytest.mark.parametrize(("case", "verb"), CASES, ids=[f"{case}-{verb}" for case, verb in CASES])
-def test_a_hostile_folder_is_refused_in_one_line(case, verb, folder, text_file, recipe_file, hub, capfd):
+@pytest.mark.parametrize(("case", "command"), CASES, ids=[f"{case}-{command}" for case, command in CASES])
+def test_a_hostile_folder_is_rejected_in_one_line(case, command, folder, text_file, recipe_file, hub, capfd):
     make, message, _ = FOLDERS[case]
     make(folder)
-    refused(asked(verb, folder.path, text_file, recipe_file), capfd, message, Path.cwd(), folder.outside)
+    rejected(arguments_of(command, folder.path, text_file, recipe_file), capfd, message, Path.cwd(), folder.outside)
     assert not folder.canary.exists()
     assert hub.requests == []
 
@@ -558,7 +560,7 @@ def test_a_null_in_a_recipe_is_a_setting_that_was_not_given(folder, text_file, r
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_hostile_settings_of_generation_are_refused_or_harmless(settings, folder, capfd):
+def test_hostile_generation_settings_are_rejected_or_harmless(settings, folder, capfd):
     folder.json("generation_config.json", **settings)
     began = time.process_time()
     code = main(["generate", str(folder.path), "--prompt", "def", "--max_new_tokens", "2"])
@@ -569,23 +571,23 @@ def test_hostile_settings_of_generation_are_refused_or_harmless(settings, folder
     assert time.process_time() - began < 10
 
 
-def test_a_chat_template_is_not_rendered_unasked(folder, text_file, recipe_file):
+def test_a_chat_template_is_not_rendered_without_chat(folder, text_file, recipe_file):
     folder.write(
         "chat_template.jinja", "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"
     )
-    for verb in ("generate", "evaluate", "tokenizer"):
-        assert main(asked(verb, folder.path, text_file, recipe_file)) == 0
+    for command in ("generate", "evaluate", "tokenizer"):
+        assert main(arguments_of(command, folder.path, text_file, recipe_file)) == 0
 
 
-def test_an_error_that_quotes_a_file_does_not_act_on_the_terminal(folder, capfd):
+def test_control_characters_quoted_in_an_error_are_escaped(folder, capfd):
     folder.json("config.json", _attn_implementation="\x1b]0;owned\x07/k")
-    refused(["generate", str(folder.path)], capfd, r"\\x1b\]0;owned", folder.outside)
+    rejected(["generate", str(folder.path)], capfd, r"\\x1b\]0;owned", folder.outside)
 
 
-# The same through the Hub.
+# -- Hub repositories -------------------------------------------------------------------------------------------------
 
 
-def test_a_repository_is_checked_as_a_folder_is(folder, hub, capfd):
+def test_a_repository_is_checked_like_a_folder(folder, hub, capfd):
     def put(**changes):
         folder.json("config.json", **changes)
         files = {file.name: file.read_bytes() for file in folder.path.iterdir() if file.is_file()}
@@ -603,27 +605,27 @@ def test_a_repository_is_checked_as_a_folder_is(folder, hub, capfd):
     assert not folder.canary.exists()
     assert not any("evil.py" in request.path or "pytorch_model" in request.path for request in hub.requests)
     put(_attn_implementation="evil/kernel")
-    refused(argv, capfd, "evil/model: .*config.json: `_attn_implementation` is 'evil/kernel'")
+    rejected(argv, capfd, "evil/model: .*config.json: `_attn_implementation` is 'evil/kernel'")
     assert not any("kernel" in request.path for request in hub.requests)
 
 
-# Recipes, options, prompts.
+# -- recipes, options, prompts ----------------------------------------------------------------------------------------
 
 RECIPES = {
-    "nested without end": ("a: " + "[" * 30_000, "nested too deeply"),
-    "a bomb of references": (
+    "deeply nested": ("a: " + "[" * 30_000, "nested too deeply"),
+    "exponentially expanding references": (
         "a: &a [x, x]\n"
         + "".join(f"{c}: &{c} [*{b}, *{b}]\n" for b, c in zip("abcdefghij", "bcdefghijk", strict=True)),
         "references .* are not taken",
     ),
     "an object": ("hidden_size: !!python/object/apply:os.system ['touch canary']", "could not determine a constructor"),
-    "a key twice": ("hidden_size: 8\nhidden_size: 16", "the key 'hidden_size' is there twice"),
+    "a duplicate key": ("hidden_size: 8\nhidden_size: 16", "the key 'hidden_size' is there twice"),
     "a key that is a list": ("? [a]\n: 1", "unhashable"),
     "a key that is a number": ("1: 2", "unknown setting 1"),
     "nan": ("learning_rate: .nan", "learning_rate is nan"),
     "infinity": ("weight_decay: .inf", "weight_decay is inf"),
-    "infinity for a whole number": ("hidden_size: .inf", "hidden_size is inf"),
-    "half a number": ("hidden_size: 32.5", "hidden_size is 32.5"),
+    "infinity for an integer": ("hidden_size: .inf", "hidden_size is inf"),
+    "a fraction for an integer": ("hidden_size: 32.5", "hidden_size is 32.5"),
     "a huge number": ("max_steps: 1" + "0" * 100, "a number of 333 bits"),
     "a number of a million digits": ("max_steps: 1" + "0" * 60_000, "max_steps|digits"),
     "a date": ("max_steps: 2020-01-01", "max_steps"),
@@ -633,27 +635,27 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_hostile_recipe_is_refused_in_one_line(case, tmp_path, text_file, monkeypatch, capfd):
+def test_a_hostile_recipe_is_rejected_in_one_line(case, tmp_path, text_file, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     recipe, message = RECIPES[case]
     Path("recipe.yaml").write_text(recipe, encoding="utf-8")
     argv = ["train", "--recipe", "recipe.yaml", "--data", str(text_file), "--output_dir", "new"]
-    refused(argv, capfd, "recipe.yaml.*" + message if "digits" not in message else message, tmp_path)
+    rejected(argv, capfd, "recipe.yaml.*" + message if "digits" not in message else message, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "binary"])
-def test_a_recipe_that_is_no_text_file_is_refused(kind, tmp_path, text_file, capfd):
+def test_a_recipe_that_is_not_a_text_file_is_rejected(kind, tmp_path, text_file, capfd):
     place = tmp_path / "recipe.yaml"
     {"folder": place.mkdir, "pipe": lambda: os.mkfifo(place), "binary": lambda: place.write_bytes(b"\x80\x02" * 99)}[
         kind
     ]()
     argv = ["train", "--recipe", str(place), "--data", str(text_file), "--output_dir", str(tmp_path / "new")]
-    refused(argv, capfd, "no such file|not YAML")
+    rejected(argv, capfd, "no such file|not YAML")
 
 
 OPTIONS = {
     "references": (["--top_k", "&a [*a]"], "references"),
-    "nested without end": (["--top_k", "[" * 20_000], "nested too deeply"),
+    "deeply nested": (["--top_k", "[" * 20_000], "nested too deeply"),
     "an object": (["--top_k", "!!python/name:os.system"], "invalid value"),
     "nan": (["--temperature", ".nan"], "temperature is nan: a finite number is required"),
     "infinity": (["--temperature", ".inf"], "temperature is inf"),
@@ -662,16 +664,16 @@ OPTIONS = {
     "a count as text": (["--max_new_tokens", "1e9"], "must be an integer of at least 1"),
     "no tokens": (["--max_new_tokens", "-1"], "max_new_tokens"),
     "everything suppressed": (["--suppress_tokens", str(list(range(300))), "--do_sample", "true"], "can be generated"),
-    "a cache of its own": (["--cache_implementation", "evil"], "cache_implementation"),
-    "code of the Hub": (["--custom_generate", "evil/repo"], "no option 'custom_generate'"),
+    "an unknown cache": (["--cache_implementation", "evil"], "cache_implementation"),
+    "code from the Hub": (["--custom_generate", "evil/repo"], "no option 'custom_generate'"),
     "bytes that are not UTF-8": (["--prompt", "a\udcffb"], "not valid UTF-8 at position 1"),
 }
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_a_hostile_option_is_refused_in_one_line(case, run_folder, capfd):
+def test_a_hostile_option_is_rejected_in_one_line(case, run_folder, capfd):
     options, message = OPTIONS[case]
-    refused(["generate", str(run_folder / "model"), "--max_new_tokens", "4", *options], capfd, message)
+    rejected(["generate", str(run_folder / "model"), "--max_new_tokens", "4", *options], capfd, message)
 
 
 @pytest.mark.parametrize("prompt", ["a\0b", "\x1b[2J", "\u202eabc", "\r\n\t"])
@@ -680,10 +682,10 @@ def test_control_characters_in_a_prompt_are_text(prompt, run_folder, capfd):
     assert capfd.readouterr().out.startswith(prompt)
 
 
-# What spells a special token.
+# -- special tokens in prompts ----------------------------------------------------------------------------------------
 
 
-def test_a_prompt_that_spells_a_special_token_is_text_as_in_training(run_folder, monkeypatch, capfd):
+def test_a_special_token_in_a_prompt_is_treated_as_text_as_in_training(run_folder, monkeypatch, capfd):
     from minigpt_hf.data.tokenizer import Encoder
     from minigpt_hf.inference.generation import encode_prompt
 
@@ -705,14 +707,14 @@ def test_a_prompt_that_spells_a_special_token_is_text_as_in_training(run_folder,
     assert main([*argv, "--prompt", prompt]) == 0
     assert capfd.readouterr().out.rstrip("\n") == minigpt_hf.generate(folder, prompt, **options)[0].rstrip("\n")
 
-    of_the_token = minigpt_hf.generate(folder, prompt, special_tokens=True, **options)[0]
+    with_special_token = minigpt_hf.generate(folder, prompt, special_tokens=True, **options)[0]
     start = torch.tensor([[tokenizer.bos_token_id, *encode("def")]])
-    assert of_the_token == tokenizer.decode(model.generate(start, **options)[0], skip_special_tokens=True)
+    assert with_special_token == tokenizer.decode(model.generate(start, **options)[0], skip_special_tokens=True)
     assert main([*argv, "--prompt", prompt, "--special_tokens"]) == 0
-    assert capfd.readouterr().out.rstrip("\n") == "<|endoftext|>" + of_the_token.rstrip("\n")
+    assert capfd.readouterr().out.rstrip("\n") == "<|endoftext|>" + with_special_token.rstrip("\n")
 
 
-def test_a_typed_special_token_reaches_the_interactive_prompt_as_text(run_folder, monkeypatch, capfd):
+def test_a_special_token_typed_interactively_is_treated_as_text(run_folder, monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"<|endoftext|>\n")))
     argv = ["generate", str(run_folder / "model"), "--interactive", "--max_new_tokens", "4", "--do_sample", "false"]
     assert main(argv) == 0
@@ -720,7 +722,7 @@ def test_a_typed_special_token_reaches_the_interactive_prompt_as_text(run_folder
     assert minigpt_hf.generate(run_folder / "model", "<|endoftext|>", **options)[0].strip() in capfd.readouterr().out
 
 
-# plot
+# -- plot -------------------------------------------------------------------------------------------------------------
 
 
 def logged(folder: Path, *rows) -> str:
@@ -734,7 +736,7 @@ def logged(folder: Path, *rows) -> str:
 GOOD = [{"step": i, "tokens": 100 * i, "bits_per_byte": 3 / i, "eval_bits_per_byte": 4 / i} for i in (1, 2, 3)]
 
 
-def test_a_log_of_odd_values_is_drawn_without_them_and_says_so(tmp_path, capfd):
+def test_invalid_values_of_a_log_are_skipped_and_counted(tmp_path, capfd):
     odd = [
         {"step": 4, "tokens": 400, "eval_bits_per_byte": float("nan")},
         {"step": 5, "tokens": 500, "bits_per_byte": float("-inf")},
@@ -753,13 +755,13 @@ def test_a_log_of_odd_values_is_drawn_without_them_and_says_so(tmp_path, capfd):
     assert "skipped" not in capfd.readouterr().err
 
 
-def test_an_empty_log_is_drawn(tmp_path):
+def test_an_empty_log_can_be_plotted(tmp_path):
     assert main(["plot", logged(tmp_path / "run"), "--output", str(tmp_path / "a.png")]) == 0
 
 
 @pytest.mark.parametrize("name", ["_hidden", r"$\frac{", "a$b$c", "two\nlines", "\x1b[2J", "x" * 200])
-def test_the_legend_holds_the_name_of_a_run_as_it_is(name, tmp_path):
-    """An SVG with text as text, to read it back."""
+def test_the_legend_contains_the_unmodified_name_of_a_run(name, tmp_path):
+    """In SVG with text stored as text, so that it can be read."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -769,54 +771,54 @@ def test_the_legend_holds_the_name_of_a_run_as_it_is(name, tmp_path):
 
 
 @pytest.mark.parametrize("row", ['{"step": 1', "\x00", "7", "[" * 100_000])
-def test_the_incomplete_lines_of_a_log_are_left_out_and_counted(row, tmp_path, capfd):
+def test_incomplete_lines_of_a_log_are_skipped_and_counted(row, tmp_path, capfd):
     run = logged(tmp_path / "run", row, *GOOD)
     assert main(["plot", run, "--output", str(tmp_path / "a.png")]) == 0
     assert f"{run}: 1 incomplete lines of log.jsonl are skipped" in capfd.readouterr().err
 
 
-def test_a_picture_does_not_replace_what_is_no_file(tmp_path, capfd):
+def test_a_figure_does_not_replace_folders_and_special_files(tmp_path, capfd):
     run = logged(tmp_path / "run", *GOOD)
     (tmp_path / "a.png").mkdir()
     os.mkfifo(tmp_path / "b.png")
     for name in ("a.png", "b.png"):
-        refused(["plot", run, "--output", str(tmp_path / name)], capfd, f"{name}: already exists and is not a file")
+        rejected(["plot", run, "--output", str(tmp_path / name)], capfd, f"{name}: already exists and is not a file")
 
 
-# push
+# -- push -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "user/a\nb", "", "user/a b", "-x/y"])
-def test_a_repository_that_cannot_be_is_refused_before_anything_is_sent(repo_id, run_folder, hub, capfd):
-    refused(["push", str(run_folder / "model"), f"--repo-id={repo_id}"], capfd, "Repo id must")
+def test_an_invalid_repository_id_is_rejected_before_anything_is_sent(repo_id, run_folder, hub, capfd):
+    rejected(["push", str(run_folder / "model"), f"--repo-id={repo_id}"], capfd, "Repo id must")
     assert hub.requests == []
 
 
 PUSHED = {
-    "front matter that is broken": lambda folder: folder.write("README.md", "---\na: [\n---\n# x"),
-    "front matter nested without end": lambda folder: folder.write("README.md", "---\na: " + "[" * 2_000 + "\n---\n"),
-    "a card of bytes": lambda folder: folder.write("README.md", b"---\nlicense: mit\n---\n\xff"),
-    "a list for minigpt.json": lambda folder: folder.write("minigpt.json", "[]"),
-    "a card that acts": lambda folder: folder.append("README.md", "\n<script>alert(1)</script>\n"),
+    "invalid front matter": lambda folder: folder.write("README.md", "---\na: [\n---\n# x"),
+    "deeply nested front matter": lambda folder: folder.write("README.md", "---\na: " + "[" * 2_000 + "\n---\n"),
+    "a card that is not UTF-8": lambda folder: folder.write("README.md", b"---\nlicense: mit\n---\n\xff"),
+    "minigpt.json is a list": lambda folder: folder.write("minigpt.json", "[]"),
+    "active markup in the card": lambda folder: folder.append("README.md", "\n<script>alert(1)</script>\n"),
     "a link": lambda folder: (folder.path / "LICENSE").symlink_to("/etc/passwd"),
     "a pipe": lambda folder: os.mkfifo(folder.path / "pipe"),
-    "a name that cannot be seen": lambda folder: folder.write("a\u202eb.txt", "x"),
+    "a bidirectional control character in a name": lambda folder: folder.write("a\u202eb.txt", "x"),
     "a token": lambda folder: folder.write("LICENSE", "hf_" + "x" * 34),
 }
 
 
 @pytest.mark.parametrize("case", PUSHED)
 def test_a_hostile_folder_is_not_pushed(case, folder, hub, monkeypatch, capfd):
-    """With the doctor's rows about files alone: loading the model, which takes long, is tested above."""
+    """With the doctor's file checks only; loading the model takes longer and is tested above."""
     import minigpt_hf.doctor
 
     monkeypatch.setattr(minigpt_hf.doctor, "examine", minigpt_hf.doctor.examine_files)
     PUSHED[case](folder)
-    refused(["push", str(folder.path), "--repo-id", "user/x"], capfd, "not uploaded|is a link", folder.outside)
+    rejected(["push", str(folder.path), "--repo-id", "user/x"], capfd, "not uploaded|is a link", folder.outside)
     assert hub.requests == []
 
 
-def test_a_folder_that_changes_while_it_is_examined_is_not_pushed(folder, hub, monkeypatch, capfd):
+def test_a_folder_that_changes_while_it_is_checked_is_not_pushed(folder, hub, monkeypatch, capfd):
     import minigpt_hf.doctor
 
     def examine(path):
@@ -829,24 +831,24 @@ def test_a_folder_that_changes_while_it_is_examined_is_not_pushed(folder, hub, m
     assert not any(request.method == "POST" and "commit" in request.path for request in hub.requests)
 
 
-# export
+# -- export -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_goes_neither_into_the_model_nor_over_a_link(folder, capfd):
+def test_an_export_is_written_neither_into_the_model_folder_nor_over_a_link(folder, capfd):
     for out in (folder.path / "twin", folder.path / "figures" / ".." / "twin"):
         argv = ["export", str(folder.path), "--to", "native", "--output_dir", str(out)]
-        refused(argv, capfd, "is inside a model folder", folder.path)
+        rejected(argv, capfd, "is inside a model folder", folder.path)
     (folder.outside / "out").symlink_to(folder.outside / "nowhere")
     argv = ["export", str(folder.path), "--to", "native", "--output_dir", str(folder.outside / "out")]
-    refused(argv, capfd, "already exists", folder.outside)
+    rejected(argv, capfd, "already exists", folder.outside)
 
 
 def test_an_export_copies_nothing_from_outside_the_folder(folder, capfd):
     (folder.path / "LICENSE").symlink_to("/etc/passwd")
-    refused(["export", str(folder.path), "--to", "native"], capfd, "LICENSE is a link", folder.outside)
+    rejected(["export", str(folder.path), "--to", "native"], capfd, "LICENSE is a link", folder.outside)
 
 
-# import
+# -- import -----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(place: Path, **content) -> Path:
@@ -857,45 +859,45 @@ def checkpoint(place: Path, **content) -> Path:
 ARGS = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 3, "bias": False}
 TABLES = {"transformer.wte.weight": torch.zeros(3, 4), "transformer.wpe.weight": torch.zeros(4, 4)}
 IMPORTED = {
-    "code": lambda place: checkpoint(place, model=Bomb(place / "canary"), model_args={}),
+    "code": lambda place: checkpoint(place, model=CreateCanary(place / "canary"), model_args={}),
     "no tensors": lambda place: checkpoint(place, model={"a": 1}, model_args=ARGS),
     "a list of weights": lambda place: checkpoint(place, model=[], model_args=ARGS),
     "a list of sizes": lambda place: checkpoint(place, model=TABLES, model_args=list(ARGS)),
-    "sizes in words": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "n_layer": "x"}),
-    "layers without end": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "n_layer": 10**6}),
-    "a vocabulary without end": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "vocab_size": 10**7}),
+    "a size that is a word": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "n_layer": "x"}),
+    "a million layers": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "n_layer": 10**6}),
+    "ten million tokens": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "vocab_size": 10**7}),
     "no heads": lambda place: checkpoint(place, model=TABLES, model_args={**ARGS, "n_head": 0}),
-    "half a model": lambda place: checkpoint(place, model=TABLES, model_args=ARGS),
+    "an incomplete model": lambda place: checkpoint(place, model=TABLES, model_args=ARGS),
 }
 
 
 @pytest.mark.parametrize("case", IMPORTED)
-def test_a_hostile_checkpoint_is_refused_in_one_line(case, tmp_path, capfd):
+def test_a_hostile_checkpoint_is_rejected_in_one_line(case, tmp_path, capfd):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1, "c": 2}}))
     file = IMPORTED[case](tmp_path)
     argv = ["import", str(file), "--meta", str(tmp_path / "meta.pkl"), "--output_dir", str(tmp_path / "new")]
-    refused(argv, capfd, "ckpt.pt: |the weights are not", tmp_path)
+    rejected(argv, capfd, "ckpt.pt: |the weights are not", tmp_path)
     assert not (tmp_path / "canary").exists()
 
 
 METAS = {
-    "code": lambda place: pickle.dumps({"stoi": Bomb(place / "canary")}),
+    "code": lambda place: pickle.dumps({"stoi": CreateCanary(place / "canary")}),
     "a class": lambda place: pickle.dumps({"stoi": Path}),
-    "nothing": lambda place: b"",
-    "half": lambda place: pickle.dumps({"stoi": {"a": 0}})[:-3],
-    "a claim of many bytes": lambda place: b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b".",
-    "an index that is not there": lambda place: b"\x80\x04h\x07.",
+    "an empty file": lambda place: b"",
+    "a truncated pickle": lambda place: pickle.dumps({"stoi": {"a": 0}})[:-3],
+    "a length beyond the file": lambda place: b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b".",
+    "a missing memo index": lambda place: b"\x80\x04h\x07.",
     "a stack underflow": lambda place: b"\x80\x04us.",
     "no characters": lambda place: pickle.dumps({"stoi": {7: 0, "b": 1}}),
-    "ids of words": lambda place: pickle.dumps({"stoi": {"a": "x", "b": 1}}),
+    "ids that are words": lambda place: pickle.dumps({"stoi": {"a": "x", "b": 1}}),
     "a surrogate": lambda place: pickle.dumps({"stoi": {"\ud800": 0, "b": 1}}),
 }
 
 
 @pytest.mark.parametrize("case", METAS)
-def test_a_hostile_vocabulary_is_refused_in_one_line(case, tmp_path, capfd):
+def test_a_hostile_vocabulary_is_rejected_in_one_line(case, tmp_path, capfd):
     file = checkpoint(tmp_path, model=TABLES, model_args=ARGS)
     (tmp_path / "meta.pkl").write_bytes(METAS[case](tmp_path))
     argv = ["import", str(file), "--meta", str(tmp_path / "meta.pkl"), "--output_dir", str(tmp_path / "new")]
-    refused(argv, capfd, "meta.pkl: ", tmp_path)
+    rejected(argv, capfd, "meta.pkl: ", tmp_path)
     assert not (tmp_path / "canary").exists()

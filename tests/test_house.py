@@ -52,7 +52,7 @@ MAY_IMPORT = {
 
 
 def imports_of(file: Path) -> set[str]:
-    """Dotted names, relative to the package, of what a file imports from it."""
+    """Modules of the package that a file imports, as dotted names relative to the package."""
     package = file.relative_to(PACKAGE).parent.parts
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -73,19 +73,19 @@ def package_of(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_go_one_way(file):
+def test_imports_are_allowed_by_the_table(file):
     package = package_of(file)
     foreign = {name for name in imports_of(file) if name.split(".")[0] != package}
     allowed = MAY_IMPORT[package]
-    beyond = {name for name in foreign - {"errors"} if name not in allowed and name.split(".")[0] not in allowed}
-    assert beyond == set()
+    disallowed = {name for name in foreign - {"errors"} if name not in allowed and name.split(".")[0] not in allowed}
+    assert disallowed == set()
 
 
 def test_every_package_is_in_the_table():
     assert {package_of(file) for file in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
 
 
-def test_the_model_files_need_nothing_but_torch_and_transformers():
+def test_the_model_files_import_only_torch_transformers_and_huggingface_hub():
     for file in (PACKAGE / "model").glob("*_minigpt.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         tried = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
@@ -120,8 +120,8 @@ def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp
     subprocess.run(build, check=True, timeout=120)
     (wheel,) = tmp_path.glob("minigpt_hf-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"py.typed", "publish/model_card.md", "training/recipes/demo.yaml", "model/modeling_minigpt.py"}
-    assert {"minigpt_cli.py", *(f"minigpt_hf/{name}" for name in wanted)} <= names
+    expected = {"py.typed", "publish/model_card.md", "training/recipes/demo.yaml", "model/modeling_minigpt.py"}
+    assert {"minigpt_cli.py", *(f"minigpt_hf/{name}" for name in expected)} <= names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)

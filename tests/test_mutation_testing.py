@@ -1,4 +1,4 @@
-"""`make mutants` finds a behavior that no test notices, and leaves the working tree as it is."""
+"""scripts/mutants.py reports mutants that no test detects, and does not change the working tree."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytest.importorskip("mutmut", reason="comes with the extra `mutants`")
+pytest.importorskip("mutmut", reason="requires the extra `mutants`")
 sys.path.insert(0, str(ROOT / "scripts"))
 import mutants
 
@@ -20,7 +20,7 @@ LIMIT = 3
 
 
 def is_short(text: str | None) -> bool:
-    print("looking at", text, 1 + 1)
+    print("checking", text, 1 + 1)
     if text is None:
         raise ValueError(f"no text, {1 + 1}")
     return len(text) < LIMIT
@@ -38,7 +38,7 @@ from minigpt_hf.data.short import is_short
 def test_the_limit():
     assert is_short("ab") and not is_short("abc")
 
-def test_none_is_refused_in_a_subprocess():
+def test_none_is_rejected_in_a_subprocess():
     code = "from minigpt_hf.data.short import is_short; is_short(None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ValueError" in done.stderr
@@ -76,11 +76,11 @@ def test_strings_annotations_and_reports_are_not_mutated(project):
     ]
 
 
-def test_survivors_are_listed_with_their_diff_and_the_sources_stay_as_they_are(project, capsys):
+def test_survivors_are_listed_with_their_diff_and_the_sources_are_unchanged(project, capsys):
     before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
     report = project.parent / f"{project.name}.jsonl"
     argv = ["--sample", "0", "--jobs", "1", "--tests", "tests", "--report", str(report)]
-    assert mutants.main(argv) == 1  # 2 of 8 are more than a tenth
+    assert mutants.main(argv) == 1  # 2 of 8 mutants survive, more than 10 %
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
     survivors = [row for row in map(json.loads, report.read_text().splitlines()) if row["outcome"] == "SURVIVED"]
     assert [(row["file"], row["line"]) for row in survivors] == [("minigpt_hf/data/short.py", 14)] * 2

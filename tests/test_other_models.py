@@ -1,4 +1,4 @@
-"""generate and evaluate accept causal language models of other architectures, and nothing that would give a wrong figure."""
+"""generate and evaluate accept causal language models of other architectures, and reject models that give wrong results."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def save(model, folder):
 
 @pytest.fixture(scope="module")
 def bloom(tmp_path_factory):
-    """ALiBi: a model without a longest context."""
+    """A model with ALiBi, which has no maximum context length."""
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=258, hidden_size=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     return save(BloomForCausalLM(config), tmp_path_factory.mktemp("bloom"))
@@ -39,7 +39,7 @@ def rewrite(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def refused(argv, capfd) -> str:
+def rejected(argv, capfd) -> str:
     capfd.readouterr()
     assert main([str(word) for word in argv]) == 2
     out, err = capfd.readouterr()
@@ -48,41 +48,41 @@ def refused(argv, capfd) -> str:
     return line
 
 
-def test_a_model_without_a_longest_context_generates_and_is_scored(bloom, text_file, capfd):
+def test_a_model_without_a_maximum_context_generates_and_is_evaluated(bloom, text_file, capfd):
     assert main(["generate", bloom, "--prompt", "def ", "--max_new_tokens", "4", "--do_sample", "false"]) == 0
     assert capfd.readouterr().out.startswith("def ")
     score = minigpt_hf.evaluate(bloom, str(text_file), block_size=32, max_characters=500)
     assert 4 < score.loss < 8  # near ln 258 = 5.55
 
 
-def test_a_bidirectional_model_is_refused(tmp_path, text_file, capfd):
+def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):
     config = BertConfig(
         vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     folder = save(BertForMaskedLM(config), tmp_path / "bert")
     for argv in (["generate", folder, "--prompt", "a"], ["evaluate", folder, "--data", text_file]):
-        assert "not a causal language model" in refused(argv, capfd)
+        assert "not a causal language model" in rejected(argv, capfd)
 
 
-def test_weights_that_are_not_finite_are_refused_by_generate(copy, capfd):
+def test_non_finite_weights_are_rejected_by_generate(copy, capfd):
     rewrite(copy, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert "its weights are not finite (model.norm.weight)" in refused(["generate", copy, "--prompt", "a"], capfd)
+    assert "its weights are not finite (model.norm.weight)" in rejected(["generate", copy, "--prompt", "a"], capfd)
 
 
-def test_weights_of_an_integer_type_are_refused(copy, text_file, capfd):
+def test_weights_of_an_integer_type_are_rejected(copy, text_file, capfd):
     def to_int8(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
 
     rewrite(copy, to_int8)
     for argv in (["generate", copy, "--prompt", "a"], ["evaluate", copy, "--data", text_file]):
-        assert "model.norm.weight is of the type I8" in refused(argv, capfd)
+        assert "model.norm.weight is of the type I8" in rejected(argv, capfd)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_labels", 10**9), ("rms_norm_eps", float("nan"))])
-def test_a_configuration_that_hangs_or_is_not_finite_is_refused(key, value, copy, capfd):
+def test_a_configuration_that_would_hang_or_is_not_finite_is_rejected(key, value, copy, capfd):
     config = json.loads((copy / "config.json").read_text()) | {key: value}
     (copy / "config.json").write_text(json.dumps(config))
-    assert f"`{key}` is" in refused(["generate", copy, "--prompt", "a"], capfd)
+    assert f"`{key}` is" in rejected(["generate", copy, "--prompt", "a"], capfd)
 
 
 def test_tensors_that_the_model_does_not_have_are_reported(copy, capfd):
@@ -91,7 +91,7 @@ def test_tensors_that_the_model_does_not_have_are_reported(copy, capfd):
     assert "1 unexpected tensors are ignored (extra, …)" in capfd.readouterr().err
 
 
-def test_stop_strings_are_text_and_a_model_may_have_its_own(copy, capfd):
+def test_stop_strings_may_be_given_as_an_option_or_by_the_generation_config(copy, capfd):
     command = ["generate", str(copy), "--prompt", "def ", "--max_new_tokens", "60", "--seed", "1"]
     assert main(command) == 0
     text = capfd.readouterr().out.removeprefix("def ")
@@ -100,7 +100,7 @@ def test_stop_strings_are_text_and_a_model_may_have_its_own(copy, capfd):
     stopped = capfd.readouterr().out
     assert stop in stopped.removeprefix("def ")
     assert len(stopped) < len(text)
-    assert main([*command, "--stop_strings", "123"]) == 0  # a word, not a number
+    assert main([*command, "--stop_strings", "123"]) == 0  # text, not a number
     capfd.readouterr()
     settings = json.loads((copy / "generation_config.json").read_text()) | {"stop_strings": [stop]}
     (copy / "generation_config.json").write_text(json.dumps(settings))
@@ -108,10 +108,10 @@ def test_stop_strings_are_text_and_a_model_may_have_its_own(copy, capfd):
     assert capfd.readouterr().out == stopped
 
 
-def test_misspelled_and_unavailable_options_are_refused(run_folder, capfd):
+def test_misspelled_and_unavailable_options_are_rejected(run_folder, capfd):
     folder = run_folder / "model"
-    assert "do_sample is 'nope': true or false" in refused(["generate", folder, "--do_sample", "nope"], capfd)
-    assert "return_dict_in_generate" in refused(["generate", folder, "--return_dict_in_generate", "true"], capfd)
+    assert "do_sample is 'nope': true or false" in rejected(["generate", folder, "--do_sample", "nope"], capfd)
+    assert "return_dict_in_generate" in rejected(["generate", folder, "--return_dict_in_generate", "true"], capfd)
     assert main(["generate", str(folder), "--prompt", "def ", "--temperature", "0.0", "--do_sample", "true"]) == 2
     out, err = capfd.readouterr()
     assert out == ""  # the prompt is printed with the first generated token

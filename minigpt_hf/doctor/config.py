@@ -63,12 +63,10 @@ def faults(config: dict[str, Any]) -> Iterator[str]:
     if wrong := next(size_faults(config), None):
         yield wrong
         return  # the checks below need valid sizes
-    yield from (f"no `{name}`" for name in ALWAYS if size(config, name) is None)
-    heads, groups, width = (
-        size(config, "num_attention_heads"),
-        size(config, "num_key_value_heads"),
-        config.get("head_dim"),
-    )
+    if missing := [name for name in ALWAYS if size(config, name) is None]:
+        yield from (f"no `{name}`" for name in missing)
+        return
+    heads, groups, width = (size(config, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads and groups and heads % groups:
         yield f"{heads} heads are not a multiple of {groups} key and value heads"
     if heads and width is None and size(config, "hidden_size") % heads:

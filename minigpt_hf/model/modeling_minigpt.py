@@ -3,8 +3,8 @@
 A language model predicts the next token. An embedding turns each token id into a vector of H numbers, and a stack of L
 decoder layers refines these vectors. Each layer has two sublayers: *self-attention* moves information between positions, from
 earlier tokens to later ones, and the *feed-forward network* transforms the vector of every position separately. Both add
-their output to their input, so the vectors flow through the whole stack along one path, the *residual stream*. A final linear
-layer, the language modeling head, maps each vector to V logits.
+their output to their input, so the vectors flow through the entire stack along one path, the *residual stream*. A final
+linear layer, the language modeling head, maps each vector to V logits.
 
 The computation and the parameter names are those of Qwen3 in transformers, so the same weights run wherever Qwen3 runs.
 Dropout is the only addition, and it is inactive in `eval()`. This file is copied into every model folder; it imports nothing
@@ -78,18 +78,17 @@ class MiniGPTRotaryEmbedding(nn.Module):
     def __init__(self, config: MiniGPTConfig):
         super().__init__()
         self.config = config
-        # For `dynamic` scaling: the sequence length that `inv_freq` is currently computed for, and the one it starts from.
+        # `dynamic` scaling updates `inv_freq` when a sequence exceeds `max_seq_len_cached`, the length that `inv_freq` is
+        # currently computed for, and restores the original frequencies below `original_max_seq_len`, the trained length.
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         rope_init = self.compute_default_rope_parameters
-        if (
-            self.rope_type != "default"
-        ):  # linear, dynamic, yarn, llama3, …: extend the context through the configuration
+        if self.rope_type != "default":  # linear, dynamic, yarn, llama3, …: scaled types that extend the context
             rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init(config)  # [D/2]
-        # `original_inv_freq` is what `dynamic` scaling returns to when a sequence is short again. Neither buffer is saved:
-        # both follow from the configuration, and `PreTrainedModel._init_weights` recomputes them when a model is loaded.
+        # `original_inv_freq` holds the frequencies that `dynamic` scaling restores for short sequences. Neither buffer is
+        # saved: both follow from the configuration, and `PreTrainedModel._init_weights` recomputes them on loading.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -186,7 +185,7 @@ class MiniGPTAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        self.is_causal = True  # read by the sdpa and flash attention implementations
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
@@ -300,11 +299,11 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     | `embed_tokens` (and a tied head)  | N(0, r²)         | small logits: the first prediction is near uniform |
     | … its row of `pad_token_id`       | 0                | padding carries no information                     |
     | `q_proj` `k_proj` `v_proj`        | N(0, r²)         | the norms around them set the scale                |
-    | `gate_proj` `up_proj`             | N(0, r²)         | likewise                                           |
+    | `gate_proj` `up_proj`             | N(0, r²)         | the norm before them sets the scale                |
     | `o_proj` `down_proj`              | N(0, r² / 2L)    | 2L sublayers add up to the variance of one (GPT-2) |
-    | `lm_head`, if not tied            | N(0, r²)         | as the embeddings                                  |
+    | `lm_head`, if not tied            | N(0, r²)         | as for the embeddings                              |
     | all norm weights                  | 1                | plain normalization                                |
-    | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | as is usual for a new classification head          |
+    | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | the default of transformers                        |
     """
 
     config: MiniGPTConfig
@@ -321,8 +320,9 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)  # N(0, r²) for matrices and embeddings, 0 for the padding row, 1 for norms
-        # The attribute is set on the `nn.Linear` itself: for classes outside the library, transformers calls this method
-        # only for modules that own parameters, so it never sees the attention or MLP module that contains the projection.
+        # `residual_projection` marks `o_proj` and `down_proj`. The attribute is set on the `nn.Linear` itself, because for
+        # classes outside the library transformers calls this method only for modules that own parameters, hence not for
+        # the attention or MLP module that contains the projection.
         if module.__dict__.get("residual_projection"):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
@@ -463,8 +463,8 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # [B, T, V]
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])  # [B, T, V]
 
         loss = None
         if labels is not None:
@@ -504,7 +504,7 @@ class MiniGPTForTokenClassification(GenericForTokenClassification, MiniGPTPreTra
 
 
 class MiniGPTForQuestionAnswering(GenericForQuestionAnswering, MiniGPTPreTrainedModel):
-    """Start and end of the answer in a text."""
+    """Start and end position of the answer in a text."""
 
     def __init__(self, config: MiniGPTConfig):
         MiniGPTPreTrainedModel.__init__(self, config)

@@ -27,7 +27,7 @@ class Change:
         flags: Additional flags of `minigpt train`.
         batch_factor: Multiplies the batch size and divides the number of steps; the number of tokens is unchanged.
         initialize: Modifies the initialized weights in place.
-        dataset_class: The dataset that splits the token stream into blocks.
+        dataset_class: The dataset that splits the token stream into sequences.
     """
 
     flags: tuple[str, ...] = ()
@@ -36,8 +36,8 @@ class Change:
     dataset_class: type[SequenceDataset] = SequenceDataset
 
 
-class FixedOffsetBlocks(SequenceDataset):
-    """Blocks that are the same in every epoch, in a different order: the usual practice."""
+class FixedOffsetSequences(SequenceDataset):
+    """Sequences that are the same in every epoch, in a different order, as is common practice."""
 
     def epoch_offset(self, epoch: int) -> int:
         return 0
@@ -67,7 +67,7 @@ def _flags(line: str) -> Change:
     return Change(tuple(line.split()))
 
 
-# Some of these equal the settings of some recipe: exclude them with --only.
+# Some of these equal settings of a recipe: exclude them with --only.
 CHANGES = {
     "unchanged": Change(),
     "AdamW for all parameters, lr 2e-3": _flags("--no_muon --learning_rate 2e-3"),
@@ -91,7 +91,7 @@ CHANGES = {
     "residual projections zero": Change(initialize=_zero_residual_projections),
     "residual projections unscaled": Change(initialize=_unscaled_residual_projections),
     "initializer range 0.04": _flags("--initializer_range 0.04"),
-    "same block offset in every epoch": Change(dataset_class=FixedOffsetBlocks),
+    "same offset in every epoch": Change(dataset_class=FixedOffsetSequences),
     "half the batch size, twice the steps": Change(batch_factor=0.5),
     "twice the batch size, half the steps": Change(batch_factor=2),
     "2 attention heads": _flags("--num_attention_heads 2"),

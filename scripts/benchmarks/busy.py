@@ -139,7 +139,7 @@ def work(recipe: str, steps: int) -> None:
     tokens = steps * training.train_batch_size * data.block_size
     for _ in sys.stdin:
         start = time.perf_counter()
-        bare_loop.train_model(trial.model, trial.blocks, training)
+        bare_loop.train_model(trial.model, trial.dataset, training)
         print(tokens / (time.perf_counter() - start), flush=True)
 
 

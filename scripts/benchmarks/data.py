@@ -1,7 +1,7 @@
 """Tokenization throughput, from text files to a training set on disk, compared with transformers' `run_clm.py`.
 
 minigpt-hf reads documents and writes one token stream. `run_clm.py` reads lines, tokenizes them with `datasets.map` and
-concatenates them into blocks with a second `map` (`group_texts`). Both use the same tokenizer, files and number of
+concatenates them into sequences with a second `map` (`group_texts`). Both use the same tokenizer, files and number of
 processes, alternate for several rounds and start with empty caches. Times exclude the start of Python and imports.
 Memory is the peak of the largest process, also measured for four times the text.
 """
@@ -113,9 +113,11 @@ def run_clm_pipeline(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -
     def group(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = {name: list(chain(*lists)) for name, lists in rows.items()}
         total = len(joined["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
-        blocks = {name: [ids[i : i + BLOCK_SIZE] for i in range(0, total, BLOCK_SIZE)] for name, ids in joined.items()}
-        blocks["labels"] = blocks["input_ids"].copy()
-        return blocks
+        sequences = {
+            name: [ids[i : i + BLOCK_SIZE] for i in range(0, total, BLOCK_SIZE)] for name, ids in joined.items()
+        }
+        sequences["labels"] = sequences["input_ids"].copy()
+        return sequences
 
     files = [str(file) for file in sorted(folder.iterdir())]
     lines = load_dataset("text", data_files=files, split="train", keep_linebreaks=True)

@@ -188,7 +188,7 @@ def nanogpt_sampler(args: argparse.Namespace, batch: int, config) -> tuple[Calla
     sys.path.insert(0, str(args.nanogpt))
     from model import GPT, GPTConfig
 
-    # nanoGPT prints its number of parameters: keep it out of the results on standard output.
+    # nanoGPT prints its number of parameters: redirect it, because standard output contains the results.
     stdout, sys.stdout = sys.stdout, sys.stderr
     gpt = GPT(
         GPTConfig(

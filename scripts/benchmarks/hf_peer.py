@@ -1,4 +1,4 @@
-"""Train GPT-2 or Llama from scratch as transformers' `run_clm.py` does: fixed blocks, AdamW, the stock Trainer.
+"""Train GPT-2 or Llama from scratch as transformers' `run_clm.py` does: fixed sequences, AdamW, the stock Trainer.
 
     python scripts/benchmarks/hf_peer.py gpt2 tuned --data tinyshakespeare.txt --output_dir runs/gpt2
 
@@ -81,7 +81,7 @@ def main() -> None:
     tokenizer = character_tokenizer(text for split in (corpus.train, corpus.validation) for text in split)
     texts = Dataset.from_dict({"text": list(corpus.train)})
     tokens = texts.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns=["text"])
-    blocks = tokens.map(group_texts, batched=True)
+    sequences = tokens.map(group_texts, batched=True)
     model = make_model(args.architecture, args.settings, len(tokenizer))
     training = {"max_steps": args.max_steps, "per_device_train_batch_size": BATCH, "seed": args.seed, "use_cpu": True}
     training |= {"save_strategy": "no", "logging_steps": 100, "output_dir": args.output_dir}
@@ -89,7 +89,7 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**training),
-        train_dataset=blocks,
+        train_dataset=sequences,
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
@@ -100,13 +100,13 @@ def main() -> None:
 
 
 def group_texts(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-    """Concatenate all texts and split them into blocks; the labels equal the inputs and are shifted in the model."""
+    """Concatenate all texts and split them into sequences; the labels equal the inputs and are shifted in the model."""
     concatenated = {name: list(chain.from_iterable(lists)) for name, lists in rows.items()}
     total = len(concatenated["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
-    blocks = {
+    sequences = {
         name: [values[i : i + BLOCK_SIZE] for i in range(0, total, BLOCK_SIZE)] for name, values in concatenated.items()
     }
-    return {**blocks, "labels": [list(block) for block in blocks["input_ids"]]}
+    return {**sequences, "labels": [list(sequence) for sequence in sequences["input_ids"]]}
 
 
 if __name__ == "__main__":

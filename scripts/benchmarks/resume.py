@@ -54,10 +54,10 @@ def resume_at(step: int, folder: Path) -> None:
     from minigpt_hf.data.stream import TokenStream
 
     if step:
-        blocks = SequenceDataset(TokenStream.open(folder), BLOCK_SIZE, seed=0)
-        sampler = SequenceSampler(len(blocks), seed=0)
+        dataset = SequenceDataset(TokenStream.open(folder), BLOCK_SIZE, seed=0)
+        sampler = SequenceSampler(len(dataset), seed=0)
         sampler.num_skipped = step * BATCH
-        loader = Accelerator(cpu=True).prepare(DataLoader(blocks, BATCH, sampler=sampler, collate_fn=blocks.collate))
+        loader = Accelerator(cpu=True).prepare(DataLoader(dataset, BATCH, sampler=sampler, collate_fn=dataset.collate))
         assert next(iter(skip_first_batches(loader, step)))["input_ids"].shape == (BATCH, BLOCK_SIZE)
 
 

@@ -27,13 +27,13 @@ class Trial:
 
     arguments: Settings
     model: MiniGPTForCausalLM
-    blocks: SequenceDataset
+    dataset: SequenceDataset
     validation: TokenStream
 
     def run(self) -> float:
         """Train and return the validation loss, in nats per token."""
         data, _, training = self.arguments
-        bare_loop.train_model(self.model, self.blocks, training)
+        bare_loop.train_model(self.model, self.dataset, training)
         bos_token_id = self.validation.bos_token_id
         documents = self.validation.iterate_documents()
         nats, tokens, _ = score_documents(self.model, documents, bos_token_id, data.block_size, batch_size=32)
@@ -53,7 +53,7 @@ def prepare(
         recipe: Name or path of a recipe.
         flags: Flags of `minigpt train` that override it.
         initialize: Modifies the initialized weights in place.
-        dataset_class: The dataset that splits the token stream into blocks.
+        dataset_class: The dataset that splits the token stream into sequences.
     """
     arguments = data, architecture, training = parse_arguments([*QUIET, *flags], recipe)
     set_seed(training.seed)

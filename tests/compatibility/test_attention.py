@@ -50,8 +50,8 @@ def test_logits_equal_those_of_eager_attention(implementation, window):
 def test_sdpa_gradients_equal_those_of_eager_attention(window):
     """Flex attention does not support the backward pass on a CPU."""
     batch, gradients = padded(random_ids(2, 24), 5), []
-    # The first token after the padding is no label: its input is a padding position, which attends to nothing and whose
-    # output differs between implementations.
+    # The first token after the padding is not a label: its input is a padding position, which attends to nothing and
+    # whose output differs between implementations.
     labels = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
     for implementation in ("eager", "sdpa"):
         model = model_with(implementation, window)

@@ -221,8 +221,8 @@ def test_generation_outputs_equal_those_of_one_forward_pass(window):
     torch.testing.assert_close(logits, complete.logits[:, 5:], atol=1e-5, rtol=0)
     # The repetition penalty divides positive and multiplies negative logits of tokens in the context.
     in_context = nn.functional.one_hot(output.sequences[:, :-1], 99).cumsum(1)[:, 5:] > 0
-    penalised = torch.where(logits > 0, logits / 1.3, logits * 1.3)
-    torch.testing.assert_close(torch.stack(output.scores, dim=1), torch.where(in_context, penalised, logits))
+    penalized = torch.where(logits > 0, logits / 1.3, logits * 1.3)
+    torch.testing.assert_close(torch.stack(output.scores, dim=1), torch.where(in_context, penalized, logits))
     for step, layer in itertools.product(range(1, logits.shape[1]), range(2)):
         weights = output.attentions[step][layer][:, :, 0]  # the keys in the cache
         expected = complete.attentions[layer][:, :, 5 + step, : 6 + step][..., -weights.shape[-1] :]

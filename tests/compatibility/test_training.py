@@ -28,7 +28,7 @@ def mixed() -> MiniGPTForCausalLM:
     torch._dynamo.reset()
 
 
-# -- memory and speed --------------------------------------------------------------------------------------------------
+# -- checkpointing, compilation and autocast ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -95,7 +95,7 @@ def test_position_ids_restart_at_any_position_of_a_sequence(position):
     assert ("position_ids" in batch) == (position > 0)
 
 
-def test_the_order_looks_random():
+def test_the_order_resembles_a_random_permutation():
     """Consecutive positions are mapped far apart: the mean distance of two random positions of n is n / 3."""
     size, keys = 10_000, permutation_keys(0, 0)
     order = np.array([permute(i, size, keys) for i in range(size)])

@@ -33,7 +33,7 @@ ODD_NAMES = ["a[1]", "x*y", "what?", "a::b", "[!a]", "{a,b}", "a:0.5,b:0.5", "50
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 @pytest.mark.parametrize("extension", [".txt", ".jsonl", ".csv", ".parquet", ".arrow", ".jsonl.gz"])
-def test_a_name_that_exists_is_taken_literally(name, extension, tmp_path, monkeypatch):
+def test_a_name_that_exists_is_interpreted_literally(name, extension, tmp_path, monkeypatch):
     """Next to a file that the name would match as a pattern."""
     monkeypatch.chdir(tmp_path)
     for stem, content in ((name, "requested"), ("a1", "other"), ("x-y", "other"), ("what!", "other"), ("b", "other")):
@@ -50,7 +50,7 @@ def test_a_name_that_exists_is_taken_literally(name, extension, tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["sub[1]", "a*", "a::b"])
 @pytest.mark.parametrize("extension", [".txt", ".jsonl"])
-def test_a_folder_and_the_files_in_it_are_taken_literally(name, extension, tmp_path):
+def test_names_of_a_folder_and_its_files_are_interpreted_literally(name, extension, tmp_path):
     folder = tmp_path / name
     rows = {"plain": "one", "x[y]": "two", "z*": "three"}
     files = {f"{stem}{extension}": t if extension == ".txt" else json.dumps({"text": t}) for stem, t in rows.items()}

@@ -61,9 +61,9 @@ class Watch:
 
     def __init__(self):
         self.opened: list[str] | None = None
-        sys.addaudithook(self._see)
+        sys.addaudithook(self._record)
 
-    def _see(self, event: str, args: tuple) -> None:
+    def _record(self, event: str, args: tuple) -> None:
         if event == "open" and self.opened is not None:
             self.opened.append(str(args[0]))
 

@@ -10,76 +10,76 @@ from tests.conftest import tiny_model
 from tests.doctor.conftest import Broken
 
 
-def healthy():
+def valid_model():
     model = tiny_model()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, 1
     return model
 
 
-def look(check, model) -> tuple[str, str]:
+def result_of(check, model) -> tuple[str, str]:
     row = check(types.SimpleNamespace(model=model))
     return row.state, row.reason
 
 
 @pytest.mark.parametrize("check", behaviour.CHECKS, ids=lambda check: check.row_name)
-def test_a_model_in_order_passes(check):
-    assert look(check, healthy())[0] == "pass"
+def test_a_valid_model_passes(check):
+    assert result_of(check, valid_model())[0] == "pass"
 
 
-def spoil_forward(model, change) -> None:
+def modify_forward(model, change) -> None:
     """Apply `change` to the keyword arguments of every forward pass."""
-    right = model.forward
+    original = model.forward
 
     def forward(*args, **kwargs):
-        return right(*args, **change(kwargs))
+        return original(*args, **change(kwargs))
 
     model.forward = forward
 
 
-def test_a_cache_without_positions_is_found():
-    def forget_positions(kwargs):
+def test_cached_decoding_with_wrong_positions_is_detected():
+    def restart_positions(kwargs):
         length = kwargs["input_ids"].shape[1]
         return {**kwargs, "position_ids": torch.arange(length)[None]}
 
-    model = healthy()
-    spoil_forward(model, forget_positions)
-    state, reason = look(behaviour.cached_equals_uncached, model)
+    model = valid_model()
+    modify_forward(model, restart_positions)
+    state, reason = result_of(behaviour.cached_equals_uncached, model)
     assert state == "fail"
     assert "apart" in reason
 
 
-def test_a_model_that_sees_padding_is_found():
-    model = healthy()
-    right = model.model.forward
-    model.model.forward = lambda *args, **kwargs: right(*args, **{**kwargs, "attention_mask": None})
-    state, reason = look(behaviour.left_padded_equals_single, model)
+def test_a_model_that_attends_to_padding_is_detected():
+    model = valid_model()
+    original = model.model.forward
+    model.model.forward = lambda *args, **kwargs: original(*args, **{**kwargs, "attention_mask": None})
+    state, reason = result_of(behaviour.left_padded_equals_single, model)
     assert state == "fail"
     assert "logits of new token 1" in reason
 
 
-def test_an_end_that_is_forbidden_is_found():
-    model = healthy()
+def test_a_suppressed_or_missing_eos_token_is_detected():
+    model = valid_model()
     model.generation_config.suppress_tokens = [0]
-    assert look(behaviour.stops, model) == (
+    assert result_of(behaviour.stops, model) == (
         "fail",
         "`generate` continues after token 0 with the settings of the folder",
     )
     model.generation_config.suppress_tokens = None
     model.generation_config.eos_token_id = None
-    assert look(behaviour.stops, model)[0] == "fail"
+    assert result_of(behaviour.stops, model)[0] == "fail"
 
 
-def test_beams_that_do_not_run_are_found():
-    model = healthy()
-    right = model.forward
+def test_a_model_that_fails_with_several_beams_is_detected():
+    model = valid_model()
+    original = model.forward
 
     def forward(*args, **kwargs):
         if kwargs["input_ids"].shape[0] > 1:
-            raise NotImplementedError("one text at a time")
-        return right(*args, **kwargs)
+            raise NotImplementedError("batch size 1 only")
+        return original(*args, **kwargs)
 
     model.forward = forward
-    assert look(behaviour.beams, model) == ("fail", "the model fails: NotImplementedError: one text at a time")
+    assert result_of(behaviour.beams, model) == ("fail", "the model fails: NotImplementedError: batch size 1 only")
 
 
 # -- loading, in this process -----------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def subject(broken) -> loading.LoadedFolder:
     return loading.LoadedFolder(broken.path)
 
 
-def test_a_buffer_that_loading_forgets_is_found(subject):
+def test_a_buffer_that_is_not_initialized_when_loading_is_detected(subject):
     assert loading.natively(subject).state == loading.with_the_package(subject).state == "pass"
     assert loading.meta_equals_plain(subject).state == "pass"
     subject.own.model.rotary_emb.inv_freq.mul_(2)  # like uninitialized memory
@@ -98,7 +98,7 @@ def test_a_buffer_that_loading_forgets_is_found(subject):
     assert (row.state, row.reason) == ("fail", "different: model.rotary_emb.inv_freq")
 
 
-def test_a_model_that_differs_from_its_twin_is_found(broken):
+def test_a_model_that_differs_from_its_twin_is_detected(broken):
     broken.json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     subject = loading.LoadedFolder(broken.path)
     subject.config = {**subject.config, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -108,21 +108,21 @@ def test_a_model_that_differs_from_its_twin_is_found(broken):
     assert "from the native model's" in row.reason
 
 
-def test_weights_that_a_model_does_not_ask_for_are_found(broken):
-    broken.tensors(lambda kept: kept.update({"model.extra.weight": torch.zeros(3)}))
+def test_unexpected_weights_are_detected(broken):
+    broken.tensors(lambda tensors: tensors.update({"model.extra.weight": torch.zeros(3)}))
     row = loading.natively(loading.LoadedFolder(broken.path))
     assert (row.state, row.reason) == ("fail", "loading failed: ValueError: unexpected: model.extra.weight")
 
 
-def test_a_configuration_that_would_fill_the_memory_is_not_built(broken):
+def test_a_model_larger_than_the_memory_is_not_created(broken):
     broken.json("config.json", intermediate_size=9_000_000, hidden_size=900_000)
     row = loading.natively(loading.LoadedFolder(broken.path))
     assert row.state == "fail"
     assert "config.json defines 48," in row.reason
 
 
-def test_a_tokenizer_that_loads_as_another_is_found(broken: Broken):
-    broken.json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # which has another pre-tokenizer
+def test_a_tokenizer_that_loads_as_another_class_is_detected(broken: Broken):
+    broken.json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # has another pre-tokenizer
     row = loading.tokenizer_loads(loading.LoadedFolder(broken.path))
     assert row.state == "fail"
     assert "differently from tokenizer.json" in row.reason

@@ -13,7 +13,7 @@ from tests.doctor.test_attacks import Touch, touching
 GIB = 1 << 30
 
 
-def test_code_that_is_not_trusted_never_runs_and_pickles_stay_closed(broken):
+def test_untrusted_code_is_not_executed_and_pickles_are_not_loaded(broken):
     for name in ("modeling_minigpt.py", "configuration_minigpt.py"):
         broken.append(name, "\n" + touching(broken.canary))
     broken.write("custom_generate/generate.py", touching(broken.canary))
@@ -27,7 +27,7 @@ def test_code_that_is_not_trusted_never_runs_and_pickles_stay_closed(broken):
     assert not broken.canary.exists()
 
 
-CURIOUS = """
+RECORD_ENVIRONMENT = """
 import os, pathlib, sys
 pathlib.Path({canary!r}).write_text(repr(dict(
     stdin=sys.stdin.read(), cwd=os.listdir(), secrets=[name for name, value in os.environ.items() if "secret" in value],
@@ -36,10 +36,10 @@ pathlib.Path({canary!r}).write_text(repr(dict(
 """
 
 
-def test_code_that_is_trusted_runs_alone_and_a_cache_that_it_breaks_is_found(broken, monkeypatch, capfd):
+def test_trusted_code_runs_isolated_and_a_faulty_cache_of_it_is_detected(broken, monkeypatch, capfd):
     """Both in one process, because starting one takes seconds."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    broken.append("modeling_minigpt.py", CURIOUS.format(canary=str(broken.canary)))
+    broken.append("modeling_minigpt.py", RECORD_ENVIRONMENT.format(canary=str(broken.canary)))
     # Positions that restart at 0 in each step.
     broken.replace("modeling_minigpt.py", "past_key_values.get_seq_length()", "0 * past_key_values.get_seq_length()")
     names = (doctor.OWN_CODE, *doctor.BEHAVIOUR)
@@ -56,19 +56,19 @@ def test_code_that_is_trusted_runs_alone_and_a_cache_that_it_breaks_is_found(bro
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
-    ticking = tmp_path / "ticking"
-    tick = f"[(time.sleep(0.05), pathlib.Path({str(ticking)!r}).write_text(str(i))) for i in range(900)]"
-    monkeypatch.setattr(child, "START", f"import os, pathlib, time\nif os.fork():\n time.sleep(60)\nelse:\n {tick}")
+def test_a_process_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+    counter = tmp_path / "counter"
+    count = f"[(time.sleep(0.05), pathlib.Path({str(counter)!r}).write_text(str(i))) for i in range(900)]"
+    monkeypatch.setattr(child, "START", f"import os, pathlib, time\nif os.fork():\n time.sleep(60)\nelse:\n {count}")
     first, second = child.rows_of("tokenizer", tmp_path, ("a", "b"), 2, GIB)
     assert (first.state, first.reason) == ("fail", "the process took more than 2 s")
     assert (second.state, second.reason) == ("not applicable", "not reached: the process took more than 2 s")
-    before = ticking.read_text()
+    before = counter.read_text()
     time.sleep(0.3)
-    assert ticking.read_text() == before
+    assert counter.read_text() == before
 
 
-def test_a_process_that_dies_fails_the_row_it_was_at(tmp_path, monkeypatch):
+def test_a_process_that_exits_fails_the_current_row(tmp_path, monkeypatch):
     row = json.dumps({"name": "a", "state": "pass", "reason": "fine", "remedy": ""})
     program = f"import sys, os; f = open(sys.argv[3], 'w'); f.write({row!r} + chr(10)); f.flush(); os._exit(7)"
     monkeypatch.setattr(child, "START", program)
@@ -88,17 +88,17 @@ def test_a_process_that_dies_fails_the_row_it_was_at(tmp_path, monkeypatch):
         '{"name": "a", "state": "pass", "reason": 7, "remedy": ""}',
     ],
 )
-def test_an_answer_that_is_no_row_is_none(answer, tmp_path):
+def test_invalid_rows_of_the_process_are_ignored(answer, tmp_path):
     (tmp_path / "rows").write_text(answer + "\n")
     assert child._read(tmp_path / "rows") == {}
 
 
-def test_an_answer_cannot_steer_the_terminal(tmp_path):
+def test_control_characters_in_rows_of_the_process_are_escaped(tmp_path):
     row = {"name": "a", "state": "pass", "reason": "\x1b[2J", "remedy": ""}
     (tmp_path / "rows").write_text(json.dumps(row) + "\n")
     assert child._read(tmp_path / "rows")["a"].reason == r"\x1b[2J"
 
 
-def test_a_process_that_takes_more_memory_than_it_may_fails(broken):
+def test_a_process_that_exceeds_its_memory_limit_fails(broken):
     assert child.rows_of("tokenizer", broken.path, doctor.TOKENIZER, 60, GIB)[0].state == "pass"
     assert child.rows_of("tokenizer", broken.path, doctor.TOKENIZER, 60, GIB >> 10)[0].state == "fail"

@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def runs(run_folder, tmp_path, monkeypatch):
-    """The folder that the page uses; the sliding window of the model is 33 tokens here."""
+    """The folder that docs/export.md uses, with a model whose sliding window is 33 tokens instead of 65."""
     (tmp_path / "runs" / "bard").mkdir(parents=True)
     (tmp_path / "runs" / "bard" / "model").symlink_to(run_folder / "model")
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,9 @@ def test_each_dtype_rounds_once_and_takes_its_size(folder, dtype, size, tmp_path
     embedding = tensors["token_embd.weight"]
     assert embedding.n_bytes == weight.numel() * size
     read = torch.tensor(gguf.quants.dequantize(embedding.data, embedding.tensor_type))
-    if dtype == "q8_0":  # one step in 127 of the largest of 32, as a float16; each weight a whole number of steps
+    if (
+        dtype == "q8_0"
+    ):  # the scale, in float16, is the largest magnitude of 32 weights divided by 127; weights are multiples of it
         steps = weight.reshape(-1, 32).abs().amax(dim=1, keepdim=True) / 127
         assert ((read - weight).reshape(-1, 32).abs() <= 0.57 * steps).all()
     else:
@@ -71,7 +73,7 @@ def test_each_dtype_rounds_once_and_takes_its_size(folder, dtype, size, tmp_path
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
 
 
-def test_a_block_of_q8_0_by_hand():
+def test_a_block_of_q8_0_computed_manually():
     """The largest magnitude is 127, so the step is 1, and every weight is rounded to the nearest integer."""
     block = np.array([[127.0, 1.4, -2.6, 0.4] + [0.0] * 28], dtype=np.float32)
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -123,7 +125,7 @@ def test_the_vocabulary_alone_gives_the_ids_of_200_strings(make):
 
 
 def test_the_adversarial_tokenizer_detects_a_wrong_order_of_merges():
-    """Proves that the test above can fail: the same merges in reverse order."""
+    """Shows that the test above can fail: with the same merges in reverse order."""
     tokenizer = adversarial_tokenizer()
     vocabulary = vocabulary_of(tokenizer, len(tokenizer))
     right = [encoded(text, vocabulary) for text in strings()]
@@ -140,7 +142,7 @@ def test_a_character_is_merged_from_its_own_bytes_only():
     assert encoded("é", vocabulary) == [None, None]  # no character of this tokenizer
 
 
-def test_merging_by_hand():
+def test_merges_computed_manually():
     assert merged("abc", {"b c": 0, "a b": 1}) == ["a", "bc"]
     assert merged("aaa", {"a a": 0}) == ["aa", "a"]
     assert merged("", {}) == []
@@ -176,7 +178,7 @@ REJECTED = {
         ),
         "adds special tokens to every text",
     ),
-    "other words": (
+    "another pre-tokenizer": (
         lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.Metaspace()),
         "its pre-tokenizer is not one of qwen2, gpt-2",
     ),
@@ -184,8 +186,8 @@ REJECTED = {
         lambda: tokenizer_with(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "its pre-tokenizer is not one of qwen2, gpt-2",
     ),
-    "no words at all": (lambda: tokenizer_with(pre_tokenizer=None), "its pre-tokenizer is not one of qwen2, gpt-2"),
-    "a list of words": (words_of_characters, "no WordLevel tokenizer with this pre-tokenizer"),
+    "no pre-tokenizer": (lambda: tokenizer_with(pre_tokenizer=None), "its pre-tokenizer is not one of qwen2, gpt-2"),
+    "a word-level model": (words_of_characters, "no WordLevel tokenizer with this pre-tokenizer"),
     "byte fallback": (with_a_byte_fallback, "its BPE model has byte_fallback"),
     "an ordinary <eos>": (ordinary_special, "its ordinary token '<eos>' would be treated as special"),
 }
@@ -248,36 +250,36 @@ def test_what_the_format_cannot_represent_is_rejected_with_the_reason(overrides,
 
 
 def other_weights(monkeypatch):
-    right = gguf.quants.quantize
-    monkeypatch.setattr(gguf.quants, "quantize", lambda data, kind: right(np.nextafter(data, np.float32(9)), kind))
+    original = gguf.quants.quantize
+    monkeypatch.setattr(gguf.quants, "quantize", lambda data, kind: original(np.nextafter(data, np.float32(9)), kind))
 
 
 def other_rotation(monkeypatch):
-    right = gguf.GGUFWriter.add_rope_freq_base
-    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, base: right(writer, base * 100))
+    original = gguf.GGUFWriter.add_rope_freq_base
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, base: original(writer, base * 100))
 
 
 def other_tokens(monkeypatch):
-    right = gguf.GGUFWriter.add_token_list
-    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda writer, tokens: right(writer, tokens[::-1]))
+    original = gguf.GGUFWriter.add_token_list
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda writer, tokens: original(writer, tokens[::-1]))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "claim"),
+    ("change", "claim"),
     [
         (other_weights, r"model\.embed_tokens\.weight equals the model's in float32"),
         (other_rotation, "rope_theta equals the model's"),
         (other_tokens, "its vocabulary encodes a text to the same token ids"),
     ],
 )
-def test_a_file_that_differs_from_the_model_is_not_written(spoil, claim, folder, tmp_path, monkeypatch):
-    spoil(monkeypatch)
+def test_a_file_that_differs_from_the_model_is_not_written(change, claim, folder, tmp_path, monkeypatch):
+    change(monkeypatch)
     with pytest.raises(ValueError, match=f"it is not true that {claim}"):
         export_gguf(folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_saved_character_model_keeps_its_characters(tmp_path, text):
+def test_a_saved_character_model_encodes_the_same_in_gguf(tmp_path, text):
     tokenizer = character_tokenizer([text, "€"])
     save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
     out = export_gguf(tmp_path / "model", tmp_path / "out")

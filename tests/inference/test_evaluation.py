@@ -1,4 +1,4 @@
-"""Every token is scored exactly once, with the context that is stated."""
+"""Every token is scored exactly once, with the stated context."""
 
 import math
 from types import SimpleNamespace
@@ -15,17 +15,17 @@ from minigpt_hf.inference.evaluation import IGNORE_INDEX, evaluate_texts, score_
 from tests.conftest import SHAKESPEARE, random_ids, tiny_model
 
 
-def cut(length: int, block_size: int, stride: int) -> list[tuple[list[int], list[int]]]:
-    """The windows of the document 1, 2, …, length; 0 opens it."""
+def document_windows(length: int, block_size: int, stride: int) -> list[tuple[list[int], list[int]]]:
+    """The windows of the document 1, 2, …, length with the BOS token 0."""
     pairs = windows(np.arange(1, length + 1), 0, block_size, stride)
     return [(inputs.tolist(), labels.tolist()) for inputs, labels in pairs]
 
 
-def test_windows_by_hand():
-    assert cut(3, 2, 2) == [([0, 1], [1, 2]), ([2], [3])]
-    assert cut(3, 2, 1) == [([0, 1], [1, 2]), ([1, 2], [IGNORE_INDEX, 3])]
-    assert cut(2, 2, 2) == [([0, 1], [1, 2])]
-    assert cut(0, 2, 2) == []
+def test_windows_computed_manually():
+    assert document_windows(3, 2, 2) == [([0, 1], [1, 2]), ([2], [3])]
+    assert document_windows(3, 2, 1) == [([0, 1], [1, 2]), ([1, 2], [IGNORE_INDEX, 3])]
+    assert document_windows(2, 2, 2) == [([0, 1], [1, 2])]
+    assert document_windows(0, 2, 2) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -33,7 +33,7 @@ def test_windows_by_hand():
 def test_each_token_is_scored_once_and_predicted_by_the_one_before_it(length, block_size, data):
     stride = data.draw(st.integers(1, block_size))
     scored = []
-    for inputs, labels in cut(length, block_size, stride):
+    for inputs, labels in document_windows(length, block_size, stride):
         assert len(inputs) <= block_size
         assert inputs == list(range(inputs[0], inputs[0] + len(inputs)))
         for place, label in enumerate(labels):
@@ -44,7 +44,7 @@ def test_each_token_is_scored_once_and_predicted_by_the_one_before_it(length, bl
 
 
 @pytest.mark.parametrize("stride", [None, 5])
-def test_the_sum_is_that_of_the_model_called_window_by_window(stride):
+def test_the_sum_equals_that_of_single_windows(stride):
     model = tiny_model()
     documents = [random_ids(1, n + 50)[0, 50:].numpy() for n in (40, 16, 1, 0, 23)]
     nats, tokens, number = score_documents(model, documents, 0, 16, stride, batch_size=3)
@@ -57,12 +57,12 @@ def test_the_sum_is_that_of_the_model_called_window_by_window(stride):
     assert nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_shares_of_processes_add_up_to_the_whole():
+def test_scores_of_all_ranks_add_up_to_that_of_one_process():
     model, documents = tiny_model(), [random_ids(1, 100)[0].numpy()]
-    whole = score_documents(model, documents, 0, 8, batch_size=2)
+    expected = score_documents(model, documents, 0, 8, batch_size=2)
     shares = [score_documents(model, documents, 0, 8, batch_size=2, rank=rank, world_size=3) for rank in range(3)]
-    assert sum(share[0] for share in shares) == pytest.approx(whole[0], rel=1e-12)
-    assert sum(share[1] for share in shares) == whole[1] == 100
+    assert sum(share[0] for share in shares) == pytest.approx(expected[0], rel=1e-12)
+    assert sum(share[1] for share in shares) == expected[1] == 100
 
 
 def test_a_uniform_model_has_log2_of_the_vocabulary_bits_per_byte():
@@ -88,7 +88,7 @@ def test_any_causal_lm_can_be_scored(tmp_path):
     assert score.loss == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
-def test_evaluation_leaves_the_mode_of_the_model_and_needs_text():
+def test_evaluation_restores_the_training_mode_and_rejects_invalid_arguments():
     model = tiny_model().train()
     evaluate_texts(model, character_tokenizer(["ab"]), ["ab"])
     assert model.training
@@ -112,7 +112,7 @@ def test_the_last_tenth_of_tiny_shakespeare_has_111540_characters():
 
 
 class ConstantLogits(torch.nn.Module):
-    """Predicts token 1 with a logit that no other token comes near."""
+    """Predicts token 1 with a constant logit; all others are 0."""
 
     def __init__(self, logit: float):
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_loss_whose_exponential_overflows_has_an_infinite_perplexity():
     assert score.bits_per_byte == pytest.approx(1000.0 / math.log(2), rel=1e-6)
 
 
-def test_a_model_that_gives_non_finite_losses_is_refused():
+def test_a_model_with_non_finite_losses_is_rejected():
     for logit in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not finite"):
             evaluate_texts(ConstantLogits(logit), byte_tokenizer(), ["text"], block_size=4)

@@ -1,4 +1,4 @@
-"""Text is written by transformers' own `generate`, from any model folder."""
+"""Generation with the `generate` method of transformers, from any model folder."""
 
 import copy
 
@@ -16,38 +16,38 @@ from tests.conftest import random_ids, tiny_model
 
 
 @pytest.fixture(scope="module")
-def written(run_folder):
+def loaded(run_folder):
     return load(str(run_folder / "model"))
 
 
-def test_greedy_text_is_that_of_generate(written):
-    model, tokenizer = written
+def test_greedy_text_is_that_of_generate(loaded):
+    model, tokenizer = loaded
     ids = tokenizer("def ", return_tensors="pt").input_ids
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
     assert generate(model, tokenizer, "def ", max_new_tokens=20, do_sample=False) == [expected]
 
 
-def test_a_seed_repeats_and_another_differs(written):
-    texts = [generate(*written, "def ", seed=seed, max_new_tokens=20)[0] for seed in (1, 1, 2)]
+def test_equal_seeds_give_equal_text_and_others_differ(loaded):
+    texts = [generate(*loaded, "def ", seed=seed, max_new_tokens=20)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_without_a_prompt_a_document_begins(written):
-    model, tokenizer = written
+def test_without_a_prompt_generation_starts_with_the_bos_token(loaded):
+    model, tokenizer = loaded
     start = torch.tensor([[tokenizer.bos_token_id]])
     expected = tokenizer.decode(model.generate(start, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
     assert generate(model, tokenizer, max_new_tokens=8, do_sample=False) == [expected]
 
 
-def test_several_sequences_can_be_asked_for(written):
-    texts = generate(*written, "def ", seed=0, max_new_tokens=12, num_return_sequences=3)
+def test_several_sequences_can_be_generated(loaded):
+    texts = generate(*loaded, "def ", seed=0, max_new_tokens=12, num_return_sequences=3)
     assert len(set(texts)) == 3
     assert all(text.startswith("def ") for text in texts)
 
 
-def test_text_goes_on_past_the_context_that_was_learnt(written):
-    """Every layer looks back one block; what it writes after many blocks is what it writes after one."""
-    model, tokenizer = written
+def test_generation_continues_beyond_the_training_sequence_length(loaded):
+    """With a sliding window in every layer; compared with greedy decoding without a cache."""
+    model, tokenizer = loaded
     block_size = 32
     assert model.config.sliding_window == block_size + 1
     ids = tokenizer("def main(", return_tensors="pt").input_ids
@@ -60,9 +60,9 @@ def test_text_goes_on_past_the_context_that_was_learnt(written):
     assert torch.equal(long, torch.cat(steps, 1))
 
 
-def test_an_option_that_generate_does_not_have_is_refused_with_the_nearest(written):
+def test_an_unknown_generation_option_is_rejected_with_a_suggestion(loaded):
     with pytest.raises(ValueError, match="no option 'temprature'; near: temperature"):
-        generate(*written, "def ", temprature=1)
+        generate(*loaded, "def ", temprature=1)
 
 
 def test_a_character_that_the_tokenizer_does_not_know_is_named():
@@ -70,13 +70,13 @@ def test_a_character_that_the_tokenizer_does_not_know_is_named():
         generate(tiny_model(), character_tokenizer(["abc"]), "abé")
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="no model can be loaded"):
         load(str(tmp_path))
 
 
-def test_code_of_others_is_not_run_unless_it_is_trusted(tmp_path):
-    """The same folder under a name that no installed package knows, so that only its own code can load it."""
+def test_remote_code_is_not_executed_unless_it_is_trusted(tmp_path):
+    """The model type is unknown to the installed packages, so that only remote code can load the folder."""
     save_model_files(tiny_model(), character_tokenizer(["abc"]), tmp_path)
     for file in ("config.json", "configuration_minigpt.py"):
         renamed = (tmp_path / file).read_text().replace('"minigpt"', '"foreign"')
@@ -97,14 +97,14 @@ def test_no_method_of_generation_is_overridden():
 @pytest.mark.parametrize(
     "options", [{"cache_implementation": "static"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}]
 )
-def test_ways_of_generating_agree_with_the_plain_one(options, window):
+def test_other_caches_and_prompt_lookup_generate_the_same_tokens(options, window):
     model = tiny_model(use_sliding_window=window is not None, sliding_window=window)
     ids = random_ids(1, 7)
     plain = model.generate(ids, max_new_tokens=30, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, **options), plain)
 
 
-def test_a_pipeline_writes_text(run_folder):
+def test_a_pipeline_generates_the_same_text(run_folder):
     folder = run_folder / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text = pipeline("text-generation", model, tokenizer=tokenizer)("def ", max_new_tokens=10, do_sample=False)
@@ -122,12 +122,12 @@ def test_a_compiled_model_generates_likely_tokens_with_one_graph():
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 2, "top_k": 1, "do_sample": True}
     for prompt in ("ab", "a longer one"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        written = model.generate(ids, **options, **compiled.generation_options(ids.shape[1], options))
-        assert written.shape == (2, ids.shape[1] + 30)
-        probabilities = reference(written).logits.softmax(-1)[
+        generated = model.generate(ids, **options, **compiled.generation_options(ids.shape[1], options))
+        assert generated.shape == (2, ids.shape[1] + 30)
+        probabilities = reference(generated).logits.softmax(-1)[
             :, ids.shape[1] - 1 : -1
-        ]  # of what was written, in float32
-        chosen = probabilities.gather(-1, written[:, ids.shape[1] :, None])[..., 0]
+        ]  # of the generated tokens, in float32
+        chosen = probabilities.gather(-1, generated[:, ids.shape[1] :, None])[..., 0]
         assert (probabilities.amax(-1) - chosen).max() < 0.02
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     with pytest.raises(ValueError, match="are 302 tokens, but the cache of --fast holds 128: increase --max_cache_len"):

@@ -20,10 +20,10 @@ def weights(bias: bool = False) -> dict[str, torch.Tensor]:
     width, generator = ARGS["n_embd"], torch.Generator().manual_seed(0)
     shapes = {"transformer.wte": (ARGS["vocab_size"], width), "transformer.wpe": (ARGS["block_size"], width)}
     for layer in range(ARGS["n_layer"]):
-        block = f"transformer.h.{layer}"
-        shapes |= {f"{block}.ln_1": (width,), f"{block}.ln_2": (width,)}
-        shapes |= {f"{block}.attn.c_attn": (3 * width, width), f"{block}.attn.c_proj": (width, width)}
-        shapes |= {f"{block}.mlp.c_fc": (4 * width, width), f"{block}.mlp.c_proj": (width, 4 * width)}
+        prefix = f"transformer.h.{layer}"
+        shapes |= {f"{prefix}.ln_1": (width,), f"{prefix}.ln_2": (width,)}
+        shapes |= {f"{prefix}.attn.c_attn": (3 * width, width), f"{prefix}.attn.c_proj": (width, width)}
+        shapes |= {f"{prefix}.mlp.c_fc": (4 * width, width), f"{prefix}.mlp.c_proj": (width, 4 * width)}
     shapes["transformer.ln_f"] = (width,)
     state = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     if bias:
@@ -50,8 +50,8 @@ def nanogpt(state, ids):
         [state["transformer.wte.weight"][i] + state["transformer.wpe.weight"][t] for t, i in enumerate(ids)]
     )
     for layer in range(ARGS["n_layer"]):
-        block = f"transformer.h.{layer}"
-        query, key, value = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).chunk(3, dim=-1)
+        prefix = f"transformer.h.{layer}"
+        query, key, value = linear(f"{prefix}.attn.c_attn", norm(f"{prefix}.ln_1", x)).chunk(3, dim=-1)
         rows = []
         for t in range(len(ids)):
             heads = []
@@ -59,10 +59,10 @@ def nanogpt(state, ids):
                 share = (key[: t + 1, head] @ query[t, head] / 8**0.5).softmax(0)
                 heads.append(share @ value[: t + 1, head])
             rows.append(torch.cat(heads))
-        x = x + linear(f"{block}.attn.c_proj", torch.stack(rows))
-        inner = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x))
+        x = x + linear(f"{prefix}.attn.c_proj", torch.stack(rows))
+        inner = linear(f"{prefix}.mlp.c_fc", norm(f"{prefix}.ln_2", x))
         inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))  # the exact GELU
-        x = x + linear(f"{block}.mlp.c_proj", inner)
+        x = x + linear(f"{prefix}.mlp.c_proj", inner)
     return norm("transformer.ln_f", x) @ state["lm_head.weight"].mT
 
 
@@ -125,8 +125,14 @@ BAD = {
         "it refers to builtins.print, and is rejected",
     ),
     "not a pickle": (lambda f: (f / "ckpt.pt").write_text("hello"), "not a file written by `torch.save`"),
-    "another program's": (lambda f: torch.save({"state_dict": {}}, f / "ckpt.pt"), "not a nanoGPT checkpoint"),
-    "no vocabulary in it": (lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({})), "not a nanoGPT vocabulary"),
+    "a checkpoint of another program": (
+        lambda f: torch.save({"state_dict": {}}, f / "ckpt.pt"),
+        "not a nanoGPT checkpoint",
+    ),
+    "a pickle without a vocabulary": (
+        lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({})),
+        "not a nanoGPT vocabulary",
+    ),
     "ids with a gap": (
         lambda f: (f / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 2}})),
         "does not map single characters to the ids 0 to 1",
@@ -147,8 +153,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_an_invalid_checkpoint_is_reported_in_one_line(case, tmp_path, capfd):
     argv = write(tmp_path)
-    spoil, message = BAD[case]
-    spoil(tmp_path)
+    change, message = BAD[case]
+    change(tmp_path)
     assert main(argv) == 2
     captured = capfd.readouterr()
     assert captured.out == ""

@@ -1,4 +1,4 @@
-"""The model: against references, identities and hand calculations."""
+"""The model, compared with references, identities and manual calculations."""
 
 import math
 
@@ -176,7 +176,7 @@ def test_qwen3_loads_the_unchanged_weights_and_gives_bit_identical_logits(tied, 
     )
 
 
-# -- initialisation ---------------------------------------------------------------------------------------------------
+# -- initialization ---------------------------------------------------------------------------------------------------
 
 
 def test_initial_weights_have_the_documented_distributions():

@@ -1,4 +1,4 @@
-"""Generate greedily with vLLM; run by the Python interpreter of its own environment.
+"""Generate greedily with vLLM; run by the Python interpreter of a separate environment.
 
 Reads prompts as lists of token ids, and saves the generated ids, the model class and the number of workers.
 

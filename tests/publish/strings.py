@@ -1,4 +1,4 @@
-"""Text on which two tokenizers part that are not the same, and the tokenizers that are tried on it."""
+"""Strings on which different tokenizers give different tokens, and tokenizers of every type that GGUF can represent."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt_hf.data.tokenizer import END_OF_TEXT, PAD, PATTERN, byte_level_bpe, byte_tokenizer, character_tokenizer
 
-# Alternatives, parted by a sign that occurs in none of them.
+# Strings separated by ¦, which occurs in none of them.
 SCRIPTS = (
     "naïve café, Straße, Ǆ ŀ ﬁ¦nai\u0308ve cafe\u0301 (decomposed)¦Ἐν ἀρχῇ ἦν ὁ λόγος¦Съешь ещё этих мягких булок¦"
     "السلام عليكم ١٢٣¦שָׁלוֹם עוֹלָם¦नमस्ते दुनिया १२३¦สวัสดีชาวโลก¦你好，世界。三千年¦日本語のテキスト、カタカナ¦안녕하세요 세계¦"
@@ -35,7 +35,7 @@ BLANKS = " ¦  ¦   ¦\t¦\n¦\r¦\r\n¦\n\n¦\n \n¦\u00a0¦\u2003¦\u3000¦\u0
 
 
 def strings() -> list[str]:
-    """200 strings: scripts, code, digits, special tokens and what looks like them, white space, and mixtures of all."""
+    """200 strings: scripts, code, digits, special tokens and similar text, white space, and mixtures of them."""
     source = random.Random(0)
     kinds = [part.split("¦") for part in (SCRIPTS, CODE, DIGITS, SPECIALS, BLANKS)]
     found = dict.fromkeys(text for kind in kinds for text in kind)
@@ -46,14 +46,14 @@ def strings() -> list[str]:
 
 
 def adversarial_tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """Merges that were learnt across words, digits and lines, in random order, behind the words of Qwen2.
+    """Merges trained across words, digits and lines, in random order, with the pre-tokenizer of Qwen2.
 
-    Wherever an engine cuts words in another place, or merges in another order, one of them bites. No brackets among the
-    texts: a merged `<eos>` or `[EOS]` is what no GGUF file can say.
+    The tokens change if an engine splits words differently or merges in another order. The training texts contain no
+    brackets, because GGUF cannot represent an ordinary token `<eos>` or `[EOS]`.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    careless = Tokenizer(models.BPE())
-    careless.pre_tokenizer = byte_level
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = byte_level
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=[END_OF_TEXT, PAD],
@@ -61,12 +61,12 @@ def adversarial_tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizer
         show_progress=False,
     )
     texts = texts or [text for text in strings() if not {"<", "["} & set(text)]
-    careless.train_from_iterator(texts * 2, trainer)
+    trained.train_from_iterator(texts * 2, trainer)
 
-    learnt = json.loads(careless.model.__getstate__())
-    merges = [tuple(pair) for pair in learnt["merges"]]
+    learned = json.loads(trained.model.__getstate__())
+    merges = [tuple(pair) for pair in learned["merges"]]
     random.Random(1).shuffle(merges)
-    tokenizer = Tokenizer(models.BPE(vocab=learnt["vocab"], merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab=learned["vocab"], merges=merges))
     words = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,13 +77,13 @@ def adversarial_tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizer
 
 
 def words_of_gpt2() -> PreTrainedTokenizerFast:
-    """Our merges behind the words of GPT-2."""
+    """BPE of this package with the pre-tokenizer of GPT-2."""
     tokenizer = byte_level_bpe(strings() * 2, 600)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     return tokenizer
 
 
-# Name -> what makes one of each kind that a GGUF file can say.
+# Name -> function that creates a tokenizer, for each type that GGUF can represent.
 TOKENIZERS = {
     "bpe": lambda: byte_level_bpe(strings() * 2, 600),
     "bytes": byte_tokenizer,

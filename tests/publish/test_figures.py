@@ -1,4 +1,4 @@
-"""Figures of a run, samples next to losses, and comparisons of runs."""
+"""Figures of runs, comparisons of runs, and the table of samples and validation losses."""
 
 import json
 import shutil

@@ -25,7 +25,7 @@ def files_of(folder) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
-def test_the_folder_holds_exactly_its_files(run_folder):
+def test_the_folder_contains_exactly_the_documented_files(run_folder):
     assert files_of(run_folder / "model") == {*REQUIRED, "figures/loss.png", "figures/training.png"}
     assert {path.name for path in run_folder.iterdir()} == {
         *("checkpoint-20", "checkpoint-40", "model", "recipe.yaml", "fingerprint.json", "log.jsonl", "samples.md")

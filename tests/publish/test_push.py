@@ -153,7 +153,7 @@ def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp
     assert '.from_pretrained("user/tiny", trust_remote_code=True)' in card
     assert ModelCard(card).data.eval_results
     shutil.copytree(run_folder / "model", tmp_path / "model")
-    mine = (tmp_path / "model" / "README.md").read_text() + "\nWritten by hand.\n"
+    mine = (tmp_path / "model" / "README.md").read_text() + "\nWritten manually.\n"
     (tmp_path / "model" / "README.md").write_text(mine)
     push_folder(tmp_path / "model", "user/tiny")
     assert uploaded(hub, "user/tiny")["README.md"].decode() == mine
@@ -166,7 +166,7 @@ def test_only_model_files_are_uploaded_and_stale_ones_are_deleted(run_folder, hu
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")
     old = {"model-00001-of-00001.safetensors": b"old", "model.safetensors.index.json": b"{}", "figures/old.png": b"old"}
-    hub.put("user/tiny", {**old, "space.gguf": b"of somebody else", "notes.txt": b"theirs"})
+    hub.put("user/tiny", {**old, "space.gguf": b"of another author", "notes.txt": b"theirs"})
     push_folder(folder, "user/tiny")
     files = uploaded(hub, "user/tiny")
     assert set(files) == MODEL | {"space.gguf", "notes.txt"}
@@ -387,7 +387,7 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
     assert "hub" not in (run / "recipe.yaml").read_text()
 
 
-def test_a_failed_push_during_training_is_logged_and_costs_no_step(recipe_file, text_file, hub, tmp_path, capsys):
+def test_a_failed_push_during_training_is_logged_and_training_continues(recipe_file, text_file, hub, tmp_path, capsys):
     hub.fail("PUT", "/lfs/", "disconnect")
     run = tmp_path / "run"
     flags = ["--hub_model_id", "user/tiny", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2"]

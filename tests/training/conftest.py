@@ -1,4 +1,4 @@
-"""Small trainings to cut, kill and change, and how to compare them bit for bit."""
+"""A small training run, and functions that interrupt runs and compare them bit for bit."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory, text):
-    """421 tokens with the E: 26 blocks of 16, so 13 steps of two blocks an epoch."""
+    """421 tokens with the BOS token: 26 sequences of 16, so 13 steps of two sequences per epoch."""
     file = tmp_path_factory.mktemp("text") / "words.txt"
     file.write_text(text[:420])
     return file
@@ -59,14 +59,14 @@ def rows(folder) -> list[dict]:
 
 
 def state_of(checkpoint) -> dict:
-    """Weights, moments, schedule and random states."""
+    """Weights, optimizer moments, schedule and RNG states of a checkpoint."""
     names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     files = {name: torch.load(checkpoint / name, weights_only=False) for name in names}
     return {"weights": load_file(checkpoint / "model.safetensors"), **files}
 
 
 def assert_equal(one, other):
-    """Bit for bit, however deep."""
+    """Compare nested containers and tensors bit for bit."""
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert one.keys() == other.keys()
@@ -83,7 +83,7 @@ def assert_equal(one, other):
 
 
 def go_back(folder, copy, step):
-    """The run as it would be if it had died right after the checkpoint of this step."""
+    """Copy a finished run to the state after an interruption right after the checkpoint of this step."""
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "model")
     for checkpoint in copy.glob("checkpoint-*"):

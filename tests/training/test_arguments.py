@@ -1,4 +1,4 @@
-"""Recipes and flags become settings, and what is printed while training reads well."""
+"""Recipes and flags are resolved to settings."""
 
 import json
 
@@ -12,7 +12,7 @@ from minigpt_hf.training.recipe import parse_arguments, read_recipe, recipe_name
 from minigpt_hf.training.report import duration
 from minigpt_hf.training.train import train
 
-# Tiny Shakespeare's: letters, eleven punctuation marks, a 3, space and line end.
+# The 65 characters of Tiny Shakespeare: letters, eleven punctuation marks, "3", space and newline.
 SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -20,7 +20,7 @@ SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopq
 def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(name):
     data, architecture, training = parse_arguments([], recipe=name)
     assert training.output_dir == f"runs/{name}"
-    # The vocabulary of each, with the text that it is for: 65 different characters and two specials.
+    # The vocabulary with the text of the recipe: 65 characters and two special tokens.
     tokenizer = character_tokenizer([SHAKESPEARE_LETTERS]) if data.tokenizer == "characters" else byte_tokenizer()
     config = build_config(architecture, data.block_size, tokenizer)
     if data.tokenizer == "bpe":
@@ -37,7 +37,7 @@ def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(n
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_takes_two_steps(name, run_folder, text_file, tmp_path):
-    """In small: the rest of its settings is as it stands."""
+    """With a small model and text; all other settings are those of the recipe."""
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
     if name in ("finetune", "lora"):
         small = {"init_from": str(run_folder / "model")}
@@ -105,15 +105,15 @@ def test_checkpoints_follow_validation_so_that_the_best_can_be_published(flags, 
 
 
 @pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "found a list"), ("a: [1\n", "not YAML")])
-def test_a_recipe_that_is_no_mapping_is_refused(text, message, tmp_path):
+def test_a_recipe_that_is_not_a_mapping_is_rejected(text, message, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_recipe(str(file))
 
 
-def test_a_sliding_window_is_one_block_and_one_token():
-    """With T inputs in a block the furthest look back is T - 1 tokens, so a window of T + 1 never hides one of them."""
+def test_the_sliding_window_is_one_token_longer_than_a_sequence():
+    """A sequence of T inputs attends at most T - 1 tokens back, so a window of T + 1 needs no mask in training."""
     data, architecture, _ = parse_arguments([], recipe="shakespeare-char")
     config = build_config(architecture, data.block_size, byte_tokenizer())
     assert config.sliding_window == 65
@@ -121,5 +121,5 @@ def test_a_sliding_window_is_one_block_and_one_token():
     assert config.max_position_embeddings == 16 * 64
 
 
-def test_durations_read_well():
+def test_durations_are_formatted_in_seconds_minutes_and_hours():
     assert [duration(s) for s in (0.4, 45, 200, 7500)] == ["0 s", "45 s", "3 min 20 s", "2 h 5 min"]

@@ -1,4 +1,4 @@
-"""One dial chooses what was not given, by rules that can be computed by hand, for the time that was asked."""
+"""`--minutes` and `--size` choose the settings that are not given, by rules that can be computed manually."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ from tests.conftest import SHAKESPEARE
 from tests.training.conftest import go_back
 
 
-def dialled(argv, folder, began=None):
+def automatic_settings(argv, folder, began=None):
     """The resolved settings of a command, and the token stream they were chosen for."""
     arguments = parse_arguments([*argv, "--output_dir", str(folder / "run"), "--use_cpu", "--cache_dir", str(folder)])
     configurator = AutoConfigurator(
@@ -29,7 +29,7 @@ def dialled(argv, folder, began=None):
     return configurator.choose_remaining(text), text.train
 
 
-def test_rules_at_sizes_that_can_be_computed_by_hand():
+def test_rules_at_sizes_computed_manually():
     small = Shape(128)
     assert small.settings() == {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     assert small.parameters(67) == 4 * (4 * 128 * 128 + 3 * 128 * 352) + 67 * 128
@@ -46,7 +46,7 @@ def test_rules_at_sizes_that_can_be_computed_by_hand():
     assert learning_rates(512) == {"learning_rate": 2e-3, "muon_learning_rate": 0.02}
 
 
-def test_sizes_are_written_as_people_write_them():
+def test_sizes_accept_the_suffixes_k_and_m():
     assert [number_of(size) for size in ("10m", "800k", "0.8M", "800000")] == [1e7, 8e5, 8e5, 8e5]
     with pytest.raises(ValueError, match="--size ten: this is no number of parameters; give one like 800k"):
         number_of("ten")
@@ -54,29 +54,29 @@ def test_sizes_are_written_as_people_write_them():
 
 def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)  # the test is not to take 18 seconds
+    monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)  # instead of 18 seconds
     argv = ["--minutes", "3", "--data", str(text_file), "--sample_tokens", "0"]
     argv += ["--validation_characters", "500", "--learning_rate", "0.003"]
     began = time.perf_counter()
-    (data, architecture, training), stream = dialled(argv, tmp_path, began)
+    (data, architecture, training), stream = automatic_settings(argv, tmp_path, began)
     assert (data.tokenizer, data.block_size) == ("characters", 128)
     out = caplog.text
     assert f"at width {architecture.hidden_size}" in out
     (asked,) = [message for message in caplog.messages if message.startswith("asked ")]
-    seconds = [int(word) for word in asked.split() if word.isdigit()]  # text, measuring, learning, rest
+    seconds = [int(word) for word in asked.split() if word.isdigit()]  # text, measurement, training, other
     assert abs(sum(seconds[-4:]) - 180) <= 2  # each is rounded
     assert seconds[-1] >= OTHER_SECONDS
-    assert seconds[-3] <= 18 or out.count("at width") <= 2  # on a machine that stands still no more shapes are tried
-    assert (training.learning_rate, training.muon_learning_rate) == (0.003, 0.02)  # what was given holds
-    readings = training.max_steps * training.per_device_train_batch_size * data.block_size / len(stream)
+    assert seconds[-3] <= 18 or out.count("at width") <= 2  # on a stalled machine no further shapes are measured
+    assert (training.learning_rate, training.muon_learning_rate) == (0.003, 0.02)  # given settings are not replaced
+    epochs = training.max_steps * training.per_device_train_batch_size * data.block_size / len(stream)
     assert (
-        ("small text" in out) == (readings > 4) == (training.weight_decay == 0.1) == (architecture.residual_dropout > 0)
+        ("small text" in out) == (epochs > 4) == (training.weight_decay == 0.1) == (architecture.residual_dropout > 0)
     )
 
 
-def test_a_size_chooses_the_nearest_shape_and_as_many_steps_as_it_is_worth(text_file, tmp_path, caplog):
+def test_a_size_chooses_the_nearest_shape_and_ten_tokens_per_parameter(text_file, tmp_path, caplog):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    (data, architecture, training), _ = dialled(["--size", "0.8m", "--data", str(text_file)], tmp_path)
+    (data, architecture, training), _ = automatic_settings(["--size", "0.8m", "--data", str(text_file)], tmp_path)
     assert (architecture.hidden_size, architecture.num_hidden_layers, architecture.use_sliding_window) == (128, 4, True)
     step = training.per_device_train_batch_size * data.block_size
     assert training.max_steps * step == pytest.approx(10 * Shape(128).parameters(data_vocabulary(text_file)), rel=0.01)
@@ -88,7 +88,7 @@ def data_vocabulary(text_file) -> int:
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt")
-def test_the_tokenizer_follows_from_the_text_unless_it_is_told(tmp_path):
+def test_the_tokenizer_follows_from_the_text_unless_it_is_given(tmp_path):
     for argv, expected in (
         ([], ("characters", 1024)),
         (["--vocab_size", "600"], ("bpe", 600)),
@@ -101,13 +101,13 @@ def test_the_tokenizer_follows_from_the_text_unless_it_is_told(tmp_path):
         assert (data.tokenizer, data.vocab_size) == expected
 
 
-def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_file, tmp_path, capsys):
+def test_a_run_resumes_with_the_chosen_settings_and_another_size_is_rejected(text_file, tmp_path, capsys):
     argv = ["train", "--size", "110k", "--max_steps", "2", "--sample_tokens", "0", "--validation_characters", "500"]
     argv += ["--data", str(text_file), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     assert main(argv) == 0
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (recipe["hidden_size"], recipe["num_hidden_layers"], recipe["tokenizer"]) == (64, 2, "characters")
-    assert not {"size", "minutes"} & recipe.keys()  # the recipe gives this very training again
+    assert not {"size", "minutes"} & recipe.keys()  # the recipe reproduces this training
     again = AutoConfigurator(parse_arguments(argv[1:]), RunFolder(tmp_path / "run"), 0.0).settings
     assert {name: recipe[name] for name in resolved(again)} == resolved(again)
     assert main(argv) == 0
@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_fil
 
 @pytest.fixture(scope="module")
 def sized(text_file, tmp_path_factory):
-    """A command without a recipe, and the run that it made."""
+    """A command without a recipe, and its run folder."""
     run = tmp_path_factory.mktemp("sized") / "run"
     argv = ["train", "--size", "110k", "--max_steps", "2", "--sample_tokens", "0", "--validation_characters", "500"]
     argv += ["--data", str(text_file), "--use_cpu", "--eval_steps", "1"]
@@ -131,14 +131,14 @@ def sized(text_file, tmp_path_factory):
     ("flag", "name"),
     [("--no_muon", "muon"), ("--no-muon", "muon"), ("--no_tie_word_embeddings", "tie_word_embeddings")],
 )
-def test_a_setting_that_is_switched_off_counts_as_given_beside_a_run(flag, name, sized, tmp_path, capsys):
+def test_a_setting_that_is_switched_off_counts_as_given_when_resuming(flag, name, sized, tmp_path, capsys):
     argv, finished = sized
     interrupted = tmp_path / "interrupted"
     go_back(finished, interrupted, 1)
     for run in (finished, interrupted):
         assert main([*argv, "--output_dir", str(run), flag]) == 2
         assert f"{name} was True and is False" in capsys.readouterr().err
-    if name == "muon":  # another architecture is another run
+    if name == "muon":  # another architecture cannot be resumed
         assert main([*argv, "--output_dir", str(interrupted), flag, "--allow_change", name]) == 0
         assert yaml.safe_load((interrupted / "recipe.yaml").read_text())["muon"] is False
 
@@ -152,7 +152,7 @@ def test_a_setting_that_is_switched_off_counts_as_given_beside_a_run(flag, name,
         (b"\xff\xfe\x00", "not YAML"),
     ],
 )
-def test_a_recipe_of_a_run_that_cannot_be_read_is_told_in_one_line(content, message, sized, tmp_path, capsys):
+def test_a_run_folder_with_an_unreadable_recipe_is_reported_in_one_line(content, message, sized, tmp_path, capsys):
     argv, finished = sized
     run = tmp_path / "run"
     go_back(finished, run, 1)
@@ -169,8 +169,8 @@ def test_a_recipe_of_a_run_that_cannot_be_read_is_told_in_one_line(content, mess
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_intervals_that_do_not_fit_those_of_the_run_are_told_in_one_line(sized, tmp_path, capsys):
-    """The best checkpoint is published by default, and only how often to validate is given."""
+def test_an_evaluation_interval_that_save_steps_is_not_a_multiple_of_is_reported_in_one_line(sized, tmp_path, capsys):
+    """`load_best_model_at_end` is the default, and only `eval_steps` is given."""
     argv, finished = sized
     run = tmp_path / "run"
     go_back(finished, run, 1)
@@ -195,10 +195,10 @@ def test_intervals_that_do_not_fit_those_of_the_run_are_told_in_one_line(sized, 
         ),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(argv, message, text_file, tmp_path, capsys):
+def test_contradictory_flags_are_reported_in_one_line(argv, message, text_file, tmp_path, capsys):
     argv = ["train", *argv, "--data", str(text_file), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert [line.partition(":")[0] for line in error.splitlines()][-1] == "minigpt train"
-    assert error.count("minigpt train") == 1  # choices that were made before are logged above it
+    assert error.count("minigpt train") == 1  # settings chosen before the error are logged above it

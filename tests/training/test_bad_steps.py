@@ -1,4 +1,4 @@
-"""Which loss counts as exploded, and what the log says about steps that were skipped."""
+"""Non-finite and exploded losses, gradients, weights and validation losses; skipped steps."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from minigpt_hf.training import callbacks
 from minigpt_hf.training.safeguards import LossGuard
 from tests.training.conftest import assert_equal, rows, state_of, train
 
-UNIFORM = math.log(258)  # the loss of a uniform guess over the byte tokenizer's vocabulary, and of fresh weights
+UNIFORM = math.log(258)  # loss in nats of a uniform distribution over the byte tokenizer's vocabulary
 
 
 def multiply_loss(monkeypatch, *steps: int, factor: float) -> None:
-    """The loss of these steps, and with it their gradients, is multiplied."""
+    """Multiply the loss of these steps, and hence their gradients."""
     real = Trainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
@@ -29,7 +29,7 @@ def multiply_loss(monkeypatch, *steps: int, factor: float) -> None:
 
 
 @pytest.mark.parametrize("factor, exit_code", [(9.5, 0), (10.5, 65)])
-def test_a_loss_above_ten_times_that_of_a_uniform_guess_is_an_explosion(
+def test_a_loss_above_ten_times_that_of_a_uniform_distribution_counts_as_exploded(
     factor, exit_code, recipe, words, tmp_path, monkeypatch, capsys
 ):
     multiply_loss(monkeypatch, 1, factor=factor)
@@ -42,8 +42,8 @@ def test_a_loss_above_ten_times_that_of_a_uniform_guess_is_an_explosion(
         assert not (folder / "model").exists()
 
 
-def test_skipped_steps_are_left_out_of_the_logged_mean_and_counted(recipe, words, tmp_path, monkeypatch):
-    """A mean over four steps is that of the losses that were logged one by one, without those of steps 3, 5 and 8."""
+def test_skipped_steps_are_excluded_from_the_logged_mean_and_counted(recipe, words, tmp_path, monkeypatch):
+    """The mean over four steps equals the mean of the losses logged at each step, except those of steps 3, 5 and 8."""
     multiply_loss(monkeypatch, 3, 5, 8, factor=math.nan)
     each, mean = tmp_path / "each", tmp_path / "mean"
     flags = ["--on_bad_loss", "skip", "--max_steps", "12"]
@@ -59,10 +59,10 @@ def test_skipped_steps_are_left_out_of_the_logged_mean_and_counted(recipe, words
     assert [row["skipped_steps"] for row in logged if "loss" in row] == [1, 3, 3]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_every_batch_of_its_step_is_shown(
+def test_a_non_finite_gradient_stops_the_run_and_every_batch_of_the_step_is_recorded(
     recipe, words, tmp_path, monkeypatch, capsys
 ):
-    """The loss is finite; the gradient is not after the second of two accumulated batches of step 3."""
+    """The losses are finite; the gradient is infinite after the second of two accumulated batches of step 3."""
     batches, real = [], Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -88,15 +88,15 @@ EVALUATED = ["--validation_fraction", "0.3", "--eval_steps", "2"]
 
 
 @pytest.mark.parametrize("steps, exit_code", [((2, 4, 6, 8), 0), ((2, 4, 6, 7, 8), 65)])
-def test_a_run_in_which_most_steps_were_skipped_is_not_published_and_fewer_are_reported(
+def test_a_run_with_more_than_half_of_its_steps_skipped_is_not_published_and_fewer_are_reported(
     steps, exit_code, recipe, words, tmp_path, monkeypatch, capsys
 ):
-    """Half of eight steps, and one more."""
+    """Four and five of eight steps."""
     multiply_loss(monkeypatch, *steps, factor=math.nan)
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--on_bad_loss", "skip") == exit_code
-    said = f"{len(steps)} of 8 steps were skipped because of a non-finite or exploded loss"
-    assert said in capsys.readouterr().err
+    message = f"{len(steps)} of 8 steps were skipped because of a non-finite or exploded loss"
+    assert message in capsys.readouterr().err
     assert (folder / "model").exists() == (exit_code == 0)
     if exit_code == 0:
         card = (folder / "model" / "README.md").read_text()
@@ -110,7 +110,7 @@ def test_a_card_of_a_run_without_skipped_steps_does_not_mention_any(recipe, word
 
 
 def break_weights(monkeypatch, step: int) -> None:
-    """After this optimizer step one weight is not finite."""
+    """Set one weight to NaN after an optimizer step."""
     real = callbacks.ProgressLogger.on_step_end
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -122,7 +122,7 @@ def break_weights(monkeypatch, step: int) -> None:
     monkeypatch.setattr(callbacks.ProgressLogger, "on_step_end", on_step_end)
 
 
-# Before an evaluation and a checkpoint; in between; the last.
+# A step with an evaluation and a checkpoint, a step without, the last step.
 @pytest.mark.parametrize("step, on_bad_loss", [(4, "stop"), (5, "skip"), (8, "stop")])
 @pytest.mark.parametrize(
     "flags",
@@ -133,7 +133,7 @@ def break_weights(monkeypatch, step: int) -> None:
         ["--eval_strategy", "no", "--save_strategy", "no", "--sample_tokens", "4"],
     ],
 )
-def test_weights_that_are_not_finite_end_the_run_and_are_neither_saved_nor_published(
+def test_non_finite_weights_end_the_run_and_are_neither_saved_nor_published(
     flags, step, on_bad_loss, recipe, words, tmp_path, monkeypatch, capsys
 ):
     break_weights(monkeypatch, step)
@@ -148,7 +148,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_neither_saved_nor_publi
 
 
 def nan_evaluations(monkeypatch, *steps: int, value: float = math.nan) -> None:
-    """The validation loss after these steps."""
+    """Replace the validation loss after these steps."""
     from minigpt_hf.training import trainer
 
     real = trainer.score_documents
@@ -162,15 +162,15 @@ def nan_evaluations(monkeypatch, *steps: int, value: float = math.nan) -> None:
     monkeypatch.setattr(trainer, "score_documents", score_documents)
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(recipe, words, tmp_path, monkeypatch, capsys):
+def test_a_non_finite_validation_loss_stops_the_run(recipe, words, tmp_path, monkeypatch, capsys):
     nan_evaluations(monkeypatch, 4)
     assert train(recipe, words, tmp_path / "run", *EVALUATED) == 65
     assert "step 4: the validation loss is nan" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_validation_loss_that_is_not_finite_is_never_the_best(recipe, words, tmp_path, monkeypatch, capsys):
-    """At the first of four evaluations: for NaN as the best, no later loss would be better."""
+def test_a_non_finite_validation_loss_never_selects_the_best_checkpoint(recipe, words, tmp_path, monkeypatch, capsys):
+    """NaN at the first of four evaluations: no later loss would compare as lower than NaN."""
     nan_evaluations(monkeypatch, 2)
     flags = [*EVALUATED, "--on_bad_loss", "skip", "--early_stopping_patience", "2"]
     assert train(recipe, words, tmp_path / "run", *flags) == 0
@@ -185,8 +185,10 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(recipe, words, t
     assert about["results"]["loss"] == pytest.approx(min(losses[1:]), rel=1e-9)
 
 
-def test_after_a_bad_loss_the_newest_checkpoint_that_has_learnt_is_named(recipe, words, tmp_path, monkeypatch, capsys):
-    """Checkpoints 2 and 4 are better than a uniform guess, 6 is worse; the advice leads to a finished run."""
+def test_after_a_bad_loss_the_newest_checkpoint_better_than_uniform_is_recommended(
+    recipe, words, tmp_path, monkeypatch, capsys
+):
+    """Checkpoints 2 and 4 are better than a uniform distribution, 6 is worse; following the advice finishes the run."""
     nan_evaluations(monkeypatch, 6, value=UNIFORM + 0.1)
     multiply_loss(monkeypatch, 7, factor=math.nan)
     folder = tmp_path / "run"
@@ -198,7 +200,7 @@ def test_after_a_bad_loss_the_newest_checkpoint_that_has_learnt_is_named(recipe,
     assert train(recipe, words, folder, *flags) == 0
 
 
-def test_after_a_bad_loss_the_newest_checkpoint_is_resumed_from_if_it_has_learnt(
+def test_after_a_bad_loss_no_checkpoint_is_recommended_if_the_newest_is_better_than_uniform(
     recipe, words, tmp_path, monkeypatch, capsys
 ):
     multiply_loss(monkeypatch, 7, factor=math.nan)
@@ -207,10 +209,10 @@ def test_after_a_bad_loss_the_newest_checkpoint_is_resumed_from_if_it_has_learnt
     assert "resume with a lower --learning_rate" in err
 
 
-def test_a_sample_that_fails_is_one_line_and_changes_nothing_about_the_training(
+def test_a_sample_that_fails_is_reported_in_one_line_and_does_not_affect_training(
     recipe, words, tmp_path, monkeypatch, capsys
 ):
-    """Dropout is on: a random state, or a mode of the model, that is not restored would show."""
+    """With dropout: an RNG state or training mode that is not restored would change the losses."""
 
     def fails(model, *args, **kwargs):
         random.random(), np.random.random(), torch.rand(1)
@@ -223,8 +225,8 @@ def test_a_sample_that_fails_is_one_line_and_changes_nothing_about_the_training(
     capsys.readouterr()
     assert train(recipe, words, folder, *EVALUATED, "--sample_tokens", "4") == 65  # the card needs samples
     lines = capsys.readouterr().err.splitlines()
-    told = [line for line in lines if "no sample generated (RuntimeError: out of memory)" in line]
-    assert [line.split(":")[0] for line in told] == ["step 0", "step 2", "step 4", "step 6", "step 8"]
+    reported = [line for line in lines if "no sample generated (RuntimeError: out of memory)" in line]
+    assert [line.split(":")[0] for line in reported] == ["step 0", "step 2", "step 4", "step 6", "step 8"]
     assert "the trained model cannot generate text (out of memory" in lines[-1]
     assert rows(folder) == rows(plain)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(plain / "checkpoint-8"))

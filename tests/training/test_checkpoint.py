@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, verified before use, and exact."""
+"""Checkpoints: written atomically, verified before use, and resumed from exactly."""
 
 import errno
 import json
@@ -27,14 +27,14 @@ from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 sys.path.insert(0, str(ROOT / "scripts"))
 import torture
 
-# -- exact ------------------------------------------------------------------------------------------------------------
+# -- exact resuming ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("muon", [True, False])
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_a_run_that_goes_on_equals_the_one_that_did_not_stop(accumulation, muon, workers, recipe, words, tmp_path):
-    """Cut in the first epoch, at an epoch's border, in a later one, and at the last step; dropout is on."""
+def test_a_resumed_run_equals_an_uninterrupted_one(accumulation, muon, workers, recipe, words, tmp_path):
+    """Interrupted in the first epoch, at an epoch boundary, in a later epoch and at the last step, with dropout."""
     flags = [f"--gradient_accumulation_steps={accumulation}", f"--muon={muon}", f"--dataloader_num_workers={workers}"]
     steps_per_epoch = math.ceil(421 // 16 / 2 / accumulation)
     last = 2 * steps_per_epoch + 2
@@ -49,7 +49,9 @@ def test_a_run_that_goes_on_equals_the_one_that_did_not_stop(accumulation, muon,
         assert_equal(state_of(resumed / f"checkpoint-{last}"), state_of(straight / f"checkpoint-{last}"))
 
 
-def test_a_finished_run_says_so_and_another_does_not_take_its_place(run_folder, recipe_file, text_file, capsys):
+def test_a_finished_run_is_reported_as_finished_and_not_overwritten_by_another(
+    run_folder, recipe_file, text_file, capsys
+):
     argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(run_folder)]
     before = sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*"))
     assert main(argv) == 0
@@ -62,15 +64,15 @@ def test_a_finished_run_says_so_and_another_does_not_take_its_place(run_folder, 
 def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train(recipe, words, folder) == 0
-    (folder / "my notes.txt").write_text("precious")
+    (folder / "my notes.txt").write_text("some notes")
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert train(recipe, words, folder, "--fresh", "--seed", "7") == 0
-    kept = tmp_path / "run.aside-1"
-    assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+    renamed = tmp_path / "run.aside-1"
+    assert {path.relative_to(renamed): path.read_bytes() for path in renamed.rglob("*") if path.is_file()} == before
     assert json.loads((folder / "fingerprint.json").read_text())["seed"] == 7
 
 
-# -- whole or absent --------------------------------------------------------------------------------------------------
+# -- atomic writes and verification -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -80,41 +82,43 @@ def finished(recipe, words, tmp_path_factory):
     return folder
 
 
-def test_each_damaged_file_is_found_out_and_the_checkpoint_before_is_taken(finished, tmp_path, capsys):
-    """Every file of a checkpoint × missing, empty, halved, zeroed, flipped: none is used, none is deleted."""
+def test_each_damaged_file_is_detected_and_the_previous_checkpoint_used(finished, tmp_path, capsys):
+    """Each file missing, empty, truncated, zeroed, or with one byte flipped; no damaged checkpoint is used or deleted."""
     assert torture.corrupt_every_file(finished, tmp_path) == []
     assert capsys.readouterr().out.count("passed") >= 45
 
 
-def test_a_broken_checkpoint_is_told_in_one_line_and_the_run_ends_the_same(recipe, words, finished, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_reported_in_one_line_and_the_final_state_is_equal(
+    recipe, words, finished, tmp_path, capsys
+):
     folder = tmp_path / "run"
     go_back(finished, folder, 6)
     torture.CORRUPTIONS["flipped"](folder / "checkpoint-6" / "optimizer.pt")
     assert train(recipe, words, folder) == 0
     out = capsys.readouterr().out
-    said = "checkpoint-6 is broken (the content of optimizer.pt has changed); it is kept as checkpoint-6.aside-1\n"
-    assert said in out
+    message = "checkpoint-6 is broken (the content of optimizer.pt has changed); it is kept as checkpoint-6.aside-1\n"
+    assert message in out
     assert "going on from step 4" in out
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
-def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
-    """The save dies after 0, 1, 2, … files were forced to disk; then before the rename."""
+def test_a_save_interrupted_at_any_point_leaves_the_previous_checkpoint(finished, tmp_path, monkeypatch):
+    """The save is interrupted after 0, 1, 2, … files have been fsynced, and before the rename."""
     files = [path for path in (finished / "checkpoint-8").iterdir() if path.name != MANIFEST]
     real = atomic.fsync
-    for survives in range(len(files) + 3):
-        run = tmp_path / str(survives)
+    for num_synced in range(len(files) + 3):
+        run = tmp_path / str(num_synced)
         shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
-        left = survives
+        left = num_synced
 
-        def dies(path):
+        def interrupted_fsync(path):
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
             real(path)
 
-        monkeypatch.setattr(atomic, "fsync", dies)
+        monkeypatch.setattr(atomic, "fsync", interrupted_fsync)
         try:
             with atomic_checkpoint(run / "checkpoint-8") as folder:
                 for file in files:
@@ -124,8 +128,8 @@ def test_every_prefix_of_a_save_leaves_the_checkpoint_before(finished, tmp_path,
         monkeypatch.setattr(atomic, "fsync", real)
         found, lines = newest_valid(RunFolder(run))
         assert lines == []
-        # Once all files, the manifest and the folder are on disk, the rename has happened.
-        complete = survives >= len(files) + 2
+        # The rename follows the fsync of all files, the manifest and the folder.
+        complete = num_synced >= len(files) + 2
         assert found == run / ("checkpoint-8" if complete else "checkpoint-6")
         assert sorted(path.name for path in run.iterdir()) == ["checkpoint-6"] + ["checkpoint-8"] * complete
 
@@ -149,20 +153,20 @@ def test_a_sealed_folder_is_valid_until_a_byte_changes(tmp_path):
     assert verification_error(tmp_path) == "the content of optimizer.pt has changed"
 
 
-def test_setting_aside_never_overwrites(tmp_path):
+def test_renaming_aside_never_overwrites(tmp_path):
     for _ in range(3):
         (tmp_path / "x").mkdir()
         rename_aside(tmp_path / "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.aside-1", "x.aside-2", "x.aside-3"]
 
 
-def test_the_limit_on_checkpoints_keeps_the_last_and_the_best(recipe, words, tmp_path):
+def test_save_total_limit_retains_the_last_and_the_best_checkpoint(recipe, words, tmp_path):
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--save_total_limit", "2") == 0
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_checkpoints_hold_nothing_that_runs_code_when_it_is_read(finished):
+def test_checkpoints_contain_nothing_that_executes_code_when_loaded(finished):
     for file in (finished / "checkpoint-8").iterdir():
         assert file.name != "training_args.bin"
         if file.suffix == ".pt":
@@ -173,19 +177,19 @@ def test_checkpoints_hold_nothing_that_runs_code_when_it_is_read(finished):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_exactly(
+def test_a_signal_saves_at_the_next_step_boundary_and_the_run_is_resumed_exactly(
     number, recipe, words, tmp_path, capsys, monkeypatch
 ):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train(recipe, words, straight) == 0
     real = MiniGPTTrainer.training_step
 
-    def asked_at_step_3(self, *args, **kwargs):
+    def signal_at_step_3(self, *args, **kwargs):
         if self.state.global_step == 3:
             os.kill(os.getpid(), number)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(MiniGPTTrainer, "training_step", asked_at_step_3)
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", signal_at_step_3)
     assert train(recipe, words, stopped) == 128 + number
     assert f"stopped by {number.name} and saved at step 4" in capsys.readouterr().err
     assert not (stopped / "model").exists()
@@ -196,8 +200,8 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_exactly(
     assert_equal(state_of(stopped / "checkpoint-8"), state_of(straight / "checkpoint-8"))
 
 
-def test_a_second_signal_ends_the_run_at_once_and_loses_no_checkpoint(recipe, words, tmp_path):
-    """The first one comes inside a step that never ends, so only the second can stop it."""
+def test_a_second_signal_ends_the_run_immediately_and_loses_no_checkpoint(recipe, words, tmp_path):
+    """The first signal arrives in a step that never ends, so only the second one can end the process."""
     child = os.fork()
     if child == 0:
         MiniGPTTrainer.training_step = endless_after_step_3
@@ -207,8 +211,8 @@ def test_a_second_signal_ends_the_run_at_once_and_loses_no_checkpoint(recipe, wo
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(child, signal.SIGINT)
-    time.sleep(1.5)  # within a second it is the same request, delivered twice
-    assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it waits for the step to end
+    time.sleep(1.5)  # a second signal within a second counts as the same request
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)  # the process waits for the end of the step
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
     assert newest_valid(RunFolder(tmp_path / "run")) == (tmp_path / "run" / "checkpoint-2", [])
@@ -229,8 +233,8 @@ TRAINING_STEP = MiniGPTTrainer.training_step
 
 
 @pytest.mark.parametrize("fails_at", range(10))
-def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
-    """ENOSPC when the n-th file of the second checkpoint is forced to disk."""
+def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
+    """ENOSPC in the fsync of the n-th file of the second checkpoint."""
     folder, count, real = tmp_path / "run", 0, atomic.fsync
 
     def full(path):
@@ -255,7 +259,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finis
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
-def test_room_is_looked_for_before_the_first_step(recipe, words, tmp_path, capsys, monkeypatch):
+def test_disk_space_is_checked_before_the_first_step(recipe, words, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert train(recipe, words, tmp_path / "run") == 28
@@ -275,11 +279,11 @@ def test_the_disk_space_required_is_about_that_of_the_checkpoints(finished, monk
         assert train(recipe, words, tmp_path / f"{code}", *flags) == code
 
 
-# -- a loss that is no number -----------------------------------------------------------------------------------------
+# -- non-finite losses ------------------------------------------------------------------------------------------------
 
 
 def bad_at_step(number: int, value: float, monkeypatch):
-    """The loss of one step is multiplied by `value`, and so are its gradients."""
+    """Multiply the loss of one step, and hence its gradients, by `value`."""
     real = MiniGPTTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
@@ -290,7 +294,9 @@ def bad_at_step(number: int, value: float, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
-def test_a_bad_loss_stops_the_run_before_it_spreads(value, recipe, words, tmp_path, capsys, monkeypatch):
+def test_a_non_finite_or_exploded_loss_stops_the_run_before_the_weights_change(
+    value, recipe, words, tmp_path, capsys, monkeypatch
+):
     bad_at_step(6, value, monkeypatch)
     folder = tmp_path / "run"
     assert train(recipe, words, folder) == 65
@@ -306,7 +312,7 @@ def test_a_bad_loss_stops_the_run_before_it_spreads(value, recipe, words, tmp_pa
     assert not (folder / "model").exists()
 
 
-def test_a_bad_step_can_be_left_out(recipe, words, tmp_path, capsys, monkeypatch):
+def test_a_step_with_a_non_finite_loss_can_be_skipped(recipe, words, tmp_path, capsys, monkeypatch):
     bad_at_step(3, float("nan"), monkeypatch)
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--on_bad_loss", "skip", "--logging_steps", "2") == 0
@@ -321,7 +327,7 @@ def test_a_bad_step_can_be_left_out(recipe, words, tmp_path, capsys, monkeypatch
     assert taken == [{2}, {3}]  # of steps 3 and 4, one was taken
 
 
-# -- changes between start and going on -------------------------------------------------------------------------------
+# -- changes between start and resuming -------------------------------------------------------------------------------
 
 CHANGES = {
     "learning_rate": ["--learning_rate", "0.001"],
@@ -345,14 +351,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_setting_is_refused_by_name_or_really_applied(name, recipe, words, finished, tmp_path, capsys):
+def test_a_changed_setting_is_rejected_by_name_or_applied(name, recipe, words, finished, tmp_path, capsys):
     folder, flags = tmp_path / "run", CHANGES[name]
     go_back(finished, folder, 4)
     before = (folder / "log.jsonl").read_text()
     old = json.loads((folder / "fingerprint.json").read_text())[name]
     assert train(recipe, words, folder, *flags) == 2
     assert f"{name} was {old} and is " in capsys.readouterr().err
-    assert (folder / "log.jsonl").read_text() == before  # nothing was touched
+    assert (folder / "log.jsonl").read_text() == before  # nothing is written
 
     assert train(recipe, words, folder, *flags, "--allow_change", name) == 0
     assert f"{name} was {old} and is " in capsys.readouterr().out
@@ -361,7 +367,7 @@ def test_a_changed_setting_is_refused_by_name_or_really_applied(name, recipe, wo
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_a_new_learning_rate_is_that_of_the_new_schedule(recipe, words, finished, tmp_path):
+def test_an_allowed_learning_rate_follows_the_new_schedule(recipe, words, finished, tmp_path):
     folder = tmp_path / "run"
     go_back(finished, folder, 4)
     flags = ["--learning_rate", "0.001", "--max_steps", "10", "--warmup_steps", "0"]
@@ -370,7 +376,7 @@ def test_a_new_learning_rate_is_that_of_the_new_schedule(recipe, words, finished
     assert [row["learning_rate"] for row in rows(folder)[4:]] == pytest.approx(expected)
 
 
-def test_other_text_and_another_shape_are_refused(recipe, words, finished, tmp_path, capsys):
+def test_another_text_or_architecture_is_rejected(recipe, words, finished, tmp_path, capsys):
     folder = tmp_path / "run"
     go_back(finished, folder, 4)
     other = tmp_path / "other.txt"
@@ -391,8 +397,8 @@ def test_versions_are_part_of_the_fingerprint(finished):
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
-def test_ten_kills_change_nothing(recipe, words, tmp_path):
-    """`make torture` does a hundred; see scripts/torture.py."""
+def test_ten_kills_do_not_change_the_final_state(recipe, words, tmp_path):
+    """scripts/torture.py; `make torture` does the same with 100 kills."""
     done = subprocess.run(
         [sys.executable, "scripts/torture.py", "--kills", "10", "--folder", tmp_path / "torture"],
         capture_output=True,

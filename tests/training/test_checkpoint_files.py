@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which one is the newest, which files it must have, and when it is safe from a power failure."""
+"""Files of checkpoints: selection of the newest, required files, durability."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def resume(recipe, words, folder) -> int:
 
 
 def test_a_run_resumes_from_the_checkpoint_with_the_highest_number(finished, recipe, words, tmp_path):
-    """10 comes after 9, though not as text. A step that is not taken again keeps its time in the log."""
+    """Checkpoint 10 is newer than 9. Log entries of steps that are not repeated are unchanged."""
     folder = tmp_path / "run"
     go_back(finished, folder, 10)
     taken = [row for row in logged(folder) if row["step"] <= 10]
@@ -51,11 +51,11 @@ def test_a_checkpoint_whose_manifest_lacks_a_required_file_is_not_used(name, fin
     assert_equal(state_of(folder / "checkpoint-11"), state_of(finished / "checkpoint-11"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the path of a descriptor is looked up in /proc")
-def test_checkpoints_and_model_are_on_disk_before_their_rename_and_the_rename_itself_after_it(
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="resolves the paths of file descriptors in /proc")
+def test_checkpoints_and_model_are_fsynced_before_their_rename_and_the_parent_folder_after_it(
     recipe, words, tmp_path, monkeypatch
 ):
-    """A rename survives a power failure only once the folder that holds the name was forced to disk."""
+    """A rename is durable only after the fsync of the parent folder."""
     folder, events, fsync, rename = tmp_path / "run", [], os.fsync, os.rename
 
     def recorded_fsync(descriptor):
@@ -75,8 +75,8 @@ def test_checkpoints_and_model_are_on_disk_before_their_rename_and_the_rename_it
         (at,) = [place for place, event in enumerate(events) if event[0] == "rename" and event[2] == str(checkpoint)]
         staged = events[at][1]
         before = {event[1] for event in events[begin:at]}
-        wanted = {staged, *(f"{staged}/{path.relative_to(checkpoint)}" for path in checkpoint.rglob("*"))}
-        assert wanted <= before
+        required = {staged, *(f"{staged}/{path.relative_to(checkpoint)}" for path in checkpoint.rglob("*"))}
+        assert required <= before
         assert ("fsync", str(folder)) in events[at:]
         assert at < events.index(("fsync", str(folder)), at)
         following = [place for place, event in enumerate(events) if event[0] == "rename" and place > at]

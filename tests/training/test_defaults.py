@@ -1,4 +1,4 @@
-"""What is not given is chosen to fit the text, and logged; what is given is kept, wherever it was given."""
+"""Automatic settings: chosen for the text and logged with a reason; given settings are never replaced."""
 
 import json
 import logging
@@ -62,7 +62,7 @@ def choices_are_logged(caplog):
 
 
 def fitted(folder, argv=(), recipe=None, **overrides):
-    """The arguments of a command once its text is known, and the text."""
+    """The resolved settings of a command, and its text."""
     arguments = parse_arguments([*map(str, argv)], recipe, use_cpu=True, num_proc=1, **overrides)
     configurator = AutoConfigurator(arguments, RunFolder(folder / "run"), time.perf_counter())
     text = prepare_text(configurator.data, configurator.choose_tokenizer)
@@ -87,11 +87,11 @@ def test_a_text_without_a_recipe_gets_a_small_model_and_no_identity_of_another_t
     assert "language" not in header
     assert header["widget"] == [{"text": "Liebe Grete, ich"}]
     assert "def " not in card
-    # Every choice stands in a line with a reason, before the first step.
+    # Every automatic setting is logged with its reason.
     for name in CHOSEN_FROM_THE_TEXT:
         assert re.search(rf"^(.*, )?{name} \S.*: \S", err, re.MULTILINE), name
     assert "characters of training text are little" in err
-    # So short a text is read again and again: it is evaluated often, and the best checkpoint is published.
+    # A short text is trained on for many epochs: with frequent evaluations, publishing the best checkpoint.
     losses = [
         row["eval_loss"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").open()) if "eval_loss" in row
     ]
@@ -112,20 +112,20 @@ def test_the_run_of_a_text_without_a_recipe_is_repeated_by_its_recipe_and_found_
     assert "this run is finished" in capsys.readouterr().out
 
 
-def test_in_python_the_same_is_chosen(letters, tmp_path):
+def test_python_and_the_command_choose_the_same_settings(letters, tmp_path):
     folder = minigpt_hf.train(data=str(letters), output_dir=tmp_path / "run", **SHORT)
     (_, architecture, _), _ = fitted(tmp_path, ["--data", letters])
     assert folder.metadata["recipe"]["hidden_size"] == architecture.hidden_size
     assert folder.metadata["sample"]["prompt"] == "Liebe Grete, ich"
 
 
-def test_without_a_text_everything_is_as_the_recipe_demo_says():
+def test_without_a_text_the_settings_are_those_of_the_recipe_demo():
     bare, demo = resolved(parse_arguments([])), read_recipe("demo")
     assert {name: bare[name] for name in demo} == demo
     assert bare == resolved(parse_arguments([], recipe="demo"))
 
 
-def test_a_prepared_text_is_fitted_too(letters, tmp_path, monkeypatch):
+def test_settings_are_chosen_for_a_prepared_text_too(letters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["tokenize", "--data", str(letters), "--output_dir", "prepared"]) == 0
     (data, architecture, training), text = fitted(tmp_path, ["--data", "prepared"])
@@ -135,13 +135,15 @@ def test_a_prepared_text_is_fitted_too(letters, tmp_path, monkeypatch):
     assert (data.block_size, training.sample_prompt) == (32, "Liebe Grete, ich")
 
 
-def test_two_processes_choose_as_one_does_with_half_the_rows(letters, tmp_path):
+def test_two_processes_choose_the_settings_of_one_with_half_the_batch_size(letters, tmp_path):
     from tests.training.test_two_processes import finish, start
 
     flags = ["--data", letters, "--use_cpu", "--max_steps", "2", "--sample_tokens", "0"]
     flags += ["--cache_dir", tmp_path / "cache"]
-    said = finish(start("auto", letters, tmp_path / "two", *flags))
-    assert said.count("sample_prompt 'Liebe Grete, ich'") == said.count("hidden_size ") == 1  # by the first process
+    output = finish(start("auto", letters, tmp_path / "two", *flags))
+    assert (
+        output.count("sample_prompt 'Liebe Grete, ich'") == output.count("hidden_size ") == 1
+    )  # logged by rank 0 only
     assert main([*map(str, ["train", *flags, "--output_dir", tmp_path / "one"])]) == 0
     one, two = (yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("one", "two"))
     rows = "per_device_train_batch_size"
@@ -154,9 +156,9 @@ def test_two_processes_choose_as_one_does_with_half_the_rows(letters, tmp_path):
 @pytest.mark.parametrize(
     ("size", "tokens", "expected"),
     [
-        (4_000, 2_000, (16_000, 40_000)),  # 4 · 4,000; 20 readings
-        (20_000, 10_000, (80_000, 150_000)),  # until 150,000 tokens
-        (100_000, 45_000, (400_000, 180_000)),  # 4 readings
+        (4_000, 2_000, (16_000, 40_000)),  # 4 · 4,000 parameters; 20 epochs
+        (20_000, 10_000, (80_000, 150_000)),  # epochs up to 150,000 tokens
+        (100_000, 45_000, (400_000, 180_000)),  # 4 epochs
         (1_000_000, 400_000, (1_000_000, 1_500_000)),
         (10**9, 3 * 10**8, (1_000_000, 1_500_000)),
     ],
@@ -165,15 +167,17 @@ def test_parameters_and_tokens_for_a_text(size, tokens, expected):
     assert size_for_text(size, tokens) == expected
 
 
-def test_the_recipe_says_the_rules_that_are_applied():
+def test_the_recipe_states_the_rules_that_are_applied():
     notes = recipe_notes("auto")
     rules = (PARAMETERS_PER_BYTE, f"{LARGEST_UNASKED:,}")
-    assert notes["parameters"].startswith("{} for each byte of text, at most {}: ".format(*rules))
+    assert notes["parameters"].startswith("{} · bytes of text, at most {}: ".format(*rules))
     rules = (MAX_EFFECTIVE_EPOCHS, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
-    assert notes["tokens"] == "{} readings, {} of a short text until they are {}, at most {}".format(*rules)
+    assert notes["tokens"] == (
+        "{} epochs; short texts up to {} epochs, until {} tokens; at most {} tokens".format(*rules)
+    )
     demo = re.search(r"([\d,]+) \+ 192 = ([\d,]+)|= ([\d,]+)$", recipe_notes("demo")["parameters"])[0].split("= ")[1]
     tokens = re.search(r"= ([\d,]+) tokens", recipe_notes("demo")["tokens"])[1]
-    assert notes["cost"].endswith(f"where `demo` takes {demo} · {tokens}")
+    assert notes["cost"].endswith(f"`demo`: {demo} · {tokens}")
     assert int(demo.replace(",", "")) * int(tokens.replace(",", "")) > LARGEST_UNASKED * LONGEST_UNASKED
 
 
@@ -185,7 +189,7 @@ def test_minutes_choose_a_width_whose_heads_share_the_given_key_and_value_heads(
 
 
 @pytest.mark.parametrize("vocabulary", [67, 258, 1024, 4096, 32768])
-def test_a_size_is_hit_within_15_percent_unless_embeddings_alone_are_larger(vocabulary):
+def test_a_size_is_met_within_15_percent_unless_the_embeddings_alone_exceed_it(vocabulary):
     for number in (1e5 * 2000 ** (i / 60) for i in range(61)):  # 100 k to 200 m
         shape = shape_for(number, vocabulary)
         assert shape.width % 8 == 0
@@ -202,8 +206,8 @@ def test_the_model_that_is_built_has_the_size_or_the_reason_is_logged(size, voca
     flags = ["--data", text_file, "--size", size, "--vocab_size", vocabulary, "--max_steps", 2]
     (data, architecture, _), text = fitted(tmp_path, flags)
     model = build_model(build_config(architecture, data.block_size, text.tokenizer), architecture)
-    asked = float(size[:-1]) * {"k": 1e3, "m": 1e6}[size[-1]]
-    assert (abs(model.num_parameters() / asked - 1) <= 0.15) != ("the nearest model has" in caplog.text)
+    requested = float(size[:-1]) * {"k": 1e3, "m": 1e6}[size[-1]]
+    assert (abs(model.num_parameters() / requested - 1) <= 0.15) != ("the nearest model has" in caplog.text)
 
 
 def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
@@ -213,16 +217,16 @@ def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
     assert widths[0] == widths[1] == widths[2]
 
 
-def test_a_size_that_the_embedding_alone_exceeds_says_so(text_file, tmp_path, caplog):
+def test_a_size_that_the_embedding_alone_exceeds_is_reported(text_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", text_file, "--size", "30k", "--vocab_size", "2000", "--max_steps", "2"])
-    (said,) = re.findall(
+    (numbers,) = re.findall(
         r"the nearest model has ([\d,]+) parameters, ([\d,]+) of them the embedding of 2,000", caplog.text
     )
-    parameters, embedding = (int(number.replace(",", "")) for number in said)
+    parameters, embedding = (int(number.replace(",", "")) for number in numbers)
     assert embedding == 2000 * 32 < parameters
 
 
-# -- what is given is kept ---------------------------------------------------------------------------------------------
+# -- given settings ----------------------------------------------------------------------------------------------------
 
 GIVEN = {
     "tokenizer": "bytes",
@@ -261,7 +265,7 @@ OF_THE_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     ("where", "size"), [("flag", "auto"), ("keyword", "auto"), ("recipe", "auto"), ("flag", "40k"), ("recipe", "40k")]
 )
 @pytest.mark.parametrize("name", GIVEN)
-def test_what_is_given_is_kept_and_not_announced_as_chosen(name, size, where, letters, tmp_path, caplog):
+def test_a_given_setting_is_not_replaced_and_not_logged_as_chosen(name, size, where, letters, tmp_path, caplog):
     value = GIVEN[name]
     argv, keywords, recipe = ["--data", str(letters)], {}, None
     if where == "flag":
@@ -280,7 +284,7 @@ def test_what_is_given_is_kept_and_not_announced_as_chosen(name, size, where, le
     assert everything(arguments)[name] == value
     assert not re.search(rf"^(.*, )?{name} \S.*: \S", caplog.text, re.MULTILINE) or name == "vocab_size"
     _, architecture, training = arguments
-    config = build_config(architecture, arguments[0].block_size, text.tokenizer)  # it can be built
+    config = build_config(architecture, arguments[0].block_size, text.tokenizer)  # the architecture is valid
     assert config.num_hidden_layers == architecture.num_hidden_layers
     if name == "num_train_epochs":
         assert training.max_steps == -1
@@ -288,7 +292,7 @@ def test_what_is_given_is_kept_and_not_announced_as_chosen(name, size, where, le
         assert training.warmup_steps < 7
 
 
-def test_a_width_and_a_depth_given_together_are_both_kept(letters, tmp_path):
+def test_width_and_depth_can_be_given_together(letters, tmp_path):
     flags = ["--data", letters, "--hidden_size", 72, "--num_hidden_layers", 1]
     (_, architecture, _), _ = fitted(tmp_path, flags)
     assert (architecture.hidden_size, architecture.num_hidden_layers, architecture.num_attention_heads) == (72, 1, 3)
@@ -305,14 +309,14 @@ def test_a_width_and_a_depth_given_together_are_both_kept(letters, tmp_path):
     ],
 )
 @pytest.mark.parametrize("size", [[], ["--size", "40k"]], ids=["auto", "40k"])
-def test_dropout_and_decay_follow_from_the_training_that_will_really_be_run(
+def test_dropout_and_weight_decay_follow_from_the_number_of_epochs_that_will_be_trained(
     flags, dropout, decay, size, letters, tmp_path
 ):
     (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, *size, *flags])
     assert (architecture.residual_dropout, training.weight_decay) == (dropout, decay)
 
 
-def test_more_rows_or_accumulation_mean_fewer_steps_of_the_same_tokens(letters, tmp_path):
+def test_a_larger_batch_or_accumulation_means_fewer_steps_with_the_same_number_of_tokens(letters, tmp_path):
     def tokens(*flags):
         (data, _, training), _ = fitted(tmp_path, ["--data", letters, *flags])
         rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -324,14 +328,14 @@ def test_more_rows_or_accumulation_mean_fewer_steps_of_the_same_tokens(letters, 
     assert tokens("--block_size", 32) == pytest.approx(plain, rel=0.02)
 
 
-def test_a_tokenizer_of_characters_is_announced(letters, tmp_path, caplog):
+def test_the_choice_of_a_character_tokenizer_is_logged(letters, tmp_path, caplog):
     (data, _, _), _ = fitted(tmp_path, ["--data", letters, "--size", "40k"])
     different = len(set(letters.read_text(encoding="utf-8")))
     assert data.tokenizer == "characters"
     assert re.search(rf"tokenizer characters: .* has {different} different ones", caplog.text)
 
 
-def test_epochs_in_a_recipe_file_are_not_cut_short_by_a_default_number_of_steps(tmp_path):
+def test_epochs_in_a_recipe_file_are_not_overridden_by_the_default_max_steps(tmp_path):
     (tmp_path / "own.yaml").write_text("num_train_epochs: 2\n")
     recipe = str(tmp_path / "own.yaml")
     assert parse_arguments([], recipe)[2].max_steps == -1
@@ -344,7 +348,7 @@ def test_epochs_in_a_recipe_file_are_not_cut_short_by_a_default_number_of_steps(
 # -- recipes and other texts -------------------------------------------------------------------------------------------
 
 
-def test_language_licence_and_prompt_of_a_recipe_are_not_claimed_for_another_text(letters, tmp_path, caplog):
+def test_language_license_and_prompt_of_a_recipe_are_not_applied_to_another_text(letters, tmp_path, caplog):
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", 2], "shakespeare-char")
     assert (data.language, training.sample_prompt) == ([], "Liebe Grete, ich")
     assert "language ['en'], sample_prompt 'ROMEO:' not used" in caplog.text
@@ -353,13 +357,13 @@ def test_language_licence_and_prompt_of_a_recipe_are_not_claimed_for_another_tex
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
     assert (data.language, training.sample_prompt) == (["de"], "Der Rhein")
     assert "not used" not in caplog.text
-    # What is given stays, and the rest of the recipe's description is dropped all the same.
+    # A given prompt is used, and the language of the recipe is still discarded.
     given = ["--sample_prompt", "Der Rhein", "--max_steps", 2]
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
     assert (data.language, training.sample_prompt) == ([], "Der Rhein")
 
 
-def test_a_recipe_keeps_what_it_says_of_its_own_text():
+def test_language_and_prompt_of_a_recipe_apply_to_the_text_of_the_recipe():
     data, _, training = parse_arguments(["--data", "stdlib"], "demo")
     assert (data.language, training.sample_prompt) == (["code"], "def __init__(self")
 
@@ -372,7 +376,7 @@ def test_a_recipe_keeps_what_it_says_of_its_own_text():
         ("1. e4 e5 2. Nf3\n", "1. e4 e5"),
         ("山路を登りながら、こう考えた。" * 9, ("山路を登りながら、こう考えた。" * 9)[:40]),
         ("a\x1b[2Jb c\n", "a"),
-        ("\u202e\n-\n", "Liebe Grete, ich"),  # lines without letters and digits are passed over
+        ("\u202e\n-\n", "Liebe Grete, ich"),  # lines without letters and digits are skipped
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
@@ -394,7 +398,7 @@ def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
     assert architecture.num_attention_heads == 2
     assert "num_attention_heads 2: hidden_size 64 does not divide into 6 heads" in caplog.text
     caplog.clear()
-    assert parse_arguments(["--hidden_size", "96"], "demo")[1].num_attention_heads == 6  # 16 wide: as before
+    assert parse_arguments(["--hidden_size", "96"], "demo")[1].num_attention_heads == 6  # head dimension 16
     assert parse_arguments(["--hidden_size", "64", "--num_attention_heads", "6"], "demo")[1].num_attention_heads == 6
     assert not caplog.text
     assert [heads_for(width) for width in (32, 64, 128, 192, 256, 768, 100)] == [1, 2, 4, 6, 4, 12, 2]
@@ -415,7 +419,7 @@ def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
         (["--intermediate_size", 0, "--size", "1m"], "`intermediate_size` is 0"),
     ],
 )
-def test_an_invalid_architecture_is_refused_before_the_text_is_read(flags, message, tmp_path, capsys):
+def test_an_invalid_architecture_is_rejected_before_the_text_is_read(flags, message, tmp_path, capsys):
     argv = ["train", "--data", str(tmp_path / "absent.txt"), "--output_dir", str(tmp_path / "run"), *map(str, flags)]
     assert main([*argv, "--use_cpu"]) == 2
     err = capsys.readouterr().err
@@ -438,7 +442,7 @@ def test_a_short_run_shows_its_loss_and_evaluates_and_saves_its_last_step(letter
         assert weights.keys()
 
 
-def test_a_given_number_of_logging_steps_is_kept_and_an_empty_log_announced(letters, recipe_file, tmp_path, caplog):
+def test_given_logging_steps_are_used_and_a_log_without_losses_is_reported(letters, recipe_file, tmp_path, caplog):
     (_, _, training), _ = fitted(
         tmp_path, ["--data", letters, "--max_steps", 5, "--logging_steps", 9], str(recipe_file)
     )
@@ -446,7 +450,7 @@ def test_a_given_number_of_logging_steps_is_kept_and_an_empty_log_announced(lett
     assert "logging_steps 9: no training loss is shown in 5 steps" in caplog.text
 
 
-def test_a_warm_up_longer_than_the_run_is_warned_of(letters, recipe_file, tmp_path, caplog):
+def test_a_warmup_as_long_as_the_run_causes_a_warning(letters, recipe_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", letters, "--max_steps", 20], str(recipe_file))
     assert "warmup_steps 20: there are 20 steps, so the learning rate does not reach its peak" in caplog.text
     caplog.clear()
@@ -454,7 +458,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(letters, recipe_file, tmp_pa
     assert "warmup_steps" not in caplog.text
 
 
-def test_a_vocabulary_that_is_not_as_asked_is_announced(letters, tmp_path, caplog):
+def test_a_vocabulary_smaller_than_requested_is_reported(letters, tmp_path, caplog):
     _, text = fitted(tmp_path, ["--data", letters, "--vocab_size", 9000, "--max_steps", 2])
     size = vocabulary_size(text.tokenizer)
     assert size < 9000
@@ -464,7 +468,7 @@ def test_a_vocabulary_that_is_not_as_asked_is_announced(letters, tmp_path, caplo
     assert "vocab_size 300: not used, tokenizer bytes has 258 tokens" in caplog.text
 
 
-def test_help_shows_the_defaults_that_a_command_has(capsys):
+def test_help_shows_the_effective_defaults(capsys):
     main(["train", "--help-all"])
     _, options = " ".join(capsys.readouterr().out.split()).split("options:")
     for name, (without, alone) in effective_defaults().items():
@@ -476,19 +480,19 @@ def test_help_shows_the_defaults_that_a_command_has(capsys):
             assert without in (str(demo[name]), *map(str, demo[name] if isinstance(demo[name], list) else [])), name
 
 
-def test_the_text_decides_about_the_settings_that_the_help_says_and_no_others(letters, text_file, tmp_path):
+def test_only_the_settings_documented_in_the_help_depend_on_the_text(letters, text_file, tmp_path):
     untouched = resolved(parse_arguments(["--data", str(letters), "--use_cpu"]))
     changed = set()
     for file in (letters, text_file):
         chosen = resolved(fitted(tmp_path, ["--data", file])[0])
         changed |= {name for name in chosen if chosen[name] != untouched.get(name)}
-    assert changed - {"data", "save_steps"} <= {*CHOSEN_FROM_THE_TEXT}  # they are saved when they are evaluated
+    assert changed - {"data", "save_steps"} <= {*CHOSEN_FROM_THE_TEXT}  # save_steps follows eval_steps
     assert {"vocab_size", "block_size", "hidden_size", "max_steps", "sample_prompt", "residual_dropout"} <= changed
 
 
 # -- the recipe that a run stores --------------------------------------------------------------------------------------
 
-# Settings whose default differs from transformers', with transformers' default; and those with values of other kinds.
+# Settings whose default differs from transformers', with transformers' default; and settings of other types.
 STORED = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
@@ -510,7 +514,7 @@ STORED = {
 }
 
 
-def test_every_setting_whose_default_is_not_transformers_is_tried():
+def test_every_setting_with_a_default_other_than_transformers_is_in_the_table():
     changed = {
         each.name
         for each in fields(TrainingArguments)
@@ -524,8 +528,8 @@ def test_every_setting_whose_default_is_not_transformers_is_tried():
 
 @pytest.mark.parametrize("name", STORED)
 @pytest.mark.parametrize("recipe", ["demo", None])
-def test_the_stored_recipe_repeats_the_settings(name, recipe, text_file, tmp_path):
-    """Also values that equal transformers' default, which is not ours, and mappings, of which two may be the same object."""
+def test_the_stored_recipe_reproduces_the_settings(name, recipe, text_file, tmp_path):
+    """Including values that equal transformers' default but not ours, and two mappings that are the same object."""
     given = {name: STORED[name]}
     given |= {"max_steps": -1} if name == "num_train_epochs" else {}
     given |= {"lr_scheduler_type": STORED["lr_scheduler_type"]} if name == "lr_scheduler_kwargs" else {}
@@ -541,7 +545,7 @@ def test_the_stored_recipe_repeats_the_settings(name, recipe, text_file, tmp_pat
 
 
 def test_settings_are_frozen_and_replaced_by_new_ones(text_file):
-    """Whatever a run resolves: its settings are those that were written down."""
+    """The settings of a run equal those stored in its recipe."""
     settings = parse_arguments(["--use_cpu", "--data", str(text_file)])
     for group, name in zip(settings, ("block_size", "hidden_size", "max_steps"), strict=True):
         with pytest.raises(FrozenInstanceError):
@@ -552,7 +556,7 @@ def test_settings_are_frozen_and_replaced_by_new_ones(text_file):
     assert resolved(changed) == resolved(settings) | {"block_size": 24, "hidden_size": 48, "max_steps": 24}
 
 
-def test_a_training_writes_to_no_settings(text_file, tmp_path, monkeypatch):
+def test_training_does_not_modify_its_settings(text_file, tmp_path, monkeypatch):
     """The Trainer, which assigns to its arguments, gets a copy."""
     seen = []
     monkeypatch.setattr(module, "describe", lambda *arguments: seen.append(arguments[0]) or describe(*arguments))

@@ -1,4 +1,4 @@
-"""When a run ends because validation no longer improves. With learning rates of 0 no evaluation beats the first one."""
+"""Early stopping. With learning rates of 0 the validation loss never improves."""
 
 import json
 
@@ -21,8 +21,8 @@ def test_a_run_ends_after_as_many_evaluations_without_improvement_as_its_patienc
     assert (about["training"]["steps"], about["training"]["planned_steps"]) == (last, 8)
 
 
-def test_by_default_a_run_has_patience_5_if_it_passes_over_the_text_more_than_once(recipe, words, tmp_path):
-    """294 tokens are 18 blocks of 16: nine steps of two blocks are an epoch."""
+def test_the_default_patience_is_5_if_a_run_has_more_than_one_epoch(recipe, words, tmp_path):
+    """294 tokens are 18 sequences of 16, so an epoch has nine steps of two sequences."""
     ends = []
     for steps in ("9", "11"):
         folder = tmp_path / steps
@@ -31,22 +31,22 @@ def test_by_default_a_run_has_patience_5_if_it_passes_over_the_text_more_than_on
     assert ends == [9, 6]
 
 
-def test_an_evaluation_at_the_start_is_made_once_in_a_run_that_is_resumed(recipe, words, tmp_path):
-    """Made again at each start, it would count as an evaluation without improvement."""
+def test_the_evaluation_at_the_start_is_not_repeated_when_a_run_is_resumed(recipe, words, tmp_path):
+    """A repeated evaluation would count as one without improvement."""
     flags = ["--validation_fraction", "0.3", "--eval_steps", "2", "--eval_on_start", "true"]
     flags += ["--early_stopping_patience", "1", "--learning_rate", "1e-3", "--muon_learning_rate", "1e-3"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert train(recipe, words, whole, *flags) == 0
-    go_back(whole, cut, 4)
-    assert train(recipe, words, cut, *flags) == 0
-    assert rows(cut) == rows(whole)
-    assert rows(cut)[-1]["step"] == 8
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(recipe, words, straight, *flags) == 0
+    go_back(straight, resumed, 4)
+    assert train(recipe, words, resumed, *flags) == 0
+    assert rows(resumed) == rows(straight)
+    assert rows(resumed)[-1]["step"] == 8
     evaluated = [
         [
             row["step"]
             for line in (run / "log.jsonl").read_text().splitlines()
             if "eval_loss" in (row := json.loads(line))
         ]
-        for run in (whole, cut)
+        for run in (straight, resumed)
     ]
     assert evaluated == [[0, 2, 4, 6, 8]] * 2

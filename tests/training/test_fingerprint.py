@@ -1,4 +1,4 @@
-"""A run only resumes with the settings that it was started with: each of them is compared."""
+"""The fingerprint of a run: a run is resumed only with the settings it was started with."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def interrupted(recipe, words, tmp_path_factory):
-    """A run with validation, as it is after step 4."""
+    """A run with validation, interrupted after step 4."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     assert train(recipe, words, folder, *FLAGS) == 0
     go_back(folder, folder.with_name("stopped"), 4)
@@ -38,16 +38,16 @@ def interrupted(recipe, words, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_run_does_not_resume_with_another(name, interrupted, recipe, words, capsys):
+def test_a_run_does_not_resume_with_a_changed(name, interrupted, recipe, words, capsys):
     before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
     assert train(recipe, words, interrupted, *FLAGS, *CHANGES[name]) == 2
     captured = capsys.readouterr()
     assert f"{name} was " in captured.err
-    assert captured.err.count("\nminigpt train: ") == 1  # after the warning about a small text
+    assert captured.err.count("\nminigpt train: ") == 1  # preceded by the warning about a small text
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
 
 
-def test_what_an_earlier_version_did_not_record_counts_as_unchanged_where_it_has_its_default(
+def test_a_setting_that_an_earlier_version_did_not_record_is_unchanged_if_it_has_its_default(
     interrupted, recipe, words, tmp_path, capsys
 ):
     run = shutil.copytree(interrupted, tmp_path / "run")
@@ -66,28 +66,28 @@ def test_what_an_earlier_version_did_not_record_counts_as_unchanged_where_it_has
 
 
 def test_another_optimizer_that_is_allowed_starts_without_moments(interrupted, recipe, words, tmp_path, capsys):
-    """Its learning rate is that of the schedule at the step where the run stands."""
+    """The learning rate is that of the schedule at the step of the checkpoint."""
     run = shutil.copytree(interrupted, tmp_path / "run")
     changed = ["--no_muon", "--optim", "sgd", "--allow_change", "muon", "optim"]
     assert train(recipe, words, run, *FLAGS, *changed) == 0
     assert "the optimizer starts without moments" in capsys.readouterr().err
     rates = [row["learning_rate"] for row in rows(run)]
     assert rates == [row["learning_rate"] for row in rows(interrupted.with_name("run"))]
-    # SGD has no state: the step that follows is the gradient times the rate, which no moment changes.
+    # SGD is stateless: an update is the gradient times the learning rate.
     names = ("checkpoint-4", "checkpoint-6")
     before, after = (load_file(run / name / "model.safetensors") for name in names)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_same_batch_in_other_parts_is_allowed_by_name(interrupted, recipe, words, tmp_path):
+def test_another_division_of_the_same_effective_batch_can_be_allowed(interrupted, recipe, words, tmp_path):
     run = shutil.copytree(interrupted, tmp_path / "run")
     parts = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     allowed = ["--allow_change", "per_device_train_batch_size", "gradient_accumulation_steps"]
     assert train(recipe, words, run, *FLAGS, *parts, *allowed) == 0
 
 
-def test_a_model_to_start_from_is_known_by_its_content(interrupted, recipe, words, tmp_path, capsys, monkeypatch):
-    """Moved, it is the same; replaced under the same name, it is another; interrupted or finished."""
+def test_the_initial_model_is_identified_by_its_content(interrupted, recipe, words, tmp_path, capsys, monkeypatch):
+    """A moved model is unchanged, a replaced one of the same name is changed; for interrupted and finished runs."""
     monkeypatch.chdir(tmp_path)
     assert train(recipe, words, "made", "--max_steps", "2") == 0
     shutil.copytree("made/model", "base")
@@ -123,12 +123,12 @@ def test_a_damaged_fingerprint_is_restored_from_a_checkpoint(content, interrupte
     assert "it is restored from checkpoint-4" in captured.err
     assert "going on from step 4" in captured.out
     assert (run / "fingerprint.json").read_text() == good
-    kept = run / "fingerprint.json.aside-1"
-    assert (kept.read_text() if kept.exists() else None) == content
+    renamed = run / "fingerprint.json.aside-1"
+    assert (renamed.read_text() if renamed.exists() else None) == content
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "null", '{"described": 3}'])
-def test_a_damaged_fingerprint_without_a_copy_is_told_in_one_line(
+def test_a_damaged_fingerprint_without_checkpoints_is_reported_in_one_line(
     content, interrupted, recipe, words, tmp_path, capsys
 ):
     run = shutil.copytree(interrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -141,7 +141,7 @@ def test_a_damaged_fingerprint_without_a_copy_is_told_in_one_line(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_checkpoint_is_not_taken_for_a_run(interrupted, recipe, words, capsys):
+def test_a_checkpoint_folder_is_rejected_as_a_run_folder(interrupted, recipe, words, capsys):
     before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
     for more in ([], ["--fresh"]):
         assert train(recipe, words, interrupted / "checkpoint-4", *FLAGS, *more) == 2
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_not_taken_for_a_run(interrupted, recipe, words, capsys)
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_without_checkpoints_starts_again_and_keeps_its_log(interrupted, recipe, words, tmp_path, capsys):
+def test_a_run_without_checkpoints_starts_again_and_renames_its_log(interrupted, recipe, words, tmp_path, capsys):
     run = shutil.copytree(interrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     log = (run / "log.jsonl").read_bytes()
     assert train(recipe, words, run, *FLAGS) == 0
@@ -161,7 +161,7 @@ def test_a_run_without_checkpoints_starts_again_and_keeps_its_log(interrupted, r
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_fewer_steps_than_were_taken_are_told(steps, interrupted, recipe, words, tmp_path, capsys):
+def test_a_max_steps_below_the_steps_already_taken_is_reported(steps, interrupted, recipe, words, tmp_path, capsys):
     run = shutil.copytree(interrupted, tmp_path / "run")
     assert train(recipe, words, run, *FLAGS, "--max_steps", str(steps), "--allow_change", "max_steps") == 0
     message = f"max_steps {steps}: the run has already taken 4 steps; no further step is taken"

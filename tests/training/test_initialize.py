@@ -1,4 +1,4 @@
-"""Training goes on from an existing model: whole, or beside frozen matrices."""
+"""Fine-tuning of existing models, full and with LoRA."""
 
 import json
 import shutil
@@ -29,8 +29,8 @@ def finetune(run_folder, text_file, tmp_path):
     return run
 
 
-def test_training_starts_where_the_model_stands(finetune, run_folder, tmp_path):
-    """Its validation loss before the first step is the one it was published with."""
+def test_training_starts_from_the_weights_of_the_model(finetune, run_folder, tmp_path):
+    """With learning rates of 0 the published weights equal the initial ones."""
     assert finetune("run", "--learning_rate", "0", "--muon_learning_rate", "0") == 0
     about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
     published = json.loads((run_folder / "model" / "minigpt.json").read_text())
@@ -41,10 +41,10 @@ def test_training_starts_where_the_model_stands(finetune, run_folder, tmp_path):
         assert torch.equal(tensor, load_file(tmp_path / "run" / "model" / "model.safetensors")[name])
     assert about["tokenizer"]["fingerprint"] == published["tokenizer"]["fingerprint"]
     assert about["recipe"]["hidden_size"] == published["recipe"]["hidden_size"] == 32
-    assert about["recipe"]["init_from"] == "model"  # and not where on this machine it lies
+    assert about["recipe"]["init_from"] == "model"  # without its path on this machine
 
 
-def test_it_goes_on_learning(finetune, run_folder, tmp_path):
+def test_fine_tuning_reduces_the_loss(finetune, run_folder, tmp_path):
     flags = ["--max_steps", "40", "--eval_steps", "20", "--learning_rate", "4e-3", "--validation_characters", "20000"]
     assert finetune("run", *flags) == 0
     before, after = (
@@ -58,7 +58,7 @@ def test_a_qwen3_folder_becomes_a_minigpt_with_the_same_logits(finetune, run_fol
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
     config = Qwen3Config(
-        vocab_size=320,  # more rows than tokens, as Qwen has
+        vocab_size=320,  # more embedding rows than tokens, as in Qwen's models
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -80,7 +80,7 @@ def test_a_qwen3_folder_becomes_a_minigpt_with_the_same_logits(finetune, run_fol
         torch.testing.assert_close(model(ids).logits, qwen(ids).logits, rtol=0, atol=0)
 
 
-def test_lora_learns_beside_frozen_matrices_and_is_merged_at_the_end(finetune, run_folder, tmp_path, capsys):
+def test_lora_trains_factors_of_frozen_matrices_and_merges_them_at_the_end(finetune, run_folder, tmp_path, capsys):
     assert finetune("run", "--lora_rank", "2") == 0
     assert "of them are trained" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(run_folder / "model")
@@ -93,7 +93,7 @@ def test_lora_learns_beside_frozen_matrices_and_is_merged_at_the_end(finetune, r
         before = AutoModelForCausalLM.from_pretrained(run_folder / "model")(ids).logits
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
         assert (merged(ids).logits - before).abs().max() > 1e-3
-    # Embeddings and norms stay as they are.
+    # Embeddings and norms are unchanged.
     old, new = (load_file(folder / "model" / "model.safetensors") for folder in (run_folder, tmp_path / "run"))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
@@ -104,15 +104,15 @@ def test_lora_learns_beside_frozen_matrices_and_is_merged_at_the_end(finetune, r
         torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
 
 
-def test_lora_goes_on_exactly_where_it_was_stopped(finetune, tmp_path):
-    assert finetune("whole", "--lora_rank", "2", "--save_total_limit", "9") == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "model")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
-    assert finetune("cut", "--lora_rank", "2", "--save_total_limit", "9") == 0
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+def test_a_resumed_lora_run_equals_an_uninterrupted_one(finetune, tmp_path):
+    assert finetune("straight", "--lora_rank", "2", "--save_total_limit", "9") == 0
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "model")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
+    assert finetune("resumed", "--lora_rank", "2", "--save_total_limit", "9") == 0
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "straight")
+    straight, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "resumed"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_lora_goes_on_exactly_where_it_was_stopped(finetune, tmp_path):
         (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
     ],
 )
-def test_what_cannot_go_with_an_existing_model_is_refused(flags, message, finetune, capsys):
+def test_settings_that_contradict_an_existing_model_are_rejected(flags, message, finetune, capsys):
     assert finetune("run", *flags) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_text_prepared_with_another_tokenizer_is_refused(finetune, run_folder, text_file, tmp_path, capsys):
+def test_a_text_prepared_with_another_tokenizer_is_rejected(finetune, run_folder, text_file, tmp_path, capsys):
     """Its token ids would index another vocabulary, of the same size or a smaller one."""
     prepared = {"ours": str(run_folder / "model"), "other": "bytes"}
     for name, tokenizer in prepared.items():
@@ -141,7 +141,7 @@ def test_a_text_prepared_with_another_tokenizer_is_refused(finetune, run_folder,
     assert finetune("run", "--data", str(tmp_path / "ours")) == 0
 
 
-def test_other_architectures_and_missing_models_are_refused(finetune, tmp_path, capsys):
+def test_missing_models_and_tokenizers_are_rejected(finetune, tmp_path, capsys):
     assert finetune("run", folder=tmp_path / "absent") == 2
     assert "no model can be loaded from it (no such folder)" in capsys.readouterr().err
     LlamaConfig().save_pretrained(tmp_path / "llama")
@@ -152,8 +152,8 @@ def test_other_architectures_and_missing_models_are_refused(finetune, tmp_path, 
     assert "name a folder or a Hub id with --init_from" in capsys.readouterr().err
 
 
-def test_training_ends_when_it_gets_no_better(text, tmp_path, capsys):
-    """A text of two lines, read again and again, is learnt by heart; five evaluations later it is enough."""
+def test_training_ends_after_five_evaluations_without_improvement(text, tmp_path, capsys):
+    """A short text is memorized within a few epochs, after which the validation loss rises."""
     (tmp_path / "short.txt").write_text(text[3000:3600])
     argv = ["train", "--recipe", "demo", "--data", str(tmp_path / "short.txt"), "--tokenizer", "bytes", *SHORT]
     argv += ["--lr_scheduler_type", "constant"]

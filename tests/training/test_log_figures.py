@@ -1,4 +1,4 @@
-"""Figures in `log.jsonl`, computed by hand."""
+"""Values in `log.jsonl`, compared with manual computations."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from tests.training.conftest import assert_equal, rows, state_of, train
 
 
 def test_tokens_and_bits_per_byte_of_each_logged_step(recipe, words, tmp_path):
-    """A step is 3 · 2 blocks of 16 tokens; 420 bytes of text are 421 tokens, one of which opens the document."""
+    """A step has 3 · 2 sequences of 16 tokens; 420 bytes of text are 421 tokens, including the BOS token."""
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--gradient_accumulation_steps", "3", "--logging_steps", "2") == 0
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -20,7 +20,7 @@ def test_tokens_and_bits_per_byte_of_each_logged_step(recipe, words, tmp_path):
 
 
 def test_samples_and_validation_do_not_change_the_training(recipe, words, tmp_path):
-    """With dropout, which would show a random state, or a mode of the model, that is not restored."""
+    """With dropout, so that an RNG state or training mode that is not restored would change the losses."""
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     flags = ["--validation_fraction", "0.3", "--sample_prompt", "def"]
     assert train(recipe, words, plain, *flags, "--eval_strategy", "no") == 0

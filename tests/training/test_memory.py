@@ -1,11 +1,11 @@
-"""A model that cannot be trained in the memory at hand is refused before the first step, and no other is."""
+"""A model is rejected before the first step only if its training state exceeds the available memory."""
 
 import psutil
 import pytest
 
 from tests.training.conftest import train
 
-# Width 32, 2 layers, 4 heads of width 8, feed-forward 8/3 · 32 = 85.3 -> 96; 258 tokens; the norms are left out.
+# Width 32, 2 layers, 4 heads of width 8, feed-forward 8/3 · 32 = 85.3 -> 96, 258 tokens; without norms.
 FEED_FORWARD = 3 * 32 * 96
 PARAMETERS = {
     "tied embeddings": ([], 2 * (4 * 32 * 32 + FEED_FORWARD) + 258 * 32),
@@ -15,10 +15,10 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_sixteen_bytes_for_each_parameter_are_enough_and_one_less_is_not(
+def test_sixteen_bytes_per_parameter_are_sufficient_and_one_byte_less_is_not(
     name, recipe, words, tmp_path, monkeypatch, capsys
 ):
-    """Weight, gradient and two moments, four bytes each."""
+    """Weight, gradient and two optimizer moments in float32: 4 · 4 = 16 bytes."""
     flags, parameters = PARAMETERS[name]
     memory = psutil.virtual_memory()
     available = 16 * parameters - 1

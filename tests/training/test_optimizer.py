@@ -1,4 +1,4 @@
-"""Muon and AdamW in one optimizer do what torch's own do apart."""
+"""MuonAdamW compared with torch.optim.Muon and torch.optim.AdamW."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def renew_gradients(groups, seed):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_steps_as_torch_optim_muon_does(weight_decay):
+def test_muon_steps_equal_those_of_torch_optim_muon(weight_decay):
     ours, reference = parameters_with_gradients(SHAPES), parameters_with_gradients(SHAPES)
     muon = MuonAdamW(
         [{"params": ours, "algorithm": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": weight_decay}]
@@ -42,11 +42,11 @@ def test_muon_steps_as_torch_optim_muon_does(weight_decay):
         muon.step()
         torchs.step()
     for a, b in zip(ours, reference, strict=True):
-        # Both iterate in bfloat16 (relative precision 2⁻⁸); a batched product may round the last bit otherwise.
+        # Both iterate in bfloat16 (relative precision 2⁻⁸); batched products may round the last bit differently.
         torch.testing.assert_close(a, b, atol=5 * 0.02 * 2**-6, rtol=0)
 
 
-def test_adamw_steps_as_torch_optim_adamw_does():
+def test_adamw_steps_equal_those_of_torch_optim_adamw():
     ours, reference = parameters_with_gradients([(7, 5), (3,)]), parameters_with_gradients([(7, 5), (3,)])
     settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     adamw = MuonAdamW([{"params": ours, "algorithm": "adamw", **settings}])
@@ -58,19 +58,19 @@ def test_adamw_steps_as_torch_optim_adamw_does():
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
-def test_orthogonalizing_makes_all_singular_values_about_one_and_keeps_directions():
+def test_orthogonalization_gives_singular_values_near_one_and_preserves_singular_vectors():
     matrices = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
     result = orthogonalize(matrices)
-    for matrix, turned in zip(matrices, result, strict=True):
+    for matrix, orthogonal in zip(matrices, result, strict=True):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        assert torch.linalg.svdvals(turned).min() > 0.6
-        assert torch.linalg.svdvals(turned).max() < 1.3
-        aligned = (left.T @ turned @ right.T).diagonal()  # U·S'·Vᵀ with the same U and V
+        assert torch.linalg.svdvals(orthogonal).min() > 0.6
+        assert torch.linalg.svdvals(orthogonal).max() < 1.3
+        aligned = (left.T @ orthogonal @ right.T).diagonal()  # U·S'·Vᵀ with the same U and V
         assert (aligned > 0.6).all()
-        assert values.max() / values.min() > 2  # it was not so before
+        assert values.max() / values.min() > 2  # unlike those of the input
 
 
-def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit():
+def test_a_saved_and_loaded_optimizer_continues_bit_for_bit():
     def take_steps(model, optimizer, first, last):
         for step in range(first, last):
             ids = random_ids(4, 16 + step)[:, step:]
@@ -89,7 +89,7 @@ def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
-def test_each_parameter_follows_its_rule():
+def test_each_parameter_has_the_intended_algorithm_learning_rate_and_weight_decay():
     model = MiniGPTForCausalLM(tiny_config(tie_word_embeddings=False))
     optimizer = muon_adamw(model, lr=4e-3, muon_lr=0.02, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -108,20 +108,20 @@ def test_each_parameter_follows_its_rule():
             assert rule == ("adamw", 4e-3, 0.1), name
 
 
-def test_what_muon_cannot_turn_and_what_has_no_rule_are_refused():
+def test_vectors_with_muon_and_groups_without_an_algorithm_are_rejected():
     with pytest.raises(ValueError, match="Muon requires matrices"):
         MuonAdamW([{"params": parameters_with_gradients([(3,)]), "algorithm": "muon"}])
     with pytest.raises(ValueError, match="use 'muon' or 'adamw'"):
         MuonAdamW([{"params": parameters_with_gradients([(3, 3)])}])
 
 
-def test_the_minimum_of_a_schedule_is_the_learning_rate_that_was_asked_for(text_file, recipe_file, tmp_path):
+def test_min_lr_of_a_schedule_is_the_absolute_learning_rate(text_file, recipe_file, tmp_path):
     """transformers divides `min_lr` by the optimizer's default learning rate."""
     argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(tmp_path / "run")]
     argv += ["--max_steps", "6", "--warmup_steps", "0", "--logging_steps", "1", "--learning_rate", "8e-3"]
     argv += ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 2e-3}']
     assert main(argv) == 0
     rates = [row["learning_rate"] for row in read_log(tmp_path / "run" / "log.jsonl") if "learning_rate" in row]
-    # The k-th of 6 steps is taken with the rate of k - 1 steps, between peak and minimum along half a cosine.
+    # Step k of 6 has the rate after k - 1 steps, on half a cosine from peak to minimum.
     expected = [2e-3 + 6e-3 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert rates == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Identities that an optimizer step with Muon keeps exactly."""
+"""Identities of optimizer steps with Muon and AdamW."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def random_matrices(seed: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
 def test_weight_decay_shrinks_the_weights_and_not_their_update(algorithm):
-    """w ← w · (1 - lr · decay) - lr · update: from zero, decay changes nothing; else the difference is lr · decay · w."""
+    """w ← w · (1 - lr · decay) - lr · update: decay changes the result by lr · decay · w, hence not at all for w = 0."""
     zeros, gradients = [torch.zeros(shape) for shape in SHAPES], random_matrices(1)
     plain, decayed = (stepped(zeros, [gradients], algorithm, weight_decay=decay) for decay in (0.0, 0.5))
     assert all(torch.equal(a, b) for a, b in zip(plain, decayed, strict=True))
@@ -38,7 +38,7 @@ def test_weight_decay_shrinks_the_weights_and_not_their_update(algorithm):
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
 def test_muon_does_not_depend_on_the_scale_of_the_gradients(scale):
-    """Powers of two scale floating point numbers exactly, so the weights are equal bit for bit."""
+    """Scaling floating point numbers by powers of two is exact, so the weights are equal bit for bit."""
     weights, gradients = random_matrices(0), [random_matrices(seed) for seed in (1, 2, 3)]
     scaled = [[gradient * scale for gradient in step] for step in gradients]
     for a, b in zip(stepped(weights, gradients), stepped(weights, scaled), strict=True):
@@ -46,13 +46,13 @@ def test_muon_does_not_depend_on_the_scale_of_the_gradients(scale):
 
 
 def test_the_update_of_a_matrix_does_not_depend_on_the_gradients_of_the_others():
-    """Matrices of one shape are turned in one batch, each by itself."""
+    """Matrices of equal shape are orthogonalized in one batch, independently of each other."""
     generator = torch.Generator().manual_seed(0)
     weights, gradients = (torch.randn(3, 16, 32, generator=generator) for _ in range(2))
     together = stepped([*weights], [[gradients[0], gradients[1] * 1000, gradients[2] * 0.001]])
     for weight, gradient, result in zip(weights, gradients, together, strict=True):
         (alone,) = stepped([weight], [[gradient]])
-        torch.testing.assert_close(result, alone, atol=0.5 * 2**-5, rtol=0)  # bfloat16, and another order of sums
+        torch.testing.assert_close(result, alone, atol=0.5 * 2**-5, rtol=0)  # bfloat16, summed in another order
 
 
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_is_returned():
@@ -70,7 +70,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_is_returned():
     assert optimizer.step() is None
 
 
-def test_muon_keeps_weights_whose_gradient_is_zero():
+def test_muon_does_not_change_weights_whose_gradient_is_zero():
     weights = random_matrices(0)
     for a, b in zip(weights, stepped(weights, [[torch.zeros(shape) for shape in SHAPES]]), strict=True):
         assert torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""Before the first step, the disk must have room for the checkpoints that are kept, one being written, and the model."""
+"""Disk space checked before the first step: retained checkpoints, one being written, and the model folder."""
 
 import shutil
 
@@ -13,8 +13,8 @@ def size_of(folder) -> int:
 
 @pytest.mark.parametrize("limit", [1, 6])
 @pytest.mark.parametrize("muon", [True, False])
-def test_a_run_needs_room_for_one_checkpoint_more_than_it_keeps(muon, limit, recipe, words, tmp_path, monkeypatch):
-    """The size of a checkpoint is estimated, by at most 60 % too high."""
+def test_a_run_needs_space_for_one_checkpoint_more_than_it_retains(muon, limit, recipe, words, tmp_path, monkeypatch):
+    """The estimate exceeds the size of a checkpoint by at most 60 %."""
     flags = ["--max_steps", "1", "--save_total_limit", str(limit), f"--muon={muon}"]
     assert train(recipe, words, tmp_path / "first", *flags) == 0
     needed = (limit + 1) * size_of(tmp_path / "first" / "checkpoint-1") + size_of(tmp_path / "first" / "model")

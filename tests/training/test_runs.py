@@ -1,4 +1,4 @@
-"""One training in a run folder, an orderly end whatever happens around it, and resumes that log what a straight run logs."""
+"""Run folders: locking, damage, logging, signals, and resumed runs that equal uninterrupted ones."""
 
 import io
 import json
@@ -49,7 +49,7 @@ EVALUATED = ["--validation_fraction", "0.3", "--eval_steps", "2", "--early_stopp
 
 @pytest.fixture(scope="module")
 def evaluated(recipe, words, tmp_path_factory):
-    """Validated and saved every two steps; the learning rate is so high that the last step is not the best."""
+    """Evaluated and saved every two steps, with a learning rate so high that the last step is not the best."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
     best = min((row for row in log_of(folder) if "eval_loss" in row), key=lambda row: row["eval_loss"])
@@ -60,7 +60,7 @@ def evaluated(recipe, words, tmp_path_factory):
 STEEP = ["--lr_scheduler_type", "constant", "--learning_rate", "1", "--muon_learning_rate", "1", "--warmup_steps", "0"]
 
 
-# -- one training in a folder -----------------------------------------------------------------------------------------
+# -- one run per folder -----------------------------------------------------------------------------------------------
 
 
 def start(recipe, data, folder, *flags, **settings) -> subprocess.Popen:
@@ -72,7 +72,7 @@ def start(recipe, data, folder, *flags, **settings) -> subprocess.Popen:
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timeout"
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
@@ -82,14 +82,14 @@ def steps_logged(folder) -> int:
     return log.read_bytes().count(b'"loss"') if log.exists() else 0
 
 
-def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words, finished, tmp_path, capsys):
-    """A process trains; the same command is refused, with every flag; it is stopped, continued, and killed."""
+def test_a_run_folder_is_locked_until_its_process_ends_or_is_killed(recipe, words, finished, tmp_path, capsys):
+    """While a process trains or is suspended, commands for its folder are rejected; after SIGKILL they resume the run."""
     folder = tmp_path / "runs" / "one"
     flags = ["--max_steps", "100000", "--save_steps", "20", "--save_total_limit", "2"]
     process = start(recipe, words, folder, *flags)
     try:
         wait_for(lambda: list(folder.glob("checkpoint-*")), process)
-        process.send_signal(signal.SIGSTOP)  # a process that is stopped still holds its lock
+        process.send_signal(signal.SIGSTOP)  # a suspended process still holds its lock
         time.sleep(0.2)
         before = files_of(folder)
         for more in ([], ["--fresh"], ["--max_steps", "7"]):
@@ -107,7 +107,7 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
     log = log_of(folder)
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
-    # Killed: the lock is free, and the run is resumed, to a nearer end.
+    # After the kill the lock is free, and the run is resumed with fewer steps.
     newest = RunFolder(folder).checkpoints()[-1]
     steps = str(int(newest.name.split("-")[1]) + 1)
     assert train(recipe, words, folder, "--max_steps", steps, "--save_steps", "20", "--allow_change", "max_steps") == 0
@@ -115,24 +115,24 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
     assert not (folder / ".lock").exists()
 
 
-def test_a_link_in_place_of_the_lock_is_not_followed(recipe, words, finished, tmp_path, capsys):
-    precious, folder = tmp_path / "precious", shutil.copytree(finished, tmp_path / "run")
+def test_a_link_at_the_path_of_the_lock_file_is_not_followed(recipe, words, finished, tmp_path, capsys):
+    target, folder = tmp_path / "target", shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(folder / "model")
-    precious.write_text("precious")
-    (folder / ".lock").symlink_to(precious)
+    target.write_text("content")
+    (folder / ".lock").symlink_to(target)
     before = files_of(folder)
     assert train(recipe, words, folder) == 2
     assert f"--output_dir {folder}: cannot be written (" in capsys.readouterr().err
     assert files_of(folder) == before
-    assert precious.read_text() == "precious"
+    assert target.read_text() == "content"
 
 
-def test_a_folder_that_was_created_for_a_refused_run_is_removed(recipe, tmp_path):
+def test_a_folder_created_for_a_rejected_run_is_removed(recipe, tmp_path):
     assert train(recipe, tmp_path / "absent.txt", tmp_path / "runs" / "a" / "b") == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fresh_renames_nothing_if_the_new_run_is_refused(recipe, finished, tmp_path):
+def test_fresh_renames_nothing_if_the_new_run_is_rejected(recipe, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     before = files_of(tmp_path)
     assert train(recipe, tmp_path / "absent.txt", folder, "--fresh") == 2
@@ -146,7 +146,7 @@ def test_a_lock_file_without_a_holder_blocks_nothing(content, recipe, words, tmp
     assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
 
 
-def test_a_file_system_without_locks_is_warned_of(recipe, words, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_causes_a_warning(recipe, words, tmp_path, monkeypatch, capsys):
     import errno
     import fcntl
 
@@ -158,7 +158,7 @@ def test_a_file_system_without_locks_is_warned_of(recipe, words, tmp_path, monke
     assert "this file system does not support locks (No locks available)" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(
+def test_a_checkpoint_that_changes_after_its_step_was_printed_is_rejected(
     recipe, words, finished, tmp_path, capsys, monkeypatch
 ):
     folder = tmp_path / "run"
@@ -172,11 +172,11 @@ def test_a_checkpoint_that_changes_after_it_was_announced_is_refused(
     assert "was saved at step 4, but loaded at step 2" in capsys.readouterr().err
 
 
-# -- nothing untrained ------------------------------------------------------------------------------------------------
+# -- skipped steps ----------------------------------------------------------------------------------------------------
 
 
 def bad(steps, factor, monkeypatch):
-    """The loss of these steps is multiplied."""
+    """Multiply the loss of these steps."""
     real = MiniGPTTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
@@ -186,7 +186,7 @@ def bad(steps, factor, monkeypatch):
     monkeypatch.setattr(MiniGPTTrainer, "compute_loss", compute_loss)
 
 
-def test_a_run_of_skipped_steps_publishes_nothing_also_when_it_is_resumed(recipe, words, tmp_path, capsys, monkeypatch):
+def test_a_run_of_skipped_steps_publishes_nothing_even_when_it_is_resumed(recipe, words, tmp_path, capsys, monkeypatch):
     bad(range(1, 9), math.nan, monkeypatch)
     folder = tmp_path / "run"
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_a_run_of_skipped_steps_publishes_nothing_also_when_it_is_resumed(recipe
     assert not any(row.get("loss") == 0 for row in log_of(folder))
 
 
-def test_skipped_steps_are_counted_over_a_resume(recipe, words, tmp_path, monkeypatch):
+def test_the_count_of_skipped_steps_is_preserved_when_a_run_is_resumed(recipe, words, tmp_path, monkeypatch):
     bad((2, 3, 7), math.nan, monkeypatch)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     flags = ["--on_bad_loss", "skip", "--logging_steps", "3"]
@@ -208,11 +208,13 @@ def test_skipped_steps_are_counted_over_a_resume(recipe, words, tmp_path, monkey
     assert rows(resumed) == rows(straight)
     assert [row.get("skipped_steps") for row in log_of(resumed) if "loss" in row] == [2, 2]
     assert final(resumed)["train_loss"] == final(straight)["train_loss"]
-    assert 5 < final(straight)["train_loss"] < 6  # a mean over the five steps that were taken; a guess costs 5.55
+    assert 5 < final(straight)["train_loss"] < 6  # mean over the five steps taken; ln 258 = 5.55
 
 
 @pytest.mark.parametrize(("share", "code"), [(0.99, 0), (1.01, 65)])
-def test_a_loss_has_exploded_above_ten_times_that_of_a_guess(share, code, recipe, words, tmp_path, monkeypatch):
+def test_a_loss_has_exploded_above_ten_times_that_of_a_uniform_distribution(
+    share, code, recipe, words, tmp_path, monkeypatch
+):
     real, limit = MiniGPTTrainer.compute_loss, 10 * math.log(258)
 
     def compute_loss(self, *args, **kwargs):
@@ -253,7 +255,9 @@ DAMAGE = ["emptied", "cut", "empty weights", "no tokenizer", "no config", "lost 
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_model_of_a_finished_run_is_kept_and_published_again(how, recipe, words, evaluated, tmp_path, capsys):
+def test_a_damaged_model_of_a_finished_run_is_renamed_and_published_again(
+    how, recipe, words, evaluated, tmp_path, capsys
+):
     folder = shutil.copytree(evaluated, tmp_path / "run")
     damaged(folder / "model", how)
     left = files_of(folder / "model")
@@ -268,7 +272,7 @@ def test_a_damaged_model_of_a_finished_run_is_kept_and_published_again(how, reci
     assert "this run is finished" in capsys.readouterr().out
 
 
-def test_a_damaged_model_without_a_checkpoint_is_refused(recipe, words, finished, tmp_path, capsys):
+def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     damaged(folder / "model", "cut")
     for path in RunFolder(folder).checkpoints():
@@ -282,7 +286,7 @@ def test_a_damaged_model_without_a_checkpoint_is_refused(recipe, words, finished
     assert files_of(folder) == before
 
 
-def test_a_model_whose_card_was_edited_is_finished(recipe, words, finished, tmp_path, capsys):
+def test_a_finished_run_whose_card_was_edited_is_still_finished(recipe, words, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "model" / "README.md").write_text("mine")
     (folder / "model" / "LICENSE").write_text("MIT")
@@ -349,7 +353,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_logs_each_step_once(r
 
 
 class FullDisk:
-    """`Path.open` in "ab" mode for `log.jsonl` takes half a line after some rows, and then nothing."""
+    """`Path.open` whose writes to `log.jsonl` fail after some rows: half a line is written, then ENOSPC."""
 
     def __init__(self, after: int):
         self.left, self.real = after, Path.open
@@ -383,7 +387,7 @@ class _FullFile:
         raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_while_logging_is_told_with_figures_and_leaves_whole_lines(
+def test_a_full_disk_while_logging_is_reported_with_sizes_and_leaves_complete_lines(
     recipe, words, finished, tmp_path, capsys
 ):
     folder, disk, patch = tmp_path / "run", FullDisk(6), pytest.MonkeyPatch()
@@ -400,21 +404,21 @@ def test_a_full_disk_while_logging_is_told_with_figures_and_leaves_whole_lines(
 
 
 def test_files_of_a_run_are_replaced_atomically(recipe, words, tmp_path, monkeypatch):
-    """Killed before each rename: the file is the old one or the new one. A start that was cut is taken up."""
+    """Interrupted before each rename: the file is the old one or the new one. An interrupted start can be repeated."""
     folder, real = tmp_path / "run", Path.replace
-    for survives in range(2):
-        left = [survives]
+    for num_renamed in range(2):
+        left = [num_renamed]
 
-        def dies(path, target, left=left):
+        def interrupted_replace(path, target, left=left):
             if left[0] == 0:
                 raise KeyboardInterrupt
             left[0] -= 1
             return real(path, target)
 
-        monkeypatch.setattr(Path, "replace", dies)
+        monkeypatch.setattr(Path, "replace", interrupted_replace)
         assert train(recipe, words, folder) == 130
         monkeypatch.setattr(Path, "replace", real)
-        assert (folder / "recipe.yaml").exists() == (survives == 1)
+        assert (folder / "recipe.yaml").exists() == (num_renamed == 1)
         assert not (folder / "fingerprint.json").exists()
     assert train(recipe, words, folder) == 0
 
@@ -434,11 +438,11 @@ def test_a_run_folder_that_vanishes_ends_the_run_with_a_message(recipe, words, t
     assert err.count("\n") == 1
 
 
-# -- a resumed run says what the straight one does ----------------------------------------------------------------------
+# -- a resumed run logs what an uninterrupted one does -----------------------------------------------------------------
 
 
 def test_losses_are_averaged_over_the_same_steps_after_a_resume(recipe, words, tmp_path, capsys):
-    """Logged every 3 steps, cut at 2, 4 and 8: rows, `train_loss` and weights are equal; the plan tells the rest."""
+    """Logged every 3 steps, interrupted at 2, 4 and 8: equal rows and `train_loss`; the plan states the remaining steps."""
     straight, flags = tmp_path / "straight", ["--logging_steps", "3"]
     assert train(recipe, words, straight, *flags) == 0
     for cut in (2, 4, 8):
@@ -460,8 +464,8 @@ def test_losses_are_averaged_over_the_same_steps_after_a_resume(recipe, words, t
     assert final(straight)["train_loss"] == pytest.approx(sum(single) / 8, rel=1e-6)
 
 
-def test_persistent_workers_change_nothing_about_a_resume(recipe, words, tmp_path):
-    """13 steps an epoch; cut in the second one, and it runs into the third. Dropout is on."""
+def test_a_run_with_persistent_workers_is_resumed_exactly(recipe, words, tmp_path):
+    """13 steps per epoch; interrupted in the second and ending in the third; with dropout."""
     flags = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true", "--max_steps", "30"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert train(recipe, words, straight, *flags, "--save_steps", "15") == 0
@@ -471,13 +475,15 @@ def test_persistent_workers_change_nothing_about_a_resume(recipe, words, tmp_pat
     assert_equal(state_of(resumed / "checkpoint-30"), state_of(straight / "checkpoint-30"))
 
 
-def test_intervals_as_shares_are_resumed_without_a_warning_and_new_ones_are_taken(recipe, words, tmp_path, capfd):
+def test_intervals_given_as_fractions_cause_no_warning_when_resuming_and_new_intervals_are_applied(
+    recipe, words, tmp_path, capfd
+):
     straight, folder = tmp_path / "straight", tmp_path / "run"
     flags = ["--eval_steps", "0.25", "--save_steps", "0.25", "--logging_steps", "0.125", "--validation_fraction", "0.3"]
     assert train(recipe, words, straight, *flags) == 0
     go_back(straight, folder, 4)
     capfd.readouterr()
-    # With other intervals the best checkpoint is no longer what is published, which is to be allowed by name.
+    # Other intervals disable load_best_model_at_end, a change that has to be allowed by name.
     changes = ["--save_steps", "3", "--allow_change", "load_best_model_at_end"]
     assert train(recipe, words, folder, *flags, *changes) == 0
     err = capfd.readouterr().err
@@ -487,13 +493,13 @@ def test_intervals_as_shares_are_resumed_without_a_warning_and_new_ones_are_take
     assert json.loads((folder / "model" / "minigpt.json").read_text())["recipe"]["eval_steps"] == 0.25
 
 
-def test_changed_data_is_named_with_its_size(recipe, words, finished, tmp_path, capsys):
+def test_changed_data_is_reported_with_its_size(recipe, words, finished, tmp_path, capsys):
     folder, other = tmp_path / "run", tmp_path / "other.txt"
     go_back(finished, folder, 4)
     other.write_text(words.read_text()[:400])
     assert train(recipe, other, folder) == 2
-    said = f"data was {words} (420 characters, 421 tokens) and is {other} (400 characters, 401 tokens)"
-    assert said in capsys.readouterr().err
+    message = f"data was {words} (420 characters, 421 tokens) and is {other} (400 characters, 401 tokens)"
+    assert message in capsys.readouterr().err
     same = tmp_path / words.name
     same.write_text(words.read_text()[::-1])
     os.chdir(tmp_path)
@@ -503,7 +509,7 @@ def test_changed_data_is_named_with_its_size(recipe, words, finished, tmp_path, 
 
 
 def test_a_moved_run_publishes_its_best_checkpoint(recipe, words, evaluated, tmp_path):
-    """The original stays where it was, and is damaged: nothing may be read from there."""
+    """The weights of the original folder are deleted, so that nothing can be read from it."""
     original, moved = tmp_path / "original", tmp_path / "elsewhere" / "moved"
     go_back(evaluated, original, 6)
     shutil.copytree(original, moved)
@@ -517,7 +523,7 @@ def test_a_moved_run_publishes_its_best_checkpoint(recipe, words, evaluated, tmp
     assert str(original) not in (moved / "checkpoint-8" / "trainer_state.json").read_text()
 
 
-def test_a_lost_best_checkpoint_is_told_and_the_next_best_is_published_with_its_own_score(
+def test_a_missing_best_checkpoint_is_reported_and_the_next_best_is_published_with_its_score(
     recipe, words, evaluated, tmp_path, capsys
 ):
     folder = tmp_path / "run"
@@ -559,14 +565,14 @@ def test_early_stopping_is_final(recipe, words, tmp_path, capsys):
     assert max(row["step"] for row in log_of(folder)) == last
     models = [load_file(run / "model" / "model.safetensors") for run in (folder, straight)]
     assert_equal(*models)
-    # With more patience it is another run, which does go on.
+    # A higher patience is a change to be allowed, after which training continues.
     shutil.rmtree(folder / "model")
     more = ["--early_stopping_patience", "30", "--allow_change", "early_stopping_patience"]
     assert train(recipe, words, folder, *flags, "--max_steps", "40", *more) == 0
     assert max(row["step"] for row in log_of(folder)) == 40
 
 
-def test_a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(recipe, words, finished, tmp_path, capsys):
+def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(recipe, words, finished, tmp_path, capsys):
     folder = tmp_path / "run"
     go_back(finished, folder, 99)
     flags = ["--resume_from_checkpoint", folder / "checkpoint-4", "--max_steps", "5", "--allow_change", "max_steps"]
@@ -580,8 +586,10 @@ def test_a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(recipe
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_only_checkpoints_that_a_run_wrote_are_taken_and_deleted(recipe, words, finished, tmp_path, capsys):
-    """Sorted as numbers; copies, links and folders with like names are neither resumed from nor deleted nor counted."""
+def test_only_folders_named_exactly_as_checkpoints_are_resumed_from_and_deleted(
+    recipe, words, finished, tmp_path, capsys
+):
+    """Sorted numerically; folders with similar names are neither resumed from nor deleted nor counted."""
     folder = tmp_path / "run"
     go_back(finished, folder, 4)
     ours = [
@@ -619,7 +627,7 @@ def test_a_link_to_a_checkpoint_is_resumed_from(recipe, words, finished, tmp_pat
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-def asked_at(step: int, number: int, monkeypatch):
+def signal_at(step: int, number: int, monkeypatch):
     real = MiniGPTTrainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -632,19 +640,19 @@ def asked_at(step: int, number: int, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_run_stopped_where_it_would_be_evaluated_is_evaluated_when_it_resumes(
+def test_an_evaluation_skipped_because_of_a_signal_is_performed_when_the_run_is_resumed(
     strategy, recipe, words, tmp_path, capsys, monkeypatch
 ):
-    """With one checkpoint to keep, which is the best; the one that was saved for the signal must survive, too."""
+    """With save_total_limit 1: the best checkpoint and the one saved because of the signal are both retained."""
     flags = [*EVALUATED, *STEEP, "--save_total_limit", "1"]
-    if strategy == "epoch":  # 9 steps each
+    if strategy == "epoch":  # 9 steps per epoch
         flags += ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--max_steps", "20"]
     straight = tmp_path / "straight"
     assert train(recipe, words, straight, *flags) == 0
     evaluations = [(row["step"], row["eval_loss"]) for row in log_of(straight) if "eval_loss" in row]
     for step in {"steps": (4, 5, 8), "epoch": (5, 9, 18)}[strategy]:
         folder = tmp_path / str(step)
-        undo = asked_at(step, signal.SIGHUP, monkeypatch)
+        undo = signal_at(step, signal.SIGHUP, monkeypatch)
         assert train(recipe, words, folder, *flags) == 129
         undo()
         assert f"stopped by SIGHUP and saved at step {step}" in capsys.readouterr().err
@@ -665,11 +673,11 @@ def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
 
     real = getattr(minigpt_hf.training.train, where)
 
-    def asked(*args, **kwargs):
+    def signalled(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(minigpt_hf.training.train, where, asked)
+    monkeypatch.setattr(minigpt_hf.training.train, where, signalled)
     assert train(recipe, words, tmp_path / "run") == 143
     err = capsys.readouterr().err
     assert "stopped by SIGTERM (before training began); run the same command again" in err
@@ -679,26 +687,26 @@ def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
 
 
 def test_a_signal_that_was_ignored_stays_ignored(recipe, words, tmp_path, monkeypatch):
-    """As `nohup` does with SIGHUP."""
+    """As SIGHUP by `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        asked_at(2, signal.SIGHUP, monkeypatch)
+        signal_at(2, signal.SIGHUP, monkeypatch)
         assert train(recipe, words, tmp_path / "run", "--max_steps", "3") == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monkeypatch):
+def test_publishing_is_completed_after_a_signal(recipe, words, tmp_path, monkeypatch):
     import minigpt_hf.training.train
 
     real = minigpt_hf.training.train.write_model_folder
 
-    def asked(*args, **kwargs):
+    def signalled(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(minigpt_hf.training.train, "write_model_folder", asked)
+    monkeypatch.setattr(minigpt_hf.training.train, "write_model_folder", signalled)
     assert train(recipe, words, tmp_path / "run", "--max_steps", "1") == 0
     assert generate(tmp_path / "run" / "model", "a", max_new_tokens=1)
 
@@ -706,8 +714,8 @@ def test_a_signal_while_publishing_lets_it_finish(recipe, words, tmp_path, monke
 # -- around a run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_outlasts_its_output_and_saves_when_its_process_group_is_stopped(recipe, words, tmp_path):
-    """`minigpt train … <&- 2>&1 | head -3`, with loader workers; then SIGTERM to the process group, twice at once."""
+def test_a_run_continues_without_its_output_and_saves_when_its_process_group_is_terminated(recipe, words, tmp_path):
+    """`minigpt train … <&- 2>&1 | head -3`, with data loader workers; then SIGTERM twice to the process group."""
     folder = tmp_path / "run"
     flags = ["--max_steps", "100000", "--save_steps", "50000", "--dataloader_num_workers", "2"]
     process = start(
@@ -739,7 +747,7 @@ def test_a_run_outlasts_its_output_and_saves_when_its_process_group_is_stopped(r
 
 
 def test_text_that_standard_output_cannot_encode_is_escaped(recipe, tmp_path, monkeypatch):
-    """Samples, scores and generated text on a stdout in ASCII."""
+    """Samples, scores and generated text on standard output with ASCII encoding."""
     data, folder = tmp_path / "é.txt", tmp_path / "run"
     data.write_text("é→ü " * 200, encoding="utf-8")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -754,8 +762,8 @@ def test_text_that_standard_output_cannot_encode_is_escaped(recipe, tmp_path, mo
     assert "\\xe9.txt" in written
 
 
-def test_other_commands_end_when_nobody_reads_them(monkeypatch, capfd):
-    """As after `| head`: the code of SIGPIPE, and no message."""
+def test_other_commands_end_when_their_output_pipe_is_closed(monkeypatch, capfd):
+    """As after `| head`: exit code of SIGPIPE, no message."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as stdout:
@@ -764,8 +772,8 @@ def test_other_commands_end_when_nobody_reads_them(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_times_are_sane_when_the_clock_is_set(recipe, words, tmp_path, monkeypatch):
-    """A day back at step 3, two days forward at step 6."""
+def test_logged_times_are_monotonic_when_the_system_clock_is_set(recipe, words, tmp_path, monkeypatch):
+    """One day back at step 3, two days forward at step 6."""
     real, step, clock = MiniGPTTrainer.training_step, [0], time.time
 
     def training_step(self, *args, **kwargs):
@@ -783,8 +791,8 @@ def test_times_are_sane_when_the_clock_is_set(recipe, words, tmp_path, monkeypat
     assert all(row["tokens_per_second"] > 0 for row in log if "loss" in row)
 
 
-def test_a_compiled_run_is_resumed_exactly_and_not_as_another_one(recipe, words, tmp_path, capsys):
-    """Compiled with AOT autograd; `make torture` does not compile, and inductor takes a minute."""
+def test_a_compiled_run_is_resumed_exactly_and_not_without_compilation(recipe, words, tmp_path, capsys):
+    """With the backend `aot_eager`, because inductor takes a minute."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     flags = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager", "--max_steps", "4"]
     assert train(recipe, words, straight, *flags) == 0

@@ -1,4 +1,4 @@
-"""Samples that were written while training can be read in Markdown, whatever the text contains."""
+"""Samples written during training: escaping in Markdown, and the steps at which they are written."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""Settings that follow from a width and a number of tokens, at and beside the bounds of each rule."""
+"""Rules for settings by width and number of tokens, at and next to the bounds of each rule."""
 
 import pytest
 
@@ -10,30 +10,30 @@ from minigpt_hf.training.scaling import Shape, distance_from_optimal, dropout, l
     [(64, 2, 2), (96, 3, 3), (128, 4, 4), (192, 4, 6), (256, 5, 4), (448, 8, 7), (768, 12, 12), (1536, 21, 24)],
 )
 def test_layers_and_heads_of_a_width(width, layers, heads):
-    """Up to 128 a layer for each 32, then one more for each 80; heads of 32 below a width of 256, then of 64."""
+    """One layer per 32 of width up to 128, then one per 80; head dimension 32 below a width of 256, then 64."""
     expected = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     assert Shape(width).settings() == expected
 
 
 def test_every_width_that_is_chosen_is_a_multiple_of_8():
-    """Matrix kernels prefer it."""
+    """Matrix kernels are faster for multiples of 8."""
     chosen = {shape_for(10_000 * 1.05**step, 1000).width for step in range(200)}
     assert len(chosen) > 20
     assert all(width % 8 == 0 for width in chosen)
 
 
-def test_text_that_is_read_often_is_regularised():
-    """Up to four readings teach as new text does; more than ten are many."""
-    assert [dropout(readings) for readings in (0.5, 4, 4.01, 10, 10.01)] == [0.0, 0.0, 0.1, 0.1, 0.2]
-    assert [weight_decay(readings) for readings in (0.5, 4, 4.01, 100)] == [0.0, 0.0, 0.1, 0.1]
+def test_regularization_increases_with_the_number_of_epochs():
+    """None up to 4 epochs, more above 10."""
+    assert [dropout(epochs) for epochs in (0.5, 4, 4.01, 10, 10.01)] == [0.0, 0.0, 0.1, 0.1, 0.2]
+    assert [weight_decay(epochs) for epochs in (0.5, 4, 4.01, 100)] == [0.0, 0.0, 0.1, 0.1]
 
 
-def test_the_rate_of_adamw_falls_with_the_root_of_the_width():
+def test_the_learning_rate_of_adamw_is_inversely_proportional_to_the_root_of_the_width():
     assert learning_rates(64)["learning_rate"] == pytest.approx(4e-3 * 2**0.5, rel=1e-3)
     assert learning_rates(256)["learning_rate"] == pytest.approx(4e-3 / 2**0.5, rel=1e-3)
 
 
-def test_ten_tokens_for_each_parameter_are_optimal_and_twice_as_many_are_as_far_off_as_half():
+def test_ten_tokens_per_parameter_are_optimal_and_twice_as_many_are_as_far_off_as_half():
     """With compute C = D · P and D = 10 P: C = 10 P². A factor in C is the same factor in D / P."""
     shape = Shape(128)
     parameters = shape.parameters(1000)

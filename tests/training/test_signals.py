@@ -1,4 +1,4 @@
-"""What a run still does after it was asked to stop: it saves, and neither validates nor writes a sample."""
+"""After a signal a run saves a checkpoint, without evaluation and samples."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.training.conftest import train
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_the_run_only_saves(number, recipe, words, tmp_path, monkeypatch):
-    """The signal arrives in step 4, after which a validation is due; who sent it may kill the process soon."""
+    """The signal arrives in step 4, after which an evaluation is due; the sender may kill the process soon."""
     folder, real = tmp_path / "run", Trainer.training_step
     flags = ["--validation_fraction", "0.3", "--eval_steps", "4", "--save_steps", "4", "--sample_tokens", "4"]
 
@@ -28,15 +28,15 @@ def test_after_a_signal_the_run_only_saves(number, recipe, words, tmp_path, monk
     assert steps_with(folder, "sample") == [0]
     monkeypatch.setattr(Trainer, "training_step", real)
     assert train(recipe, words, folder, *flags) == 0
-    assert steps_with(folder, "eval_loss") == [4, 8]  # the evaluation that was left out is made up first
+    assert steps_with(folder, "eval_loss") == [4, 8]  # the skipped evaluation is performed first
     assert steps_with(folder, "sample") == [0, 4, 8]
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])
-def test_without_validation_a_stopped_and_resumed_run_logs_the_samples_of_a_straight_one(
+def test_without_validation_a_resumed_run_logs_the_samples_of_an_uninterrupted_one(
     step, recipe, words, tmp_path, monkeypatch
 ):
-    """A sample is due at each regular checkpoint, and none at one that was saved for a signal in between."""
+    """A sample is written at each regular checkpoint, but not at one saved because of a signal."""
     straight, folder, real = tmp_path / "straight", tmp_path / "run", Trainer.training_step
     flags = ["--save_steps", "2", "--sample_tokens", "4"]
     assert train(recipe, words, straight, *flags) == 0

@@ -1,4 +1,4 @@
-"""The Trainer with our data and optimizer does what the arithmetic says."""
+"""MiniGPTTrainer compared with manual computations, the bare loop and `evaluate`; the files of a run folder."""
 
 import inspect
 import json
@@ -38,8 +38,8 @@ def trained(streams, folder, *, model=None, **settings) -> MiniGPTTrainer:
     settings = {**defaults, "load_best_model_at_end": False, **settings}
     args = MiniGPTTrainingArguments(output_dir=str(folder), **settings)
     model = model or tiny_model(vocab_size=258)
-    blocks = SequenceDataset(streams[0], 32, seed=args.seed)
-    trainer = MiniGPTTrainer(model, args, blocks, streams[1], byte_tokenizer(), callbacks=[])
+    dataset = SequenceDataset(streams[0], 32, seed=args.seed)
+    trainer = MiniGPTTrainer(model, args, dataset, streams[1], byte_tokenizer(), callbacks=[])
     trainer.train()
     return trainer
 
@@ -49,14 +49,14 @@ def losses(trainer) -> list[float]:
 
 
 def test_eight_by_one_equals_one_by_eight(streams, tmp_path):
-    """A step of 8 blocks is the same step in one batch or in eight: sums differ only in their order (float32)."""
+    """A step of 8 sequences in one batch or in eight differs only in the order of float32 sums."""
     runs = [
         trained(streams, tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
         for size in (8, 2, 1)
     ]
     for run in runs[1:]:
         assert losses(run) == pytest.approx(losses(runs[0]), abs=1e-3)
-    # AdamW does not round to bfloat16 as Muon does, and so agrees more closely.
+    # Unlike Muon, AdamW does not round to bfloat16, so the tolerance is smaller.
     runs = [
         trained(
             streams,
@@ -82,8 +82,8 @@ def test_a_training_repeats_bit_for_bit_and_the_seed_matters(streams, tmp_path):
     assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
 
 
-def test_one_batch_can_be_learnt_by_heart(streams, tmp_path):
-    """A stream of one block, shown again and again: the loss goes to (nearly) nothing."""
+def test_one_sequence_can_be_memorized(streams, tmp_path):
+    """A stream of one sequence, repeated: the loss approaches 0."""
     text = tmp_path / "line.txt"
     text.write_text("abcdefghijklmnopqrstuvwxyz012345")
     stream = build_stream(load_corpus(str(text), 0).train, byte_tokenizer(), tmp_path / "cache")
@@ -105,7 +105,7 @@ def test_one_batch_can_be_learnt_by_heart(streams, tmp_path):
     assert score.loss < 0.05
 
 
-def test_validation_while_training_is_the_figure_of_evaluate(streams, text, tmp_path):
+def test_validation_during_training_equals_evaluate(streams, text, tmp_path):
     trainer = trained(streams, tmp_path, max_steps=2)
     metrics = trainer.evaluate()
     validation = text[int(len(text) * 0.9) :][:2000]
@@ -114,12 +114,12 @@ def test_validation_while_training_is_the_figure_of_evaluate(streams, text, tmp_
     assert metrics["eval_bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
 
 
-def test_without_muon_the_optimizer_is_the_trainers_own(streams, tmp_path):
+def test_without_muon_the_optimizer_is_that_of_the_trainer(streams, tmp_path):
     trainer = trained(streams, tmp_path, max_steps=1, muon=False, optim="adamw_torch")
     assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
 
 
-def test_a_compiled_training_gives_the_same_losses_and_plain_names(streams, tmp_path):
+def test_compiled_training_gives_equal_losses_and_unprefixed_parameter_names(streams, tmp_path):
     settings = {"max_steps": 2, "per_device_train_batch_size": 2}
     plain = trained(streams, tmp_path / "plain", **settings)
     compiled = trained(
@@ -135,11 +135,11 @@ def test_a_compiled_training_gives_the_same_losses_and_plain_names(streams, tmp_
     assert set(names) == set(dict(plain.model.named_parameters()))
 
 
-def test_label_smoothing_scores_every_label_of_a_block(streams, tmp_path):
-    """With smoothing ε the loss is (1-ε)·CE + ε·mean over the vocabulary, of the *next* token."""
+def test_label_smoothing_covers_every_label_of_a_sequence(streams, tmp_path):
+    """With smoothing ε the loss is (1-ε) · NLL of the label + ε · mean NLL over the vocabulary."""
     trainer = trained(streams, tmp_path, max_steps=1, label_smoothing_factor=0.1)
-    blocks = trainer.train_dataset
-    batch = blocks.collate([blocks[0, i] for i in range(2)])
+    dataset = trainer.train_dataset
+    batch = dataset.collate([dataset[0, i] for i in range(2)])
     model = trainer.model.eval()
     loss = trainer.compute_loss(model, dict(batch))
     log_shares = model(batch["input_ids"]).logits.log_softmax(-1)
@@ -150,7 +150,7 @@ def test_label_smoothing_scores_every_label_of_a_block(streams, tmp_path):
     torch.testing.assert_close(loss, expected / 2, atol=1e-5, rtol=1e-5)
 
 
-def test_the_bare_loop_gives_the_losses_of_the_trainer(run_folder, recipe_file, text_file, tmp_path):
+def test_losses_and_weights_of_the_bare_loop_equal_those_of_the_trainer(run_folder, recipe_file, text_file, tmp_path):
     arguments = parse_arguments(
         ["--data", str(text_file), "--output_dir", str(tmp_path / "bare")], recipe=str(recipe_file)
     )
@@ -158,7 +158,7 @@ def test_the_bare_loop_gives_the_losses_of_the_trainer(run_folder, recipe_file, 
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     logged = [row["loss"] for row in rows if "loss" in row]
     means = [sum(bare[i : i + 10]) / 10 for i in range(0, 40, 10)]
-    assert logged == pytest.approx(means, rel=1e-6)  # the log rounds a float32 sum
+    assert logged == pytest.approx(means, rel=1e-6)  # the logged value is a rounded float32 sum
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "bare").state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(run_folder / "checkpoint-40").state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -167,7 +167,7 @@ def test_the_bare_loop_gives_the_losses_of_the_trainer(run_folder, recipe_file, 
 # -- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def test_every_checkpoint_loads_and_holds_no_pickled_arguments(run_folder):
+def test_every_checkpoint_loads_and_contains_no_pickled_arguments(run_folder):
     checkpoints = sorted(run_folder.glob("checkpoint-*"))
     assert [checkpoint.name for checkpoint in checkpoints] == ["checkpoint-20", "checkpoint-40"]
     for checkpoint in checkpoints:
@@ -187,7 +187,7 @@ def test_the_published_model_is_the_best_checkpoint(run_folder):
     assert results["loss"] == pytest.approx(best["eval_loss"], rel=1e-12)
 
 
-def test_the_recipe_of_a_run_gives_that_run_again(run_folder, recipe_file, text_file, tmp_path):
+def test_the_recipe_of_a_run_reproduces_its_settings(run_folder, recipe_file, text_file, tmp_path):
     recipe = run_folder / "recipe.yaml"
     flags = ["--output_dir", str(tmp_path), "--use_cpu"]
     again = parse_arguments(flags, recipe=str(recipe))
@@ -197,18 +197,18 @@ def test_the_recipe_of_a_run_gives_that_run_again(run_folder, recipe_file, text_
     assert yaml.safe_load(recipe.read_text())["max_steps"] == 40
 
 
-def test_the_log_holds_every_figure(run_folder):
+def test_the_log_contains_every_value(run_folder):
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]
     assert [row["step"] for row in training] == [10, 20, 30, 40]
     assert [row["tokens"] for row in training] == [step * 4 * 32 for step in (10, 20, 30, 40)]
-    wanted = {"loss", "grad_norm", "learning_rate", "bits_per_byte", "tokens_per_second", "seconds", "epoch"}
-    assert wanted <= set(training[0])
+    expected = {"loss", "grad_norm", "learning_rate", "bits_per_byte", "tokens_per_second", "seconds", "epoch"}
+    assert expected <= set(training[0])
     assert [row["step"] for row in rows if "eval_loss" in row] == [20, 40]
     assert training[-1]["loss"] < training[0]["loss"]
 
 
-def test_the_time_of_a_run_is_that_of_all_its_parts(recipe, words, tmp_path):
+def test_the_time_of_a_resumed_run_includes_the_time_before_the_interruption(recipe, words, tmp_path):
     assert train(recipe, words, tmp_path / "first") == 0
     go_back(tmp_path / "first", tmp_path / "second", 4)
     log = tmp_path / "second" / "log.jsonl"
@@ -222,7 +222,7 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(recipe, words, tmp_path):
     assert about["seconds"] >= later[-1]["seconds"] - 0.1  # rounded
 
 
-def test_samples_leave_all_random_states_as_they_were():
+def test_generating_samples_restores_all_rng_states():
     import random
 
     import numpy as np
@@ -238,7 +238,7 @@ def test_samples_leave_all_random_states_as_they_were():
     assert draw() == expected
 
 
-# What our Trainer relies on: another release that changes one of these is told here, not in the middle of a run.
+# Methods of the Trainer that MiniGPTTrainer overrides or calls, so that an incompatible release is detected here.
 SIGNATURES = {
     "_get_train_sampler": "train_dataset",
     "get_train_dataloader": "",
@@ -267,7 +267,7 @@ def test_the_trainer_has_the_methods_that_are_overridden_with_these_parameters()
     assert found == SIGNATURES
 
 
-def test_every_override_is_pinned_and_says_why_it_must_exist():
+def test_every_override_is_in_the_table_and_states_why_it_is_needed():
     overrides = {name: method for name, method in vars(MiniGPTTrainer).items() if name in vars(Trainer)}
     overrides = {name: method for name, method in overrides.items() if not name.startswith("__")}
     assert set(overrides) == set(SIGNATURES)

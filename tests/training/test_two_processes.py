@@ -1,4 +1,4 @@
-"""Two processes, with gloo on this machine's cores, learn what one learns, and lose nothing."""
+"""Training with two gloo processes on CPU: equivalence with one process, signals, failures."""
 
 import json
 import os
@@ -27,11 +27,11 @@ from tests.training.conftest import assert_equal, go_back, rows, train
 PLAIN = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0 --muon false --max_steps 10".split()
 
 
-# A process that ends inside a group of gloo is sometimes aborted by torch, and a finished run is told as failed.
-LAST_WORD = """
+# torch sometimes aborts a process that exits inside a gloo process group, so that a finished run appears to have failed.
+REPORT_GROUP_AT_EXIT = """
 import atexit, os, torch, sys
 from minigpt_hf.cli import main
-# In one write: both processes end at the same time.
+# A single write, because both processes exit at the same time.
 atexit.register(lambda: os.write(1, f"at the end in a group: {torch.distributed.is_initialized()}\\n".encode()))
 sys.exit(main(["train", *sys.argv[1:]]))
 """
@@ -54,9 +54,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, words, tmp_path):
-    """Gradients are averaged in another order, so sums differ in their last bits: 1e-5 in a loss of 5 (float32).
+    """Gradients are averaged in another order, so float32 sums differ in their last bits: 1e-5 in a loss of 5.
 
-    AdamW without dropout: Muon rounds to bfloat16, and each process draws its own dropout.
+    AdamW without dropout, because Muon rounds to bfloat16 and each process draws other dropout masks.
     """
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     assert train(recipe, words, one, "--per_device_train_batch_size", "4", *PLAIN) == 0
@@ -65,7 +65,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
     assert json.loads((two / "fingerprint.json").read_text())["effective_batch"] == 4
     assert [row["loss"] for row in rows(two)[:6]] == pytest.approx([row["loss"] for row in rows(one)[:6]], abs=1e-5)
 
-    # The same two processes again, cut after four steps: bit for bit the same.
+    # Interrupted after four steps and resumed with two processes: equal bit for bit.
     go_back(two, resumed, 4)
     assert "going on from step 4" in finish(start(recipe, words, resumed, *PLAIN))
     assert rows(resumed) == rows(two)
@@ -94,8 +94,8 @@ def test_a_killed_process_ends_the_job_within_ten_seconds_with_a_message(recipe,
     assert "SIGKILL" in out or "exitcode" in out
 
 
-def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(monkeypatch):
-    """Gloo with one process stands for the group; the signal comes after this step's number was handed over."""
+def test_a_signal_during_the_all_reduce_takes_effect_at_the_next_step(monkeypatch):
+    """A gloo group of one process; the signal arrives after the all-reduce of this step."""
     stop, args = StopAtBoundary(), SimpleNamespace(world_size=2)
     all_reduce = torch.distributed.all_reduce
 
@@ -117,20 +117,20 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(m
     assert stop.number == signal.SIGTERM
 
 
-def test_a_signal_stops_both_processes_at_one_step_and_the_run_goes_on_exactly(recipe, words, tmp_path):
+def test_a_signal_stops_both_processes_at_the_same_step_and_the_run_is_resumed_exactly(recipe, words, tmp_path):
     flags = ["--max_steps", "150", "--save_steps", "100"]
     if not torch.accelerator.is_available():
-        flags += ["--use_cpu", "false"]  # there is nothing else: it is used
+        flags += ["--use_cpu", "false"]  # without an accelerator the CPU is used anyway
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    (tmp_path / "last_word.py").write_text(LAST_WORD)
-    out = finish(start(recipe, words, straight, *flags, script=tmp_path / "last_word.py"))
+    (tmp_path / "report_group.py").write_text(REPORT_GROUP_AT_EXIT)
+    out = finish(start(recipe, words, straight, *flags, script=tmp_path / "report_group.py"))
     assert out.count("at the end in a group: False") == 2
     process = start(recipe, words, stopped, *flags)
     deadline = time.monotonic() + 60
     while not (stopped / "log.jsonl").exists():
         assert time.monotonic() < deadline, "the training did not start"
         time.sleep(0.05)
-    process.terminate()  # the launcher hands it on to both
+    process.terminate()  # the launcher forwards it to both processes
     out, _ = process.communicate(timeout=60)
     assert out.count("stopped by SIGTERM and saved at step") == 1
     assert len(RunFolder(stopped).checkpoints()) == 1
@@ -142,21 +142,21 @@ def test_a_signal_stops_both_processes_at_one_step_and_the_run_goes_on_exactly(r
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("blocks", [24, 29])
-def test_no_block_is_doubled_over_processes_and_none_lost_but_of_an_incomplete_step(blocks, processes):
+@pytest.mark.parametrize("sequences", [24, 29])
+def test_no_sequence_is_used_by_two_processes_and_only_those_of_an_incomplete_step_are_omitted(sequences, processes):
     seen = Counter()
     for rank in range(processes):
-        sampler = BatchSampler(SequenceSampler(blocks, seed=0), 2, drop_last=processes > 1)
+        sampler = BatchSampler(SequenceSampler(sequences, seed=0), 2, drop_last=processes > 1)
         batches = BatchSamplerShard(sampler, processes, rank) if processes > 1 else sampler
         seen.update(index for batch in batches for _, index in batch)
     assert set(seen.values()) == {1}
-    assert blocks - len(seen) < 2 * processes
+    assert sequences - len(seen) < 2 * processes
     if processes == 1:
-        assert len(seen) == blocks
+        assert len(seen) == sequences
 
 
-def test_another_number_of_processes_keeps_the_order_of_blocks():
-    """The step is what it was; only who takes which block of it changes."""
+def test_another_number_of_processes_preserves_the_order_of_sequences():
+    """Each step has the same sequences; only their assignment to processes changes."""
 
     def steps(processes: int, batch: int) -> list[set]:
         shards = [
@@ -168,7 +168,7 @@ def test_another_number_of_processes_keeps_the_order_of_blocks():
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
 
 
-# Rank 1 finds a loss that has exploded at step 3. Each line of arguments is a command of its own.
+# The loss of rank 1 explodes at step 3. The file contains the arguments of several commands, run one after another.
 EXPLODES = """
 import json, os, sys
 from pathlib import Path
@@ -190,11 +190,11 @@ Path(sys.argv[1]).with_name(f"codes-{rank}.json").write_text(json.dumps(codes))
 """
 
 
-def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, monkeypatch):
-    """A locked folder, a text without a full batch, one that takes too long to tokenize while a process waits, a loss that
-    explodes on one rank: stopped, then skipped.
+def test_both_processes_fail_stop_and_skip_together(recipe, words, tmp_path, monkeypatch):
+    """A locked folder, a text without a full batch, one that is too long to be tokenized while a process waits, and a loss
+    that explodes on one rank, with stop and with skip.
 
-    What was skipped is what one process with the same blocks skips, and the losses are its losses.
+    The skipped steps and the losses equal those of one process with the same sequences.
     """
     real = MiniGPTTrainer.compute_loss
 
@@ -247,9 +247,9 @@ def test_both_processes_refuse_stop_and_skip_together(recipe, words, tmp_path, m
     assert len({tuple(row) for row in shown["input_ids"]}) == len(shown["texts"]) == 4
 
     one, two = rows(tmp_path / "one"), rows(tmp_path / "skipped")
-    # The first epoch; step 3 has no loss, for it was skipped.
-    kept = [[row["loss"] for row in log[:2] + log[3:6]] for log in (one, two)]
-    assert kept[1] == pytest.approx(kept[0], abs=1e-5)
+    # The first epoch without step 3, which was skipped.
+    losses = [[row["loss"] for row in log[:2] + log[3:6]] for log in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     counts = [
         [json.loads(line).get("skipped_steps") for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("one", "skipped")

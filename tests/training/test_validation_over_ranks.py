@@ -1,4 +1,4 @@
-"""What two processes report is what one process reports: losses and validation scores do not depend on the world size."""
+"""Losses and validation scores do not depend on the world size."""
 
 import json
 import math
@@ -15,7 +15,7 @@ def logged(folder, name: str) -> list[float]:
 
 
 def test_two_processes_report_the_smoothed_loss_and_the_validation_score_of_one(recipe, words, tmp_path):
-    """Both sum over all windows and all labels: float32 sums in another order differ by about 1e-5 in a loss of 5."""
+    """Float32 sums in another order differ by about 1e-5 in a loss of 5."""
     flags = [*PLAIN, "--max_steps=4", "--label_smoothing_factor=0.1", "--validation_fraction=0.3"]
     flags += ["--eval_steps=2", "--save_steps=2", "--per_device_eval_batch_size=2"]
     one, two = tmp_path / "one", tmp_path / "two"

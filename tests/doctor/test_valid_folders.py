@@ -17,34 +17,34 @@ from minigpt_hf.publish.model_folder import REQUIRED
 from tests.conftest import ROOT
 from tests.doctor.conftest import make_twin
 
-OURS = 38
+NUM_CHECKS = 38
 
 
 def states(rows) -> dict[str, str]:
     assert [f"{row.name}: {row.reason}" for row in doctor.failures(rows)] == []
-    assert len({row.name for row in rows}) == len(rows) == OURS
+    assert len({row.name for row in rows}) == len(rows) == NUM_CHECKS
     return {row.name: row.state for row in rows}
 
 
-def idle(rows) -> set[str]:
+def not_applicable(rows) -> set[str]:
     return {name for name, state in states(rows).items() if state == "not applicable"}
 
 
-def test_a_minigpt_in_bpe_passes_every_row_its_own_code_included(run_folder):
+def test_a_minigpt_with_bpe_passes_every_check_including_its_remote_code(run_folder):
     rows = doctor.examine(run_folder / "model", trust_remote_code=True)
-    assert idle(rows) == {"chat template", "weights index"}
+    assert not_applicable(rows) == {"chat template", "weights index"}
 
 
-def test_a_minigpt_in_characters_passes(recipe_file, text_file, tmp_path, capsys):
+def test_a_minigpt_with_a_character_tokenizer_passes(recipe_file, text_file, tmp_path, capsys):
     argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"]
     argv += ["--tokenizer", "characters", "--max_steps", 2, "--logging_steps", 1, "--validation_characters", 500]
     assert main([str(word) for word in argv]) == 0
     capsys.readouterr()
     # Through the command line, in JSON.
     code = main(["doctor", str(tmp_path / "run" / "model"), "--json"])
-    told = json.loads(capsys.readouterr().out)
-    assert (code, told["failed"]) == (0, 0), told
-    assert idle([doctor.Row(**row) for row in told["rows"]]) == {
+    report = json.loads(capsys.readouterr().out)
+    assert (code, report["failed"]) == (0, 0), report
+    assert not_applicable([doctor.Row(**row) for row in report["rows"]]) == {
         "chat template",
         "weights index",
         "loads without the package",
@@ -54,7 +54,7 @@ def test_a_minigpt_in_characters_passes(recipe_file, text_file, tmp_path, capsys
 def test_the_native_twin_passes_and_needs_no_code(run_folder, tmp_path):
     rows = doctor.examine(make_twin(run_folder / "model", tmp_path / "twin"))
     without_code = {"auto_map", "code", "loads with the package", "loads without the package"}
-    assert idle(rows) == {"chat template", "weights index"} | without_code
+    assert not_applicable(rows) == {"chat template", "weights index"} | without_code
 
 
 def vocabulary_and_merges(text) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -75,8 +75,23 @@ def examine_here(folder) -> list[doctor.Row]:
     return [*found, *loading.rows(folder, "package"), not_run]
 
 
-OF_OTHERS = {"files known", "recipe", "auto_map", "code", "chat template", "tensors", "fingerprint", "prompts inert"}
-OF_OTHERS |= {"card", "card filled in", "card inert", "loads with the package", "loads without the package"}
+NOT_APPLICABLE_TO_OTHERS = {
+    "files known",
+    "recipe",
+    "auto_map",
+    "code",
+    "chat template",
+    "tensors",
+    "fingerprint",
+    "prompts inert",
+}
+NOT_APPLICABLE_TO_OTHERS |= {
+    "card",
+    "card filled in",
+    "card inert",
+    "loads with the package",
+    "loads without the package",
+}
 
 
 def test_a_gpt2_of_transformers_passes(text, tmp_path):
@@ -87,7 +102,7 @@ def test_a_gpt2_of_transformers_passes(text, tmp_path):
         vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end
     )
     folder = save(GPT2LMHeadModel(config), tokenizer, tmp_path / "gpt2")
-    assert idle(examine_here(folder)) == OF_OTHERS | {"weights index"}
+    assert not_applicable(examine_here(folder)) == NOT_APPLICABLE_TO_OTHERS | {"weights index"}
 
 
 def test_a_llama_of_transformers_in_shards_passes(text, tmp_path):
@@ -106,10 +121,10 @@ def test_a_llama_of_transformers_in_shards_passes(text, tmp_path):
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 1
-    assert idle(examine_here(folder)) == OF_OTHERS
+    assert not_applicable(examine_here(folder)) == NOT_APPLICABLE_TO_OTHERS
 
 
-# -- what the room knows by heart, because it imports nothing of ours -------------------------------------------------
+# -- values that the doctor repeats, because it imports nothing of the package -----------------------------------------
 
 
 def test_the_fingerprint_is_that_of_training(run_folder):
@@ -124,32 +139,32 @@ def test_names_of_files_and_classes_are_those_of_the_model_and_publish():
     assert {*file_checks.REQUIRED, *file_checks.CODE, file_checks.WEIGHTS} == set(REQUIRED)
 
 
-def test_the_rows_that_are_awaited_of_a_process_are_those_it_yields():
+def test_the_expected_rows_of_each_process_are_those_of_its_checks():
     assert tuple(check.row_name for check in tokenizer.CHECKS) == doctor.TOKENIZER
     loads = (loading.natively, loading.with_the_package, loading.tokenizer_loads)
     assert tuple(check.row_name for check in loads) == doctor.LOADS
     assert loading.without_the_package.row_name == doctor.OWN_CODE
-    looks = (loading.meta_equals_plain, *behaviour.CHECKS)
-    assert tuple(check.row_name for check in looks) == doctor.BEHAVIOUR
+    checks = (loading.meta_equals_plain, *behaviour.CHECKS)
+    assert tuple(check.row_name for check in checks) == doctor.BEHAVIOUR
 
 
-def test_the_document_tells_of_every_row_and_of_no_other():
+def test_the_document_lists_exactly_the_checks():
     table = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `([^`]+)` \|(?: (yes) \|)?", table, re.MULTILINE)
-    files = [check.row_name for room in (file_checks, config, code, weights) for check in room.CHECKS]
+    documented = re.findall(r"^\| `([^`]+)` \|(?: (yes) \|)?", table, re.MULTILINE)
+    files = [check.row_name for module in (file_checks, config, code, weights) for check in module.CHECKS]
     cards = [check.row_name for check in card.CHECKS]
     loads = [*doctor.LOADS, doctor.OWN_CODE, *doctor.BEHAVIOUR]
-    assert [name for name, _ in told] == [*files, *doctor.TOKENIZER, *cards, *loads]
-    assert {name for name, required in told if required} == set(doctor.BEFORE_LOADING)
+    assert [name for name, _ in documented] == [*files, *doctor.TOKENIZER, *cards, *loads]
+    assert {name for name, required in documented if required} == set(doctor.BEFORE_LOADING)
 
 
-def test_of_a_run_it_names_the_model_folder(run_folder, capsys):
+def test_for_a_run_folder_the_error_names_the_model_folder(run_folder, capsys):
     assert main(["doctor", str(run_folder)]) == 2
     assert "this is a run; its model is in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["absent", "README.md"])
-def test_what_is_no_folder_is_told_in_one_line(given, run_folder, monkeypatch, capsys):
+def test_a_path_that_is_not_a_folder_is_reported_in_one_line(given, run_folder, monkeypatch, capsys):
     monkeypatch.chdir(run_folder / "model")
     code = main(["doctor", given])
     err = capsys.readouterr().err

@@ -11,7 +11,7 @@ from minigpt_hf.doctor.folder import Folder
 from minigpt_hf.doctor.row import plain, some
 from tests.doctor.conftest import Broken
 
-IN_THIS_PROCESS = [check for room in (files, config, code, weights, card) for check in room.CHECKS]
+IN_THIS_PROCESS = [check for module in (files, config, code, weights, card) for check in module.CHECKS]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -21,42 +21,42 @@ NAMES = ("config.json", "generation_config.json", "tokenizer_config.json", "mini
 
 
 @pytest.fixture(scope="module")
-def whole(run_folder, tmp_path_factory):
-    return Broken(run_folder / "model", tmp_path_factory.mktemp("odd"))
+def folder(run_folder, tmp_path_factory):
+    return Broken(run_folder / "model", tmp_path_factory.mktemp("malformed"))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_a_setting_of_any_kind_gives_a_row_each(data, whole):
+def test_every_check_returns_a_row_for_a_setting_of_any_type(data, folder):
     name = data.draw(st.sampled_from(NAMES))
-    before = (whole.path / name).read_text()
+    before = (folder.path / name).read_text()
     content = json.loads(before)
     key = data.draw(st.sampled_from(sorted(content)))
     try:
-        whole.write(name, json.dumps({**content, key: data.draw(VALUES)}))
-        rows = [check(Folder(whole.path)) for check in IN_THIS_PROCESS]
+        folder.write(name, json.dumps({**content, key: data.draw(VALUES)}))
+        rows = [check(Folder(folder.path)) for check in IN_THIS_PROCESS]
     finally:
-        whole.write(name, before)
+        folder.write(name, before)
     assert [row.name for row in rows] == [check.row_name for check in IN_THIS_PROCESS]
     assert [row for row in rows if "raised an error" in row.reason] == []
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.binary(max_size=80), st.integers(0, 100))
-def test_any_bytes_for_weights_give_a_row(noise, at):
-    kept = (
+def test_the_weights_header_check_returns_a_row_for_any_bytes(noise, at):
+    valid = (
         b'\x40\x00\x00\x00\x00\x00\x00\x00{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}      ' + b"\0" * 16
     )
-    spoilt = kept[:at] + noise + kept[at + len(noise) :]
+    content = valid[:at] + noise + valid[at + len(noise) :]
 
     class InMemory(Folder):
         def __init__(self):
-            self.files, self.others, self._parsed = {"model.safetensors": len(spoilt)}, {}, {}
+            self.files, self.others, self._parsed = {"model.safetensors": len(content)}, {}, {}
 
         def open(self, name):
             import io
 
-            return io.BytesIO(spoilt)
+            return io.BytesIO(content)
 
     row = weights.header(InMemory())
     assert row.state in ("pass", "fail")
