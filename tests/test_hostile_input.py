@@ -525,14 +525,14 @@ def exchange_two_tokens(folder) -> None:
 def test_the_tokenizer_of_another_model_is_reported(verb, folder, text_file, recipe_file, capfd):
     """It is not refused: other programs add tokens without updating the fingerprint in config.json."""
     exchange_two_tokens(folder)
-    assert main(asked(verb, folder.path, text_file, recipe_file)) == 0
+    assert main(arguments_of(verb, folder.path, text_file, recipe_file)) == 0
     assert (
         f"{folder.path}: has another tokenizer than the one that the model was trained with" in capfd.readouterr().err
     )
 
 
 def test_a_null_in_a_recipe_is_a_setting_that_was_not_given(folder, text_file, recipe_file, capfd):
-    argv = asked("evaluate", folder.path, text_file, recipe_file)
+    argv = arguments_of("evaluate", folder.path, text_file, recipe_file)
     assert main(argv) == 0
     expected = capfd.readouterr().out
     folder.json("minigpt.json", recipe={**folder.get("minigpt.json")["recipe"], "encoding": None, "newline": None})
