@@ -95,8 +95,8 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
         for more in ([], ["--fresh"], ["--max_steps", "7"]):
             assert train(recipe, words, folder, *flags, *more) == 2
             (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("minigpt")]
-            assert f"--output_dir {folder}: another process (pid {process.pid} on host " in line
-            assert line.endswith("wait for it, stop it, or name another folder")
+            assert f"output_dir {folder}: another process (pid {process.pid} on host " in line
+            assert line.endswith("wait for it, stop it, or use another folder")
         assert files_of(folder) == before
         count = steps_logged(folder)
         process.send_signal(signal.SIGCONT)
@@ -122,7 +122,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(recipe, words, finished, tm
     (folder / ".lock").symlink_to(precious)
     before = files_of(folder)
     assert train(recipe, words, folder) == 2
-    assert f"--output_dir {folder}: cannot be written (" in capsys.readouterr().err
+    assert f"output_dir {folder}: cannot be written (" in capsys.readouterr().err
     assert files_of(folder) == before
     assert precious.read_text() == "precious"
 
@@ -337,7 +337,7 @@ def test_lines_of_the_log_with_wrong_types_are_removed_with_a_message(line, reci
         file.writelines([*lines[:4], json.dumps(line) + "\n"])
         file.truncate()
     assert train(recipe, words, folder, "--sample_tokens", "2") == 0
-    assert "removed what is not a complete row, as an interruption leaves it (line 5)" in capsys.readouterr().err
+    assert "removed incomplete or invalid rows, e.g. of an interrupted write (line 5)" in capsys.readouterr().err
     assert rows(folder) == rows(finished)
 
 
