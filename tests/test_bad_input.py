@@ -37,7 +37,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an empty file": (data("empty.txt"), "empty.txt: contains no text"),
         "too short to train on": (
             ["train", "--data", "short.txt", "--output_dir", "new"],
-            "short.txt: the training part has 4 characters, which are … tokens: more than 128 are needed to train on",
+            "short.txt: the training split has … tokens (4 characters), but more than 128 tokens are required",
         ),
         "shorter than a block": (data("short.txt", "--tokenizer", "bytes"), "a sequence with its labels needs 33"),
         "not UTF-8": (data("latin.txt"), "latin.txt: not utf-8 text: byte 0xe9 at position 3 … --encoding latin-1"),
@@ -113,7 +113,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be positive and finite"),
         "a mixture with a missing part": (data("text.txt:1,absent.txt:1"), "absent.txt: no such file or folder"),
         "a file, streamed": (data("text.txt", "--streaming", "--max_tokens", "9"), "requires a dataset of the Hub"),
-        "streaming without an end": (data("u/n", "--streaming"), "--streaming needs --max_tokens"),
+        "streaming without an end": (data("u/n", "--streaming"), "streaming requires max_tokens"),
         "a Hub dataset while offline": (
             data("user/name"),
             "user/name: no such file or folder, and it cannot be loaded",
@@ -151,9 +151,9 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--recipe", "typo.yaml"),
             "unknown setting 'hiden_size'; did you mean hidden_size",
         ),
-        "no YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: not YAML"),
+        "no YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: invalid YAML"),
         "a list": (train("--recipe", "list.yaml"), "recipe list.yaml: expected lines of `key: value`, found a list"),
-        "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
+        "no text": (train("--recipe", "binary.yaml"), "recipe binary.yaml: invalid YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
         "which recipe?": (["recipes", "show"], "recipes show: name a recipe: "),
@@ -213,34 +213,40 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown optimizer": (train("--no_muon", "--optim", "sgdd"), "sgdd"),
         "a metric that there is not": (
             train("--metric_for_best_model", "accuracy"),
-            "metric_for_best_model accuracy: there is no such metric; give loss, perplexity, bits_per_byte",
+            "metric_for_best_model accuracy: unknown metric; available: loss, perplexity, bits_per_byte",
         ),
         "a metric of which more is better": (
             train("--metric_for_best_model", "perplexity", "--greater_is_better", "true"),
             "greater_is_better is True: lower is better",
         ),
         "data that are not skipped": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
-        "a seed of the data": (train("--data_seed", "3"), "data_seed 3 is not supported: seed decides"),
+        "a seed of the data": (train("--data_seed", "3"), "data_seed 3 is not supported: seed determines"),
         "checkpoints that are not validated": (
             train("--eval_steps", "3", "--save_steps", "4", "--load_best_model_at_end", "true"),
-            "save_steps is 4, and must be a multiple of eval_steps, which is 3; give --save_steps 3",
+            "save_steps is 4 and must be a multiple of eval_steps, which is 3; use --save_steps 3",
         ),
         "a shape beside a model": (
             train("--init_from", "MODEL", "--recipe", "finetune", "--no_tie_word_embeddings"),
-            "--tie_word_embeddings comes with the model",
+            "tie_word_embeddings is determined by the model of init_from",
         ),
         "bytes that are not text in the encoding": (
             train("--sample_prompt", "caf\udce9"),
-            "argument 'caf\\udce9': is not valid text in the encoding of this system",
+            "argument 'caf\\udce9': not valid text in the encoding of this system",
         ),
-        "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
+        "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect with Muon: add --no_muon"),
         "a language in words": (
             train("--language", "English"),
             "language 'English': expected an ISO 639 code such as en",
         ),
-        "a language that YAML reads as false": (train("--recipe", "norwegian.yaml"), "Norwegian is 'no' in quotes"),
-        "a licence in words": (train("--license", "My own"), "license 'My own': expected a name of the Hub's"),
-        "a token on the command line": (train("--hub_token", "hf_secret"), "hub_token is not taken: log in once with"),
+        "a language that YAML reads as false": (
+            train("--recipe", "norwegian.yaml"),
+            "write Norwegian as 'no' in quotes",
+        ),
+        "a licence in words": (
+            train("--license", "My own"),
+            "license 'My own': expected a license identifier of the Hub",
+        ),
+        "a token on the command line": (train("--hub_token", "hf_secret"), "hub_token is not accepted: log in with"),
         "a push of pickles": (
             train("--push_to_hub", "--hub_strategy", "checkpoint"),
             "hub_strategy checkpoint would upload opt",
@@ -248,30 +254,36 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "no minutes": (train("--minutes", "0"), "minutes is 0.0: it must be more than 0"),
         "minutes and steps": (
             train("--minutes", "3", "--max_steps", "9"),
-            "--minutes chooses max_steps, which is given",
+            "minutes and max_steps both determine the length of the training: omit one of them",
         ),
-        "an infinite size": (["train", "--size", "1e400", "--data", "absent.txt"], "--size 1e400: this is no number"),
+        "an infinite size": (
+            ["train", "--size", "1e400", "--data", "absent.txt"],
+            "size 1e400: not a number of parameters",
+        ),
         "minutes and a size": (
             ["train", "--size", "1m", "--minutes", "3", "--data", "absent.txt"],
-            "--minutes and --size both choose the model",
+            "minutes and size both determine the model",
         ),
-        "a size in words": (["train", "--size", "small", "--data", "text.txt"], "--size small: this is no number"),
-        "fp16 without an accelerator": (train("--fp16", "true"), "fp16 needs an accelerator"),
+        "a size in words": (
+            ["train", "--size", "small", "--data", "text.txt"],
+            "size small: not a number of parameters",
+        ),
+        "fp16 without an accelerator": (train("--fp16", "true"), "fp16 requires an accelerator"),
         "a report to what is not installed": (
             train("--report_to", "comet_ml"),
-            "report_to comet_ml: is unknown or not",
+            "report_to comet_ml: unknown or not installed",
         ),
         "a negative block": (train("--block_size", "-3"), "block_size is -3"),
         "too small a vocabulary": (train("--vocab_size", "5"), "vocab_size is 5: byte-level BPE needs at least 258"),
         "no such tokenizer": (train("--tokenizer", "absent"), "absent: no tokenizer can be loaded from it"),
-        "a model shorter than its blocks": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
+        "a model shorter than its blocks": (train("--max_position_embeddings", "8"), "less than block_size 32"),
         "options of an optimizer beside Muon": (
             train("--optim_args", "foo=1"),
-            "optim_args has no effect on Muon: add --no_muon",
+            "optim_args has no effect with Muon: add --no_muon",
         ),
         "modules of an optimizer beside Muon": (
             train("--optim_target_modules", "all-linear"),
-            "optim_target_modules has no effect on Muon",
+            "optim_target_modules has no effect with Muon",
         ),
         "another order of the data": (
             train("--train_sampling_strategy", "sequential"),
@@ -311,7 +323,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "half a download": (["generate", "half-model"], "half-model: no model can be loaded"),
         "weights cut short": (["generate", "cut-model"], "cut-model: no model can be loaded"),
         "an architecture that is not ours": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),
-        "no model to go on from": (train("--recipe", "finetune"), "name a folder or a Hub id with --init_from"),
+        "no model to go on from": (train("--recipe", "finetune"), "give a folder or a Hub id with --init_from"),
         "no such model to go on from": (
             train("--init_from", "absent", "--recipe", "finetune"),
             "absent: no model can be",
@@ -322,7 +334,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "another width than the model's": (
             train("--init_from", "MODEL", "--recipe", "finetune", "--hidden_size", "8"),
-            "--hidden_size comes with the model",
+            "hidden_size is determined by the model of init_from",
         ),
         "a rank below 0": (train("--init_from", "MODEL", "--recipe", "lora", "--lora_rank", "-2"), "lora_rank is -2"),
     },

@@ -118,9 +118,9 @@ def test_lora_goes_on_exactly_where_it_was_stopped(finetune, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden_size", "64"], "--hidden_size comes with the model"),
-        (["--tokenizer", "bytes"], "--tokenizer comes with the model"),
-        (["--block_size", "5000"], "is less than --block_size 5000"),
+        (["--hidden_size", "64"], "hidden_size is determined by the model of init_from"),
+        (["--tokenizer", "bytes"], "tokenizer is determined by the model of init_from"),
+        (["--block_size", "5000"], "is less than block_size 5000"),
         (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
     ],
 )
@@ -149,7 +149,7 @@ def test_other_architectures_and_missing_models_are_refused(finetune, tmp_path, 
     assert finetune("run", folder=tmp_path / "no tokenizer") == 2
     assert "no tokenizer can be loaded" in capsys.readouterr().err
     assert main(["train", "--recipe", "finetune", "--data", "x"]) == 2
-    assert "name a folder or a Hub id with --init_from" in capsys.readouterr().err
+    assert "give a folder or a Hub id with --init_from" in capsys.readouterr().err
 
 
 def test_training_ends_when_it_gets_no_better(text, tmp_path, capsys):
