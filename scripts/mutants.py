@@ -70,7 +70,9 @@ EQUIVALENT = {
 # Including `strict` of `zip`, which asserts lengths that are equal by construction.
 ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
 REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
-REPORTING_FUNCTIONS = {"plan_table", "device_name", "trainable_share", "in_words", "assumed_power", "_nearest"}
+REPORTING_FUNCTIONS = {
+    *("plan_table", "device_name", "trainable_share", "describe_changes", "assumed_power", "_suggestion")
+}
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------

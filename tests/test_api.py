@@ -39,9 +39,9 @@ def test_a_model_folder_evaluates_and_generates(run_folder, text_file, capsys):
     [
         (lambda: minigpt_hf.train(data="absent.txt"), "absent.txt: no such file or folder"),
         (lambda: minigpt_hf.train(hiden_size=8), "unknown setting 'hiden_size'; did you mean hidden_size"),
-        (lambda: minigpt_hf.train(max_steps=3.7), "max_steps is 3.7: expected a whole number"),
+        (lambda: minigpt_hf.train(max_steps=3.7), "max_steps is 3.7: expected an integer"),
         (lambda: minigpt_hf.train(max_steps="many"), "max_steps.* invalid int value: 'many'"),
-        (lambda: minigpt_hf.train(muon=3), "muon is 3: expected one bool"),
+        (lambda: minigpt_hf.train(muon=3), "muon is 3: expected bool"),
         (lambda: minigpt_hf.train(learning_rate="fast"), "learning_rate is 'fast': expected a number"),
         (lambda: minigpt_hf.train(tokenizer=None), "tokenizer is None"),
         (lambda: minigpt_hf.train(recipe="dmeo"), "unknown recipe 'dmeo'; did you mean demo"),

@@ -37,7 +37,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an empty file": (data("empty.txt"), "empty.txt: contains no text"),
         "too short to train on": (
             ["train", "--data", "short.txt", "--output_dir", "new"],
-            "short.txt: the training part has 4 characters, which are … tokens: more than 128 are needed to train on",
+            "short.txt: the training split has … tokens (4 characters), but more than 128 tokens are required",
         ),
         "shorter than a sequence": (data("short.txt", "--tokenizer", "bytes"), "a sequence with its labels needs 33"),
         "not UTF-8": (data("latin.txt"), "latin.txt: not utf-8 text: byte 0xe9 at position 3 … --encoding latin-1"),
@@ -116,7 +116,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a share of 0": (data("text.txt:0,two.csv:1"), "each share of a mixture must be positive and finite"),
         "a mixture with a missing part": (data("text.txt:1,absent.txt:1"), "absent.txt: no such file or folder"),
         "a file, streamed": (data("text.txt", "--streaming", "--max_tokens", "9"), "requires a dataset of the Hub"),
-        "streaming without max_tokens": (data("u/n", "--streaming"), "--streaming needs --max_tokens"),
+        "streaming without max_tokens": (data("u/n", "--streaming"), "streaming requires max_tokens"),
         "a Hub dataset while offline": (
             data("user/name"),
             "user/name: no such file or folder, and it cannot be loaded",
@@ -154,12 +154,12 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--recipe", "typo.yaml"),
             "unknown setting 'hiden_size'; did you mean hidden_size",
         ),
-        "invalid YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: not YAML"),
+        "invalid YAML": (train("--recipe", "broken.yaml"), "recipe broken.yaml: invalid YAML"),
         "a recipe that is a list": (
             train("--recipe", "list.yaml"),
             "recipe list.yaml: expected lines of `key: value`, found a list",
         ),
-        "a binary recipe": (train("--recipe", "binary.yaml"), "recipe binary.yaml: not YAML"),
+        "a binary recipe": (train("--recipe", "binary.yaml"), "recipe binary.yaml: invalid YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
         "no name of a recipe": (["recipes", "show"], "recipes show: name a recipe: "),
@@ -219,34 +219,40 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unknown optimizer": (train("--no_muon", "--optim", "sgdd"), "sgdd"),
         "an unknown metric": (
             train("--metric_for_best_model", "accuracy"),
-            "metric_for_best_model accuracy: there is no such metric; give loss, perplexity, bits_per_byte",
+            "metric_for_best_model accuracy: unknown metric; available: loss, perplexity, bits_per_byte",
         ),
         "greater_is_better": (
             train("--metric_for_best_model", "perplexity", "--greater_is_better", "true"),
             "greater_is_better is True: lower is better",
         ),
         "ignore_data_skip": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
-        "data_seed": (train("--data_seed", "3"), "data_seed 3 is not supported: seed decides"),
+        "data_seed": (train("--data_seed", "3"), "data_seed 3 is not supported: seed determines"),
         "save_steps that are not a multiple of eval_steps": (
             train("--eval_steps", "3", "--save_steps", "4", "--load_best_model_at_end", "true"),
-            "save_steps is 4, and must be a multiple of eval_steps, which is 3; give --save_steps 3",
+            "save_steps is 4 and must be a multiple of eval_steps, which is 3; use --save_steps 3",
         ),
         "an architecture setting with init_from": (
             train("--init_from", "MODEL", "--recipe", "finetune", "--no_tie_word_embeddings"),
-            "--tie_word_embeddings comes with the model",
+            "tie_word_embeddings is determined by the model of init_from",
         ),
         "bytes that are not text in the encoding": (
             train("--sample_prompt", "caf\udce9"),
-            "argument 'caf\\udce9': is not valid text in the encoding of this system",
+            "argument 'caf\\udce9': not valid text in the encoding of this system",
         ),
-        "optim without no_muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
+        "optim without no_muon": (train("--optim", "sgd"), "optim sgd has no effect with Muon: add --no_muon"),
         "a language in words": (
             train("--language", "English"),
             "language 'English': expected an ISO 639 code such as en",
         ),
-        "a language that YAML reads as false": (train("--recipe", "norwegian.yaml"), "Norwegian is 'no' in quotes"),
-        "a license in words": (train("--license", "My own"), "license 'My own': expected a name of the Hub's"),
-        "a token on the command line": (train("--hub_token", "hf_secret"), "hub_token is not taken: log in once with"),
+        "a language that YAML reads as false": (
+            train("--recipe", "norwegian.yaml"),
+            "write Norwegian as 'no' in quotes",
+        ),
+        "a license in words": (
+            train("--license", "My own"),
+            "license 'My own': expected a license identifier of the Hub",
+        ),
+        "a token on the command line": (train("--hub_token", "hf_secret"), "hub_token is not accepted: log in with"),
         "a push of pickles": (
             train("--push_to_hub", "--hub_strategy", "checkpoint"),
             "hub_strategy checkpoint would upload opt",
@@ -254,30 +260,36 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "no minutes": (train("--minutes", "0"), "minutes is 0.0: it must be more than 0"),
         "minutes and steps": (
             train("--minutes", "3", "--max_steps", "9"),
-            "--minutes chooses max_steps, which is given",
+            "minutes and max_steps both determine the length of the training: omit one of them",
         ),
-        "an infinite size": (["train", "--size", "1e400", "--data", "absent.txt"], "--size 1e400: this is no number"),
+        "an infinite size": (
+            ["train", "--size", "1e400", "--data", "absent.txt"],
+            "size 1e400: not a number of parameters",
+        ),
         "minutes and a size": (
             ["train", "--size", "1m", "--minutes", "3", "--data", "absent.txt"],
-            "--minutes and --size both choose the model",
+            "minutes and size both determine the model",
         ),
-        "a size in words": (["train", "--size", "small", "--data", "text.txt"], "--size small: this is no number"),
-        "fp16 without an accelerator": (train("--fp16", "true"), "fp16 needs an accelerator"),
+        "a size in words": (
+            ["train", "--size", "small", "--data", "text.txt"],
+            "size small: not a number of parameters",
+        ),
+        "fp16 without an accelerator": (train("--fp16", "true"), "fp16 requires an accelerator"),
         "a report_to integration that is not installed": (
             train("--report_to", "comet_ml"),
-            "report_to comet_ml: is unknown or not",
+            "report_to comet_ml: unknown or not installed",
         ),
         "a negative block size": (train("--block_size", "-3"), "block_size is -3"),
         "too small a vocabulary": (train("--vocab_size", "5"), "vocab_size is 5: byte-level BPE needs at least 258"),
         "no such tokenizer": (train("--tokenizer", "absent"), "absent: no tokenizer can be loaded from it"),
-        "a maximum length below the block size": (train("--max_position_embeddings", "8"), "less than --block_size 32"),
+        "a maximum length below the block size": (train("--max_position_embeddings", "8"), "less than block_size 32"),
         "optim_args without no_muon": (
             train("--optim_args", "foo=1"),
-            "optim_args has no effect on Muon: add --no_muon",
+            "optim_args has no effect with Muon: add --no_muon",
         ),
         "optim_target_modules without no_muon": (
             train("--optim_target_modules", "all-linear"),
-            "optim_target_modules has no effect on Muon",
+            "optim_target_modules has no effect with Muon",
         ),
         "another sampling strategy": (
             train("--train_sampling_strategy", "sequential"),
@@ -288,15 +300,15 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "dataloader_in_order false is not supported",
         ),
         "label_names": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
-        "a missing checkpoint": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
+        "a missing checkpoint": (train("--resume_from_checkpoint", "x"), "there is no run to resume in new"),
     },
     "folders": {
         "another run": (
             train("--output_dir", "taken"),
-            "taken: holds another run … name another folder, or say --fresh",
+            "taken: contains a run with another architecture … use another folder, or --fresh",
         ),
-        "a folder with other files": (train("--output_dir", "used"), "used: is not empty and holds no run"),
-        "a file as output_dir": (train("--output_dir", "text.txt"), "text.txt: this is a file; name a folder"),
+        "a folder with other files": (train("--output_dir", "used"), "used: neither empty nor a run folder"),
+        "a file as output_dir": (train("--output_dir", "text.txt"), "text.txt: this is a file; give a folder"),
         "an output_dir that cannot be written": (train("--output_dir", "/proc/new"), "/proc/new"),
         "a cache that is a file": (train("--cache_dir", "text.txt"), "text.txt"),
         "tokenize without output_dir": (
@@ -317,7 +329,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "a model folder without weights": (["generate", "half-model"], "half-model: no model can be loaded"),
         "truncated weights": (["generate", "cut-model"], "cut-model: no model can be loaded"),
         "another architecture as init_from": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),
-        "finetune without init_from": (train("--recipe", "finetune"), "name a folder or a Hub id with --init_from"),
+        "finetune without init_from": (train("--recipe", "finetune"), "give a folder or a Hub id with --init_from"),
         "a missing init_from": (
             train("--init_from", "absent", "--recipe", "finetune"),
             "absent: no model can be",
@@ -328,7 +340,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "another width than the model's": (
             train("--init_from", "MODEL", "--recipe", "finetune", "--hidden_size", "8"),
-            "--hidden_size comes with the model",
+            "hidden_size is determined by the model of init_from",
         ),
         "a rank below 0": (train("--init_from", "MODEL", "--recipe", "lora", "--lora_rank", "-2"), "lora_rank is -2"),
     },

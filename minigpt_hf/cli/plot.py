@@ -22,7 +22,7 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
 
     from ..publish.figures import draw_comparison, is_number
-    from ..training.run_folder import rows_and_faults
+    from ..training.run_folder import parse_log
 
     output, logs = Path(args.output), {}
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -33,7 +33,7 @@ def run(argv: list[str]) -> None:
         if not (Path(name) / "log.jsonl").is_file():
             raise MiniGPTError(f"{name}: not a run folder (no log.jsonl); give --output_dir of a run")
         try:
-            log, faults = rows_and_faults(Path(name) / "log.jsonl")
+            log, faults = parse_log(Path(name) / "log.jsonl")
         except (ValueError, RecursionError) as error:  # invalid UTF-8 or JSON
             raise MiniGPTError(f"{name}: log.jsonl cannot be read ({error}); give another run") from error
         if faults:

@@ -1,6 +1,6 @@
-"""Builds the model to train: configuration, fresh or pretrained weights, LoRA.
+"""Build the model to train: configuration, fresh or pretrained weights, LoRA.
 
-Pretrained weights are those of a MiniGPT or Qwen3 folder or Hub id; they are loaded in float32.
+Pretrained weights come from a MiniGPT or Qwen3 model folder or Hub id, and are loaded in float32.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import checked_folder, loading
-from .arguments import OF_THE_MODEL, ModelArguments
+from .arguments import ARCHITECTURE_SETTINGS, ModelArguments
 
 
 def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
-    """The configuration of `init_from` as a `MiniGPTConfig`, with the dropout rates of `architecture`.
+    """Return the configuration of `init_from` as a `MiniGPTConfig`, with the dropout probabilities of `architecture`.
 
     Raises:
-        MiniGPTError: if there is no model there, it is quantized, or it is neither a MiniGPT nor a Qwen3 model.
+        MiniGPTError: if `init_from` has no model, a quantized one, or one that is neither MiniGPT nor Qwen3.
     """
     folder = architecture.init_from
     path = checked_folder(folder)
@@ -32,11 +32,11 @@ def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
     settings = found.to_dict()
     if found.model_type not in ("minigpt", "qwen3") or settings.get("attention_bias") or found.hidden_act != "silu":
         raise MiniGPTError(
-            f"--init_from {folder}: this is a {found.model_type}; only MiniGPT and Qwen3 models are of this shape"
+            f"init_from {folder}: this is a {found.model_type} model; only MiniGPT and Qwen3 models are supported"
         )
     if settings.get("quantization_config"):
         raise MiniGPTError(
-            f"--init_from {folder}: its weights are quantized, and cannot be trained; give the model before quantization"
+            f"init_from {folder}: quantized weights cannot be trained; give the model before quantization"
         )
     known = {each.name for each in fields(MiniGPTConfig)} - {
         "auto_map",
@@ -51,63 +51,69 @@ def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
 
 
 def settings_of_config(config: MiniGPTConfig) -> dict[str, Any]:
-    """The architecture of a pretrained model as values of `ModelArguments`."""
-    values = {name: vars(config)[name] for name in OF_THE_MODEL if name in vars(config)}
+    """Return the architecture of a pretrained model as values of `ModelArguments`."""
+    values = {name: vars(config)[name] for name in ARCHITECTURE_SETTINGS if name in vars(config)}
     return values | {"rope_theta": config.rope_parameters["rope_theta"]}
 
 
 def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
-    """The configuration of the model to train: that of `init_from`, or one for fresh weights.
+    """Return the configuration of the model to train: that of `init_from`, or a new one.
+
+    Sets `model_max_length` of the tokenizer.
 
     Raises:
-        MiniGPTError: if the architecture is invalid, or does not fit `block_size` (in tokens) or the tokenizer.
+        MiniGPTError: if the architecture is invalid, its maximum sequence length is less than `block_size` (in tokens), or
+            its vocabulary is smaller than that of the tokenizer.
     """
     config = (
         pretrained_config(architecture) if architecture.init_from else fresh_config(architecture, block_size, tokenizer)
     )
     if config.max_position_embeddings < block_size:
         raise MiniGPTError(
-            f"--max_position_embeddings {config.max_position_embeddings} is less than --block_size {block_size}: "
-            "the model could not take its own training sequences"
+            f"max_position_embeddings {config.max_position_embeddings} is less than block_size {block_size}: training "
+            "sequences would exceed the maximum sequence length of the model; reduce --block_size"
         )
     if mismatch := tokenizer_mismatch(config, tokenizer):  # of `init_from`: a new configuration records no tokenizer
         raise MiniGPTError(f"--init_from {architecture.init_from}: {mismatch}")
     if config.vocab_size < (size := vocabulary_size(tokenizer)):
-        raise MiniGPTError(f"the tokenizer has {size:,} tokens, and the model's vocabulary only {config.vocab_size:,}")
+        raise MiniGPTError(
+            f"the tokenizer has {size:,} tokens, but the vocabulary of the model only {config.vocab_size:,}"
+        )
     tokenizer.model_max_length = config.max_position_embeddings
     config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     return config
 
 
 def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
-    """The configuration of a model with fresh weights."""
+    """Return the configuration of a model with fresh weights."""
     settings = dict(vars(architecture))
     for name in ("init_from", "lora_rank"):
         del settings[name]
-    rope_theta, longest = settings.pop("rope_theta"), settings.pop("max_position_embeddings")
+    rope_theta, max_length = settings.pop("rope_theta"), settings.pop("max_position_embeddings")
     if architecture.use_sliding_window:
-        # No layer looks further back than training did, so the model can write on past its block. One token more than a
-        # block: then no block needs a mask for the window, and attention keeps its fast path.
+        # With a window of about the training sequence length, the model can generate longer texts, because no layer attends
+        # further back than in training. The window is one token longer than a training sequence, so that training needs no
+        # mask for it, and attention uses its fast path.
         settings["sliding_window"] = settings["sliding_window"] or block_size + 1
-        longest = longest or 16 * block_size
+        max_length = max_length or 16 * block_size
     try:
         return MiniGPTConfig(
             vocab_size=vocabulary_size(tokenizer),
-            max_position_embeddings=longest or block_size,
+            max_position_embeddings=max_length or block_size,
             rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             **settings,
         )
-    except StrictDataclassError as error:  # its cause is the error of the check, without the name of the check
+    except StrictDataclassError as error:  # its cause has the message without the name of the validator
         raise MiniGPTError(str(error.__cause__ or error)) from error
     except ValueError as error:
         raise MiniGPTError(str(error)) from error
 
 
 def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrainedModel:
-    """The model to train: fresh or pretrained weights in float32, with LoRA if asked, and a generation configuration."""
+    """Create the model to train: fresh or pretrained weights in float32, optional LoRA, and a generation configuration."""
     folder = architecture.init_from
     model = pretrained_model(folder, config) if folder else MiniGPTForCausalLM(config)
     bos, eos = config.bos_token_id, config.eos_token_id
@@ -122,11 +128,11 @@ def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrain
     return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model
 
 
-def content_of(folder: str) -> str:
-    """SHA-256 of the configuration and the weights of a folder or Hub id, wherever it lies.
+def content_hash(folder: str) -> str:
+    """Return the SHA-256 of the configuration and weights of a model folder or Hub id, independent of its location.
 
     Raises:
-        MiniGPTError: if there is no model there.
+        MiniGPTError: if there is no such model.
     """
     path, content = checked_folder(folder), hashlib.sha256()
     for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]):
@@ -136,26 +142,26 @@ def content_of(folder: str) -> str:
 
 
 def pretrained_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
-    """The weights of a folder or Hub id, in float32, whatever they were saved in."""
+    """Load the weights of a model folder or Hub id in float32, whichever dtype they were saved in."""
     path = checked_folder(folder)
     with loading(folder):
-        model, about = MiniGPTForCausalLM.from_pretrained(
+        model, info = MiniGPTForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    if wrong := sorted([*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]):
-        raise MiniGPTError(f"--init_from {folder}: its weights are not those of its configuration ({wrong[0]}, …)")
+    if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]):
+        raise MiniGPTError(f"init_from {folder}: the weights do not match the configuration ({wrong[0]}, …)")
     return model
 
 
 def with_lora(model: MiniGPTForCausalLM, rank: int) -> PreTrainedModel:
-    """Freeze the model and add trainable factors A [rank, in] and B [out, rank] to each matrix of its layers.
+    """Freeze the model, and add trainable factors A [rank, in] and B [out, rank] to each matrix of its layers.
 
-    W becomes W + 2 · B · A, and B starts at zero: at first nothing changes (Hu et al. 2021, arXiv:2106.09685).
+    W becomes W + 2 · B · A. B is initialized to zero, so the model is initially unchanged (Hu et al. 2021, arXiv:2106.09685).
     """
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
-        raise MiniGPTError("--lora_rank needs PEFT, which is not installed: pip install peft") from error
+        raise MiniGPTError("lora_rank requires PEFT, which is not installed: `pip install peft`") from error
     settings = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

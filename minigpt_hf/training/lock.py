@@ -1,7 +1,7 @@
-"""One training at a time in a run folder: an advisory lock, released by the operating system when its holder ends.
+"""An advisory lock on a run folder, which prevents two processes from training in it at the same time.
 
-In: a folder. Out: an exclusive lock, held through the file `.lock` in it, which names the holder. A lock whose holder was
-killed is free.
+The lock is on the file `.lock` in the folder, which contains the process id and host of the holder. The operating system
+releases it when the process ends for any reason.
 """
 
 import errno
@@ -17,24 +17,27 @@ from ..errors import MiniGPTError
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-PLACE_ON_WINDOWS = 1 << 30  # beyond the content: locked bytes cannot be read by others there
+HELD_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+UNSUPPORTED_ERRORS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+WINDOWS_OFFSET = 1 << 30  # of the locked byte: beyond the content, because others cannot read locked bytes on Windows
 
 
 class FolderLock:
     """An exclusive lock on a folder.
 
-    POSIX record locks (`fcntl.lockf`) work over NFS and are not inherited by forked processes, so no loader worker keeps
-    the lock of a dead parent. They are lost when their process closes *any* descriptor of the file: nothing else in this
-    package opens `.lock`.
+    POSIX record locks (`fcntl.lockf`) work over NFS and are not inherited by forked processes, so a DataLoader worker cannot
+    hold the lock of a dead parent. A process loses them when it closes *any* descriptor of the file, so nothing else in this
+    package may open `.lock`.
+
+    Args:
+        folder: The folder to lock; created by `acquire` if it does not exist.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.file = folder / LOCK
         self.descriptor: int | None = None
-        self.created: list[Path] = []  # folders that did not exist before
+        self.created: list[Path] = []  # folders created by `acquire`
 
     def acquire(self) -> None:
         """Create the folder if it does not exist, and lock it.
@@ -43,28 +46,28 @@ class FolderLock:
             MiniGPTError: if another process holds the lock, or the folder cannot be written.
         """
         self.created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        for _ in range(100):  # another process may remove the file, or a folder it created, between two lines
+        for _ in range(100):  # another process may remove the file or the folder between two calls
             self.descriptor = self._open()
             if self.descriptor is None:
                 continue
             try:
                 _lock(self.descriptor)
             except OSError as error:
-                if error.errno in UNSUPPORTED:
+                if error.errno in UNSUPPORTED_ERRORS:
                     logger.warning(
-                        f"{self.folder}: this file system does not support locks ({error.strerror}); do not start a second "
-                        "training there"
+                        f"{self.folder}: this file system does not support locks ({error.strerror}); do not start another "
+                        "training in this folder"
                     )
                     return
                 holder = self._holder()
                 os.close(self.descriptor)
                 self.descriptor = None
                 self._remove_created()
-                if error.errno not in HELD:
+                if error.errno not in HELD_ERRORS:
                     raise
                 raise MiniGPTError(
-                    f"--output_dir {self.folder}: another process ({holder}) is training there; wait for it, stop it, or "
-                    "name another folder"
+                    f"output_dir {self.folder}: another process ({holder}) is training in this folder; wait for it, stop "
+                    "it, or use another folder"
                 ) from error
             if self._is_current():
                 break
@@ -74,10 +77,10 @@ class FolderLock:
         os.write(self.descriptor, json.dumps(holder).encode())
 
     def release(self) -> None:
-        """Remove the file, unlock, and remove the folders that `acquire` created, if they are empty."""
+        """Remove the lock file, unlock, and remove the folders created by `acquire` that are empty."""
         if self.descriptor is None:
             return
-        if os.name != "nt" and self._is_current():  # unlinked while it is locked: whoever opened it before looks again
+        if os.name != "nt" and self._is_current():  # unlinked while locked; `acquire` detects this
             self.file.unlink()
         os.close(self.descriptor)
         self.descriptor = None
@@ -86,15 +89,15 @@ class FolderLock:
         self._remove_created()
 
     def moved_to(self, folder: Path) -> None:
-        """The folder was renamed; the lock is on the file, and so still held."""
+        """Update the path after the folder was renamed. The lock is on the file, so it is still held."""
         self.folder, self.file, self.created = folder, folder / LOCK, []
 
     def _open(self) -> int | None:
-        """A descriptor of the file; `None` if the folder vanished meanwhile."""
+        """Open the lock file; return `None` if the folder was removed in the meantime."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MiniGPTError(f"--output_dir {self.folder}: cannot be created ({error.strerror})") from error
+            raise MiniGPTError(f"output_dir {self.folder}: cannot be created ({error.strerror})") from error
         try:
             return os.open(self.file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except FileNotFoundError:
@@ -102,11 +105,11 @@ class FolderLock:
         except OSError as error:
             self._remove_created()
             raise MiniGPTError(
-                f"--output_dir {self.folder}: cannot be written ({error.strerror}); make it writable, or name another folder"
+                f"output_dir {self.folder}: cannot be written ({error.strerror}); make it writable, or use another folder"
             ) from error
 
     def _is_current(self) -> bool:
-        """Whether the path still names the file that is open."""
+        """Whether the path still refers to the open file."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), self.file.lstat())
         except FileNotFoundError:
@@ -117,22 +120,22 @@ class FolderLock:
             holder = json.loads(os.read(self.descriptor, 1000))
             return f"pid {holder['pid']} on host {holder['host']}, started {holder['started']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "which has not written its name yet"
+            return "unknown, because it has just started"
 
     def _remove_created(self) -> None:
         for folder in self.created:
             try:
                 folder.rmdir()
-            except OSError:  # not empty: the run is in it
+            except OSError:  # not empty: it contains a run
                 break
 
 
 def _lock(descriptor: int) -> None:
-    """Take the lock, or raise `OSError` at once."""
+    """Acquire the lock, or raise `OSError` without waiting."""
     if os.name == "nt":
         import msvcrt
 
-        os.lseek(descriptor, PLACE_ON_WINDOWS, os.SEEK_SET)
+        os.lseek(descriptor, WINDOWS_OFFSET, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
     else:

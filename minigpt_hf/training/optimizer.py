@@ -1,10 +1,9 @@
 """MuonAdamW: Muon for the weight matrices of the layers and AdamW for all other parameters, in one optimizer.
 
-Both algorithms share one `torch.optim.Optimizer`, so that the Trainer's scheduler, checkpoints and resuming apply to
-both.
+Both algorithms share one `torch.optim.Optimizer`, so that the Trainer's scheduler, checkpoints and resuming apply to both.
 
-AdamW scales every element of a weight by itself. Muon orthogonalizes the update of a matrix: it replaces the momentum M
-= U·S·Vᵀ by U·Vᵀ, so that all singular directions, including those with rare gradients, get a step of equal size (Keller
+AdamW scales every element of a weight individually. Muon orthogonalizes the update of a matrix: it replaces the momentum
+M = U·S·Vᵀ by U·Vᵀ, so that all singular directions, including those with rare gradients, get a step of equal size (Keller
 Jordan et al., https://kellerjordan.github.io/posts/muon/). This applies to linear maps. Embeddings, the output head and
 norm weights use AdamW (arXiv:1711.05101).
 """
@@ -38,9 +37,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.to(torch.bfloat16)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(
-        min=1e-7
-    )  # the Frobenius norm bounds every singular value: all are in (0, 1]
+    # The Frobenius norm bounds every singular value, so all are in [0, 1].
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT  # [n, r, r]: the smaller of the two Gram matrices, since r ≤ c
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -51,8 +49,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Optimizer whose parameter groups each select Muon or AdamW.
 
     Args:
-        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept
-        `momentum`,
+        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept `momentum`,
             AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
             1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
         lr: Learning rate of groups without one, and `defaults["lr"]`, to which transformers' schedules relate `min_lr`.

@@ -1,6 +1,7 @@
-"""Recipes, flags and keywords as settings, and settings as a recipe.
+"""Parse recipes, flags and keywords into settings, and convert settings to a recipe.
 
-A recipe is a YAML file whose keys are names of settings, in `recipes/` or elsewhere; flags and keywords override it.
+A recipe is a YAML file whose keys are names of settings. Flags and keywords override it. `recipes/` contains the recipes of
+the package.
 """
 
 import copy
@@ -21,49 +22,50 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import MiniGPTError
 from .arguments import (
+    ARCHITECTURE_SETTINGS,
     AUTO,
     GROUPS,
-    OF_THE_MODEL,
     MiniGPTTrainingArguments,
     Settings,
-    log_once,
-    settings_known,
+    log_on_main_process,
+    setting_types,
 )
 from .scaling import heads_for
 
-LONGEST = 1 << 16  # bytes of a recipe
+MAX_RECIPE_BYTES = 1 << 16
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
 def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides: Any) -> Settings:
-    """A recipe, overridden by flags or by keywords -> the dataclasses.
+    """Combine a recipe with the flags and keywords that override it.
 
     Args:
         argv: Flags, as on the command line.
-        recipe: Name or YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with `minutes` or
-            `size`, `auto` with `data`, else `demo`.
-        overrides: The same settings as flags, by name.
+        recipe: Name or YAML file. Default: none with `minutes` or `size`, `lora` with `lora_rank`, `finetune` with
+            `init_from`, `auto` with `data`, otherwise `demo`.
+        overrides: Settings as keywords, by name.
 
     Raises:
-        MiniGPTError: for an unknown recipe, key or flag, naming the nearest ones; or an invalid value.
+        MiniGPTError: for an unknown recipe, setting or flag, with similar names; or an invalid value.
     """
     flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
-    # HfArgumentParser adds --no_X for each X that is true by default.
-    flags = [name if name in settings_known() else name.removeprefix("no_") for name in flags]
+    # HfArgumentParser adds --no_X for each X whose default is True.
+    flags = [name if name in setting_types() else name.removeprefix("no_") for name in flags]
     given = {*flags, *overrides}
     for value in (recipe, *argv, *overrides.values()):
-        if isinstance(value, str) and not _is_unicode(value) and not Path(value).exists():  # file names are bytes
+        # The name of an existing file may consist of any bytes.
+        if isinstance(value, str) and not _is_unicode(value) and not Path(value).exists():
             raise MiniGPTError(
-                f"argument {value!r}: is not valid text in the encoding of this system, {sys.getfilesystemencoding()}; "
-                "use a name in UTF-8, and set PYTHONUTF8=1"
+                f"argument {value!r}: not valid text in the encoding of this system, {sys.getfilesystemencoding()}; use "
+                "UTF-8, and set PYTHONUTF8=1"
             )
     overrides = {name: os.fspath(each) if isinstance(each, os.PathLike) else each for name, each in overrides.items()}
     overrides = _checked(overrides)
     if recipe is None:
         recipe = _default_recipe(given)
-    of_recipe = read_recipe(recipe) if recipe else {}
-    values = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **of_recipe, **overrides}
-    for layer in (given, of_recipe):  # a number of epochs takes precedence over the number of steps of a layer below
+    recipe_values = read_recipe(recipe) if recipe else {}
+    values = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **recipe_values, **overrides}
+    for layer in (given, recipe_values):  # num_train_epochs overrides the max_steps of a layer of lower precedence
         if "max_steps" in layer:
             break
         if "num_train_epochs" in layer:
@@ -77,55 +79,55 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         )
     except MiniGPTError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # of `TrainingArguments`
+    except (ValueError, TypeError, ImportError) as error:  # raised by `TrainingArguments`
         raise MiniGPTError(str(error)) from error
     if unknown:
         raise MiniGPTError(
-            f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-').replace('-', '_'), settings_known())}"
+            f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-').replace('-', '_'), setting_types())}"
         )
     settings = Settings(data, model, training)
     if model.init_from:
         if training.minutes or training.size:
             raise MiniGPTError(
-                "--minutes and --size choose a shape, and --init_from brings its own: leave out one of them"
+                "minutes and size determine the architecture, which init_from determines as well: omit one of them"
             )
-        if theirs := sorted(given & (OF_THE_MODEL | {"tokenizer", "vocab_size"})):
-            raise MiniGPTError(f"--{theirs[0]} comes with the model of --init_from {model.init_from}: leave it out")
+        if fixed := sorted(given & (ARCHITECTURE_SETTINGS | {"tokenizer", "vocab_size"})):
+            raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
         settings = settings.replace(tokenizer=model.init_from)
-    settings = _with_settings_of_a_prepared_text(settings, given)
+    settings = _with_settings_of_prepared_text(settings, given)
     if model.lora_rank < 0:
         raise MiniGPTError(f"lora_rank is {model.lora_rank}: it must be at least 0")
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
-        raise MiniGPTError("there is no model to start from: name a folder or a Hub id with --init_from")
+        raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
     if model.lora_rank and training.muon:
-        raise MiniGPTError("--lora_rank: LoRA is trained with AdamW: add --no_muon, or use --recipe lora")
+        raise MiniGPTError("lora_rank: LoRA is trained with AdamW, not with Muon; add --no_muon, or use --recipe lora")
     settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))
     training = settings.training
     if training.minutes and "num_train_epochs" in training.given:
-        raise MiniGPTError("--minutes chooses how long to train, and num_train_epochs is given: leave out one of them")
+        raise MiniGPTError("minutes and num_train_epochs both determine the length of the training: omit one of them")
     if training.minutes and "max_steps" in training.given:
-        where = "leave it out" if "max_steps" in given else f"recipe {recipe} sets it: leave out the recipe"
-        raise MiniGPTError(f"--minutes chooses max_steps, which is given: {where}")
+        remedy = "omit one of them" if "max_steps" in given else f"omit the recipe {recipe}, which sets max_steps"
+        raise MiniGPTError(f"minutes and max_steps both determine the length of the training: {remedy}")
     if training.size == AUTO and training.minutes:
-        raise MiniGPTError("--minutes and --size auto both choose how long to train: leave out one of them")
+        raise MiniGPTError("minutes and size auto both determine the length of the training: omit one of them")
     if settings.data.validation_fraction == 0:
         settings = settings.replace(eval_strategy="no", do_eval=False, load_best_model_at_end=False)
-    if settings.data.data != of_recipe.get("data", settings.data.data):
-        settings = _without_description_of_another_text(settings, of_recipe, given)
+    if settings.data.data != recipe_values.get("data", settings.data.data):
+        settings = _without_description_of_another_text(settings, recipe_values, given)
     if given >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:
-        log_once(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
+        log_on_main_process(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
     if not model.init_from and training.size != AUTO:
         settings = _with_fitting_heads(settings, given)
     return settings
 
 
-def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Settings:
-    """Replace the settings of a recipe by those that a prepared text was made with.
+def _with_settings_of_prepared_text(settings: Settings, given: set[str]) -> Settings:
+    """Replace the settings of a recipe by those that a prepared text was prepared with.
 
     Raises:
-        MiniGPTError: if a flag or keyword asks for another text than the prepared one.
+        MiniGPTError: if a flag or keyword differs from them.
     """
-    from ..data.corpus import public_name  # imports `datasets`, which `--help` does not need
+    from ..data.corpus import public_name  # imports `datasets`, which `--help` does not require
     from ..data.prepared import is_prepared, prepared_settings
 
     data = settings.data
@@ -133,22 +135,22 @@ def _with_settings_of_a_prepared_text(settings: Settings, given: set[str]) -> Se
         return settings
     stored = prepared_settings(Path(data.data))
     if stored["tokenizer"] != "bpe" and "vocab_size" in given:
-        del stored["vocab_size"]  # it has no effect on another tokenizer, which `AutoConfigurator` reports
-    asked = {name: vars(data)[name] for name in stored if name in given}
-    if "tokenizer" in asked:
-        asked["tokenizer"] = public_name(data.tokenizer)
-    if other := [name for name, value in asked.items() if value != stored[name]]:
-        flags = ", ".join(f"--{name} {asked[name]}" for name in other)
-        made_with = ", ".join(f"{name} {stored[name]}" for name in other)
+        del stored["vocab_size"]  # no effect with other tokenizers; reported by `AutoConfigurator`
+    requested = {name: vars(data)[name] for name in stored if name in given}
+    if "tokenizer" in requested:
+        requested["tokenizer"] = public_name(data.tokenizer)
+    if different := [name for name, value in requested.items() if value != stored[name]]:
+        described = ", ".join(f"{name} {requested[name]}" for name in different)
+        prepared_with = ", ".join(f"{name} {stored[name]}" for name in different)
         raise MiniGPTError(
-            f"{flags}: {data.data} was prepared with {made_with}; leave out what differs, or prepare the text again with "
+            f"{described}: {data.data} was prepared with {prepared_with}; omit the setting, or prepare the text again with "
             "`minigpt tokenize`"
         )
     return settings.replace(**stored)
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8: bytes that Python cannot decode are lone surrogates in an argument."""
+    """Whether a text can be encoded in UTF-8; undecodable bytes of an argument become lone surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -166,32 +168,32 @@ def _default_recipe(given: set[str]) -> str | None:
 
 
 def _without_description_of_another_text(settings: Settings, recipe: dict[str, Any], given: set[str]) -> Settings:
-    """Drop language, license and prompt of a recipe: they describe the text of the recipe, not one given in its place."""
+    """Drop language, license and prompt of a recipe, because they describe the text of the recipe and not the given one."""
     dropped = {name for name in ("language", "license", "sample_prompt") if name in recipe and name not in given}
     if not dropped:
         return settings
     described = ", ".join(f"{name} {recipe[name]!r}" for name in sorted(dropped))
-    log_once(
+    log_on_main_process(
         settings.training,
-        f"--data {settings.data.data} replaces the text of the recipe, {recipe['data']}: the recipe's {described} not used",
+        f"data {settings.data.data} replaces the text of the recipe, {recipe['data']}; ignored from the recipe: {described}",
     )
     empty = {"language": [], "license": None, "sample_prompt": None}
     return settings.replace(**{name: empty[name] for name in dropped}, given=settings.training.given - dropped)
 
 
 def _with_fitting_heads(settings: Settings, given: set[str]) -> Settings:
-    """Choose the number of heads if only the width was given and the recipe's number of heads does not divide it."""
+    """Choose the number of heads if a width is given without it, and the number of the recipe does not divide the width."""
     model = settings.model
     heads, width = model.num_attention_heads, model.hidden_size
     if "hidden_size" not in given or given & {"num_attention_heads", "head_dim"} or model.head_dim or heads < 1:
         return settings
     fits = width % heads == 0 and width // heads % 2 == 0
     if fits or width < 1 or (chosen := heads_for(width, model.num_key_value_heads or 1)) is None:
-        return settings  # if nothing fits, the architecture is refused with the reason
-    log_once(
+        return settings  # if no number fits, `build_config` rejects the architecture
+    log_on_main_process(
         settings.training,
-        f"num_attention_heads {chosen}: hidden_size {width} does not divide into {heads} heads of even width; "
-        f"each head has width {width // chosen}",
+        f"num_attention_heads {chosen}: hidden_size {width} does not divide into {heads} heads of even dimension; "
+        f"head_dim is {width // chosen}",
     )
     return settings.replace(num_attention_heads=chosen)
 
@@ -202,11 +204,11 @@ class _Parser(HfArgumentParser):
 
 
 def argument_parser(**kwargs) -> HfArgumentParser:
-    """The parser of every flag there is; abbreviations are not guessed, and a bad value is a `MiniGPTError`."""
+    """Create a parser of all settings. It rejects abbreviations, and raises `MiniGPTError` for invalid arguments."""
     return _Parser(GROUPS, allow_abbrev=False, **kwargs)
 
 
-# What the recipe `auto` leaves to the text: see `dial`.
+# Settings that the recipe `auto` leaves to `AutoConfigurator`.
 CHOSEN_FROM_THE_TEXT = (
     *("vocab_size", "block_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "residual_dropout"),
     *("per_device_train_batch_size", "max_steps", "warmup_steps", "learning_rate", "weight_decay", "logging_steps"),
@@ -215,49 +217,50 @@ CHOSEN_FROM_THE_TEXT = (
 
 
 def effective_defaults() -> dict[str, tuple[str, str]]:
-    """What a training uses without any flag (the recipe `demo`), and with `--data` alone (`auto`), by name of the setting.
+    """Return {setting: (default without flags, default with `--data` only)}, i.e. of the recipes `demo` and `auto`.
 
-    Settings about which neither recipe says anything have the defaults of their dataclasses.
+    Settings that are in neither recipe are omitted; they have the defaults of their dataclasses.
     """
     demo, auto = read_recipe("demo"), read_recipe("auto")
     defaults = {}
     for each in (each for group in GROUPS for each in fields(group) if each.init and each.name != "data"):
         if each.name not in {*demo, *auto, *CHOSEN_FROM_THE_TEXT}:
             continue
-        own = each.default if each.default is not MISSING else None
-        without, alone = demo.get(each.name, own), auto.get(each.name, own)
-        alone = "chosen from the text" if each.name in CHOSEN_FROM_THE_TEXT else _written(alone)
-        defaults[each.name] = (_written(without), alone)
+        default = each.default if each.default is not MISSING else None
+        with_data = _shown(auto.get(each.name, default))
+        if each.name in CHOSEN_FROM_THE_TEXT:
+            with_data = "chosen from the text"
+        defaults[each.name] = (_shown(demo.get(each.name, default)), with_data)
     return defaults
 
 
-def _written(value: Any) -> str:
-    """A default as the help shows it."""
+def _shown(value: Any) -> str:
+    """A default value as shown in the help."""
     return "none" if value in (None, "", []) else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a named recipe, or of a YAML file.
+    """Read the settings of a recipe of the package, or of a YAML file.
 
     Raises:
-        MiniGPTError: if there is no such recipe, it is no YAML mapping, or a key is not the name of a setting.
+        MiniGPTError: if the recipe does not exist, is not a YAML mapping, or contains an unknown setting or an invalid value.
     """
     if name.endswith((".yaml", ".yml")):
         source = Path(name)
         if not source.is_file():
             raise MiniGPTError(f"recipe {name}: no such file")
-        if source.stat().st_size > LONGEST:
-            raise MiniGPTError(f"recipe {name}: has more than {LONGEST:,} bytes; a recipe has some hundred")
+        if source.stat().st_size > MAX_RECIPE_BYTES:
+            raise MiniGPTError(f"recipe {name}: larger than {MAX_RECIPE_BYTES:,} bytes, the maximum size of a recipe")
     else:
         source = RECIPES / f"{name}.yaml"
         if not source.is_file():
             raise MiniGPTError(
-                f"unknown recipe {name!r}{_nearest(name, recipe_names())}; known: {', '.join(recipe_names())}"
+                f"unknown recipe {name!r}{_suggestion(name, recipe_names())}; available: {', '.join(recipe_names())}"
             )
     try:
         settings = load_yaml(source.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError included
-        raise MiniGPTError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
+        raise MiniGPTError(f"recipe {name}: invalid YAML: {' '.join(str(error).split())}") from error
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise MiniGPTError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
@@ -265,27 +268,31 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
-    """Settings by name, with the types of their fields; a number that is text becomes one where a fraction is expected.
+    """Check names and types of settings. Strings are converted to floats where a float is expected.
+
+    Args:
+        settings: Values by name.
+        origin: Prefix of error messages.
 
     Raises:
-        MiniGPTError: beginning with `origin`, for an unknown name or a value of another type.
+        MiniGPTError: for an unknown name or a value of a wrong type.
     """
-    known, settings = settings_known(), dict(settings)
+    known, settings = setting_types(), dict(settings)
     optional = {each.name for group in GROUPS for each in fields(group) if each.default is None}
     for key, value in settings.items():
         if key not in known:
-            raise MiniGPTError(f"{origin}unknown setting {key!r}{_nearest(str(key), known)}")
+            raise MiniGPTError(f"{origin}unknown setting {key!r}{_suggestion(str(key), known)}")
         if key == "size" and isinstance(value, int | float) and not isinstance(value, bool):
             value = settings[key] = str(value)
         kind = next((kind for kind in (bool, int, float, str) if known[key] in (kind, kind | None)), None)
         allowed = {bool: bool | str, int: int | float | str, float: int | float | str, str: str}
         if kind and value is None and key not in optional and not isinstance(None, known[key]):
-            raise MiniGPTError(f"{origin}{key} is None: expected one {kind.__name__}")
+            raise MiniGPTError(f"{origin}{key} is None: expected {kind.__name__}")
         if kind and value is not None:
-            right = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
-            if not right:
-                raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected one {kind.__name__}")
-        if kind is float and isinstance(value, str):  # YAML reads 4e-3 as text: its numbers want a point, 4.0e-3
+            is_valid = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
+            if not is_valid:
+                raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected {kind.__name__}")
+        if kind is float and isinstance(value, str):  # YAML 1.1 reads 4e-3 as a string, 4.0e-3 as a float
             try:
                 value = settings[key] = float(value)
             except ValueError as error:
@@ -294,20 +301,20 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
             if not math.isfinite(value):
                 raise MiniGPTError(f"{origin}{key} is {value}: expected a finite number")
             if kind is int:
-                raise MiniGPTError(f"{origin}{key} is {value}: expected a whole number")
+                raise MiniGPTError(f"{origin}{key} is {value}: expected an integer")
         if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise MiniGPTError(f"{origin}{key} is a number of {value.bit_length()} bits; at most 63 are possible")
+            raise MiniGPTError(
+                f"{origin}{key} is an integer of {value.bit_length()} bits: at most 63 bits are supported"
+            )
     return settings
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: a key that is there twice and references, which can multiply without end, are refused."""
+    """Loads plain values only. Rejects duplicate keys, and aliases, which can expand exponentially."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, "references (&, *) are not taken", self.peek_event().start_mark
-            )
+            raise yaml.composer.ComposerError(None, None, "aliases (*) are not supported", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -315,49 +322,49 @@ class _Loader(yaml.SafeLoader):
         for each, _ in node.value:
             key = self.construct_object(each, deep=True)
             if key in seen:
-                problem = f"the key {reprlib.repr(key)} is there twice"
+                problem = f"duplicate key {reprlib.repr(key)}"
                 raise yaml.constructor.ConstructorError(None, None, problem, each.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def load_yaml(text: str) -> Any:
-    """YAML -> plain values.
+    """Parse YAML into plain values.
 
     Raises:
-        MiniGPTError: in one line, if it is not YAML, is nested too deeply, names a key twice, or holds references or objects.
+        MiniGPTError: in one line, if it is invalid or nested too deeply, or has duplicate keys, aliases or object tags.
     """
     try:
         return yaml.load(text, _Loader)
     except RecursionError as error:
-        raise MiniGPTError("it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the latter of numbers and dates
+        raise MiniGPTError("nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the last three: numbers and dates
         raise MiniGPTError(" ".join(str(error).split())) from error
 
 
 def recipe_names() -> list[str]:
-    """Recipes that come with the package."""
+    """Names of the recipes of the package."""
     return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
-    """The file of a recipe that comes with the package, comments and all."""
+    """Return the file of a recipe of the package, including its comments."""
     read_recipe(name)
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def recipe_notes(name: str) -> dict[str, str]:
-    """What the comment at the head of a recipe says: `what`, `parameters`, `tokens`, `cost`, `result`."""
+    """Parse the header comment of a recipe: `what`, `parameters`, `tokens`, `cost`, `result`."""
     first, *rest = recipe_text(name).splitlines()
     notes = dict(found.groups() for line in rest if (found := re.fullmatch(r"# (\w+) {2,}(.+)", line)))
     return {"what": first.removeprefix("# "), **notes}
 
 
 def resolved(arguments: Settings) -> dict[str, Any]:
-    """The settings as a recipe that repeats this training, whatever later defaults are.
+    """Convert settings to a recipe that reproduces the training even if defaults change later.
 
-    All settings of this package, including those of `TrainingArguments` whose default it changes, and those whose value is
-    not transformers' default.
+    It contains all settings that this package defines or whose default it changes, and the other settings of
+    `TrainingArguments` whose value is not the default.
     """
     settings, training = {}, arguments[2]
     for group in arguments:
@@ -365,23 +372,23 @@ def resolved(arguments: Settings) -> dict[str, Any]:
         inherited = {each.name: each.default for each in fields(TrainingArguments)} if group is training else {}
         for own in MiniGPTTrainingArguments.__annotations__:
             inherited.pop(own, None)
-        for name in [each.name for each in fields(group) if each.init and each.name not in NOT_IN_A_RECIPE]:
+        for name in [each.name for each in fields(group) if each.init and each.name not in EXCLUDED_FROM_RECIPE]:
             is_derived = name in DERIVED and name not in training.given
             if not is_derived and (name not in inherited or values[name] != inherited[name]):
-                settings[name] = copy.deepcopy(values[name])  # YAML writes a shared value as a reference
+                settings[name] = copy.deepcopy(values[name])  # YAML would write shared objects as aliases
     if training.max_steps < 0:
         settings["num_train_epochs"] = training.num_train_epochs
     return settings
 
 
-# Where a run lies and what it runs on is not part of what it does.
-NOT_IN_A_RECIPE = {
+# Settings of the location and environment of a run, which do not belong in its recipe.
+EXCLUDED_FROM_RECIPE = {
     *("output_dir", "fresh", "allow_change", "resume_from_checkpoint", "cache_dir", "num_proc", "report_to", "debug"),
     *("dataloader_pin_memory", "hub_token", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
     *("hub_always_push", "hub_revision", "local_rank"),
-    *("do_eval", "minutes", "size"),  # what they chose is
+    *("do_eval", "minutes", "size"),  # the settings that they determine are included instead
 }
-# What is computed from the hardware or from other settings if it is not given.
+# Settings computed from the hardware or from other settings unless given.
 DERIVED = {
     *("bf16", "dataloader_drop_last", "accelerator_config", "fsdp_config", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
@@ -389,6 +396,6 @@ DERIVED = {
 }
 
 
-def _nearest(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+def _suggestion(name: str, known) -> str:
+    similar = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""

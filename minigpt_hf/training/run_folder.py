@@ -2,16 +2,16 @@
 
 ```text
 RUN/
-  recipe.yaml            settings as resolved
-  fingerprint.json       what determines the numbers of the run; see `resume`
+  recipe.yaml            resolved settings
+  fingerprint.json       everything that determines the results of the run; see `resume`
   log.jsonl              one JSON object per logged step, evaluation and sample
-  samples.md             the samples, side by side
+  samples.md             the generated samples
   checkpoint-N/          after N optimizer steps; see `checkpoint`
-  bad-step-N.json        data of a step whose loss was not finite
-  model/                 the model folder that is published
-  .lock                  held while a process trains here; see `lock`
-  .unfinished/           the checkpoint that is being written
-  .pushing/              copies that are being uploaded
+  bad-step-N.json        data of a step with a non-finite or exploded loss
+  model/                 the published model folder
+  .lock                  locked during training; see `lock`
+  .unfinished/           a checkpoint while it is written
+  .pushing/              copies while they are uploaded
 ```
 """
 
@@ -34,7 +34,7 @@ CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The names of everything in a run folder."""
+    """Paths in a run folder."""
 
     path: Path
 
@@ -69,13 +69,13 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints in ascending order of steps. Only names as written by `checkpoint` count, not `checkpoint-010`."""
+        """Checkpoints in ascending order of steps. Names not written by `checkpoint`, e.g. `checkpoint-010`, are ignored."""
         steps = {path: CHECKPOINT.fullmatch(path.name) for path in self.path.glob("checkpoint-*")}
         found = (path for path, step in steps.items() if step and path.is_dir())
         return sorted(found, key=lambda path: int(steps[path][1]))
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Whether the folder contains a run."""
         return self.fingerprint.is_file()
 
 
@@ -83,36 +83,40 @@ class RunFolder:
 
 
 def truncate_log(file: Path, step: int) -> None:
-    """Remove the rows of steps after `step`, which are repeated, and those of this step that a resumed run writes again."""
+    """Remove the rows that a run resumed from `step` writes again: later steps, and samples and final times of `step`."""
 
-    def stays(row: dict[str, Any]) -> bool:
+    def is_kept(row: dict[str, Any]) -> bool:
         return row["step"] < step or (row["step"] == step and not row.keys() & {"sample", "train_runtime"})
 
     if not file.is_file():
         return
-    rows, faults = rows_and_faults(file)
-    if faults:
-        lines = ", ".join(f"line {number}" for number in faults)
-        logger.warning(f"{file}: removed what is not a complete row, as an interruption leaves it ({lines})")
-    write_log(file, [row for row in rows if stays(row)])
+    rows, invalid = parse_log(file)
+    if invalid:
+        lines = ", ".join(f"line {number}" for number in invalid)
+        logger.warning(f"{file}: removed incomplete or invalid rows, e.g. of an interrupted write ({lines})")
+    write_log(file, [row for row in rows if is_kept(row)])
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of this package's making."""
+    """Read a JSON file of a run.
+
+    Raises:
+        MiniGPTError: if it is not valid JSON.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MiniGPTError(f"{file}: is not valid JSON ({error}); restore it, or say --fresh") from error
+        raise MiniGPTError(f"{file}: not valid JSON ({error}); restore it, or use --fresh") from error
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of `log.jsonl`; a line that is incomplete, as a kill or a full disk leaves it, is left out."""
-    return rows_and_faults(file)[0]
+    """Return the rows of `log.jsonl` without invalid lines, e.g. of an interrupted write."""
+    return parse_log(file)[0]
 
 
-def rows_and_faults(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of `log.jsonl`, and the numbers of its lines that are incomplete or hold values of a wrong type."""
-    rows, faults = [], []
+def parse_log(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the rows of `log.jsonl`, and the numbers of lines that are incomplete or have values of a wrong type."""
+    rows, invalid = [], []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
@@ -121,12 +125,12 @@ def rows_and_faults(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
         if is_row(row):
             rows.append(row)
         else:
-            faults.append(number)
-    return rows, faults
+            invalid.append(number)
+    return rows, invalid
 
 
 def is_row(row: Any) -> bool:
-    """Whether a line of `log.jsonl` is what this package writes: numbers, and a sample that is text."""
+    """Whether a line of `log.jsonl` has the types that this package writes."""
 
     def is_number(value: Any) -> bool:
         return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
@@ -141,18 +145,18 @@ def is_row(row: Any) -> bool:
 
 
 def write_log(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace `log.jsonl`."""
+    """Replace `log.jsonl` atomically."""
     write_files({file: "".join(json.dumps(row) + "\n" for row in rows)})
 
 
 def append_to_log(file: Path, row: dict[str, Any]) -> None:
-    """Add a row to `log.jsonl`: the whole line or, if that fails, nothing."""
+    """Append a row to `log.jsonl`. If writing fails, the file is unchanged."""
     line = (json.dumps(row) + "\n").encode()
     with file.open("ab", buffering=0) as opened:
         size = opened.seek(0, os.SEEK_END)
         try:
             written = opened.write(line)
-            while written < len(line):  # a nearly full disk takes a part, and refuses the next
+            while written < len(line):  # on a nearly full disk, a write may be partial before the next one fails
                 written += opened.write(line[written:])
         except OSError:
             opened.truncate(size)

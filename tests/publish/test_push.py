@@ -428,7 +428,7 @@ def test_the_token_is_in_no_file_log_card_or_upload(recipe_file, text_file, hub,
     assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/more"]) == 2
     assert main(["train", "--hub_token", TOKEN, "--output_dir", "refused"]) == 2
     captured = capfd.readouterr()
-    assert "hub_token is not taken: log in once with `hf auth login`, or set HF_TOKEN" in captured.err
+    assert "hub_token is not accepted: log in with `hf auth login`, or set HF_TOKEN" in captured.err
 
     hidden = TOKEN.encode()
     assert TOKEN not in captured.out + captured.err

@@ -10,10 +10,10 @@ import yaml
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.training import autoconfig as dial
-from minigpt_hf.training.autoconfig import OTHER_SECONDS, AutoConfigurator, number_of
+from minigpt_hf.training.autoconfig import OTHER_SECONDS, AutoConfigurator, parse_size
 from minigpt_hf.training.recipe import parse_arguments, resolved
 from minigpt_hf.training.run_folder import RunFolder
-from minigpt_hf.training.scaling import Shape, block_size_for, learning_rates, tokens_in_a_step, vocabulary_for
+from minigpt_hf.training.scaling import Shape, batch_tokens, block_size_for, learning_rates, vocabulary_for
 from minigpt_hf.training.train import prepare_text
 from tests.conftest import SHAKESPEARE
 from tests.training.conftest import go_back
@@ -41,15 +41,15 @@ def test_rules_at_sizes_computed_manually():
         2048,
         32768,
     ]
-    assert [tokens_in_a_step(tokens) for tokens in (1e5, 1.5e6, 6e6)] == [768, 768, 1536]
+    assert [batch_tokens(tokens) for tokens in (1e5, 1.5e6, 6e6)] == [768, 768, 1536]
     assert learning_rates(128) == {"learning_rate": 4e-3, "muon_learning_rate": 0.02}
     assert learning_rates(512) == {"learning_rate": 2e-3, "muon_learning_rate": 0.02}
 
 
 def test_sizes_accept_the_suffixes_k_and_m():
-    assert [number_of(size) for size in ("10m", "800k", "0.8M", "800000")] == [1e7, 8e5, 8e5, 8e5]
-    with pytest.raises(ValueError, match="--size ten: this is no number of parameters; give one like 800k"):
-        number_of("ten")
+    assert [parse_size(size) for size in ("10m", "800k", "0.8M", "800000")] == [1e7, 8e5, 8e5, 8e5]
+    with pytest.raises(ValueError, match="size ten: not a number of parameters; give one like 800k"):
+        parse_size("ten")
 
 
 def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, caplog, monkeypatch):
@@ -62,7 +62,7 @@ def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tm
     assert (data.tokenizer, data.block_size) == ("characters", 128)
     out = caplog.text
     assert f"at width {architecture.hidden_size}" in out
-    (asked,) = [message for message in caplog.messages if message.startswith("asked ")]
+    (asked,) = [message for message in caplog.messages if message.startswith("time budget ")]
     seconds = [int(word) for word in asked.split() if word.isdigit()]  # text, measurement, training, other
     assert abs(sum(seconds[-4:]) - 180) <= 2  # each is rounded
     assert seconds[-1] >= OTHER_SECONDS
@@ -111,10 +111,10 @@ def test_a_run_resumes_with_the_chosen_settings_and_another_size_is_rejected(tex
     again = AutoConfigurator(parse_arguments(argv[1:]), RunFolder(tmp_path / "run"), 0.0).settings
     assert {name: recipe[name] for name in resolved(again)} == resolved(again)
     assert main(argv) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
     argv[2] = "800k"
     assert main(argv) == 2
-    assert "holds another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
+    assert "contains another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_setting_that_is_switched_off_counts_as_given_when_resuming(flag, name
         (b"", "is empty"),
         (None, "no such file"),
         (b"- a\n", "found a list"),
-        (b"\xff\xfe\x00", "not YAML"),
+        (b"\xff\xfe\x00", "invalid YAML"),
     ],
 )
 def test_a_run_folder_with_an_unreadable_recipe_is_reported_in_one_line(content, message, sized, tmp_path, capsys):
@@ -177,21 +177,30 @@ def test_an_evaluation_interval_that_save_steps_is_not_a_multiple_of_is_reported
     for command in ([*argv, "--eval_steps", "2"], ["train", "--recipe", str(run / "recipe.yaml"), "--eval_steps", "2"]):
         assert main([*command, "--output_dir", str(run)]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
-        assert "save_steps is 1, and must be a multiple of eval_steps, which is 2; give --save_steps 2" in line
+        assert "save_steps is 1 and must be a multiple of eval_steps, which is 2; use --save_steps 2" in line
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--minutes", "3", "--max_steps", "5"], "--minutes chooses max_steps, which is given: leave it out"),
-        (["--minutes", "3", "--recipe", "shakespeare-char"], "recipe shakespeare-char sets it: leave out the recipe"),
-        (["--minutes", "3", "--num_train_epochs", "2"], "--minutes chooses how long to train, and num_train_epochs is"),
-        (["--minutes", "3", "--size", "auto"], "--minutes and --size auto both choose how long to train"),
-        (["--minutes", "3", "--hidden_size", "64"], "--hidden_size is part of the shape"),
+        (
+            ["--minutes", "3", "--max_steps", "5"],
+            "minutes and max_steps both determine the length of the training: omit one of them",
+        ),
+        (["--minutes", "3", "--recipe", "shakespeare-char"], "omit the recipe shakespeare-char, which sets max_steps"),
+        (
+            ["--minutes", "3", "--num_train_epochs", "2"],
+            "minutes and num_train_epochs both determine the length of the training",
+        ),
+        (["--minutes", "3", "--size", "auto"], "minutes and size auto both determine the length of the training"),
+        (
+            ["--minutes", "3", "--hidden_size", "64"],
+            "hidden_size is part of the architecture, which minutes and size determine",
+        ),
         (["--minutes", "0"], "minutes is 0.0: it must be more than 0"),
         (
             ["--minutes", "0.1", "--sample_tokens", "0"],
-            "--minutes 0.1: .* too little is left to learn in; ask for more",
+            "minutes 0.1: .* too little time is left for training; increase --minutes",
         ),
     ],
 )

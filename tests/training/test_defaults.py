@@ -30,16 +30,16 @@ from minigpt_hf.training.recipe import (
 from minigpt_hf.training.report import describe
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import (
-    LARGEST_UNASKED,
-    LONGEST_UNASKED,
+    MAX_AUTO_EPOCHS,
+    MAX_AUTO_PARAMETERS,
+    MAX_AUTO_TOKENS,
     MAX_EFFECTIVE_EPOCHS,
-    MOST_READINGS,
+    MIN_AUTO_TOKENS,
     PARAMETERS_PER_BYTE,
-    SHORTEST_TRAINING,
     heads_for,
     shape_for,
     size_for_text,
-    usual_layers,
+    typical_layers,
     vocabulary_for_text,
 )
 from minigpt_hf.training.train import prepare_text
@@ -90,7 +90,7 @@ def test_a_text_without_a_recipe_gets_a_small_model_and_no_identity_of_another_t
     # Every automatic setting is logged with its reason.
     for name in CHOSEN_FROM_THE_TEXT:
         assert re.search(rf"^(.*, )?{name} \S.*: \S", err, re.MULTILINE), name
-    assert "characters of training text are little" in err
+    assert "expect misspelled words and verbatim repetitions of the text" in err
     # A short text is trained on for many epochs: with frequent evaluations, publishing the best checkpoint.
     losses = [
         row["eval_loss"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").open()) if "eval_loss" in row
@@ -109,7 +109,7 @@ def test_the_run_of_a_text_without_a_recipe_is_repeated_by_its_recipe_and_found_
     assert first["results"] == again["results"]
     capsys.readouterr()
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
 
 
 def test_python_and_the_command_choose_the_same_settings(letters, tmp_path):
@@ -169,16 +169,16 @@ def test_parameters_and_tokens_for_a_text(size, tokens, expected):
 
 def test_the_recipe_states_the_rules_that_are_applied():
     notes = recipe_notes("auto")
-    rules = (PARAMETERS_PER_BYTE, f"{LARGEST_UNASKED:,}")
+    rules = (PARAMETERS_PER_BYTE, f"{MAX_AUTO_PARAMETERS:,}")
     assert notes["parameters"].startswith("{} · bytes of text, at most {}: ".format(*rules))
-    rules = (MAX_EFFECTIVE_EPOCHS, MOST_READINGS, f"{SHORTEST_TRAINING:,}", f"{LONGEST_UNASKED:,}")
+    rules = (MAX_EFFECTIVE_EPOCHS, MAX_AUTO_EPOCHS, f"{MIN_AUTO_TOKENS:,}", f"{MAX_AUTO_TOKENS:,}")
     assert notes["tokens"] == (
         "{} epochs; short texts up to {} epochs, until {} tokens; at most {} tokens".format(*rules)
     )
     demo = re.search(r"([\d,]+) \+ 192 = ([\d,]+)|= ([\d,]+)$", recipe_notes("demo")["parameters"])[0].split("= ")[1]
     tokens = re.search(r"= ([\d,]+) tokens", recipe_notes("demo")["tokens"])[1]
     assert notes["cost"].endswith(f"`demo`: {demo} · {tokens}")
-    assert int(demo.replace(",", "")) * int(tokens.replace(",", "")) > LARGEST_UNASKED * LONGEST_UNASKED
+    assert int(demo.replace(",", "")) * int(tokens.replace(",", "")) > MAX_AUTO_PARAMETERS * MAX_AUTO_TOKENS
 
 
 def test_minutes_choose_a_width_whose_heads_share_the_given_key_and_value_heads(letters, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_size_is_met_within_15_percent_unless_the_embeddings_alone_exceed_it(v
         shape = shape_for(number, vocabulary)
         assert shape.width % 8 == 0
         assert abs(shape.parameters(vocabulary) / number - 1) <= 0.15 or vocabulary * 32 > 0.8 * number
-        assert usual_layers(shape.width) / 2 <= shape.layers <= 1.5 * usual_layers(shape.width)
+        assert typical_layers(shape.width) / 2 <= shape.layers <= 1.5 * typical_layers(shape.width)
         heads = shape.settings()["num_attention_heads"]
         assert shape.width % heads == 0
         assert shape.width // heads % 8 == 0
@@ -207,7 +207,7 @@ def test_the_model_that_is_built_has_the_size_or_the_reason_is_logged(size, voca
     (data, architecture, _), text = fitted(tmp_path, flags)
     model = build_model(build_config(architecture, data.block_size, text.tokenizer), architecture)
     requested = float(size[:-1]) * {"k": 1e3, "m": 1e6}[size[-1]]
-    assert (abs(model.num_parameters() / requested - 1) <= 0.15) != ("the nearest model has" in caplog.text)
+    assert (abs(model.num_parameters() / requested - 1) <= 0.15) != ("the closest model has" in caplog.text)
 
 
 def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
@@ -220,7 +220,7 @@ def test_a_size_may_be_a_number_in_python_and_yaml(letters, tmp_path):
 def test_a_size_that_the_embedding_alone_exceeds_is_reported(text_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", text_file, "--size", "30k", "--vocab_size", "2000", "--max_steps", "2"])
     (numbers,) = re.findall(
-        r"the nearest model has ([\d,]+) parameters, ([\d,]+) of them the embedding of 2,000", caplog.text
+        r"the closest model has ([\d,]+) parameters, ([\d,]+) of them in the embedding of 2,000", caplog.text
     )
     parameters, embedding = (int(number.replace(",", "")) for number in numbers)
     assert embedding == 2000 * 32 < parameters
@@ -277,7 +277,7 @@ def test_a_given_setting_is_not_replaced_and_not_logged_as_chosen(name, size, wh
         recipe = str(tmp_path / "own.yaml")
         (tmp_path / "own.yaml").write_text(yaml.safe_dump({name: value, "size": size}))
     if name in OF_THE_SHAPE and size != "auto":
-        with pytest.raises(ValueError, match=f"--{name} is part of the shape, which --minutes and --size choose"):
+        with pytest.raises(ValueError, match=f"{name} is part of the architecture, which minutes and size determine"):
             fitted(tmp_path, argv, recipe, **keywords)
         return
     arguments, text = fitted(tmp_path, argv, recipe, **keywords)
@@ -332,7 +332,7 @@ def test_the_choice_of_a_character_tokenizer_is_logged(letters, tmp_path, caplog
     (data, _, _), _ = fitted(tmp_path, ["--data", letters, "--size", "40k"])
     different = len(set(letters.read_text(encoding="utf-8")))
     assert data.tokenizer == "characters"
-    assert re.search(rf"tokenizer characters: .* has {different} different ones", caplog.text)
+    assert re.search(rf"tokenizer characters: the text has {different} distinct characters", caplog.text)
 
 
 def test_epochs_in_a_recipe_file_are_not_overridden_by_the_default_max_steps(tmp_path):
@@ -351,12 +351,12 @@ def test_epochs_in_a_recipe_file_are_not_overridden_by_the_default_max_steps(tmp
 def test_language_license_and_prompt_of_a_recipe_are_not_applied_to_another_text(letters, tmp_path, caplog):
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", 2], "shakespeare-char")
     assert (data.language, training.sample_prompt) == ([], "Liebe Grete, ich")
-    assert "language ['en'], sample_prompt 'ROMEO:' not used" in caplog.text
+    assert "ignored from the recipe: language ['en'], sample_prompt 'ROMEO:'" in caplog.text
     caplog.clear()
     given = ["--language", "de", "--sample_prompt", "Der Rhein", "--max_steps", 2]
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
     assert (data.language, training.sample_prompt) == (["de"], "Der Rhein")
-    assert "not used" not in caplog.text
+    assert "ignored" not in caplog.text
     # A given prompt is used, and the language of the recipe is still discarded.
     given = ["--sample_prompt", "Der Rhein", "--max_steps", 2]
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
@@ -414,7 +414,7 @@ def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
         (["--num_hidden_layers", -1], "`num_hidden_layers` is -1"),
         (["--attention_dropout", 7], "`attention_dropout` is 7.0"),
         (["--hidden_size", 90, "--num_key_value_heads", 7], "hidden_size 90 does not divide into a number of heads"),
-        (["--block_size", 64, "--max_position_embeddings", 32], "less than --block_size 64"),
+        (["--block_size", 64, "--max_position_embeddings", 32], "less than block_size 64"),
         (["--hidden_size", 1000000], "parameters, which need about"),
         (["--intermediate_size", 0, "--size", "1m"], "`intermediate_size` is 0"),
     ],
@@ -424,7 +424,7 @@ def test_an_invalid_architecture_is_rejected_before_the_text_is_read(flags, mess
     assert main([*argv, "--use_cpu"]) == 2
     err = capsys.readouterr().err
     assert message in err
-    assert "absent.txt" not in err.replace(f"--data {tmp_path / 'absent.txt'} replaces", "")
+    assert "absent.txt" not in err.replace(f"data {tmp_path / 'absent.txt'} replaces", "")
     assert not (tmp_path / "run").exists()
 
 
@@ -435,7 +435,7 @@ def test_a_short_run_shows_its_loss_and_evaluates_and_saves_its_last_step(letter
     argv = ["train", "--data", letters, "--recipe", recipe_file, "--max_steps", 5, "--output_dir", tmp_path / "run"]
     assert main([*map(str, argv), "--eval_steps", "0.4"]) == 0
     out, err = capsys.readouterr()
-    assert "logging_steps 1: 10 would be more than the 5 steps" in err
+    assert "logging_steps 1: 10 exceeds the number of steps, 5" in err
     assert len(re.findall(r"^step \d/5   loss ", out, re.MULTILINE)) == 5
     assert re.findall(r"^step (\d)/5   validation loss", out, re.MULTILINE) == ["2", "4", "5"]
     with safe_open(tmp_path / "run" / "checkpoint-5" / "model.safetensors", "pt") as weights:
@@ -447,12 +447,12 @@ def test_given_logging_steps_are_used_and_a_log_without_losses_is_reported(lette
         tmp_path, ["--data", letters, "--max_steps", 5, "--logging_steps", 9], str(recipe_file)
     )
     assert training.logging_steps == 9
-    assert "logging_steps 9: no training loss is shown in 5 steps" in caplog.text
+    assert "logging_steps 9: there are only 5 steps, so no training loss is logged" in caplog.text
 
 
 def test_a_warmup_as_long_as_the_run_causes_a_warning(letters, recipe_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", letters, "--max_steps", 20], str(recipe_file))
-    assert "warmup_steps 20: there are 20 steps, so the learning rate does not reach its peak" in caplog.text
+    assert "warmup_steps 20: there are only 20 steps, so the learning rate does not reach its peak" in caplog.text
     caplog.clear()
     fitted(tmp_path, ["--data", letters, "--max_steps", 21], str(recipe_file))
     assert "warmup_steps" not in caplog.text
@@ -462,10 +462,10 @@ def test_a_vocabulary_smaller_than_requested_is_reported(letters, tmp_path, capl
     _, text = fitted(tmp_path, ["--data", letters, "--vocab_size", 9000, "--max_steps", 2])
     size = vocabulary_size(text.tokenizer)
     assert size < 9000
-    assert f"vocab_size {size:,}: the text does not give the 9,000 tokens that were asked for" in caplog.text
+    assert f"vocab_size {size:,}: the text is too short for 9,000 tokens" in caplog.text
     caplog.clear()
     fitted(tmp_path, ["--data", letters, "--vocab_size", 300, "--tokenizer", "bytes", "--max_steps", 2])
-    assert "vocab_size 300: not used, tokenizer bytes has 258 tokens" in caplog.text
+    assert "vocab_size 300: no effect, tokenizer bytes has 258 tokens" in caplog.text
 
 
 def test_help_shows_the_effective_defaults(capsys):

@@ -118,9 +118,9 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(finetune, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden_size", "64"], "--hidden_size comes with the model"),
-        (["--tokenizer", "bytes"], "--tokenizer comes with the model"),
-        (["--block_size", "5000"], "is less than --block_size 5000"),
+        (["--hidden_size", "64"], "hidden_size is determined by the model of init_from"),
+        (["--tokenizer", "bytes"], "tokenizer is determined by the model of init_from"),
+        (["--block_size", "5000"], "is less than block_size 5000"),
         (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
     ],
 )
@@ -149,7 +149,7 @@ def test_missing_models_and_tokenizers_are_rejected(finetune, tmp_path, capsys):
     assert finetune("run", folder=tmp_path / "no tokenizer") == 2
     assert "no tokenizer can be loaded" in capsys.readouterr().err
     assert main(["train", "--recipe", "finetune", "--data", "x"]) == 2
-    assert "name a folder or a Hub id with --init_from" in capsys.readouterr().err
+    assert "give a folder or a Hub id with --init_from" in capsys.readouterr().err
 
 
 def test_training_ends_after_five_evaluations_without_improvement(text, tmp_path, capsys):

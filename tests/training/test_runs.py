@@ -95,8 +95,8 @@ def test_a_run_folder_is_locked_until_its_process_ends_or_is_killed(recipe, word
         for more in ([], ["--fresh"], ["--max_steps", "7"]):
             assert train(recipe, words, folder, *flags, *more) == 2
             (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("minigpt")]
-            assert f"--output_dir {folder}: another process (pid {process.pid} on host " in line
-            assert line.endswith("wait for it, stop it, or name another folder")
+            assert f"output_dir {folder}: another process (pid {process.pid} on host " in line
+            assert line.endswith("wait for it, stop it, or use another folder")
         assert files_of(folder) == before
         count = steps_logged(folder)
         process.send_signal(signal.SIGCONT)
@@ -111,7 +111,7 @@ def test_a_run_folder_is_locked_until_its_process_ends_or_is_killed(recipe, word
     newest = RunFolder(folder).checkpoints()[-1]
     steps = str(int(newest.name.split("-")[1]) + 1)
     assert train(recipe, words, folder, "--max_steps", steps, "--save_steps", "20", "--allow_change", "max_steps") == 0
-    assert f"going on from step {int(steps) - 1}" in capsys.readouterr().out
+    assert f"resuming from step {int(steps) - 1}" in capsys.readouterr().err
     assert not (folder / ".lock").exists()
 
 
@@ -122,7 +122,7 @@ def test_a_link_at_the_path_of_the_lock_file_is_not_followed(recipe, words, fini
     (folder / ".lock").symlink_to(target)
     before = files_of(folder)
     assert train(recipe, words, folder) == 2
-    assert f"--output_dir {folder}: cannot be written (" in capsys.readouterr().err
+    assert f"output_dir {folder}: cannot be written (" in capsys.readouterr().err
     assert files_of(folder) == before
     assert target.read_text() == "content"
 
@@ -264,12 +264,12 @@ def test_a_damaged_model_of_a_finished_run_is_renamed_and_published_again(
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
     captured = capsys.readouterr()
     assert "is damaged (" in captured.err
-    assert "it is kept as model.aside-1" in captured.err
-    assert "this run is finished" not in captured.out
+    assert "renamed to model.aside-1" in captured.err
+    assert "this run is already finished" not in captured.err
     assert files_of(folder / "model.aside-1") == left
     assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, evaluated)])
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
 
 
 def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finished, tmp_path, capsys):
@@ -279,9 +279,10 @@ def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finishe
         shutil.rmtree(path)
     before = files_of(folder)
     assert train(recipe, words, folder) == 2
-    assert "its model is damaged (" in (err := capsys.readouterr().err)
+    assert "the model is damaged (" in (err := capsys.readouterr().err)
     assert err.splitlines()[-1].endswith(
-        f"no checkpoint is left to publish it from; restore {folder / 'model'} from a copy, or train again with --fresh"
+        "there is no valid checkpoint to publish it from; "
+        f"restore {folder / 'model'} from a copy, or train again with --fresh"
     )
     assert files_of(folder) == before
 
@@ -292,7 +293,7 @@ def test_a_finished_run_whose_card_was_edited_is_still_finished(recipe, words, f
     (folder / "model" / "LICENSE").write_text("MIT")
     before = files_of(folder)
     assert train(recipe, words, folder) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
     assert files_of(folder) == before
 
 
@@ -341,7 +342,7 @@ def test_lines_of_the_log_with_wrong_types_are_removed_with_a_message(line, reci
         file.writelines([*lines[:4], json.dumps(line) + "\n"])
         file.truncate()
     assert train(recipe, words, folder, "--sample_tokens", "2") == 0
-    assert "removed what is not a complete row, as an interruption leaves it (line 5)" in capsys.readouterr().err
+    assert "removed incomplete or invalid rows, e.g. of an interrupted write (line 5)" in capsys.readouterr().err
     assert rows(folder) == rows(finished)
 
 
@@ -606,7 +607,7 @@ def test_only_folders_named_exactly_as_checkpoints_are_resumed_from_and_deleted(
     assert (
         train(recipe, words, folder, "--max_steps", "12", "--allow_change", "max_steps", "--save_total_limit", "1") == 0
     )
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().err
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(
         [*ours, "checkpoint-12", "checkpoint-99999.aside-1"]
     )
@@ -619,7 +620,7 @@ def test_a_link_to_a_checkpoint_is_resumed_from(recipe, words, finished, tmp_pat
     (folder / "checkpoint-4").rename(store)
     (folder / "checkpoint-4").symlink_to(store, target_is_directory=True)
     assert train(recipe, words, folder, "--save_total_limit", "1") == 0
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().err
     assert checkpoint.verification_error(store) is None
     assert rows(folder) == rows(finished)
 
