@@ -257,7 +257,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--push_to_hub", "--hub_strategy", "checkpoint"),
             "hub_strategy checkpoint would upload opt",
         ),
-        "no minutes": (train("--minutes", "0"), "minutes is 0.0: it must be more than 0"),
+        "no minutes": (train("--minutes", "0"), "minutes is 0.0: it must be more than 0 and finite"),
         "minutes and steps": (
             train("--minutes", "3", "--max_steps", "9"),
             "minutes and max_steps both determine the length of the training: omit one of them",
@@ -298,6 +298,35 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "an unordered data loader": (
             train("--dataloader_num_workers", "2", "--dataloader_in_order", "false"),
             "dataloader_in_order false is not supported",
+        ),
+        "a schedule with an unknown argument": (
+            train("--lr_scheduler_kwargs", '{"num_cycles": 3}'),
+            "lr_scheduler_type linear with lr_scheduler_kwargs {'num_cycles': 3}: … unexpected keyword argument",
+        ),
+        "a schedule without a required argument": (
+            train("--lr_scheduler_type", "warmup_stable_decay"),
+            "lr_scheduler_type warmup_stable_decay with lr_scheduler_kwargs None: … num_decay_steps",
+        ),
+        "an optimizer that is not installed": (
+            train("--no_muon", "--optim", "adamw_8bit"),
+            "these settings cannot be used: … bitsandbytes",
+        ),
+        "persistent workers without workers": (
+            train("--dataloader_persistent_workers"),
+            "these settings cannot be used: persistent_workers",
+        ),
+        "kernels of Liger": (train("--use_liger_kernel"), "use_liger_kernel is not supported"),
+        "batches split by accelerate": (
+            train("--accelerator_config", '{"split_batches": true}'),
+            "split_batches is not supported; use --per_device_train_batch_size",
+        ),
+        "gradient accumulation of accelerate": (
+            train("--accelerator_config", '{"gradient_accumulation_kwargs": {"num_steps": 4}}'),
+            "gradient_accumulation_kwargs is not supported; use --gradient_accumulation_steps",
+        ),
+        "no epochs": (
+            train("--num_train_epochs", "0", "--max_steps", "-1"),
+            "num_train_epochs is 0.0: it must be more than 0",
         ),
         "label_names": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
         "a missing checkpoint": (train("--resume_from_checkpoint", "x"), "there is no run to resume in new"),

@@ -180,6 +180,10 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
     Raises:
         MiniGPTError: if the prompt leaves no space in the context, or an id exceeds the vocabulary.
     """
+    if ids.shape[1] == 0:
+        raise MiniGPTError(
+            "the tokenizer encodes the prompt to no token: use the tokenizer that the model was trained with"
+        )
     longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
     if longest is not None and ids.shape[1] >= longest:
         raise MiniGPTError(

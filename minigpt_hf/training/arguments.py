@@ -6,7 +6,6 @@ Every setting of `TrainingArguments` is supported; some have a different default
 import copy
 import dataclasses
 import logging
-import math
 import os
 import re
 from dataclasses import FrozenInstanceError, dataclass, field, fields
@@ -28,6 +27,49 @@ AUTO = "auto"  # value of `size`: choose the settings from the text
 METRICS = ("loss", "perplexity", "bits_per_byte")  # of the validation split; lower is better for each
 
 logger = logging.getLogger(__name__)
+
+# Valid intervals of numbers, by setting. Others are validated where they are used.
+INTERVALS = {
+    **dict.fromkeys(("block_size", "validation_characters", "num_proc", "max_tokens"), "[1, inf)"),
+    **dict.fromkeys(("sliding_window", "max_position_embeddings"), "[1, inf)"),
+    **dict.fromkeys(("max_window_layers", "lora_rank", "sample_tokens", "early_stopping_patience"), "[0, inf)"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps",), "[1, inf)"),
+    **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "eval_delay", "warmup_steps"), "[0, inf)"),
+    **dict.fromkeys(("learning_rate", "muon_learning_rate", "adam_epsilon", "weight_decay"), "[0, inf)"),
+    **dict.fromkeys(("max_grad_norm", "neftune_noise_alpha"), "[0, inf)"),
+    **dict.fromkeys(("muon_momentum", "adam_beta1", "adam_beta2", "label_smoothing_factor"), "[0, 1)"),
+    **dict.fromkeys(("minutes", "num_train_epochs", "initializer_range"), "(0, inf)"),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), "(0, inf)"),
+    "rope_theta": "(1, inf)",
+    "rms_norm_eps": "(0, 0.1)",
+    "seed": "[0, 4294967296)",
+}
+
+
+def check_numbers(settings: Any) -> None:
+    """Check that the numbers of a settings dataclass are finite and in their intervals.
+
+    Raises:
+        MiniGPTError: for the first one that is not.
+    """
+    for name in (each.name for each in fields(settings)):
+        value = getattr(settings, name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        interval = INTERVALS.get(name, "(-inf, inf)")
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        is_inside = low < value < high or (value == low and interval[0] == "[")  # false for NaN
+        if not is_inside:
+            raise MiniGPTError(f"{name} is {value}: it must be {describe_interval(interval)}")
+
+
+def describe_interval(interval: str) -> str:
+    """ "[0, inf)" -> "at least 0"; "(0, 0.1)" -> "more than 0 and less than 0.1"."""
+    low, high = interval[1:-1].split(", ")
+    parts = [] if low == "-inf" else [f"{'at least' if interval[0] == '[' else 'more than'} {low}"]
+    parts += ["finite"] if high == "inf" else [f"less than {high}"]
+    return " and ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -130,9 +172,7 @@ class DataArguments:
             raise MiniGPTError(
                 f"data is {self.data!r}: it must not be empty; give a file, a folder (`.` for the current one) or a URL"
             )
-        for name in ("block_size", "validation_characters", "num_proc", "max_tokens"):
-            if (value := vars(self)[name]) is not None and value < 1:
-                raise MiniGPTError(f"{name} is {value}: it must be at least 1")
+        check_numbers(self)
         if self.streaming and self.max_tokens is None:
             raise MiniGPTError("streaming requires max_tokens, the number of tokens to read: set --max_tokens")
         if isinstance(self.language, str):
@@ -200,6 +240,9 @@ class ModelArguments:
     residual_dropout: float = field(
         default=0.0, metadata={"help": "Dropout probability of the output of each sublayer."}
     )
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 @dataclass
@@ -321,14 +364,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
 
     def _resolve(self) -> None:
         """Validate the settings, and set those derived from the hardware or from other settings."""
-        minimum = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        minimum |= {"early_stopping_patience": 0, "learning_rate": 0, "muon_learning_rate": 0, "sample_tokens": 0}
-        for name, least in minimum.items():
-            value = vars(self)[name]
-            if value is not None and not least <= value < math.inf:  # also true for NaN
-                raise MiniGPTError(f"{name} is {value}: it must be at least {least} and finite")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise MiniGPTError(f"minutes is {self.minutes}: it must be more than 0")
+        check_numbers(self)
         if self.minutes is not None and self.size not in (None, AUTO):
             raise MiniGPTError("minutes and size both determine the model: give only one of them")
         if self.size is not None and str(self.size) != AUTO:
@@ -351,6 +387,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             raise MiniGPTError(
                 "dataloader_in_order false is not supported: the order of the data would not be reproducible; omit it"
             )
+        if self.use_liger_kernel:
+            raise MiniGPTError("use_liger_kernel is not supported: Liger has no kernels for this architecture; omit it")
         if self.label_names is not None:
             raise MiniGPTError(
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
@@ -391,6 +429,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate treats each process of the launcher as the only one
         super().__post_init__()
+        if self.accelerator_config.split_batches:
+            raise MiniGPTError("accelerator_config: split_batches is not supported; use --per_device_train_batch_size")
+        if self.accelerator_config.gradient_accumulation_kwargs:
+            raise MiniGPTError(
+                "accelerator_config: gradient_accumulation_kwargs is not supported; use --gradient_accumulation_steps"
+            )
         for name in self.report_to:
             if name not in (available := get_available_reporting_integrations()):
                 installed = ", ".join(available) or "none"

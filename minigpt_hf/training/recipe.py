@@ -64,7 +64,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     if recipe is None:
         recipe = _default_recipe(given)
     recipe_values = read_recipe(recipe) if recipe else {}
-    values = {"output_dir": f"runs/{Path(recipe or 'dial').stem}", **recipe_values, **overrides}
+    values = {"output_dir": f"runs/{Path(recipe or 'auto').stem}", **recipe_values, **overrides}
     for layer in (given, recipe_values):  # num_train_epochs overrides the max_steps of a layer of lower precedence
         if "max_steps" in layer:
             break
@@ -95,8 +95,6 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
         settings = settings.replace(tokenizer=model.init_from)
     settings = _with_settings_of_prepared_text(settings, given)
-    if model.lora_rank < 0:
-        raise MiniGPTError(f"lora_rank is {model.lora_rank}: it must be at least 0")
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
     if model.lora_rank and training.muon:

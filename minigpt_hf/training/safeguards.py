@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..publish.model_folder import non_finite_parameter
 from .run_folder import RunFolder
+from .schedule import learning_rate_schedule
 from .stopping import is_disk_full
 
 if TYPE_CHECKING:
@@ -226,6 +227,40 @@ def advice(trainer: "MiniGPTTrainer") -> str:
             f"resume from an earlier checkpoint with --resume_from_checkpoint {good}, and {lower}"
         )
     return f"resume with {lower}"
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def rejected_settings() -> Iterator[None]:
+    """Convert exceptions of libraries that are asked to use the settings, before anything is written, to `MiniGPTError`."""
+    try:
+        yield
+    except MiniGPTError:
+        raise
+    except (ValueError, ImportError) as error:
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        raise MiniGPTError(f"these settings cannot be used: {reason}") from error
+
+
+def check_optimizer_and_schedule(trainer: Trainer) -> None:
+    """Create the optimizer class and a schedule once, since the Trainer does so after the run folder is written.
+
+    Raises:
+        MiniGPTError: if the schedule rejects its settings.
+        ValueError, ImportError: if the optimizer does.
+    """
+    args = trainer.args
+    if not args.muon:
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        learning_rate_schedule(optimizer, args, max(1, args.max_steps))
+    except (ValueError, TypeError) as error:
+        raise MiniGPTError(
+            f"lr_scheduler_type {args.lr_scheduler_type.value} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}: {error}"
+        ) from error
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

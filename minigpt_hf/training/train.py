@@ -54,7 +54,14 @@ from .resume import (
     step_of,
 )
 from .run_folder import RunFolder, read_log
-from .safeguards import check_batches, check_disk_space, check_trained, storage_errors
+from .safeguards import (
+    check_batches,
+    check_disk_space,
+    check_optimizer_and_schedule,
+    check_trained,
+    rejected_settings,
+    storage_errors,
+)
 from .stopping import EarlyStopping, StopAtBoundary
 from .trainer import MiniGPTTrainer
 
@@ -290,10 +297,12 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     )
     samples = SampleLogger(progress, model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
     callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences))]
-    trainer = MiniGPTTrainer(
-        model, training, sequences, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
-    )
-    check_batches(trainer)
+    with rejected_settings():
+        trainer = MiniGPTTrainer(
+            model, training, sequences, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
+        )
+        check_optimizer_and_schedule(trainer)
+        check_batches(trainer)
     done = step_of(plan.checkpoint) if plan.checkpoint else 0
     with storage_errors(trainer):
         if trainer.is_world_process_zero():

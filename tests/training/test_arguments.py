@@ -7,8 +7,9 @@ import torch
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.training.initialize import build_config
-from minigpt_hf.training.recipe import parse_arguments, read_recipe, recipe_names, recipe_notes
+from minigpt_hf.training.recipe import parse_arguments, read_recipe, recipe_names, recipe_notes, resolved
 from minigpt_hf.training.report import duration
 from minigpt_hf.training.train import train
 
@@ -123,3 +124,38 @@ def test_the_sliding_window_is_one_token_longer_than_a_sequence():
 
 def test_durations_are_formatted_in_seconds_minutes_and_hours():
     assert [duration(s) for s in (0.4, 45, 200, 7500)] == ["0 s", "45 s", "3 min 20 s", "2 h 5 min"]
+
+
+@pytest.mark.parametrize(
+    ("name", "invalid", "valid"),
+    [
+        ("max_grad_norm", ["nan", "-1", "inf"], "0"),
+        ("adam_beta1", ["1.5", "1", "-0.1"], "0"),
+        ("adam_epsilon", ["-1", "nan"], "1e-9"),
+        ("muon_momentum", ["1.5", "-1", "nan"], "0.9"),
+        ("weight_decay", ["-1", "nan"], "0"),
+        ("eval_steps", ["-1", "nan", "0"], "0.5"),
+        ("logging_steps", ["nan", "-3"], "0.1"),
+        ("eval_delay", ["nan", "-1"], "0"),
+        ("warmup_steps", ["nan", "-1"], "0.1"),
+        ("num_train_epochs", ["0", "-1", "nan"], "0.5"),
+        ("label_smoothing_factor", ["2", "1", "-0.1"], "0.1"),
+        ("neftune_noise_alpha", ["nan", "-1"], "5"),
+        ("dataloader_num_workers", ["-1"], "0"),
+        ("seed", ["-1", "4294967296"], "4294967295"),
+        ("rope_theta", ["inf", "1", "0.5", "nan", "0"], "500000"),
+        ("rms_norm_eps", ["-1", "0", "0.1"], "1e-5"),
+        ("initializer_range", ["-1", "nan", "0"], "0.05"),
+        ("sliding_window", ["0", "-1"], "1"),
+        ("max_position_embeddings", ["0", "-1"], "512"),
+        ("max_window_layers", ["-1"], "0"),
+        ("lora_rank", ["-1"], "0"),
+        ("attention_dropout", ["nan"], "0.1"),
+    ],
+)
+def test_a_number_outside_its_interval_is_rejected(name, invalid, valid):
+    for value in invalid:
+        with pytest.raises(MiniGPTError, match=f"{name} is .*: it must be"):
+            parse_arguments([f"--{name}", value], "demo")
+    settings = parse_arguments([f"--{name}", valid], "demo")
+    assert float(resolved(settings).get(name, valid)) == float(valid)
