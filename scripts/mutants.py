@@ -70,7 +70,7 @@ EQUIVALENT = {
 # `strict` of `zip` asserts lengths that are equal by construction.
 ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
 REPORTING_CALLS = {"print", "debug", "info", "warning", "error", "update", "set_postfix_str", "close", "compile"}
-REPORTING_FUNCTIONS = {"show_plan", "device_name", "learnt", "in_words", "assumed_power", "_suggestion"}
+REPORTING_FUNCTIONS = {"show_plan", "device_name", "learnt", "describe_changes", "assumed_power", "_suggestion"}
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------

@@ -294,15 +294,15 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "dataloader_in_order false is not supported",
         ),
         "names of labels": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
-        "a checkpoint that is not there": (train("--resume_from_checkpoint", "x"), "there is no run in new"),
+        "a checkpoint that is not there": (train("--resume_from_checkpoint", "x"), "there is no run to resume in new"),
     },
     "folders": {
         "another run": (
             train("--output_dir", "taken"),
-            "taken: holds another run … name another folder, or say --fresh",
+            "taken: contains a run with another architecture … use another folder, or --fresh",
         ),
-        "a folder in use": (train("--output_dir", "used"), "used: is not empty and holds no run"),
-        "a file for a folder": (train("--output_dir", "text.txt"), "text.txt: this is a file; name a folder"),
+        "a folder in use": (train("--output_dir", "used"), "used: neither empty nor a run folder"),
+        "a file for a folder": (train("--output_dir", "text.txt"), "text.txt: this is a file; give a folder"),
         "a place where nothing can be written": (train("--output_dir", "/proc/new"), "/proc/new"),
         "a cache that is a file": (train("--cache_dir", "text.txt"), "text.txt"),
         "no folder for a prepared text": (

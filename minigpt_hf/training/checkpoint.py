@@ -18,15 +18,15 @@ from .run_folder import FINGERPRINT, RunFolder
 
 @contextmanager
 def atomic_checkpoint(checkpoint: Path) -> Iterator[Path]:
-    """Yield a folder to fill; if the block ends without an error, it is sealed and renamed to `checkpoint`."""
+    """Yield a folder to fill. If the block ends without an exception, the folder is sealed and renamed to `checkpoint`."""
     folder = staging_folder(checkpoint)
-    shutil.rmtree(folder.parent, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(folder.parent, ignore_errors=True)  # left by a killed process
     folder.parent.mkdir()  # fails if the run folder was removed: a checkpoint alone could not be resumed
     folder.mkdir()
     try:
         yield folder
         seal(folder)
-        if checkpoint.exists():  # the run was resumed from an earlier checkpoint
+        if checkpoint.exists():  # of the run before it was resumed from an earlier checkpoint
             rename_aside(checkpoint)
         folder.rename(checkpoint)
         fsync(checkpoint.parent)
@@ -35,12 +35,12 @@ def atomic_checkpoint(checkpoint: Path) -> Iterator[Path]:
 
 
 def staging_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint is written before it is renamed."""
+    """Folder in which a checkpoint is written before it is renamed."""
     return checkpoint.parent / ".unfinished" / checkpoint.name
 
 
 def verification_error(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest; `None` if every byte is as written."""
+    """Compare a checkpoint with its manifest. Returns a description of the first difference, or `None` if it is valid."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
@@ -59,9 +59,9 @@ def verification_error(checkpoint: Path) -> str | None:
 
 
 def remove_old_checkpoints(run: RunFolder, limit: int | None, newest: Path, best: Path | None) -> None:
-    """Delete the oldest checkpoints until `limit` are left; never `newest`, `best`, a link, or any other folder.
+    """Delete the oldest checkpoints until `limit` are left, but not `newest`, `best` or symbolic links.
 
-    transformers' `rotate_checkpoints` also counts and deletes `checkpoint-10-old` and `checkpoint-6.aside-1`.
+    transformers' `rotate_checkpoints` would also delete folders such as `checkpoint-10-old` and `checkpoint-6.aside-1`.
     """
     if not limit:
         return
@@ -73,11 +73,15 @@ def remove_old_checkpoints(run: RunFolder, limit: int | None, newest: Path, best
 
 
 def newest_valid(run: RunFolder) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint, and a message for each invalid one that was renamed."""
-    lines = []
+    """Return the newest valid checkpoint. Newer ones, which are invalid, are renamed.
+
+    Returns:
+        The checkpoint, or `None` if no checkpoint is valid; and a message for each renamed one.
+    """
+    messages = []
     for checkpoint in reversed(run.checkpoints()):
         fault = verification_error(checkpoint)
         if fault is None:
-            return checkpoint, lines
-        lines.append(f"{checkpoint.name} is broken ({fault}); it is kept as {rename_aside(checkpoint).name}")
-    return None, lines
+            return checkpoint, messages
+        messages.append(f"{checkpoint.name} is invalid ({fault}); renamed to {rename_aside(checkpoint).name}")
+    return None, messages

@@ -126,7 +126,7 @@ def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrain
     return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model
 
 
-def content_of(folder: str) -> str:
+def content_hash(folder: str) -> str:
     """Return the SHA-256 of the configuration and weights of a model folder or Hub id, independent of its location.
 
     Raises:

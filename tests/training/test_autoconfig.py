@@ -111,10 +111,10 @@ def test_a_run_goes_on_with_what_was_chosen_and_another_size_is_refused(text_fil
     again = AutoConfigurator(parse_arguments(argv[1:]), RunFolder(tmp_path / "run"), 0.0).settings
     assert {name: recipe[name] for name in resolved(again)} == resolved(again)
     assert main(argv) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
     argv[2] = "800k"
     assert main(argv) == 2
-    assert "holds another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
+    assert "contains another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,9 @@ def test_a_finished_run_says_so_and_another_does_not_take_its_place(run_folder, 
     argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(run_folder)]
     before = sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*"))
     assert main(argv) == 0
-    assert capsys.readouterr().out == f"this run is finished; the model is in {run_folder / 'model'}\n"
+    captured = capsys.readouterr()
+    assert f"this run is already finished; the model is in {run_folder / 'model'}" in captured.err.splitlines()
+    assert captured.out == ""
     assert main([*argv, "--seed", "7"]) == 2
     assert "another run, which is finished (seed was 42 and is 7)" in capsys.readouterr().err
     assert sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*")) == before
@@ -91,10 +93,10 @@ def test_a_broken_checkpoint_is_told_in_one_line_and_the_run_ends_the_same(recip
     go_back(finished, folder, 6)
     torture.CORRUPTIONS["flipped"](folder / "checkpoint-6" / "optimizer.pt")
     assert train(recipe, words, folder) == 0
-    out = capsys.readouterr().out
-    said = "checkpoint-6 is broken (the content of optimizer.pt has changed); it is kept as checkpoint-6.aside-1\n"
-    assert said in out
-    assert "going on from step 4" in out
+    err = capsys.readouterr().err
+    message = "checkpoint-6 is invalid (the content of optimizer.pt has changed); renamed to checkpoint-6.aside-1"
+    assert message in err.splitlines()
+    assert "resuming from step 4" in err
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
@@ -137,7 +139,7 @@ def test_a_stray_folder_that_looks_like_a_checkpoint_does_not_block_the_run(fini
     found, lines = newest_valid(RunFolder(run))
     assert found == run / "checkpoint-6"
     (line,) = lines
-    assert line.startswith(f"checkpoint-99999 is broken ({MANIFEST} cannot be read")
+    assert line.startswith(f"checkpoint-99999 is invalid ({MANIFEST} cannot be read")
 
 
 def test_a_sealed_folder_is_valid_until_a_byte_changes(tmp_path):
@@ -191,7 +193,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_exactly(
     assert not (stopped / "model").exists()
     monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
     assert train(recipe, words, stopped) == 0
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().err
     assert rows(stopped) == rows(straight)
     assert_equal(state_of(stopped / "checkpoint-8"), state_of(straight / "checkpoint-8"))
 
@@ -350,7 +352,7 @@ def test_a_changed_setting_is_refused_by_name_or_really_applied(name, recipe, wo
     assert (folder / "log.jsonl").read_text() == before  # nothing was touched
 
     assert train(recipe, words, folder, *flags, "--allow_change", name) == 0
-    assert f"{name} was {old} and is " in capsys.readouterr().out
+    assert f"changed settings: {name} was {old} and is " in capsys.readouterr().err
     assert rows(folder)[:4] == rows(finished)[:4]
     weights = [load_file(run / "checkpoint-8" / "model.safetensors") for run in (folder, finished)]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -373,9 +375,9 @@ def test_other_text_and_another_shape_are_refused(recipe, words, finished, tmp_p
     assert train(recipe, other, folder) == 2
     assert "data was " in capsys.readouterr().err
     assert train(recipe, words, folder, "--hidden_size", "64", "--allow_change", "config.hidden_size") == 2
-    assert "its model is another" in capsys.readouterr().err
+    assert "contains a run with another architecture" in capsys.readouterr().err
     assert train(recipe, words, folder, "--allow_change", "colour") == 2
-    assert "--allow_change colour" in capsys.readouterr().err
+    assert "allow_change colour: not an entry of the fingerprint" in capsys.readouterr().err
 
 
 def test_versions_are_part_of_the_fingerprint(finished):

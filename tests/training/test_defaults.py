@@ -109,7 +109,7 @@ def test_the_run_of_a_text_without_a_recipe_is_repeated_by_its_recipe_and_found_
     assert first["results"] == again["results"]
     capsys.readouterr()
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
 
 
 def test_in_python_the_same_is_chosen(letters, tmp_path):

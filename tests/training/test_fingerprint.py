@@ -105,10 +105,10 @@ def test_a_model_to_start_from_is_known_by_its_content(interrupted, recipe, word
     capsys.readouterr()
     for run in ("run", "stopped"):
         assert train(recipe, words, run, *flags, "--init_from", "base") == 2
-        assert "(init_from was base and is another model of the same name)" in capsys.readouterr().err
+        assert "(init_from was base and is a different model of the same name)" in capsys.readouterr().err
     assert train(recipe, words, "run", *flags, "--init_from", "moved") == 0
     assert train(recipe, words, "stopped", *flags, "--init_from", "moved") == 0
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[]", "{", None])
@@ -120,8 +120,8 @@ def test_a_damaged_fingerprint_is_restored_from_a_checkpoint(content, interrupte
         (run / "fingerprint.json").write_text(content)
     assert train(recipe, words, run, *FLAGS) == 0
     captured = capsys.readouterr()
-    assert "it is restored from checkpoint-4" in captured.err
-    assert "going on from step 4" in captured.out
+    assert "; restored from checkpoint-4" in captured.err
+    assert "resuming from step 4" in captured.err
     assert (run / "fingerprint.json").read_text() == good
     kept = run / "fingerprint.json.aside-1"
     assert (kept.read_text() if kept.exists() else None) == content
@@ -136,8 +136,7 @@ def test_a_damaged_fingerprint_without_a_copy_is_told_in_one_line(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert train(recipe, words, run, *FLAGS) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
-    assert f"{run / 'fingerprint.json'}: " in line
-    assert "not " in line
+    assert f"{run / 'fingerprint.json'}: not " in line
     assert "--fresh" in line
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -147,7 +146,7 @@ def test_a_checkpoint_is_not_taken_for_a_run(interrupted, recipe, words, capsys)
     for more in ([], ["--fresh"]):
         assert train(recipe, words, interrupted / "checkpoint-4", *FLAGS, *more) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
-        assert line.endswith(f"checkpoint-4: this is a checkpoint; name the folder of its run, {interrupted}")
+        assert line.endswith(f"checkpoint-4: this is a checkpoint; give the folder of its run, {interrupted}")
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
 
 
@@ -155,7 +154,7 @@ def test_a_run_without_checkpoints_starts_again_and_keeps_its_log(interrupted, r
     run = shutil.copytree(interrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     log = (run / "log.jsonl").read_bytes()
     assert train(recipe, words, run, *FLAGS) == 0
-    assert "no checkpoint is left, so the run starts from step 1; its log is kept as log.jsonl.aside-1" in (
+    assert "no valid checkpoint, so training starts from step 0; log renamed to log.jsonl.aside-1" in (
         capsys.readouterr().err
     )
     assert (run / "log.jsonl.aside-1").read_bytes() == log
@@ -165,5 +164,5 @@ def test_a_run_without_checkpoints_starts_again_and_keeps_its_log(interrupted, r
 def test_fewer_steps_than_were_taken_are_told(steps, interrupted, recipe, words, tmp_path, capsys):
     run = shutil.copytree(interrupted, tmp_path / "run")
     assert train(recipe, words, run, *FLAGS, "--max_steps", str(steps), "--allow_change", "max_steps") == 0
-    message = f"max_steps {steps}: the run has already taken 4 steps; no further step is taken"
+    message = f"max_steps {steps}: the run has already taken 4 steps; its model is published without further training"
     assert message in capsys.readouterr().err

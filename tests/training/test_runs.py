@@ -111,7 +111,7 @@ def test_one_training_in_a_folder_and_a_killed_one_leaves_it_free(recipe, words,
     newest = RunFolder(folder).checkpoints()[-1]
     steps = str(int(newest.name.split("-")[1]) + 1)
     assert train(recipe, words, folder, "--max_steps", steps, "--save_steps", "20", "--allow_change", "max_steps") == 0
-    assert f"going on from step {int(steps) - 1}" in capsys.readouterr().out
+    assert f"resuming from step {int(steps) - 1}" in capsys.readouterr().err
     assert not (folder / ".lock").exists()
 
 
@@ -260,12 +260,12 @@ def test_a_damaged_model_of_a_finished_run_is_kept_and_published_again(how, reci
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
     captured = capsys.readouterr()
     assert "is damaged (" in captured.err
-    assert "it is kept as model.aside-1" in captured.err
-    assert "this run is finished" not in captured.out
+    assert "renamed to model.aside-1" in captured.err
+    assert "this run is already finished" not in captured.err
     assert files_of(folder / "model.aside-1") == left
     assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, evaluated)])
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
 
 
 def test_a_damaged_model_without_a_checkpoint_is_refused(recipe, words, finished, tmp_path, capsys):
@@ -275,9 +275,10 @@ def test_a_damaged_model_without_a_checkpoint_is_refused(recipe, words, finished
         shutil.rmtree(path)
     before = files_of(folder)
     assert train(recipe, words, folder) == 2
-    assert "its model is damaged (" in (err := capsys.readouterr().err)
+    assert "the model is damaged (" in (err := capsys.readouterr().err)
     assert err.splitlines()[-1].endswith(
-        f"no checkpoint is left to publish it from; restore {folder / 'model'} from a copy, or train again with --fresh"
+        "there is no valid checkpoint to publish it from; "
+        f"restore {folder / 'model'} from a copy, or train again with --fresh"
     )
     assert files_of(folder) == before
 
@@ -288,7 +289,7 @@ def test_a_model_whose_card_was_edited_is_finished(recipe, words, finished, tmp_
     (folder / "model" / "LICENSE").write_text("MIT")
     before = files_of(folder)
     assert train(recipe, words, folder) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().err
     assert files_of(folder) == before
 
 
@@ -312,7 +313,7 @@ def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, f
     assert main(["plot", str(folder), "--output", str(tmp_path / "a.png")]) == 0
     assert train(recipe, words, folder) == 0
     assert (
-        "removed what is not a complete row, as an interruption leaves it (line 3, line 6)" in capsys.readouterr().err
+        "removed incomplete or invalid rows, e.g. of an interrupted write (line 3, line 6)" in capsys.readouterr().err
     )
     assert rows(folder) == rows(finished)
 
@@ -595,7 +596,7 @@ def test_only_checkpoints_that_a_run_wrote_are_taken_and_deleted(recipe, words, 
     assert (
         train(recipe, words, folder, "--max_steps", "12", "--allow_change", "max_steps", "--save_total_limit", "1") == 0
     )
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().err
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(
         [*ours, "checkpoint-12", "checkpoint-99999.aside-1"]
     )
@@ -608,7 +609,7 @@ def test_a_link_to_a_checkpoint_is_resumed_from(recipe, words, finished, tmp_pat
     (folder / "checkpoint-4").rename(store)
     (folder / "checkpoint-4").symlink_to(store, target_is_directory=True)
     assert train(recipe, words, folder, "--save_total_limit", "1") == 0
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().err
     assert checkpoint.verification_error(store) is None
     assert rows(folder) == rows(finished)
 

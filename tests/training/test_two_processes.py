@@ -67,7 +67,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
 
     # The same two processes again, cut after four steps: bit for bit the same.
     go_back(two, resumed, 4)
-    assert "going on from step 4" in finish(start(recipe, words, resumed, *PLAIN))
+    assert "resuming from step 4" in finish(start(recipe, words, resumed, *PLAIN))
     assert rows(resumed) == rows(two)
     last = "checkpoint-10"
     for rank in (0, 1):
