@@ -317,7 +317,7 @@ def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, f
     assert main(["plot", str(folder), "--output", str(tmp_path / "a.png")]) == 0
     assert train(recipe, words, folder) == 0
     assert (
-        "removed what is not a complete row, as an interruption leaves it (line 3, line 6)" in capsys.readouterr().err
+        "removed incomplete or invalid rows, e.g. of an interrupted write (line 3, line 6)" in capsys.readouterr().err
     )
     assert rows(folder) == rows(finished)
 
