@@ -353,6 +353,8 @@ def test_csv_fields_are_read_verbatim(extension, tmp_path):
     file = tmp_path / f"rows{extension}"
     file.write_bytes("\r\n".join(lines).encode())
     assert texts_of(file) == [*fields, "NA"]
+    file.write_text(f"text{tab}\none{tab}\n{tab}\ntwo{tab}{tab}{tab}\n")  # empty fields beyond the header are ignored
+    assert texts_of(file) == ["one", "two"]
     file.write_bytes(b"\xef\xbb\xbf" + "\n".join(f"{field}{tab}x" for field in ["text", *quoted]).encode("utf-8"))
     assert texts_of(file) == fields
 

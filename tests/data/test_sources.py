@@ -192,11 +192,15 @@ def test_evenly_spaced_parts_cover_the_text_in_order(text, tmp_path, monkeypatch
 # -- mixtures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path):
+def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
     folder = write_files(tmp_path, {"a.txt": "a" * 1000, "b.txt": "b" * 1000})
     corpus = load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0.1)
     train, validation = "".join(corpus.train), "".join(corpus.validation)
     assert (train.count("a"), train.count("b")) == (900, 300)
+    assert re.findall(r"the mixture uses (.*) characters of .*/(\w\.txt): it ends", caplog.text) == [
+        ("300 of 900", "b.txt")
+    ]
     assert (validation.count("a"), validation.count("b")) == (100, 33)
     assert "".join(corpus.train.head(100)).count("a") == 75
     other = load_corpus(f"{folder}/a.txt:2,{folder}/b.txt:1", 0.1)
@@ -360,6 +364,8 @@ def test_strings_that_look_like_other_types_and_rows_with_different_keys_are_rea
         ('{"text": "a"}\n["b"]\n', "line 2 is not a JSON object"),
         ('[{"text": "a"}, 5]', "row 2 is not a JSON object"),
         ('[{"text": "a"},\n{"text": }]', "line 2 is not JSON: "),
+        ('\n[{"text": "a"},\n{"text": },\n\n]', "line 3 is not JSON: "),
+        ('[{"text": "a"},\n\n{"text": "b", "text": "c"}]\n', "line 1 is not JSON: the key 'text' occurs twice"),
         ('{"text": "a"}\n' + '{"a": ' * 100_000 + "\n", "line 2 is nested too deeply"),
     ],
 )
