@@ -1,6 +1,7 @@
 """Recipes and flags become settings, and what is printed while training reads well."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -123,3 +124,16 @@ def test_a_sliding_window_is_one_block_and_one_token():
 
 def test_durations_read_well():
     assert [duration(s) for s in (0.4, 45, 200, 7500)] == ["0 s", "45 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_one_process_learns_from_every_block_of_an_epoch(tmp_path):
+    """Several processes leave out an incomplete batch, which one process does only on request."""
+    given = [parse_arguments(flags)[2].dataloader_drop_last for flags in ([], ["--dataloader_drop_last", "true"])]
+    assert given == [False, True]
+
+
+def test_no_file_beside_the_program_adds_arguments(tmp_path, monkeypatch):
+    """`HfArgumentParser` would read `minigpt.args` beside a program `minigpt`."""
+    (tmp_path / "minigpt.args").write_text("--max_steps 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "minigpt")])
+    assert parse_arguments([])[2].max_steps == parse_arguments([], "demo")[2].max_steps != 7

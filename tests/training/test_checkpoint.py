@@ -255,6 +255,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails_at, recipe, words, finis
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
+def test_a_checkpoint_that_cannot_be_written_for_another_reason_is_not_told_as_a_full_disk(
+    recipe, words, finished, tmp_path, capsys
+):
+    """The name of the folder in which checkpoints are written is taken by a file."""
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    (folder / ".unfinished").write_text("")
+    assert train(recipe, words, folder) == 74
+    err = capsys.readouterr().err
+    assert ".unfinished" in err
+    assert "no room" not in err
+
+
 def test_room_is_looked_for_before_the_first_step(recipe, words, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
