@@ -312,6 +312,12 @@ def test_dropout_and_decay_follow_from_the_training_that_will_really_be_run(
     assert (architecture.residual_dropout, training.weight_decay) == (dropout, decay)
 
 
+@pytest.mark.parametrize(("steps", "warmup", "logging"), [(9, 1, 1), (79, 7, 1), (120, 12, 3), (400, 20, 10)])
+def test_a_tenth_of_the_steps_is_warm_up_and_the_log_has_about_forty_lines(steps, warmup, logging, letters, tmp_path):
+    (_, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", steps])
+    assert (training.warmup_steps, training.logging_steps) == (warmup, logging)
+
+
 def test_more_rows_or_accumulation_mean_fewer_steps_of_the_same_tokens(letters, tmp_path):
     def tokens(*flags):
         (data, _, training), _ = fitted(tmp_path, ["--data", letters, *flags])
