@@ -12,8 +12,9 @@ mutant is equivalent to the original. The exit code is 1 if more than 10 % of th
 
 Mutations of expressions are mutmut's. They are applied to the source text, one mutant at a time, since mutmut itself leaves
 out decorated functions and module level code. Left out, because no test should depend on it: strings (messages, docstrings,
-help), annotations, code that only reports, large numbers, and the lines in `EQUIVALENT`. Mutmut's "replace this value by
-None" is left out as well: it nearly always raises an exception, and would only make the surviving share look smaller.
+help), annotations, code that only reports, large numbers, the lines in `EQUIVALENT` and the changes in `EQUIVALENT_CHANGES`.
+Mutmut's "replace this value by None" is left out as well: it nearly always raises an exception, and would only make the
+surviving share look smaller.
 """
 
 import argparse
@@ -60,12 +61,28 @@ THRESHOLD = 0.1  # share of mutants that may survive
 # Lines on which a mutant changes nothing that a test should see, as patterns, with the reason.
 EQUIVALENT = {
     r"\btqdm\b|\bbar\b|self\.bar|with_bar": "progress bars",
-    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|duration\(": "times, which differ from run to run",
+    r"perf_counter|_per_second|busy\b|seconds_per_step|duration\(|min\(seconds\)|round\(\S*seconds": (
+        "times, which differ from run to run"
+    ),
     r"flush=True|\bindent=|ensure_ascii|\bverbose=": "how output looks",
     r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
     r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "how much is read or encoded at once",
-    r"os\.name == \"nt\"": "needs Windows",
+    r"os\.name == \"nt\"|msvcrt\.|PLACE_ON_WINDOWS|os\.lseek\(descriptor": "needs Windows",
+    r"wait_for_everyone\(\)": "the order of what processes do, which shows only in a race",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
+}
+# Changes that make no difference which a test could see, as patterns of "line before -> line after", with the reason. Other
+# mutants of these lines are kept.
+EQUIVALENT_CHANGES = {
+    r"1 << (16|20)\b.* -> .*(2 << \1|1 << (17|21))\b": "how much is read at once",
+    r"<= CHUNK_CHARACTERS: -> .*< CHUNK_CHARACTERS:": "a boundary is searched for, and none is found",
+    r"> LONG_WORD and .* -> .*>= LONG_WORD and": "encoding in windows gives the same tokens",
+    r"kind=\"stable\"": "the order of copies of a document",
+    r"loss > 10 \* math\.log\(.* -> .*loss >= 10": "no float32 equals ten times the logarithm of an integer",
+    r"> 1e-9.* -> .*>= 1e-9": "a tolerance of rounding errors",
+    r"use_cache=True.* -> (?!.*use_cache)": "the default; how fast text is generated",
+    r"self\.came = -1\.0 ": "any time before the first signal",
+    r"deep=False.* -> .*deep=True": "when the constructor of YAML fills nested values",
 }
 # `strict` of `zip` asserts lengths that are equal by construction.
 ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
@@ -207,6 +224,13 @@ class Spots(cst.CSTVisitor):
         return isinstance(node, cst.BaseString | cst.Annotation | cst.Decorator)
 
 
+def is_equivalent_change(source: str, mutated: str) -> bool:
+    """Whether the lines that differ match one of `EQUIVALENT_CHANGES`."""
+    diff = [*difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0)][2:]
+    before, after = (" ".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+")
+    return any(re.search(pattern, f"{before} -> {after}") for pattern in EQUIVALENT_CHANGES)
+
+
 def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
     """A random sample of `count` mutants (0: all of them) that are valid Python, and of how many it was drawn."""
     candidates = []
@@ -223,9 +247,9 @@ def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tupl
             compile(code, str(file), "exec")
         except SyntaxError:
             continue
-        if code != source:
+        if code != source and not is_equivalent_change(source, code):
             mutants[code] = Mutant(str(file.relative_to(root)), line, lines, source, code)
-        if len(mutants) == count:
+        if count and len(mutants) == count:
             break
     return [*mutants.values()], len(candidates)
 

@@ -233,6 +233,19 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--sample_prompt", "caf\udce9"),
             "argument 'caf\\udce9': is not valid text in the encoding of this system",
         ),
+        "LoRA without a model": (
+            train("--lora_rank", "2", "--no_muon"),
+            "there is no model to start from: name a folder",
+        ),
+        "fine-tuning without a model": (
+            train("--recipe", "finetune"),
+            "there is no model to start from: name a folder",
+        ),
+        "an abbreviated flag": (train("--max_step", "5"), "unknown argument --max_step; did you mean max_steps"),
+        "a number of 64 bits": (
+            train("--recipe", "large.yaml"),
+            "seed is a number of 64 bits; at most 63 are possible",
+        ),
         "an optimizer beside Muon": (train("--optim", "sgd"), "optim sgd has no effect beside Muon: add --no_muon"),
         "a language in words": (
             train("--language", "English"),
@@ -421,6 +434,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("list.yaml", "- a\n- b\n")
     write("binary.yaml", b"\x00\xff\xfe\x01")
     write("norwegian.yaml", "language: [no]\n")
+    write("large.yaml", "seed: 9223372036854775808\n")
     write("word.yaml", "hidden_size: many\n")
     write("list-value.yaml", "hidden_size: [1, 2]\n")
     write("taken/fingerprint.json", '{"seed": 7}')

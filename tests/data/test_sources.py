@@ -207,6 +207,15 @@ def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path, caplog
     assert other.train.fingerprint != corpus.train.fingerprint
 
 
+def test_without_a_held_out_share_the_validation_splits_of_a_mixture_are_unused(tmp_path):
+    for name in ("one", "two"):
+        rows = {f"{split}.jsonl": json.dumps({"text": f"{name} {split}"}) for split in ("train", "validation")}
+        write_files(tmp_path / name, rows)
+    corpus = load_corpus(f"{tmp_path}/one:1,{tmp_path}/two:1", 0)
+    assert sorted(corpus.train) == ["one train", "two train"]
+    assert sorted(corpus.unused) == ["one validation", "two validation"]
+
+
 def test_a_mixture_is_distinguished_from_a_name_with_a_comma(tmp_path, monkeypatch):
     assert mixture("plain.txt") is None
     assert mixture("user/a:config:0.7, user/b:0.3") == {"user/a:config": 0.7, "user/b": 0.3}
@@ -273,7 +282,10 @@ def test_a_glob_skips_and_counts_hidden_files(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "**" / "*.txt") == ["a", "e"]
     assert "read 2 of 4 files; skipped 2: 2 hidden" in caplog.text
-    assert texts_of(tmp_path / "**") == ["a", "e"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert texts_of(tmp_path / "**") == ["a", "e"]
+    assert "read 2 of 5 files; skipped 3: 2 hidden, 1 folders" in caplog.text  # a hidden folder is not counted
     assert texts_of(tmp_path / ".*.txt") == ["b"]
     assert texts_of(tmp_path / ".git" / "*") == ["c"]
 

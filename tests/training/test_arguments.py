@@ -137,3 +137,18 @@ def test_no_file_beside_the_program_adds_arguments(tmp_path, monkeypatch):
     (tmp_path / "minigpt.args").write_text("--max_steps 7")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "minigpt")])
     assert parse_arguments([])[2].max_steps == parse_arguments([], "demo")[2].max_steps != 7
+
+
+def test_a_setting_is_empty_only_if_its_default_is(tmp_path):
+    file = tmp_path / "empty.yaml"
+    optional = ("minutes", "max_tokens", "bf16", "save_steps", "head_dim")
+    file.write_text("".join(f"{name}:\n" for name in optional))
+    assert read_recipe(str(file)) == dict.fromkeys(optional)
+    for name in ("max_steps", "muon", "tokenizer"):
+        file.write_text(f"{name}:\n")
+        with pytest.raises(ValueError, match=f"{name} is None: expected one"):
+            read_recipe(str(file))
+
+
+def test_one_language_may_be_given_as_a_string():
+    assert parse_arguments([], language="de")[0].language == ["de"]

@@ -19,6 +19,7 @@ from minigpt_hf import atomic
 from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
 from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
+from minigpt_hf.training.lock import LOCK
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
@@ -59,11 +60,17 @@ def test_a_finished_run_says_so_and_another_does_not_take_its_place(run_folder, 
     assert sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*")) == before
 
 
-def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys):
+def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     assert train(recipe, words, folder) == 0
     (folder / "my notes.txt").write_text("precious")
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def locked(self, *args, **kwargs):
+        assert (folder / LOCK).is_file()
+        return TRAINING_STEP(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", locked)
     assert train(recipe, words, folder, "--fresh", "--seed", "7") == 0
     kept = tmp_path / "run.aside-1"
     assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before

@@ -310,6 +310,7 @@ def test_dropout_and_decay_follow_from_the_training_that_will_really_be_run(
 ):
     (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, *size, *flags])
     assert (architecture.residual_dropout, training.weight_decay) == (dropout, decay)
+    assert training.eval_steps == (0.1 if dropout and not size else 0.25)  # often enough for early stopping
 
 
 @pytest.mark.parametrize(("steps", "warmup", "logging"), [(9, 1, 1), (79, 7, 1), (120, 12, 3), (400, 20, 10)])
@@ -354,6 +355,7 @@ def test_language_licence_and_prompt_of_a_recipe_are_not_claimed_for_another_tex
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", 2], "shakespeare-char")
     assert (data.language, training.sample_prompt) == ([], "Liebe Grete, ich")
     assert "language ['en'], sample_prompt 'ROMEO:' not used" in caplog.text
+    assert "sample_prompt 'Liebe Grete, ich': the first words of the text" in caplog.text
     caplog.clear()
     given = ["--language", "de", "--sample_prompt", "Der Rhein", "--max_steps", 2]
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
@@ -454,7 +456,8 @@ def test_a_given_number_of_logging_steps_is_kept_and_an_empty_log_announced(lett
 
 def test_a_warm_up_longer_than_the_run_is_warned_of(letters, recipe_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", letters, "--max_steps", 20], str(recipe_file))
-    assert "warmup_steps 20: there are 20 steps, so the learning rate does not reach its peak" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "warmup_steps 20: there are 20 steps, so the learning rate does not reach its peak" in warnings
     caplog.clear()
     fitted(tmp_path, ["--data", letters, "--max_steps", 21], str(recipe_file))
     assert "warmup_steps" not in caplog.text
