@@ -242,6 +242,8 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "there is no model to start from: name a folder",
         ),
         "an abbreviated flag": (train("--max_step", "5"), "unknown argument --max_step; did you mean max_steps"),
+        "a negative seed": (train("--seed", "-1"), "seed is -1: it must be at least 0 and less than 2^32"),
+        "a seed of 33 bits": (train("--seed", "4294967296"), "seed is 4294967296: it must be at least 0 and less than"),
         "a number of 64 bits": (
             train("--recipe", "large.yaml"),
             "seed is a number of 64 bits; at most 63 are possible",

@@ -296,6 +296,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             value = vars(self)[name]
             if value is not None and not least <= value < math.inf:  # nor is it nan
                 raise MiniGPTError(f"{name} is {value}: it must be at least {least}, and a number")
+        if not 0 <= self.seed < 1 << 32:
+            raise MiniGPTError(f"seed is {self.seed}: it must be at least 0 and less than 2^32")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise MiniGPTError(f"minutes is {self.minutes}: it must be more than 0")
         if self.minutes is not None and self.size not in (None, "auto"):

@@ -186,7 +186,6 @@ def test_every_checkpoint_loads_and_holds_no_pickled_arguments(run_folder):
         model, tokenizer = load(str(checkpoint))
         assert len(tokenizer) == model.config.vocab_size
         assert model.config.use_cache is True
-        assert model.generation_config.bos_token_id == tokenizer.bos_token_id
         assert not (checkpoint / "training_args.bin").exists()
 
 
