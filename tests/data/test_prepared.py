@@ -151,4 +151,4 @@ def test_a_score_of_fewer_than_10_000_tokens_is_warned_of(tokens, warns, tmp_pat
     corpus = load_corpus(str(tmp_path / "text.txt"), 0.5)
     text = prepare(corpus, "bytes", 0, tmp_path / "cache", block_size=tokens, validation_characters=tokens)
     assert text.validation.characters == tokens
-    assert ("the validation score is based on only 9,999 tokens" in caplog.text) == warns
+    assert ("the validation score is based on only" in caplog.text) == warns
