@@ -12,8 +12,9 @@ mutant is equivalent to the original. The exit code is 1 if more than 10 % of th
 
 Expressions are mutated by the operators of mutmut. They are applied to the source text, one mutant at a time, because
 mutmut itself omits decorated functions and module-level code. Not mutated, because no test should depend on them: strings
-(messages, docstrings, help), annotations, reporting code, large numbers, and the lines in `EQUIVALENT`. Mutmut's operator
-that replaces a value by None is omitted as well: it nearly always raises an exception, which would lower the surviving share.
+(messages, docstrings, help), annotations, reporting code, large numbers, the lines in `EQUIVALENT` and the changes in
+`EQUIVALENT_CHANGES`. Mutmut's operator that replaces a value by None is omitted as well: it nearly always raises an
+exception, which would lower the surviving share.
 """
 
 import argparse
@@ -60,12 +61,28 @@ THRESHOLD = 0.1  # share of mutants that may survive
 # Patterns of lines whose mutants no test should detect, with the reason.
 EQUIVALENT = {
     r"\btqdm\b|\bbar\b|self\.bar|with_bar": "progress bars",
-    r"perf_counter|_per_second|\bbusy\b|seconds_per_step|measure_step|duration\(": "times, which differ between runs",
+    r"perf_counter|_per_second|busy\b|seconds_per_step|measure_step|duration\(|min\(seconds\)|round\(\S*seconds": (
+        "times, which differ between runs"
+    ),
     r"flush=True|\bindent=|ensure_ascii|\bverbose=": "format of output",
     r"\"cuda\"|!= \"cpu\"|is_torch_bf16_gpu_available|pin_memory|cuda\.": "needs an accelerator",
     r"\broom\b|PART_CHARACTERS|PIECE_CHARACTERS|chunksize": "sizes of chunks",
-    r"os\.name == \"nt\"": "needs Windows",
+    r"os\.name == \"nt\"|msvcrt\.|WINDOWS_OFFSET|os\.lseek\(descriptor": "needs Windows",
+    r"wait_for_everyone\(\)": "the order of operations of several processes, which matters only in a race",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
+}
+# Patterns of "line before -> line after" whose change no test can detect, with the reason; other mutants of these lines are
+# tested.
+EQUIVALENT_CHANGES = {
+    r"1 << (16|20)\b.* -> .*(2 << \1|1 << (17|21))\b": "sizes of chunks",
+    r"<= CHUNK_CHARACTERS: -> .*< CHUNK_CHARACTERS:": "a boundary is searched for, and none is found",
+    r"> LONG_WORD and .* -> .*>= LONG_WORD and": "encoding in windows gives the same tokens",
+    r"kind=\"stable\"": "the order of copies of a document",
+    r"loss > EXPLOSION \* .* -> .*loss >= EXPLOSION": "no float32 equals a multiple of the logarithm of an integer",
+    r"> 1e-9.* -> .*>= 1e-9": "a tolerance of rounding errors",
+    r"use_cache=True.* -> (?!.*use_cache)": "the default; speed of generation",
+    r"self\.received = -1\.0 ": "any time before the first signal",
+    r"deep=False.* -> .*deep=True": "when the YAML constructor fills nested values",
 }
 # Including `strict` of `zip`, which asserts lengths that are equal by construction.
 ARGUMENTS_WITHOUT_EFFECT = {"metadata", "desc", "unit", "encoding", "num_proc", "progress", "device", "strict"}
@@ -217,6 +234,13 @@ class MutationCollector(cst.CSTVisitor):
         return isinstance(node, cst.BaseString | cst.Annotation | cst.Decorator)
 
 
+def is_equivalent_change(source: str, mutated: str) -> bool:
+    """Whether the lines that differ match one of `EQUIVALENT_CHANGES`."""
+    diff = [*difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0)][2:]
+    before, after = (" ".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+")
+    return any(re.search(pattern, f"{before} -> {after}") for pattern in EQUIVALENT_CHANGES)
+
+
 def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tuple[list[Mutant], int]:
     """Return a random sample of `count` mutants that are valid Python (0: all), and the number of candidates."""
     candidates = []
@@ -233,9 +257,9 @@ def sample_mutants(files: list[Path], root: Path, count: int, seed: int) -> tupl
             compile(code, str(file), "exec")
         except SyntaxError:
             continue
-        if code != source:
+        if code != source and not is_equivalent_change(source, code):
             mutants[code] = Mutant(str(file.relative_to(root)), line, lines, source, code)
-        if len(mutants) == count:
+        if count and len(mutants) == count:
             break
     return [*mutants.values()], len(candidates)
 

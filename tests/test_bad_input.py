@@ -239,6 +239,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--sample_prompt", "caf\udce9"),
             "argument 'caf\\udce9': not valid text in the encoding of this system",
         ),
+        "LoRA without a model": (train("--lora_rank", "2", "--no_muon"), "there is no pretrained model to start from"),
+        "fine-tuning without a model": (train("--recipe", "finetune"), "there is no pretrained model to start from"),
+        "an abbreviated flag": (train("--max_step", "5"), "unknown argument --max_step; did you mean max_steps"),
+        "a number of 64 bits": (train("--recipe", "large.yaml"), "seed is an integer of 64 bits: at most 63 bits"),
         "optim without no_muon": (train("--optim", "sgd"), "optim sgd has no effect with Muon: add --no_muon"),
         "a language in words": (
             train("--language", "English"),
@@ -468,6 +472,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("list.yaml", "- a\n- b\n")
     write("binary.yaml", b"\x00\xff\xfe\x01")
     write("norwegian.yaml", "language: [no]\n")
+    write("large.yaml", "seed: 9223372036854775808\n")
     write("word.yaml", "hidden_size: many\n")
     write("list-value.yaml", "hidden_size: [1, 2]\n")
     write("taken/fingerprint.json", '{"seed": 7}')

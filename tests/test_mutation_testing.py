@@ -76,6 +76,13 @@ def test_strings_annotations_and_reports_are_not_mutated(project):
     ]
 
 
+def test_equivalent_changes_are_left_out_and_other_mutants_of_their_lines_are_not(project, monkeypatch):
+    monkeypatch.setattr(mutants, "EQUIVALENT_CHANGES", {r"< LIMIT -> .*<= LIMIT": "", r"number \* 2 -> .* / 2": ""})
+    sample, _ = mutants.sample_mutants([project / "minigpt_hf" / "data" / "short.py"], project, count=0, seed=0)
+    changed = sorted((mutant.line, mutant.mutated.splitlines()[mutant.line - 1].strip()) for mutant in sample)
+    assert [line for number, line in changed if number in (10, 14)] == ["return number * 3"]
+
+
 def test_survivors_are_listed_with_their_diff_and_the_sources_are_unchanged(project, capsys):
     before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
     report = project.parent / f"{project.name}.jsonl"

@@ -17,7 +17,8 @@ from pathlib import Path
 import datasets
 import fsspec
 import pyarrow as pa
-from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError
+from datasets.table import CastError
 
 from ..errors import MiniGPTError, UnreadableFileError
 from .documents import Documents, IndexedDocuments, StreamedDocuments, TableRows, TextFiles
@@ -422,11 +423,11 @@ def _unwrapped(data: str, error: BaseException) -> MiniGPTError:
 
 def _reason(error: DatasetGenerationError) -> str:
     """Return the innermost cause of "An error occurred while generating the dataset"."""
-    if isinstance(error, DatasetGenerationCastError):
-        return "its tables have different columns; select tables with the same columns, or use --data_format text"
     cause: BaseException = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, CastError):
+        return "its tables have different columns; select tables with the same columns, or use --data_format text"
     return _first_line(cause)
 
 

@@ -76,6 +76,27 @@ def in_parts(text: str, bounds: list[int]) -> list[tuple[bool, str]]:
     return [(number == 0, text[a:b]) for number, (a, b) in enumerate(pairwise(bounds))]
 
 
+@pytest.mark.parametrize(
+    ("text", "chunks"),
+    [
+        ("aaaa bbbb", ["aaaa bbbb"]),
+        ("aaaa bbbb ", ["aaaa bbbb "]),  # exactly the size of a chunk
+        ("aaaa bbbb cccc\ndddd eeee", ["aaaa bbbb cccc\n", "dddd eeee"]),  # at a line end rather than before a space
+        ("aaaa bbbb cccc ddd\neeee", ["aaaa bbbb cccc ddd\n", "eeee"]),  # the last line end before twice the size
+        ("aaaa bbbb cccc dddd\neeee", ["aaaa bbbb cccc", " dddd\neeee"]),  # too far
+        ("aaaa bbbb cccc\n\n\ndddd", ["aaaa bbbb cccc\n\n\n", "dddd"]),  # not before a blank line
+        ("a" * 30 + " b", ["a" * 30, " b"]),  # no boundary before
+        ("a" * 30, ["a" * 30]),
+        ("aaaa\nbbbb\ncccc\n" * 3, ["aaaa\nbbbb\ncccc\n"] * 3),
+    ],
+)
+def test_chunks_end_at_the_first_line_end_before_twice_their_size_or_at_the_next_boundary(text, chunks, small):
+    small(10)
+    documents = [(True, ""), (True, text), (True, ""), (True, "b" * 4), (False, "b" * 6), (True, "")]
+    first = [(number == 0, chunk) for number, chunk in enumerate(chunks)]
+    assert list(split_into_chunks(documents)) == [*first, (True, "b" * 10)]
+
+
 def check_chunks(encoder, bpe, text: str, bounds: list[int]) -> int:
     chunks = [chunk for _, chunk in split_into_chunks(in_parts(text, bounds))]
     assert "".join(chunks) == text
@@ -229,3 +250,12 @@ def test_learning_merges_of_long_words_from_a_sample_is_logged(small, caplog, mo
     assert "words of more than 3,000 characters: merges are learned from" in caplog.text
     assert "of their 100,000 characters" in caplog.text
     assert "ACGT" in tokenizer.get_vocab()
+
+
+def test_merges_of_a_word_that_is_not_longer_than_the_limit_are_learned_from_all_of_it(small, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    small(1000, long=3000)
+    byte_level_bpe(["ACGT" * 750], 262)
+    assert "merges are learned" not in caplog.text
+    byte_level_bpe(["ACGT" * 750 + "A"], 262)
+    assert "merges are learned from 3,001 of their 3,001 characters" in caplog.text

@@ -89,3 +89,19 @@ def test_a_dataset_that_cannot_be_loaded_is_an_error(hub):
         load_corpus("user/absent")
     with pytest.raises(ValueError, match="user/empty"):
         load_corpus("user/empty")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.jsonl": b'{"text": "a"}\n{"text": \n'}, r"user/broken: cannot be read: \w+"),
+        (
+            {"1.jsonl": b'{"text": "a"}\n' * 2, "2.jsonl": b'{"body": "b"}\n' * 2},
+            "user/broken: cannot be read: its tables have different columns",
+        ),
+    ],
+)
+def test_a_dataset_whose_tables_cannot_be_converted_is_an_error_with_the_reason(files, message, hub):
+    hub.put("user/broken", files, repo_type="datasets")
+    with pytest.raises(ValueError, match=message):
+        load_corpus("user/broken")

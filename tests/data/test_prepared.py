@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 
+from minigpt_hf.atomic import seal
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.data.prepared import PreparedText, prepare
+from minigpt_hf.data.prepared import PreparedText, ValidationSample, prepare
+from minigpt_hf.errors import MiniGPTError
 
 
 @pytest.mark.parametrize("kind", ["bpe", "characters"])
@@ -116,3 +118,37 @@ def test_training_on_a_text_prepared_without_validation_runs_no_evaluations(text
     assert main(["tokenize", *recipe, "--data", str(text_file), *none, "--output_dir", prepared]) == 0
     assert main(["train", *recipe, "--data", prepared, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"] == {}
+
+
+def test_a_prepared_text_whose_metadata_are_incomplete_is_an_error(text_file, tmp_path, capsys):
+    """As written by a faulty program: the manifest is correct."""
+    prepared = tmp_path / "prepared"
+    argv = ["--data", str(text_file), "--tokenizer", "bytes", "--output_dir", str(prepared)]
+    assert main(["tokenize", *argv]) == 0
+    metadata = json.loads((prepared / "prepared.json").read_text())
+    del metadata["cut"]
+    (prepared / "prepared.json").write_text(json.dumps(metadata))
+    seal(prepared)
+    with pytest.raises(MiniGPTError, match=r"this prepared text cannot be read \('cut'\): create it again"):
+        PreparedText.open(prepared, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("sample", "description"),
+    [
+        (ValidationSample(3, 3, 2000, 2000, 64), "all 2,000 characters"),
+        (ValidationSample(3, 1400, 1999, 2000, 64), "1,999 of 2,000 characters, excerpts from 3 of 1,400 documents"),
+        (ValidationSample(3, None, 2000, None, 64), "2,000 characters of 3 documents of the stream"),
+    ],
+)
+def test_a_validation_sample_describes_which_part_is_scored(sample, description):
+    assert str(sample) == description
+
+
+@pytest.mark.parametrize(("tokens", "warns"), [(9_999, True), (10_000, False)])
+def test_a_score_of_fewer_than_10_000_tokens_is_warned_of(tokens, warns, tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("0123456789" * 4_000)
+    corpus = load_corpus(str(tmp_path / "text.txt"), 0.5)
+    text = prepare(corpus, "bytes", 0, tmp_path / "cache", block_size=tokens, validation_characters=tokens)
+    assert text.validation.characters == tokens
+    assert ("the validation score is based on only" in caplog.text) == warns

@@ -22,6 +22,8 @@ from minigpt_hf.cli import main
 from minigpt_hf.data import documents as module
 from minigpt_hf.data import reading
 from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.reading import Decoding
+from minigpt_hf.data.tables import read_tables
 from tests.conftest import ROOT
 from tests.data.test_corpus import write_files
 from tests.data.test_sources import COMPRESS, texts_of, write_table
@@ -353,6 +355,8 @@ def test_csv_fields_are_read_verbatim(extension, tmp_path):
     file = tmp_path / f"rows{extension}"
     file.write_bytes("\r\n".join(lines).encode())
     assert texts_of(file) == [*fields, "NA"]
+    file.write_text(f"text{tab}\none{tab}\n{tab}\ntwo{tab}{tab}{tab}\n")  # empty fields beyond the header are ignored
+    assert texts_of(file) == ["one", "two"]
     file.write_bytes(b"\xef\xbb\xbf" + "\n".join(f"{field}{tab}x" for field in ["text", *quoted]).encode("utf-8"))
     assert texts_of(file) == fields
 
@@ -391,6 +395,18 @@ def test_undecodable_bytes_are_detected_in_json(tmp_path):
     assert texts_of(file, encoding="latin-1") == ["café", "a\r\nb"]
     file.write_bytes('{"text": "é"}\n'.encode("utf-16"))
     assert texts_of(file, encoding="utf-16") == ["é"]
+
+
+def test_a_table_that_changes_after_its_columns_were_read_is_an_error(tmp_path):
+    file = tmp_path / "growing.jsonl"
+    file.write_text('{"text": "a"}\n')
+
+    def choose_column(*columns):
+        file.write_text('{"text": "a"}\n{"text": "b"}\n')
+        return "text"
+
+    with pytest.raises(ValueError, match=r"growing\.jsonl: has changed while it was being read"):
+        read_tables("json", [str(file)], {}, Decoding(), tmp_path / "cache", choose_column)
 
 
 def test_skipped_rows_are_counted(tmp_path, caplog):
@@ -532,9 +548,10 @@ def test_names_with_invalid_utf8_or_line_ends_are_escaped_in_messages(recipe_fil
     assert main([*argv, one, "--output_dir", str(tmp_path / "one")]) == 0
     json.loads((tmp_path / "one" / "model" / "minigpt.json").read_text(encoding="utf-8"))
     assert r"a\udcff.txt begins with a byte order mark" in capfd.readouterr().err
-    (folder / "broken\nname.txt").write_bytes(b"\xff")
+    (folder / "é\nname.txt").write_bytes(b"\xff")
     assert main([*argv, str(folder), "--output_dir", str(tmp_path / "other")]) == 2
-    assert len([line for line in capfd.readouterr().err.splitlines() if line.startswith("minigpt train: ")]) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+    assert r"é\nname.txt: not utf-8 text" in line
 
 
 def test_reading_many_files_takes_linear_time(tmp_path):

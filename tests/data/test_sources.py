@@ -192,15 +192,28 @@ def test_evenly_spaced_parts_cover_the_text_in_order(text, tmp_path, monkeypatch
 # -- mixtures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path):
+def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
     folder = write_files(tmp_path, {"a.txt": "a" * 1000, "b.txt": "b" * 1000})
     corpus = load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0.1)
     train, validation = "".join(corpus.train), "".join(corpus.validation)
     assert (train.count("a"), train.count("b")) == (900, 300)
+    assert re.findall(r"the mixture uses (.*) characters of .*/(\w\.txt): it ends", caplog.text) == [
+        ("300 of 900", "b.txt")
+    ]
     assert (validation.count("a"), validation.count("b")) == (100, 33)
     assert "".join(corpus.train.head(100)).count("a") == 75
     other = load_corpus(f"{folder}/a.txt:2,{folder}/b.txt:1", 0.1)
     assert other.train.fingerprint != corpus.train.fingerprint
+
+
+def test_without_a_held_out_share_the_validation_splits_of_a_mixture_are_unused(tmp_path):
+    for name in ("one", "two"):
+        rows = {f"{split}.jsonl": json.dumps({"text": f"{name} {split}"}) for split in ("train", "validation")}
+        write_files(tmp_path / name, rows)
+    corpus = load_corpus(f"{tmp_path}/one:1,{tmp_path}/two:1", 0)
+    assert sorted(corpus.train) == ["one train", "two train"]
+    assert sorted(corpus.unused) == ["one validation", "two validation"]
 
 
 def test_a_mixture_is_distinguished_from_a_name_with_a_comma(tmp_path, monkeypatch):
@@ -269,7 +282,10 @@ def test_a_glob_skips_and_counts_hidden_files(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "**" / "*.txt") == ["a", "e"]
     assert "read 2 of 4 files; skipped 2: 2 hidden" in caplog.text
-    assert texts_of(tmp_path / "**") == ["a", "e"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert texts_of(tmp_path / "**") == ["a", "e"]
+    assert "read 2 of 5 files; skipped 3: 2 hidden, 1 folders" in caplog.text  # a hidden folder is not counted
     assert texts_of(tmp_path / ".*.txt") == ["b"]
     assert texts_of(tmp_path / ".git" / "*") == ["c"]
 
@@ -360,6 +376,8 @@ def test_strings_that_look_like_other_types_and_rows_with_different_keys_are_rea
         ('{"text": "a"}\n["b"]\n', "line 2 is not a JSON object"),
         ('[{"text": "a"}, 5]', "row 2 is not a JSON object"),
         ('[{"text": "a"},\n{"text": }]', "line 2 is not JSON: "),
+        ('\n[{"text": "a"},\n{"text": },\n\n]', "line 3 is not JSON: "),
+        ('[{"text": "a"},\n\n{"text": "b", "text": "c"}]\n', "line 1 is not JSON: the key 'text' occurs twice"),
         ('{"text": "a"}\n' + '{"a": ' * 100_000 + "\n", "line 2 is nested too deeply"),
     ],
 )

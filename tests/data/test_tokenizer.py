@@ -194,3 +194,17 @@ def test_what_a_tokenizer_loses_is_logged_and_published(text, recipe_file, tmp_p
 def test_lost_characters_is_none_for_lossless_tokenizers(text, bpe):
     for tokenizer in (bpe, byte_tokenizer(), character_tokenizer([text])):
         assert lost_characters(tokenizer, [text[:5000], " a\n"]) is None
+
+
+def test_what_a_tokenizer_loses_is_told_by_category():
+    """Each of three normalizers loses one category; U+0338 is the combining character of the lowest class."""
+    for normalizer, text, lost in (
+        (normalizers.Lowercase(), "Ab", "upper case"),
+        (normalizers.Replace(" ", ""), "a b", "white space"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "a\u0338b", "accents"),
+        (normalizers.Replace("b", "a"), "ab", "characters"),
+    ):
+        backend = Tokenizer.from_str(byte_tokenizer().backend_tokenizer.to_str())
+        backend.normalizer = normalizer
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+        assert lost_characters(tokenizer, [text]) == f"{lost} lost or changed"

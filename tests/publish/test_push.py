@@ -354,6 +354,7 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
     assert train(recipe_file, text_file, run, *flags) == 0
     out = capsys.readouterr().out
     assert out.endswith(f"the model is in {run / 'model'}\n{hub.endpoint}/user/tiny\n")
+    assert hub.repository("user/tiny").private
     assert titles(hub, "user/tiny") == [
         "Upload model",
         *("Training in progress, step 40", "Training in progress, step 20", "initial commit"),

@@ -1,6 +1,7 @@
 """Recipes and flags are resolved to settings."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -159,3 +160,31 @@ def test_a_number_outside_its_interval_is_rejected(name, invalid, valid):
             parse_arguments([f"--{name}", value], "demo")
     settings = parse_arguments([f"--{name}", valid], "demo")
     assert float(resolved(settings).get(name, valid)) == float(valid)
+
+
+def test_one_process_learns_from_every_block_of_an_epoch(tmp_path):
+    """Several processes leave out an incomplete batch, which one process does only on request."""
+    given = [parse_arguments(flags)[2].dataloader_drop_last for flags in ([], ["--dataloader_drop_last", "true"])]
+    assert given == [False, True]
+
+
+def test_no_file_beside_the_program_adds_arguments(tmp_path, monkeypatch):
+    """`HfArgumentParser` would read `minigpt.args` beside a program `minigpt`."""
+    (tmp_path / "minigpt.args").write_text("--max_steps 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "minigpt")])
+    assert parse_arguments([])[2].max_steps == parse_arguments([], "demo")[2].max_steps != 7
+
+
+def test_a_setting_is_empty_only_if_its_default_is(tmp_path):
+    file = tmp_path / "empty.yaml"
+    optional = ("minutes", "max_tokens", "bf16", "save_steps", "head_dim")
+    file.write_text("".join(f"{name}:\n" for name in optional))
+    assert read_recipe(str(file)) == dict.fromkeys(optional)
+    for name in ("max_steps", "muon", "tokenizer"):
+        file.write_text(f"{name}:\n")
+        with pytest.raises(ValueError, match=f"{name} is None: expected"):
+            read_recipe(str(file))
+
+
+def test_one_language_may_be_given_as_a_string():
+    assert parse_arguments([], language="de")[0].language == ["de"]

@@ -5,15 +5,25 @@ import re
 import time
 
 import pytest
+import torch
 import yaml
 
+from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
-from minigpt_hf.training import autoconfig as dial
+from minigpt_hf.training import autoconfig
 from minigpt_hf.training.autoconfig import OTHER_SECONDS, AutoConfigurator, parse_size
 from minigpt_hf.training.recipe import parse_arguments, resolved
 from minigpt_hf.training.run_folder import RunFolder
-from minigpt_hf.training.scaling import Shape, batch_tokens, block_size_for, learning_rates, vocabulary_for
+from minigpt_hf.training.scaling import (
+    WIDTHS,
+    Shape,
+    batch_tokens,
+    block_size_for,
+    distance_from_optimal,
+    learning_rates,
+    vocabulary_for,
+)
 from minigpt_hf.training.train import prepare_text
 from tests.conftest import SHAKESPEARE
 from tests.training.conftest import go_back
@@ -54,7 +64,7 @@ def test_sizes_accept_the_suffixes_k_and_m():
 
 def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    monkeypatch.setattr(dial, "MEASURED_SHARE", 0.01)  # instead of 18 seconds
+    monkeypatch.setattr(autoconfig, "MEASURED_SHARE", 0.01)  # instead of 18 seconds
     argv = ["--minutes", "3", "--data", str(text_file), "--sample_tokens", "0"]
     argv += ["--validation_characters", "500", "--learning_rate", "0.003"]
     began = time.perf_counter()
@@ -72,6 +82,70 @@ def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tm
     assert (
         ("small text" in out) == (epochs > 4) == (training.weight_decay == 0.1) == (architecture.residual_dropout > 0)
     )
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of known speed: each forward pass advances the clock by 5e-9 s per parameter and token.
+
+    The list has, for each forward pass, the clock after it, the width of the model and the number of tokens.
+    """
+    passes = [(0.0, 0, 0)]
+
+    def hook(module, arguments, output):
+        if isinstance(module, MiniGPTForCausalLM):
+            tokens = output.logits.shape[:2].numel()
+            seconds = 5e-9 * module.num_parameters() * tokens
+            passes.append((passes[-1][0] + seconds, module.config.hidden_size, tokens))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: passes[-1][0])
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    yield passes
+    handle.remove()
+
+
+def test_minutes_choose_the_shape_and_the_steps_that_a_machine_of_known_speed_takes(
+    text_file, tmp_path, caplog, monkeypatch, machine
+):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    monkeypatch.setattr(autoconfig, "MEASURED_SHARE", 0.004)  # 24 s by the clock of that machine
+    argv = ["--minutes", "100", "--per_device_train_batch_size", "2", "--data", str(text_file)]
+    argv += ["--sample_tokens", "8000", "--validation_characters", "9000"]
+    random_state = torch.get_rng_state()
+    (data, architecture, training), _ = automatic_settings(argv, tmp_path, began=0.0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    # Parameters times tokens that it learns from in the time that is left, whatever the shape.
+    compute = (6000 - 24 - OTHER_SECONDS) / (1.03 * 5e-9)
+    vocabulary = data_vocabulary(text_file)
+    best = min(map(Shape, WIDTHS), key=lambda shape: distance_from_optimal(shape, vocabulary, compute))
+    assert architecture.hidden_size == best.width == 96
+    assert re.findall(r"at width (\d+)", caplog.text) == ["128", "96"]
+    first = [now for now, width, _ in machine if width == 128]
+    assert 12 <= first[-1] < 12 + first[-1] - first[-2]  # half of the time for measuring
+    # The time that was asked: measuring, four evaluations, five samples, optimizer steps, and the rest.
+    second = 1 / (5e-9 * parameters(data, architecture, vocabulary))  # tokens in a second
+    step = training.per_device_train_batch_size * data.block_size
+    others = machine[-1][0] + (4 * 9001 + 5 * 8000) / second + OTHER_SECONDS
+    assert training.max_steps == pytest.approx((6000 - others) * second / 1.03 / step, abs=0.51)
+
+
+def parameters(data, architecture, vocabulary: int) -> int:
+    """Of a tied model: matrices and embedding, and norms of two per layer, of queries and keys, and the last one."""
+    shape = Shape(architecture.hidden_size)
+    head = shape.width // architecture.num_attention_heads
+    return shape.parameters(vocabulary) + shape.layers * (2 * shape.width + 2 * head) + shape.width
+
+
+def test_minutes_of_which_less_than_a_quarter_is_left_are_refused_before_anything_is_measured(
+    text_file, tmp_path, machine
+):
+    """Of 60 s, 6 are for measuring and 10 for the rest: after 29 s a quarter is left."""
+    argv = ["--minutes", "1", "--data", str(text_file), "--sample_tokens", "0"]
+    with pytest.raises(
+        ValueError, match=r"30 s have passed and 16 s are required for .*so too little time is left for training"
+    ):
+        automatic_settings(argv, tmp_path, began=-29.5)
+    assert len(machine) == 1
 
 
 def test_a_size_chooses_the_nearest_shape_and_ten_tokens_per_parameter(text_file, tmp_path, caplog):

@@ -19,6 +19,7 @@ from minigpt_hf import atomic
 from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
 from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
+from minigpt_hf.training.lock import LOCK
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
@@ -63,11 +64,17 @@ def test_a_finished_run_is_reported_as_finished_and_not_overwritten_by_another(
     assert sorted((path, path.stat().st_mtime_ns) for path in run_folder.rglob("*")) == before
 
 
-def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys):
+def test_fresh_starts_over_and_deletes_nothing(recipe, words, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     assert train(recipe, words, folder) == 0
     (folder / "my notes.txt").write_text("some notes")
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def locked(self, *args, **kwargs):
+        assert (folder / LOCK).is_file()
+        return TRAINING_STEP(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", locked)
     assert train(recipe, words, folder, "--fresh", "--seed", "7") == 0
     renamed = tmp_path / "run.aside-1"
     assert {path.relative_to(renamed): path.read_bytes() for path in renamed.rglob("*") if path.is_file()} == before
@@ -259,6 +266,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
     assert train(recipe, words, folder) == 0
     assert rows(folder) == rows(finished)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+def test_a_checkpoint_that_cannot_be_written_for_another_reason_is_not_told_as_a_full_disk(
+    recipe, words, finished, tmp_path, capsys
+):
+    """The name of the folder in which checkpoints are written is taken by a file."""
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    (folder / ".unfinished").write_text("")
+    assert train(recipe, words, folder) == 74
+    err = capsys.readouterr().err
+    assert ".unfinished" in err
+    assert "no room" not in err
 
 
 def test_disk_space_is_checked_before_the_first_step(recipe, words, tmp_path, capsys, monkeypatch):

@@ -314,6 +314,13 @@ def test_dropout_and_weight_decay_follow_from_the_number_of_epochs_that_will_be_
 ):
     (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, *size, *flags])
     assert (architecture.residual_dropout, training.weight_decay) == (dropout, decay)
+    assert training.eval_steps == (0.1 if dropout and not size else 0.25)  # often enough for early stopping
+
+
+@pytest.mark.parametrize(("steps", "warmup", "logging"), [(9, 1, 1), (79, 7, 1), (120, 12, 3), (400, 20, 10)])
+def test_a_tenth_of_the_steps_is_warm_up_and_the_log_has_about_forty_lines(steps, warmup, logging, letters, tmp_path):
+    (_, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", steps])
+    assert (training.warmup_steps, training.logging_steps) == (warmup, logging)
 
 
 def test_a_larger_batch_or_accumulation_means_fewer_steps_with_the_same_number_of_tokens(letters, tmp_path):
@@ -352,6 +359,7 @@ def test_language_license_and_prompt_of_a_recipe_are_not_applied_to_another_text
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", 2], "shakespeare-char")
     assert (data.language, training.sample_prompt) == ([], "Liebe Grete, ich")
     assert "ignored from the recipe: language ['en'], sample_prompt 'ROMEO:'" in caplog.text
+    assert "sample_prompt 'Liebe Grete, ich': the first words of the text" in caplog.text
     caplog.clear()
     given = ["--language", "de", "--sample_prompt", "Der Rhein", "--max_steps", 2]
     (data, _, training), _ = fitted(tmp_path, ["--data", letters, *given], "shakespeare-char")
@@ -452,7 +460,8 @@ def test_given_logging_steps_are_used_and_a_log_without_losses_is_reported(lette
 
 def test_a_warmup_as_long_as_the_run_causes_a_warning(letters, recipe_file, tmp_path, caplog):
     fitted(tmp_path, ["--data", letters, "--max_steps", 20], str(recipe_file))
-    assert "warmup_steps 20: there are only 20 steps, so the learning rate does not reach its peak" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "warmup_steps 20: there are only 20 steps, so the learning rate does not reach its peak" in warnings
     caplog.clear()
     fitted(tmp_path, ["--data", letters, "--max_steps", 21], str(recipe_file))
     assert "warmup_steps" not in caplog.text

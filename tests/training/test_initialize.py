@@ -85,6 +85,7 @@ def test_lora_trains_factors_of_frozen_matrices_and_merges_them_at_the_end(finet
     assert "of them are trained" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(run_folder / "model")
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-6")
+    assert (adapted.peft_config["default"].r, adapted.peft_config["default"].lora_alpha) == (2, 4)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert type(merged).__name__ == "MiniGPTForCausalLM"
     assert not any("lora" in name for name in merged.state_dict())

@@ -20,6 +20,7 @@ def test_a_sample_with_markup_quotes_and_lines_is_one_cell_of_the_table(recipe, 
         _, first, second, third, last = row.split("|")
         assert (int(first), second.strip(), last) == (step, f"{losses[step]:.4f}" if step in losses else "", "")
         assert third.strip(" ").startswith("\"&lt;b&gt;&#124;<br>'&amp;")
+        assert len(sample) <= len(prompt) + 4  # of four bytes there are four characters at most
         assert html.unescape(third.replace("<br>", "\n")).strip(" ") == sample.strip(" ")
 
 

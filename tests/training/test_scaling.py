@@ -1,8 +1,20 @@
 """Rules for settings by width and number of tokens, at and next to the bounds of each rule."""
 
+import math
+from itertools import pairwise
+
 import pytest
 
-from minigpt_hf.training.scaling import Shape, distance_from_optimal, dropout, learning_rates, shape_for, weight_decay
+from minigpt_hf.training.scaling import (
+    FINE_WIDTHS,
+    WIDTHS,
+    Shape,
+    distance_from_optimal,
+    dropout,
+    learning_rates,
+    shape_for,
+    weight_decay,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,9 +29,16 @@ def test_layers_and_heads_of_a_width(width, layers, heads):
 
 def test_every_width_that_is_chosen_is_a_multiple_of_8():
     """Matrix kernels are faster for multiples of 8."""
-    chosen = {shape_for(10_000 * 1.05**step, 1000).width for step in range(200)}
+    chosen = {shape_for(10_000 * 1.35**step, 1000).width for step in range(34)}
     assert len(chosen) > 20
-    assert all(width % 8 == 0 for width in chosen)
+    assert all(width % 8 == 0 for width in {*chosen, *WIDTHS})
+
+
+def test_widths_increase_by_8_and_by_an_eighth_of_a_power_of_two_from_128_to_512():
+    assert (FINE_WIDTHS[0], FINE_WIDTHS[-1]) == (32, 4096)
+    for width, larger in pairwise(FINE_WIDTHS):
+        power = 2 ** int(math.log2(width))
+        assert larger - width == min(max(8, power // 8), 64)
 
 
 def test_regularization_increases_with_the_number_of_epochs():

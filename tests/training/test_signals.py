@@ -32,23 +32,32 @@ def test_after_a_signal_the_run_only_saves(number, recipe, words, tmp_path, monk
     assert steps_with(folder, "sample") == [0, 4, 8]
 
 
-@pytest.mark.parametrize("step", [3, 4, 8])
-def test_without_validation_a_resumed_run_logs_the_samples_of_an_uninterrupted_one(
-    step, recipe, words, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("flags", "stops", "due"),
+    [
+        ("--save_steps 2", [3, 4, 8], [0, 2, 4, 6, 8]),
+        ("--validation_fraction 0.3 --eval_steps 2", [3, 4], [0, 2, 4, 6, 8]),
+        ("--save_strategy epoch --per_device_train_batch_size 8", [3, 4], [0, 4, 8]),  # 26 sequences: 4 steps per epoch
+    ],
+    ids=["checkpoints", "evaluations", "epochs"],
+)
+def test_a_stopped_and_resumed_run_logs_the_samples_of_an_uninterrupted_one(
+    flags, stops, due, recipe, words, tmp_path, monkeypatch
 ):
-    """A sample is written at each regular checkpoint, but not at one saved because of a signal."""
+    """A sample is due at each evaluation or regular checkpoint, and none at one that was saved for a signal in between."""
     straight, folder, real = tmp_path / "straight", tmp_path / "run", Trainer.training_step
-    flags = ["--save_steps", "2", "--sample_tokens", "4"]
+    flags = [*flags.split(), "--sample_tokens", "4"]
     assert train(recipe, words, straight, *flags) == 0
+    for stop in stops:
 
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
+        def training_step(self, *args, stop=stop, **kwargs):
+            if self.state.global_step == stop - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "training_step", training_step)
-    assert train(recipe, words, folder, *flags) == 143
-    assert steps_with(folder, "sample") == [0, 2][: step - 1] if step < 8 else [0, 2, 4, 6]
+        monkeypatch.setattr(Trainer, "training_step", training_step)
+        assert train(recipe, words, folder, *flags) == 143
+        assert steps_with(folder, "sample") == [step for step in due if step < stop]
     monkeypatch.setattr(Trainer, "training_step", real)
     assert train(recipe, words, folder, *flags) == 0
     samples = [
@@ -56,7 +65,7 @@ def test_without_validation_a_resumed_run_logs_the_samples_of_an_uninterrupted_o
         for run in (folder, straight)
     ]
     assert samples[0] == samples[1]
-    assert [number for number, _ in samples[0]] == [0, 2, 4, 6, 8]
+    assert [step for step, _ in samples[0]] == due
 
 
 def steps_with(folder, name: str) -> list[int]:

@@ -150,6 +150,18 @@ def test_label_smoothing_covers_every_label_of_a_sequence(streams, tmp_path):
     torch.testing.assert_close(loss, expected / 2, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_returned_with_the_outputs_on_request(smoothing, streams, tmp_path):
+    """As callers of `Trainer.compute_loss` expect."""
+    trainer = trained(streams, tmp_path, max_steps=1, label_smoothing_factor=smoothing)
+    blocks = trainer.train_dataset
+    batch = blocks.collate([blocks[0, i] for i in range(2)])
+    model = trainer.model.eval()
+    loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
+    assert torch.equal(loss, trainer.compute_loss(model, dict(batch)))
+    assert torch.equal(outputs.logits, model(batch["input_ids"]).logits)
+
+
 def test_losses_and_weights_of_the_bare_loop_equal_those_of_the_trainer(run_folder, recipe_file, text_file, tmp_path):
     arguments = parse_arguments(
         ["--data", str(text_file), "--output_dir", str(tmp_path / "bare")], recipe=str(recipe_file)

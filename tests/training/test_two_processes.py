@@ -18,6 +18,7 @@ from transformers import TrainerControl
 
 from minigpt_hf.data.blocks import SequenceSampler
 from minigpt_hf.training.lock import FolderLock
+from minigpt_hf.training.resume import from_main_process
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.stopping import StopAtBoundary
 from minigpt_hf.training.trainer import MiniGPTTrainer
@@ -63,6 +64,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
     finish(start(recipe, words, two, *PLAIN))
     assert json.loads((two / "fingerprint.json").read_text())["world_size"] == 2
     assert json.loads((two / "fingerprint.json").read_text())["effective_batch"] == 4
+    assert json.loads((two / "fingerprint.json").read_text())["dataloader_drop_last"] is True
     assert [row["loss"] for row in rows(two)[:6]] == pytest.approx([row["loss"] for row in rows(one)[:6]], abs=1e-5)
 
     # Interrupted after four steps and resumed with two processes: equal bit for bit.
@@ -139,6 +141,22 @@ def test_a_signal_stops_both_processes_at_the_same_step_and_the_run_is_resumed_e
     for name in ("optimizer.pt", "model.safetensors"):
         last = "checkpoint-150"
         assert (stopped / last / name).read_bytes() == (straight / last / name).read_bytes()
+
+
+def test_only_the_main_process_computes_what_all_processes_use():
+    """A file is not read, renamed or locked by several processes."""
+    computed = []
+    for rank in (0, 1):
+        training = SimpleNamespace(world_size=2, process_index=rank)
+        from_main_process(training, lambda rank=rank: computed.append(rank))
+    assert computed == [0]
+    assert from_main_process(SimpleNamespace(world_size=2, process_index=0), lambda: "outcome") == "outcome"
+    with pytest.raises(ValueError, match="refused"):
+        from_main_process(SimpleNamespace(world_size=2, process_index=0), refuse)
+
+
+def refuse():
+    raise ValueError("refused")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
