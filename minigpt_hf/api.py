@@ -191,10 +191,9 @@ def evaluate(
     if max_characters is not None:
         window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (block_size or longest_context(loaded))
         texts = whole.sample(max_characters, window)
-        if None not in (whole.characters, texts.characters):
-            sample = ValidationSample(
-                texts.number_of_documents, whole.number_of_documents, texts.characters, whole.characters, window
-            )
+        documents, characters = texts.number_of_documents, texts.characters
+        if documents is not None and characters is not None:  # not a stream
+            sample = ValidationSample(documents, whole.number_of_documents, characters, whole.characters, window)
             logger.info("scored: %s", sample)
     if tokenizer.is_fast:
         report_lossy_tokenizer(tokenizer, texts)

@@ -4,14 +4,13 @@ Characters that the encoding of a stream lacks are written as escapes (`\\xe9`).
 terminal, write errors are reported once, and further output is dropped.
 """
 
-import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ class GuardedStream:
         lasting: Whether to continue without output if writing fails (`| head`, a closed terminal, a full disk).
     """
 
-    def __init__(self, stream: io.TextIOBase, lasting: bool):
+    def __init__(self, stream: TextIO, lasting: bool):
         self._stream, self._lasting = stream, lasting
 
     def __getattr__(self, name: str) -> Any:
@@ -56,7 +55,7 @@ class GuardedStream:
         )
 
 
-def discard(stream: io.TextIOBase) -> None:
+def discard(stream: TextIO) -> None:
     """Redirect the descriptor of a stream to the null device, so that flushing it at exit does not fail."""
     try:
         descriptor = stream.fileno()

@@ -6,6 +6,7 @@ Malformed settings, implausible sizes and inconsistent weight indices are reject
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def checked_folder(
     return path
 
 
-def read_metadata(folder: str | Path) -> dict[str, Any]:
+def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of `minigpt.json`, or an empty dictionary if the folder has none.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 from .parser import Parser, quiet
 
@@ -47,7 +48,7 @@ def run(argv: list[str]) -> None:
     from .. import api
 
     quiet()
-    score = api.evaluate(**settings).to_dict()
+    score: dict[str, Any] = api.evaluate(**settings).to_dict()
     if as_json:
         if math.isinf(score["perplexity"]):
             score["perplexity"] = None  # JSON cannot represent infinity

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import Any
 
 from ..errors import MiniGPTError
 from .parser import Parser, quiet
@@ -118,11 +119,11 @@ def run(argv: list[str]) -> None:
             print(f"minigpt generate: {error}", file=sys.stderr)
 
 
-def _options(flags: list[str]) -> dict:
+def _options(flags: list[str]) -> dict[str, Any]:
     """["--top_k", "50", "--do_sample", "false"] -> {"top_k": 50, "do_sample": False}."""
     from ..training.recipe import load_yaml
 
-    options = {}
+    options: dict[str, Any] = {}
     while flags:
         flag, *flags = flags
         if not flag.startswith("--"):

@@ -100,8 +100,8 @@ def short_help(command: str) -> str:
                 default = COMPUTED.get(name, default)
             with_data = {"none": default, "chosen from the text": "auto"}.get(with_data, with_data)
             theirs = inherited.get(name, default)
-            others = ("" if value == default else value for value in (with_data, theirs))
-            lines.append(_row(f"  --{name}", default, *others, description))
+            with_data, theirs = ("" if value == default else value for value in (with_data, theirs))
+            lines.append(_row(f"  --{name}", default, with_data, theirs, description))
     lines += ["", f"auto: chosen from the text. `minigpt {command} --help-all` lists every setting."]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 

@@ -50,7 +50,8 @@ def split_into_chunks(
     Yields:
         (whether the chunk starts a document, text). Documents without text are omitted.
     """
-    starts_document, pending, length = True, [], 0  # of the next chunk
+    pending: list[str] = []
+    starts_document, length = True, 0  # of the next chunk, whose text is `pending`
     for part_starts_document, text in parts:
         if part_starts_document:
             if length:

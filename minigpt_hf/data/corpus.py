@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 import datasets
 import numpy as np
@@ -111,11 +112,12 @@ def _mix(data: str, corpora: list[Corpus], weights: list[float]) -> Corpus:
     """Combine corpora that share no document between training and validation, in the given shares of characters."""
     train = Mixture.of([corpus.train for corpus in corpora], weights)
     for corpus, component in zip(corpora, train.components, strict=True):
-        if component.characters is not None and component.characters < corpus.train.characters:
+        used, total = component.characters, corpus.train.characters
+        if used is not None and total is not None and used < total:
             logger.info(
                 "the mixture uses %s of %s characters of %s: it ends with the source that is exhausted first",
-                f"{component.characters:,}",
-                f"{corpus.train.characters:,}",
+                f"{used:,}",
+                f"{total:,}",
                 corpus.name,
             )
 
@@ -142,7 +144,8 @@ def mixture(data: str) -> dict[str, float] | None:
     """
     if "," not in data or exists(data):
         return None
-    shares, rest = {}, data
+    shares: dict[str, float] = {}
+    rest = data
     while rest:
         # The shortest name that exists, or else the shortest without a comma.
         candidates = [
@@ -154,12 +157,14 @@ def mixture(data: str) -> dict[str, float] | None:
         match = existing or next((match for match in candidates if "," not in match[1] or is_url(match[1])), None)
         component = match[0] if match else rest.partition(",")[0]
         try:
-            share = float(match[2])
-        except (TypeError, ValueError):
+            share = float(match[2]) if match else None
+        except ValueError:  # e.g. "1e"
+            share = None
+        if match is None or share is None:
             raise MiniGPTError(
                 f"{data}: {component.strip()!r} is not a valid component of a mixture; write each as name:share, e.g. "
                 "plays.txt:0.7,notes:0.3"
-            ) from None
+            )
         if match[1] in shares:
             raise MiniGPTError(f"{data}: {match[1]} occurs twice in this mixture; specify its total share once")
         shares[match[1]] = share
@@ -201,20 +206,20 @@ def _split(contents: list[tuple[str, SourceContent]], fraction: float) -> list[C
 
 def _warn_if_shares_differ(corpus: Corpus, total: int | None, fraction: float) -> None:
     """Warn if copies or long documents make the splits very different in size from `validation_fraction`."""
-    if total is None:  # a stream
+    trained_on = corpus.train.characters
+    held_out = corpus.validation.characters if corpus.validation is not None else 0
+    if total is None or trained_on is None or held_out is None:  # a stream
         return
-    held_out = (corpus.validation.characters if corpus.validation is not None else 0) / total
-    trained_on = corpus.train.characters / total
-    is_near = fraction / 2 <= held_out <= 2 * fraction
-    is_little = trained_on < 0.5 < 1 - fraction
+    is_near = fraction / 2 <= held_out / total <= 2 * fraction
+    is_little = trained_on / total < 0.5 < 1 - fraction
     if is_near and not is_little:
         return
-    training = f"; only {corpus.train.characters:,} of {total:,} characters remain for training" if is_little else ""
+    training = f"; only {trained_on:,} of {total:,} characters remain for training" if is_little else ""
     logger.warning(
         "%s: %.3g%% of its characters are held out, while --validation_fraction requests %.3g%%, because documents are not "
         "divided and copies are excluded%s",
         corpus.name,
-        100 * held_out,
+        100 * held_out / total,
         100 * fraction,
         training,
     )
@@ -228,7 +233,7 @@ def _hash_threshold(contents: list[SourceContent], fraction: float) -> Callable[
     return lambda keys: keys <= last
 
 
-def _is_split_by_hash(documents: Documents) -> bool:
+def _is_split_by_hash(documents: Documents) -> TypeGuard[IndexedDocuments]:
     return isinstance(documents, IndexedDocuments) and len(documents) >= MIN_DOCUMENTS_FOR_HASH_SPLIT
 
 
@@ -273,7 +278,7 @@ def _without_copies(corpora: list[Corpus], has_own_validation: list[bool]) -> li
     keys = np.fromiter((int.from_bytes(digest[:8], "big") for digest in held_out), np.uint64, len(held_out))
     cleaned = []
     for number, corpus in enumerate(corpora):
-        if isinstance(corpus.train, StreamedDocuments):
+        if not isinstance(corpus.train, IndexedDocuments):
             # All streams use the same threshold; the content of a streamed validation split is not known in advance.
             if has_own_validation[number] and len(corpora) > 1:
                 logger.warning("%s: a streamed validation split is not compared with the other sources", corpus.name)

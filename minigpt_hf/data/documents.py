@@ -10,7 +10,7 @@ import hashlib
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -445,8 +445,8 @@ class Mixture(Documents):
     @classmethod
     def of(cls, components: Sequence[Documents], shares: Sequence[float]) -> "Mixture":
         """Create a mixture; sources of known length are truncated so that their shares are exact."""
-        sizes = [component.characters for component in components]
-        if None not in sizes:
+        sizes = _all_known(component.characters for component in components)
+        if sizes is not None:
             total = min(size / share for size, share in zip(sizes, shares, strict=True))
             components = [one.head(round(total * share)) for one, share in zip(components, shares, strict=True)]
         return cls(components, shares)
@@ -454,13 +454,15 @@ class Mixture(Documents):
     @classmethod
     def joined(cls, components: Sequence[Documents]) -> "Mixture":
         """Concatenate sources of known length."""
-        total = sum(component.characters for component in components)
-        return cls(components, [component.characters / total for component in components])
+        sizes = _all_known(component.characters for component in components)
+        assert sizes is not None, "the length of a stream is unknown"
+        total = sum(sizes)
+        return cls(components, [size / total for size in sizes])
 
     @property
     def characters(self) -> int | None:
-        sizes = [component.characters for component in self.components]
-        return None if None in sizes else sum(sizes)
+        sizes = _all_known(component.characters for component in self.components)
+        return None if sizes is None else sum(sizes)
 
     @property
     def fingerprint(self) -> str:
@@ -468,8 +470,8 @@ class Mixture(Documents):
 
     @property
     def number_of_documents(self) -> int | None:
-        numbers = [component.number_of_documents for component in self.components]
-        return None if None in numbers else sum(numbers)
+        numbers = _all_known(component.number_of_documents for component in self.components)
+        return None if numbers is None else sum(numbers)
 
     def sample(self, characters: int, window: int) -> "Mixture":
         samples = [
@@ -498,3 +500,13 @@ class Mixture(Documents):
                 return
             taken[behind] += len(document)
             yield True, document
+
+
+def _all_known(counts: Iterable[int | None]) -> list[int] | None:
+    """Return the counts, or None if one of them is unknown."""
+    known: list[int] = []
+    for count in counts:
+        if count is None:
+            return None
+        known.append(count)
+    return known

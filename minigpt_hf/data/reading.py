@@ -13,10 +13,10 @@ import lzma
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 from urllib.parse import urlparse
 
 import pyarrow as pa
@@ -26,6 +26,14 @@ from ..errors import UnreadableFileError
 # A file that expands by more than this factor is rejected once it has produced this many bytes. Text compresses about
 # 4-fold and logs 20-fold; the maximum of gzip is 1,032, of zstd about 32,000.
 MAX_EXPANSION, EXPANSION_CHECKED_ABOVE_BYTES = 100, 100_000_000
+
+
+class _ByteReader(Protocol):
+    """Reads the decompressed bytes of a file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
 
 
 class _XzReader:
@@ -62,7 +70,7 @@ class _XzReader:
         self.file.close()
 
 
-DECOMPRESSORS = {
+DECOMPRESSORS: dict[str, Callable[[str], _ByteReader]] = {
     ".gz": gzip.GzipFile,
     ".xz": _XzReader,
     # Unlike `zstandard`, pyarrow reads all frames of a file and reports a truncated one.

@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
 from ..errors import MiniGPTError, UnreadableFileError
-from .documents import Documents, IndexedDocuments, StreamedDocuments, TableRows, TextFiles
+from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
 from .files import (
     DOCUMENTATION_NAMES,
     FORMAT_BY_EXTENSION,
@@ -53,8 +53,8 @@ class SourceContent:
         note: How many of its files were read, if files were skipped.
     """
 
-    train: Documents
-    validation: Documents | None = None
+    train: IndexedDocuments | StreamedDocuments
+    validation: IndexedDocuments | StreamedDocuments | None = None
     note: str = ""
 
 
@@ -308,10 +308,14 @@ class Source:
                 f"{self.data}: has no split {requested!r}; use --data_split with one of {', '.join(splits)}"
             )
         validation = next((name for name in SPLITS["validation"] if name in splits), None) if not self.split else None
-        names = [name for name in (requested, validation) if name is not None]
-        return SourceContent(*(self._read_dataset(splits[name], f"{identity} {name}") for name in names))
+        train = self._read_dataset(splits[requested], f"{identity} {requested}")
+        if validation is None:
+            return SourceContent(train)
+        return SourceContent(train, self._read_dataset(splits[validation], f"{identity} {validation}"))
 
-    def _read_dataset(self, rows: datasets.Dataset | datasets.IterableDataset, identity: str = "") -> Documents:
+    def _read_dataset(
+        self, rows: datasets.Dataset | datasets.IterableDataset, identity: str = ""
+    ) -> IndexedDocuments | StreamedDocuments:
         """Return the text column of a dataset as documents.
 
         Args:
@@ -424,8 +428,8 @@ def _unwrapped(data: str, error: BaseException) -> MiniGPTError:
 def _reason(error: DatasetGenerationError) -> str:
     """Return the innermost cause of "An error occurred while generating the dataset"."""
     cause: BaseException = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
     if isinstance(cause, CastError):
         return "its tables have different columns; select tables with the same columns, or use --data_format text"
     return _first_line(cause)

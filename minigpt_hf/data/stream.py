@@ -17,11 +17,12 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
@@ -158,19 +159,22 @@ def _write_stream(
 ) -> None:
     dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
     bos = np.array([bos_token_id(tokenizer)], dtype=dtype)
-    offsets, written, characters, size = [], 0, 0, 0
+    limit = sys.maxsize if max_tokens is None else max_tokens
+    offsets: list[int] = []
+    written = characters = size = 0
     with (folder / "tokens.bin").open("wb") as file:
         for starts_document, text, ids in _encode(documents, tokenizer, dtype, num_proc):
-            is_last = max_tokens is not None and written + starts_document + len(ids) > max_tokens
+            room = limit - written - starts_document
+            is_last = len(ids) > room
             if is_last:
-                text, ids = _truncate(text, max_tokens - written - starts_document, tokenizer, dtype)
+                text, ids = _truncate(text, room, tokenizer, dtype)
                 if not len(ids):
                     break
             if starts_document:
                 offsets.append(written)
-                file.write(bos)
+                file.write(bos.data)
                 written += 1
-            file.write(ids)
+            file.write(ids.data)
             written += len(ids)
             characters += len(text)
             size += len(text.encode())
@@ -232,7 +236,8 @@ def _encode_in_pool(
     pool: ProcessPoolExecutor, chunks: Iterable[tuple[bool, str]], max_pending: int
 ) -> Iterator[EncodedChunk]:
     """Encode chunks in the processes of a pool and yield them in order, with at most `max_pending` jobs submitted ahead."""
-    chunks, pending = iter(chunks), deque()
+    chunks = iter(chunks)
+    pending: deque[tuple[list[tuple[bool, str]], Future[list[np.ndarray]]]] = deque()
 
     def oldest_result() -> Iterator[EncodedChunk]:
         batch, future = pending.popleft()
@@ -257,8 +262,15 @@ def _initialize_worker(tokenizer_json: str, dtype: np.dtype) -> None:
 
 def _exit_with_parent() -> None:
     """Exit if the parent was killed; otherwise this process would wait for jobs forever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only processes of the pool call this
+    parent.join()
     os._exit(1)
+
+
+# Of this process, set by `_initialize`.
+_encoder: Encoder
+_dtype: np.dtype
 
 
 def _initialize(tokenizer_json: str, dtype: np.dtype) -> None:

@@ -239,7 +239,8 @@ class JsonTable(Table):
             number: Line number of the start of `content`.
         """
         position = row = 0
-        while (position := _SPACE.match(content, position).end()) < len(content):
+        while found := _NOT_SPACE.search(content, position):
+            position = found.start()
             try:
                 value, position = _DECODER.raw_decode(content, position)
             except ValueError as error:
@@ -276,7 +277,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def _is_json(line: str) -> bool:

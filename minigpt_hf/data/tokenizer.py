@@ -165,8 +165,8 @@ def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
     }
     before, after = (unicodedata.normalize("NFD", "".join(side)) for side in zip(*changed, strict=True))
     lost = [name for name, belongs in categories.items() if sum(map(belongs, before)) != sum(map(belongs, after))]
-    lost = f"{', '.join(lost or ['characters'])} lost or changed"
-    return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown ones; {lost}" if unknown else lost
+    description = f"{', '.join(lost or ['characters'])} lost or changed"
+    return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown ones; {description}" if unknown else description
 
 
 def unknown_character_error(text: str, vocabulary: Container[str], what: str) -> MiniGPTError | None:

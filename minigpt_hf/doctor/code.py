@@ -67,8 +67,8 @@ def auto_map(folder: Folder) -> Row:
     wanted = AUTO_CLASSES if config.get("model_type") == "minigpt" else ()
     if not named and not wanted:
         raise NotApplicable("the folder contains no code")
-    own = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
-    if absent := [name for name in wanted if name not in own]:
+    own = config.get("auto_map")
+    if absent := [name for name in wanted if not isinstance(own, dict) or name not in own]:
         return failed(f"no entry for {some(absent, 6)}", "restore `auto_map` from the original folder")
     faults = [
         f"{place} is {entry!r}, {fault}" for place, entry in named.items() if (fault := _reference_fault(folder, entry))

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 from .folder import Folder, is_minigpt
 from .row import NotApplicable, Row, check, failed, passed, some
@@ -63,14 +63,15 @@ def faults(config: dict[str, Any]) -> Iterator[str]:
     if wrong := next(size_faults(config), None):
         yield wrong
         return  # the checks below need valid sizes
-    if missing := [name for name in ALWAYS if size(config, name) is None]:
-        yield from (f"no `{name}`" for name in missing)
+    vocabulary, hidden, depth = (size(config, name) for name in ALWAYS)
+    if vocabulary is None or hidden is None or depth is None:
+        yield from (f"no `{name}`" for name in ALWAYS if size(config, name) is None)
         return
     heads, groups, width = (size(config, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads and groups and heads % groups:
         yield f"{heads} heads are not a multiple of {groups} key and value heads"
-    if heads and width is None and size(config, "hidden_size") % heads:
-        yield f"`hidden_size` {size(config, 'hidden_size')} does not divide into {heads} heads"
+    if heads and width is None and hidden % heads:
+        yield f"`hidden_size` {hidden} does not divide into {heads} heads"
     if width is not None and width % 2 and "rope_parameters" in config:
         yield f"`head_dim` {width} is odd, but RoPE rotates pairs"
     for name, value in config.items():
@@ -79,10 +80,10 @@ def faults(config: dict[str, Any]) -> Iterator[str]:
         if name.endswith(("norm_eps", "norm_epsilon")) and not (_is_number(value) and 0 < value < 0.1):
             yield f"`{name}` is {value!r}: must be in (0, 0.1)"
     yield from _positions(config)
-    yield from _token_ids(config)
+    yield from _token_ids(config, vocabulary)
     layers = config.get("layer_types")
-    if layers is not None and (not isinstance(layers, list) or len(layers) != size(config, "num_hidden_layers")):
-        yield f"`layer_types` does not have one entry for each of {size(config, 'num_hidden_layers')} layers"
+    if layers is not None and (not isinstance(layers, list) or len(layers) != depth):
+        yield f"`layer_types` does not have one entry for each of {depth} layers"
     window = config.get("sliding_window")
     if config.get("use_sliding_window") and not (type(window) is int and window >= 1):
         yield f"`sliding_window` is {window!r}, but `use_sliding_window` is true"
@@ -104,15 +105,15 @@ def _positions(config: dict[str, Any]) -> Iterator[str]:
             yield f"`rope_theta` is {theta!r}: must be a number above 1"
 
 
-def _token_ids(config: dict[str, Any]) -> Iterator[str]:
+def _token_ids(settings: dict[str, Any], vocabulary: int) -> Iterator[str]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(name)
+        value = settings.get(name)
         for token in value if isinstance(value, list) else [value]:
-            if token is not None and (type(token) is not int or not 0 <= token < size(config, "vocab_size")):
-                yield f"`{name}` {token!r} is not in the vocabulary of {size(config, 'vocab_size')}"
+            if token is not None and (type(token) is not int or not 0 <= token < vocabulary):
+                yield f"`{name}` {token!r} is not in the vocabulary of {vocabulary}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and math.isfinite(value)
 
 
@@ -152,9 +153,11 @@ def recipe(folder: Folder) -> Row:
         return failed("minigpt.json has no recipe", "restore minigpt.json from the original folder")
     rope = config.get("rope_parameters")
     now = {**config, "rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else config.get("rope_theta")}
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
-    names += ("rms_norm_eps", "use_sliding_window", "sliding_window", "tie_word_embeddings", "intermediate_size")
-    names += ("hidden_act", "rope_type", "max_position_embeddings")
+    names = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta"),
+        *("rms_norm_eps", "use_sliding_window", "sliding_window", "tie_word_embeddings", "intermediate_size"),
+        *("hidden_act", "rope_type", "max_position_embeddings"),
+    )
     now["rope_type"] = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     trained = {"hidden_act": "silu"} | trained
     block_size = trained.get("block_size")
@@ -222,7 +225,9 @@ def _nested(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_here(folder: Folder, entry: Any) -> bool:
-    return entry is None or (isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry) and entry in folder.files)
+    if entry is None:
+        return True
+    return isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry) is not None and entry in folder.files
 
 
 @check("generation config")
@@ -235,7 +240,7 @@ def generation(folder: Folder) -> Row:
     unknown = sorted(set(settings) - set(vars(GenerationConfig())) - {"transformers_version", "_from_model_config"})
     if unknown and is_minigpt(folder):
         return failed(f"unknown: {some(unknown)}", "delete them: `generate` rejects or ignores unknown options")
-    ids = list(_token_ids({**settings, "vocab_size": vocabulary}))
+    ids = list(_token_ids(settings, vocabulary))
     if ids:
         return failed(some(ids), "correct generation_config.json")
     try:

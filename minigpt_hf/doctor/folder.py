@@ -14,7 +14,12 @@ from .row import NotApplicable
 
 MEBI = 1 << 20
 # Vocabularies are large (up to about 33 MiB); files with slower parsers have lower limits.
-MAX_SIZE = {"tokenizer.json": 64, "vocab.json": 64, "merges.txt": 64, "model.safetensors.index.json": 64}
+MAX_SIZE: dict[str, float] = {
+    "tokenizer.json": 64,
+    "vocab.json": 64,
+    "merges.txt": 64,
+    "model.safetensors.index.json": 64,
+}
 MAX_SIZE |= {".py": 1, ".jinja": 1, ".md": 0.25, ".yaml": 0.25, ".yml": 0.25}  # MiB, by name or suffix; 16 for others
 MAX_ENTRIES = 10_000
 # Links created after listing are not followed, and opening a pipe does not block.
@@ -37,7 +42,7 @@ class Folder:
         ValueError: if there is no such folder, or it cannot be a model folder.
     """
 
-    def __init__(self, path: str | Path, follow: bool = False):
+    def __init__(self, path: str | os.PathLike[str], follow: bool = False):
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(

@@ -122,7 +122,7 @@ def with_the_package(subject: LoadedFolder) -> Row:
 
 @check("loads without the package", "loading failed")
 def without_the_package(subject: LoadedFolder) -> Row:
-    sys.modules["minigpt_hf"] = None  # makes importing it fail
+    sys.modules["minigpt_hf"] = None  # type: ignore[assignment]  # makes importing it fail; unknown to the type stub
     subject.own = subject.load(trust_remote_code=True)
     if not type(subject.own).__module__.startswith("transformers_modules"):
         return passed(f"as {type(subject.own).__name__} of transformers: its code is not used")
@@ -166,7 +166,7 @@ def meta_equals_plain(subject: LoadedFolder) -> Row:
     """`from_pretrained` builds the model on the meta device, where non-persistent buffers can be left uninitialized."""
     model = subject.model
     plain = type(model)(model.config).to(torch.float32).eval()
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for name in files_of(subject.folder):
         stored |= load_file(subject.folder.path / name)
     if stored.keys() - plain.state_dict().keys():

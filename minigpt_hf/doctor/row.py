@@ -4,7 +4,6 @@ A check is a function that returns a `Row`; `@check` sets its name and handles e
 control characters escaped, since they could control a terminal.
 """
 
-import functools
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,29 +39,35 @@ def not_applicable(reason: str) -> Row:
     return Row("", "not applicable", plain(reason))
 
 
-def check(
-    name: str, error_prefix: str = "the check raised an error"
-) -> Callable[[Callable[..., Row]], Callable[..., Row]]:
-    """Define a check. Exceptions become a failed row, so that the other checks still run."""
+@dataclass(frozen=True)
+class Check:
+    """A function that returns a `Row`. Exceptions become a failed row, so that the other checks still run.
 
-    def named(function: Callable[..., Row]) -> Callable[..., Row]:
-        @functools.wraps(function)
-        def run(*args: Any) -> Row:
-            try:
-                row = function(*args)
-            except NotApplicable as reason:
-                row = not_applicable(str(reason))
-            except Exception as error:  # a valid folder raises no exception
-                row = failed(
-                    f"{error_prefix}: {in_one_line(error)}",
-                    "check that the files named here have the usual format",
-                )
-            return replace(row, name=name)
+    Args:
+        row_name: Name of the row.
+        function: The check.
+        error_prefix: Start of the reason if the function raises an exception.
+    """
 
-        run.row_name = name
-        return run
+    row_name: str
+    function: Callable[..., Row]
+    error_prefix: str
 
-    return named
+    def __call__(self, *args: Any) -> Row:
+        try:
+            row = self.function(*args)
+        except NotApplicable as reason:
+            row = not_applicable(str(reason))
+        except Exception as error:  # a valid folder raises no exception
+            row = failed(
+                f"{self.error_prefix}: {in_one_line(error)}", "check that the files named here have the usual format"
+            )
+        return replace(row, name=self.row_name)
+
+
+def check(name: str, error_prefix: str = "the check raised an error") -> Callable[[Callable[..., Row]], Check]:
+    """Define a check; for the arguments see `Check`."""
+    return lambda function: Check(name, function, error_prefix)
 
 
 def in_one_line(error: BaseException) -> str:

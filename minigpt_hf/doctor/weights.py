@@ -7,7 +7,7 @@ no memory is allocated according to a header.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -85,10 +85,7 @@ def _tensor(file: str, name: str, claim: Any, first: int) -> Tensor:
     if not isinstance(claim, dict) or claim.get("dtype") not in TYPES:
         raise Unsound(f"{file}: {name} has an unknown dtype")
     shape, place = claim.get("shape"), claim.get("data_offsets")
-    for numbers in (shape, place):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-            raise Unsound(f"{file}: {name} has an invalid shape or offset")
-    if len(place) != 2 or len(shape) > 8:
+    if not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2 or len(shape) > 8:
         raise Unsound(f"{file}: {name} has an invalid shape or offset")
     width = TYPES[claim["dtype"]][0]
     for n in shape:
@@ -96,6 +93,10 @@ def _tensor(file: str, name: str, claim: Any, first: int) -> Tensor:
     if place[1] - place[0] != width:
         raise Unsound(f"{file}: {name} has shape {shape} and dtype {claim['dtype']} in {place[1] - place[0]:,} bytes")
     return Tensor(file, claim["dtype"], tuple(shape), first + place[0], first + place[1])
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def files_of(folder: Folder) -> list[str]:

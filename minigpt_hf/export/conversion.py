@@ -49,11 +49,18 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
     return model.eval()
 
 
+def has_sliding_window(config: MiniGPTConfig) -> bool:
+    """Whether any layer attends only to a window of tokens."""
+    assert config.layer_types is not None  # `MiniGPTConfig` derives it if it is not given
+    return "sliding_attention" in config.layer_types
+
+
 def longest_full_context(config: MiniGPTConfig) -> int:
     """Return the longest context in tokens up to which sliding-window and full attention are the same function."""
-    if "sliding_attention" in config.layer_types:
-        return min(config.max_position_embeddings, config.sliding_window)
-    return config.max_position_embeddings
+    if not has_sliding_window(config):
+        return config.max_position_embeddings
+    assert config.sliding_window is not None  # without it, the model cannot be evaluated
+    return min(config.max_position_embeddings, config.sliding_window)
 
 
 def check_context(config: MiniGPTConfig, context: int | None) -> None:
@@ -64,9 +71,10 @@ def check_context(config: MiniGPTConfig, context: int | None) -> None:
     """
     longest = longest_full_context(config)
     if context is not None and not 1 <= context <= longest:
-        has_window = "sliding_attention" in config.layer_types
         reason = (
-            f"its sliding window is {config.sliding_window} tokens" if has_window else "its maximum sequence length"
+            f"its sliding window is {config.sliding_window} tokens"
+            if has_sliding_window(config)
+            else "its maximum sequence length"
         )
         raise MiniGPTError(f"--context {context}: give 1 to {longest} tokens for this model ({reason})")
 

@@ -31,7 +31,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import read_metadata
-from .conversion import atomic_folder, check_context, load_model, longest_full_context, verify
+from .conversion import atomic_folder, check_context, has_sliding_window, load_model, longest_full_context, verify
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
 
@@ -94,12 +94,13 @@ def modelfile(gguf_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _check_representable(folder: Path, config: MiniGPTConfig, context: int | None) -> None:
-    if "sliding_attention" in config.layer_types and context is None:
+    if has_sliding_window(config) and context is None:
         raise MiniGPTError(
             f"{folder}: its attention has a sliding window of {config.sliding_window} tokens, which llama.cpp's qwen3 does "
             f"not support: limit the context with --context {longest_full_context(config)}, up to which both are equal, "
             "or use `--to native` or `--to onnx`"
         )
+    assert config.rope_parameters is not None  # `PreTrainedConfig` sets the default
     if (kind := config.rope_parameters["rope_type"]) != "default":
         raise MiniGPTError(f"{folder}: its RoPE is scaled ({kind}); the GGUF export supports only unscaled RoPE")
     if config.hidden_act != "silu":
@@ -129,21 +130,21 @@ def _write(
     dtype: str,
     context: int,
 ) -> None:
-    config, (kind, file_type) = model.config, KINDS[dtype]
+    settings, (kind, file_type) = qwen3_settings(model), KINDS[dtype]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3])
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(context)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_embedding_length(settings["hidden_size"])
+    writer.add_block_count(settings["num_hidden_layers"])
+    writer.add_feed_forward_length(settings["intermediate_size"])
+    writer.add_head_count(settings["num_attention_heads"])
+    writer.add_head_count_kv(settings["num_key_value_heads"])
+    writer.add_key_length(settings["head_dim"])
+    writer.add_value_length(settings["head_dim"])
+    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
+    writer.add_rope_freq_base(settings["rope_theta"])
 
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -159,13 +160,16 @@ def _write(
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, settings["num_hidden_layers"])
     # `named_parameters` lists a tied head once, as the embedding, which llama.cpp then uses for both.
     for parameter, weight in model.named_parameters():
         stored = kind if weight.dim() == 2 else Kind.F32
         _check_storable(parameter, weight, stored)
-        name = names.get_name(parameter.removesuffix(".weight")) + ".weight"
-        writer.add_tensor(name, gguf.quants.quantize(weight.detach().float().numpy(), stored), raw_dtype=stored)
+        stem = names.get_name(parameter.removesuffix(".weight"))
+        assert stem is not None, parameter  # gguf knows every parameter of Qwen3
+        writer.add_tensor(
+            f"{stem}.weight", gguf.quants.quantize(weight.detach().float().numpy(), stored), raw_dtype=stored
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

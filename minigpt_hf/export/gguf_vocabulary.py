@@ -81,7 +81,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
         raise _unsupported(f"llama.cpp has no {model['type']} tokenizer with this pre-tokenizer")
 
     vocabulary = Vocabulary(
-        pre, [f"[unused{i}]" for i in range(rows)], [TokenType.UNUSED] * rows, [" ".join(pair) for pair in merges]
+        pre, [f"[unused{i}]" for i in range(rows)], [TokenType.UNUSED] * rows, merges or [UNUSED_MERGE]
     )
     names = {token["content"] for token in added}
     for token, i in tokens.items():
@@ -91,11 +91,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     for token in added:
         vocabulary.tokens[token["id"]] = token["content"]
         vocabulary.types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    vocabulary.merges = vocabulary.merges or [UNUSED_MERGE]
     return vocabulary
 
 
-def _byte_level_bpe(model: dict, words: dict | None) -> tuple[str, dict[str, int], list[list[str]]]:
+def _byte_level_bpe(model: dict, words: dict | None) -> tuple[str, dict[str, int], list[str]]:
+    """Return llama.cpp's name of the pre-tokenizer, the ids by token, and the merges."""
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[name]:
             raise _unsupported(f"its BPE model has {name} {model[name]!r}")
@@ -104,18 +104,20 @@ def _byte_level_bpe(model: dict, words: dict | None) -> tuple[str, dict[str, int
             raise _unsupported(f"its BPE model has {name}")
     for pre, known in PRE_TOKENIZERS.items():
         if _normalized(words) == _normalized(_serialized(known)):
-            return pre, model["vocab"], model["merges"]
+            return pre, model["vocab"], [" ".join(pair) for pair in model["merges"]]
     raise _unsupported(f"its pre-tokenizer is not one of {', '.join(PRE_TOKENIZERS)}")
 
 
-def _characters(model: dict, added: set[str]) -> tuple[str, dict[str, int], list[tuple[str, str]]]:
-    tokens, merges = {}, {}  # `merges` is an ordered set
+def _characters(model: dict, added: set[str]) -> tuple[str, dict[str, int], list[str]]:
+    """Express a character tokenizer as byte-level BPE; see `_byte_level_bpe` for the result."""
+    tokens: dict[str, int] = {}
+    merges: dict[str, None] = {}  # an ordered set
     for character, i in model["vocab"].items():
         if character in added:
             continue
         ((spelling, _),) = BYTE_LEVEL.pre_tokenize_str(character)
         tokens[spelling] = i
-        merges |= {(spelling[:end], spelling[end]): None for end in range(1, len(spelling))}
+        merges |= {f"{spelling[:end]} {spelling[end]}": None for end in range(1, len(spelling))}
     return "qwen2", tokens, list(merges)
 
 

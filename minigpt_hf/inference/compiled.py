@@ -4,6 +4,7 @@ import copy
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._inductor import config as inductor
@@ -126,7 +127,7 @@ def compile_for_generation(
 
     model.to(torch.bfloat16)
     compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="max-autotune" if tune else "reduce-overhead")
-    inductor_options = {}
+    inductor_options: dict[str, Any] = {}
     if model.device.type == "cpu":
         try:
             get_cpp_compiler()

@@ -184,12 +184,14 @@ def vocabulary_for(checkpoint: Path, meta: Path | None, tokenizer: str | None) -
     Raises:
         MiniGPTError: unless exactly one of the two is given.
     """
-    if (meta is None) == (tokenizer is None):
-        raise MiniGPTError(
-            f"{checkpoint} has no vocabulary: for a character model give --meta data/NAME/meta.pkl of the nanoGPT folder; "
-            "for GPT-2 tokens give --tokenizer, a folder or Hub id such as gpt2"
-        )
-    return character_vocabulary(meta) if tokenizer is None else load_tokenizer(tokenizer)
+    if meta is not None and tokenizer is None:
+        return character_vocabulary(meta)
+    if meta is None and tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    raise MiniGPTError(
+        f"{checkpoint} has no vocabulary: for a character model give --meta data/NAME/meta.pkl of the nanoGPT folder; "
+        "for GPT-2 tokens give --tokenizer, a folder or Hub id such as gpt2"
+    )
 
 
 def character_vocabulary(meta: Path) -> PreTrainedTokenizerFast:

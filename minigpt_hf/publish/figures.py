@@ -69,9 +69,9 @@ def draw_comparison(logs: dict[str, Log], file: Path) -> None:
         labels.append(f"{name} ({min(values):.3f})" if values else f"{name} (not validated)")
         axes.plot(tokens, values, color=color, linewidth=1.6, marker="o", markersize=4, label="run")
     _finish(axes, "bits per byte (thin: training)")
-    if labels:
+    if (legend := axes.get_legend()) is not None:
         # matplotlib would omit labels that begin with `_` and typeset text between two `$` as mathematics.
-        for text, label in zip(axes.get_legend().get_texts(), labels, strict=True):
+        for text, label in zip(legend.get_texts(), labels, strict=True):
             text.set_parse_math(False)
             text.set_text("".join(c if c.isprintable() else repr(c)[1:-1] for c in label))
     figure.savefig(file)

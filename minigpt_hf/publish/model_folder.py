@@ -128,7 +128,7 @@ def damage(folder: Path) -> str | None:
             model = MiniGPTForCausalLM(MiniGPTConfig.from_pretrained(folder))
         tied = set(model.all_tied_weights_keys)
         expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name not in tied}
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for file in folder.glob("model*.safetensors"):
             with safe_open(file, "pt") as weights:
                 names = weights.keys()

@@ -134,9 +134,12 @@ def commit_folder(
         elif branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         current = api.model_info(repo_id, revision=branch)
-        content = {file.relative_to(folder).as_posix(): file for file in published_files(folder)}
+        content: dict[str, Path | bytes] = {
+            file.relative_to(folder).as_posix(): file for file in published_files(folder)
+        }
         if card is not None:
             content["README.md"] = card.encode()
+        assert current.siblings is not None  # `model_info` lists the files of the revision
         paths = [file.rfilename for file in current.siblings]
         stale = [path for path in paths if _is_read_by_loaders(path) and path not in content]
         if stale:
@@ -211,7 +214,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except HFValidationError as error:
         raise MiniGPTError(str(error)) from error
     except (HTTPError, RuntimeError) as error:
-        cause = error
+        cause: BaseException = error
         while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
             cause = cause.__cause__  # huggingface_hub wraps upload errors in a `RuntimeError` without the reason
         if isinstance(cause, HfHubHTTPError):
