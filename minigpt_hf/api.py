@@ -9,6 +9,7 @@ Invalid input raises `MiniGPTError`, whose message states in one line what was g
 import logging
 import os
 import reprlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_training = threading.Lock()  # held while this process trains
 SPLITS = ("all", "train", "validation")
 
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
@@ -75,7 +77,10 @@ class ModelFolder(os.PathLike):
 
 
 def train(
-    data: str | None = None, recipe: str | None = None, output_dir: str | os.PathLike | None = None, **overrides: Any
+    data: str | os.PathLike | None = None,
+    recipe: str | os.PathLike | None = None,
+    output_dir: str | os.PathLike | None = None,
+    **overrides: Any,
 ) -> ModelFolder:
     """Train a GPT and return its model folder. An interrupted run is resumed exactly.
 
@@ -94,10 +99,30 @@ def train(
         MiniGPTError: if a setting is unknown or invalid, the text cannot be read, or the folder is in use.
         TrainingStopped: if the run ended early: a signal, a full disk, or a non-finite loss.
     """
+    if not _training.acquire(blocking=False):
+        raise MiniGPTError(
+            "another thread of this process is training, and accelerate has one state per process: wait for it, or train in "
+            "another process"
+        )
+    try:
+        return _train(data, recipe, output_dir, overrides)
+    finally:
+        _training.release()
+
+
+def _train(
+    data: str | os.PathLike | None,
+    recipe: str | os.PathLike | None,
+    output_dir: str | os.PathLike | None,
+    overrides: dict[str, Any],
+) -> ModelFolder:
     from .training.recipe import parse_arguments
 
-    named = {"data": data, "output_dir": None if output_dir is None else os.fspath(output_dir)}
-    arguments = parse_arguments([], recipe, **{k: v for k, v in named.items() if v is not None}, **overrides)
+    paths = {"data": data, "recipe": recipe, "output_dir": output_dir}
+    for name, value in paths.items():
+        check_type(name, value, str, os.PathLike, type(None))
+    named = {name: os.fspath(value) for name, value in paths.items() if value is not None}
+    arguments = parse_arguments([], **named, **overrides)
     from .training import train as run
 
     return ModelFolder(run.train(arguments))
@@ -147,6 +172,20 @@ def evaluate(
             f"data is a {type(data).__name__}: give one string; a mixture is written 'plays:0.7,notes:0.3'"
         )
     data = os.fspath(data)
+
+    texts_given = {
+        "encoding": encoding,
+        "encoding_errors": encoding_errors,
+        "newline": newline,
+        "data_split": data_split,
+    }
+    texts_given |= {"text_column": text_column, "data_format": data_format}
+    for name, text in texts_given.items():
+        check_type(name, text, str, type(None))
+    counts = {"max_characters": max_characters, "block_size": block_size, "stride": stride, "batch_size": batch_size}
+    for name, count in counts.items():
+        check_type(name, count, int, type(None))
+    check_type("validation_fraction", validation_fraction, int, float, type(None))
 
     from .data.corpus import load_corpus
     from .data.documents import Mixture
@@ -231,6 +270,8 @@ def generate(
     """
     from .inference.generation import generate
 
+    if unknown := options.keys() & {"streamer", "extra_options"}:
+        raise MiniGPTError(f"unknown option {min(unknown)}: give attributes of GenerationConfig")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
     loaded, tokenizer = load(model, trust_remote_code)
@@ -247,7 +288,19 @@ def load(
     """
     from .inference.generation import load
 
+    check_type("model", model, str, os.PathLike)
     return load(os.fspath(model), trust_remote_code)
+
+
+def check_type(name: str, value: Any, *types: type) -> None:
+    """Check the type of an argument. A bool is not accepted as a number.
+
+    Raises:
+        MiniGPTError: if it has another type.
+    """
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = " or ".join({os.PathLike: "path", type(None): "None"}.get(kind, kind.__name__) for kind in types)
+        raise MiniGPTError(f"{name} is {reprlib.repr(value)}: expected {names}")
 
 
 def window_characters_of(model: str | os.PathLike) -> int | None:

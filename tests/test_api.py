@@ -1,6 +1,7 @@
 """The Python interface gives the same results as the command line."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "
 
 
 def test_train_equals_the_command(recipe_file, text_file, run_folder, tmp_path):
-    folder = minigpt_hf.train(data=str(text_file), recipe=str(recipe_file), output_dir=tmp_path / "run")
+    folder = minigpt_hf.train(data=str(text_file), recipe=recipe_file, output_dir=tmp_path / "run")
     assert os.fspath(folder) == str(tmp_path / "run" / "model")
     model, other = folder.load()[0], AutoModelForCausalLM.from_pretrained(run_folder / "model")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -45,6 +46,16 @@ def test_a_model_folder_evaluates_and_generates(run_folder, text_file, capsys):
         (lambda: minigpt_hf.train(learning_rate="fast"), "learning_rate is 'fast': expected a number"),
         (lambda: minigpt_hf.train(tokenizer=None), "tokenizer is None"),
         (lambda: minigpt_hf.train(recipe="dmeo"), "unknown recipe 'dmeo'; did you mean demo"),
+        (lambda: minigpt_hf.train(recipe=5), "recipe is 5: expected str or path"),
+        (lambda: minigpt_hf.train(output_dir=5), "output_dir is 5: expected str or path"),
+        (lambda: minigpt_hf.train(language={"en"}), "language is {'en'}: expected a list"),
+        (lambda: minigpt_hf.train(on_bad_loss="zz"), "on_bad_loss is 'zz': expected stop, skip"),
+        (lambda: minigpt_hf.train(log_level="zz"), "log_level is 'zz': expected .*info"),
+        (lambda: minigpt_hf.load(3), "model is 3: expected str or path"),
+        (lambda: minigpt_hf.evaluate("absent", "stdlib", encoding=5), "encoding is 5: expected str"),
+        (lambda: minigpt_hf.evaluate("absent", "stdlib", block_size=3.5), "block_size is 3.5: expected int"),
+        (lambda: minigpt_hf.evaluate("absent", "stdlib", batch_size=True), "batch_size is True: expected int"),
+        (lambda: minigpt_hf.generate("absent", extra_options=None), "unknown option extra_options"),
         (lambda: minigpt_hf.load("absent"), "absent: no model can be loaded"),
         (lambda: minigpt_hf.evaluate("absent", "stdlib"), "absent: no model can be loaded"),
         (lambda: minigpt_hf.generate("absent"), "absent: no model can be loaded"),
@@ -54,6 +65,40 @@ def test_invalid_input_is_a_value_error(call, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_second_thread_cannot_train_at_the_same_time(recipe_file, text_file, tmp_path, monkeypatch):
+    """accelerate has one state per process, which parsing arguments resets."""
+    errors, real = [], callbacks.ProgressLogger.on_step_begin
+
+    def train(name: str) -> None:
+        minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / name, **SHORT)
+
+    def second() -> None:
+        try:
+            train("second")
+        except ValueError as error:
+            errors.append(str(error))
+
+    def on_step_begin(self, *args, **kwargs):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(callbacks.ProgressLogger, "on_step_begin", on_step_begin)
+    train("first")
+    assert errors == [message for message in errors if message.startswith("another thread of this process is training")]
+    assert len(errors) == SHORT["max_steps"]
+    assert not (tmp_path / "second").exists()
+    monkeypatch.setattr(callbacks.ProgressLogger, "on_step_begin", real)
+    train("second")
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, "x", True])
+def test_an_invalid_seed_is_a_value_error(seed, run_folder):
+    with pytest.raises(ValueError, match=r"seed is .*: an integer from 0 to 4294967295"):
+        minigpt_hf.generate(run_folder / "model", seed=seed)
 
 
 def test_a_notebook_shows_a_progress_bar(recipe_file, text_file, tmp_path, monkeypatch, capsys):

@@ -223,7 +223,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "greater_is_better": (
             train("--metric_for_best_model", "perplexity", "--greater_is_better", "true"),
-            "greater_is_better is True: lower is better",
+            "greater_is_better is true: lower is better",
         ),
         "ignore_data_skip": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
         "data_seed": (train("--data_seed", "3"), "data_seed 3 is not supported: seed determines"),

@@ -104,6 +104,8 @@ def generate(
         MiniGPTError: if an option is unknown or invalid, the tokenizer cannot encode the prompt, or a sequence would exceed
             the cache of a compiled model.
     """
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 32):
+        raise MiniGPTError(f"seed is {seed!r}: an integer from 0 to 4294967295 is required")
     if not isinstance(prompt, str):
         raise MiniGPTError(f"the prompt is a {type(prompt).__name__}: text is required")
     known = set(vars(GenerationConfig()))

@@ -175,6 +175,8 @@ class DataArguments:
         check_numbers(self)
         if self.streaming and self.max_tokens is None:
             raise MiniGPTError("streaming requires max_tokens, the number of tokens to read: set --max_tokens")
+        if not isinstance(self.language, str | list):
+            raise MiniGPTError(f"language is {self.language!r}: expected a list of codes, such as ['en']")
         if isinstance(self.language, str):
             object.__setattr__(self, "language", [self.language])
         for code in self.language:
@@ -314,7 +316,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
         default=32, metadata={"help": "Windows per device and forward pass in evaluations."}
     )
     max_steps: int = field(default=1000, metadata={"help": "Number of optimizer steps; -1: use num_train_epochs."})
-    bf16: bool = field(
+    bf16: bool = field(  # type: ignore[assignment]  # `_resolve` replaces None
         default=None, metadata={"help": "bfloat16 autocast over float32 weights; default: if the device supports it."}
     )
     logging_steps: float = field(default=20, metadata={"help": "Steps between log lines; below 1, share of all steps."})
@@ -322,13 +324,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
     eval_steps: float | None = field(
         default=0.25, metadata={"help": "Steps between evaluations; below 1, share of all steps."}
     )
-    save_steps: float = field(
+    save_steps: float = field(  # type: ignore[assignment]  # `_resolve` replaces None
         default=None, metadata={"help": "Steps between checkpoints; below 1, share of all steps; default: eval_steps."}
     )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Number of checkpoints to keep; the best and the last are always kept."}
     )
-    load_best_model_at_end: bool = field(
+    load_best_model_at_end: bool = field(  # type: ignore[assignment]  # `_resolve` replaces None
         default=None,
         metadata={
             "help": "Publish the checkpoint with the lowest validation loss; default: if every checkpoint is evaluated."
@@ -406,10 +408,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             raise MiniGPTError(
                 f"metric_for_best_model {self.metric_for_best_model}: unknown metric; available: {', '.join(METRICS)}"
             )
-        if self.greater_is_better:
-            raise MiniGPTError(
-                f"greater_is_better is {self.greater_is_better}: lower is better for {', '.join(METRICS)}; omit it"
-            )
+        if self.greater_is_better:  # type: ignore[has-type]  # inherited
+            raise MiniGPTError(f"greater_is_better is true: lower is better for {', '.join(METRICS)}; omit it")
         if self.metric_for_best_model is not None:
             self.greater_is_better = False  # transformers infers True from every name that does not end in `loss`
         if self.hub_token:
@@ -486,19 +486,20 @@ class Settings(NamedTuple):
         Args:
             values: New values by name. A name belongs to exactly one of the three groups.
         """
-        groups = []
-        for group in self:
-            own = {name: values.pop(name) for name in [*values] if name in group.__dataclass_fields__}
-            given = {name: own.pop(name) for name in ("given", "given_in_command") if name in own}
-            new = dataclasses.replace(group, **own) if own else group
-            if isinstance(group, MiniGPTTrainingArguments) and (own or given):
-                new = new.mutable_copy()
-                for name in ("given", "given_in_command"):
-                    setattr(new, name, given.get(name, getattr(group, name)))
-                new._is_frozen = True
-            groups.append(new)
+        own = [{name: values.pop(name) for name in [*values] if name in group.__dataclass_fields__} for group in self]
         assert not values, f"unknown settings: {', '.join(values)}"
-        return Settings(*groups)
+        data, model, training = own
+        given = {name: training.pop(name, getattr(self.training, name)) for name in ("given", "given_in_command")}
+        new = dataclasses.replace(self.training, **training) if training else self.training
+        new = new.mutable_copy()
+        for name, value in given.items():  # not arguments of the constructor
+            setattr(new, name, value)
+        new._is_frozen = True
+        return Settings(
+            dataclasses.replace(self.data, **data) if data else self.data,
+            dataclasses.replace(self.model, **model) if model else self.model,
+            new,
+        )
 
 
 # Settings that a pretrained model determines; the others of `ModelArguments` apply to training only.

@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ class AutoConfigurator:
             raise MiniGPTError("minutes and size support one process only: give the individual settings instead")
         if run.exists() and not self.training.fresh:
             stored = stored_settings(run)
+            if self.training.given_in_command & {"eval_strategy", "save_strategy"}:
+                stored.pop("load_best_model_at_end", None)  # follows from the strategies unless it is given
             names = {name for group in settings for name in vars(group)}
             self._fill_in({name: value for name, value in stored.items() if name in names})
             self._log(f"settings that are not given are read from the recipe of this run, {run.recipe}")
@@ -147,7 +150,7 @@ class AutoConfigurator:
             reason = f"the text has more than {MAX_CHARACTER_LEVEL_TEXT:,} characters, or more than 256 distinct ones"
             self._choose("vocab_size is given" if "vocab_size" in self.training.given else reason, tokenizer="bpe")
         if self.training.minutes:
-            characters = min(characters, self.training.minutes * CHARACTERS_PER_MINUTE[kind])
+            characters = min(characters, int(self.training.minutes * CHARACTERS_PER_MINUTE[kind]))
             scored = int(min(1e6, max(2e4, self.training.minutes * VALIDATION_CHARACTERS_PER_MINUTE[kind])))
             self._choose(f"for a time budget of {self.training.minutes:g} min", validation_characters=scored)
         self._fill_in({"vocab_size": vocabulary_for(characters)})
@@ -379,7 +382,7 @@ class AutoConfigurator:
         Returns:
             The shape, the number of tokens, and lines to log.
         """
-        budget = 60 * self.training.minutes
+        budget = self._budget()
         started = time.perf_counter()
         allowed = MEASURED_SHARE * budget
         before = started - self.began
@@ -411,13 +414,18 @@ class AutoConfigurator:
             ],
         )
 
+    def _budget(self) -> float:
+        """The time budget in seconds."""
+        assert self.training.minutes is not None
+        return 60 * self.training.minutes
+
     def _training_seconds(self, other: float) -> float:
         """Seconds left for training steps if everything else takes `other` seconds.
 
         Raises:
             MiniGPTError: if this is less than a quarter of the time budget.
         """
-        budget, passed = 60 * self.training.minutes, time.perf_counter() - self.began
+        budget, passed = self._budget(), time.perf_counter() - self.began
         if (left := budget - passed - other) < budget / 4:
             raise MiniGPTError(
                 f"minutes {self.training.minutes:g}: {duration(passed)} have passed and {duration(other)} are required for "
@@ -459,16 +467,16 @@ class AutoConfigurator:
             model.eval().generate(ids[:1, :1], max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True)
             model.train()
 
-        means = {}
+        means: dict[Callable[[], None], float] = {}
         for function, times in ((evaluate, 2), (generate, 2), (train, 3)):
-            seconds = []
+            seconds: list[float] = []
             while len(seconds) < times or (function is train and time.perf_counter() < until):
                 began = time.perf_counter()
                 function()
                 seconds.append(time.perf_counter() - began)
             # Without the first call, which allocates memory. The mean, because slowdowns will also occur during training.
             means[function] = statistics.mean(seconds[1:])
-        evaluations = 0 if self.validation is None else 1 / training.eval_steps
+        evaluations = 0 if self.validation is None or not training.eval_steps else 1 / training.eval_steps
         batches = 0 if self.validation is None else len(self.validation) / ids.numel()
         generations = (evaluations + 1) * training.sample_tokens / 8
         other = evaluations * batches * means[evaluate] + generations * means[generate]

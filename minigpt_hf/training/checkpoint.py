@@ -80,7 +80,7 @@ def newest_valid(run: RunFolder) -> tuple[Path | None, list[str]]:
     Returns:
         The checkpoint, or `None` if no checkpoint is valid; and a message for each renamed one.
     """
-    messages = []
+    messages: list[str] = []
     for checkpoint in reversed(run.checkpoints()):
         fault = verification_error(checkpoint)
         if fault is None:

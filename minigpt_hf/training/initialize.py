@@ -26,6 +26,7 @@ def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
         MiniGPTError: if `init_from` has no model, a quantized one, or one that is neither MiniGPT nor Qwen3.
     """
     folder = architecture.init_from
+    assert folder is not None
     path = checked_folder(folder)
     with loading(folder):
         found = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -53,6 +54,7 @@ def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
 def settings_of_config(config: MiniGPTConfig) -> dict[str, Any]:
     """Return the architecture of a pretrained model as values of `ModelArguments`."""
     values = {name: vars(config)[name] for name in ARCHITECTURE_SETTINGS if name in vars(config)}
+    assert config.rope_parameters is not None  # set by the configuration itself
     return values | {"rope_theta": config.rope_parameters["rope_theta"]}
 
 

@@ -72,9 +72,11 @@ class FolderLock:
             if self._is_current():
                 break
             os.close(self.descriptor)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": datetime.now().isoformat(" ", "seconds")}
+        started = datetime.now().isoformat(" ", "seconds")
+        content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+        assert self.descriptor is not None
         os.ftruncate(self.descriptor, 0)
-        os.write(self.descriptor, json.dumps(holder).encode())
+        os.write(self.descriptor, content.encode())
 
     def release(self) -> None:
         """Remove the lock file, unlock, and remove the folders created by `acquire` that are empty."""
@@ -111,12 +113,14 @@ class FolderLock:
     def _is_current(self) -> bool:
         """Whether the path still refers to the open file."""
         try:
+            assert self.descriptor is not None
             return os.path.samestat(os.fstat(self.descriptor), self.file.lstat())
         except FileNotFoundError:
             return False
 
     def _holder(self) -> str:
         try:
+            assert self.descriptor is not None
             holder = json.loads(os.read(self.descriptor, 1000))
             return f"pid {holder['pid']} on host {holder['host']}, started {holder['started']}"
         except (OSError, ValueError, KeyError, TypeError):
@@ -136,7 +140,7 @@ def _lock(descriptor: int) -> None:
         import msvcrt
 
         os.lseek(descriptor, WINDOWS_OFFSET, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # exists on Windows only
         os.lseek(descriptor, 0, os.SEEK_SET)
     else:
         import fcntl

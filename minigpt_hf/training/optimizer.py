@@ -152,7 +152,9 @@ def muon_adamw(
         lr: Learning rate of AdamW.
         muon_lr: Learning rate of Muon.
     """
-    embeddings, vectors, matrices = [], [], []
+    embeddings: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = vectors if parameter.ndim < 2 else matrices if ".layers." in name else embeddings

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -175,7 +176,7 @@ def _without_description_of_another_text(settings: Settings, recipe: dict[str, A
         settings.training,
         f"data {settings.data.data} replaces the text of the recipe, {recipe['data']}; ignored from the recipe: {described}",
     )
-    empty = {"language": [], "license": None, "sample_prompt": None}
+    empty: dict[str, Any] = {"language": [], "license": None, "sample_prompt": None}
     return settings.replace(**{name: empty[name] for name in dropped}, given=settings.training.given - dropped)
 
 
@@ -243,6 +244,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     Raises:
         MiniGPTError: if the recipe does not exist, is not a YAML mapping, or contains an unknown setting or an invalid value.
     """
+    source: Traversable
     if name.endswith((".yaml", ".yml")):
         source = Path(name)
         if not source.is_file():
@@ -277,6 +279,8 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
     """
     known, settings = setting_types(), dict(settings)
     optional = {each.name for group in GROUPS for each in fields(group) if each.default is None}
+    choices = {name: get_args(kind) for name, kind in known.items() if get_origin(kind) is Literal}
+    choices |= {each.name: each.metadata["choices"] for each in fields(TrainingArguments) if "choices" in each.metadata}
     for key, value in settings.items():
         if key not in known:
             raise MiniGPTError(f"{origin}unknown setting {key!r}{_suggestion(str(key), known)}")
@@ -290,6 +294,10 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
             is_valid = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
             if not is_valid:
                 raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected {kind.__name__}")
+        if (allowed_values := choices.get(key)) and value not in allowed_values and value is not None:
+            raise MiniGPTError(
+                f"{origin}{key} is {reprlib.repr(value)}: expected {', '.join(map(str, allowed_values))}"
+            )
         if kind is float and isinstance(value, str):  # YAML 1.1 reads 4e-3 as a string, 4.0e-3 as a float
             try:
                 value = settings[key] = float(value)
@@ -354,7 +362,7 @@ def recipe_text(name: str) -> str:
 def recipe_notes(name: str) -> dict[str, str]:
     """Parse the header comment of a recipe: `what`, `parameters`, `tokens`, `cost`, `result`."""
     first, *rest = recipe_text(name).splitlines()
-    notes = dict(found.groups() for line in rest if (found := re.fullmatch(r"# (\w+) {2,}(.+)", line)))
+    notes = {found[1]: found[2] for line in rest if (found := re.fullmatch(r"# (\w+) {2,}(.+)", line))}
     return {"what": first.removeprefix("# "), **notes}
 
 

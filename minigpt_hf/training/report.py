@@ -62,7 +62,8 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
     Args:
         finished: The model to publish, if training has ended; its samples are generated.
     """
-    samples = trainer.samples
+    samples, progress = trainer.samples, trainer.progress
+    assert samples is not None and progress is not None  # a trainer that publishes has both callbacks
     latest = [samples.latest] if samples.latest else []
     return TrainingResult(
         name=trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name,
@@ -70,7 +71,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
-        seconds=trainer.progress.seconds,
+        seconds=progress.seconds,
         evaluation=_evaluation_of_weights(trainer, finished is not None),
         prompt=samples.prompt,
         temperature=samples.temperature,
@@ -82,12 +83,9 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
 def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] | None:
     """The log row of the evaluation of the current weights, which at the end may be those of the best checkpoint."""
     state = trainer.state
-    evaluations = [row for row in state.log_history if "eval_loss" in row]
-    if not finished:
-        evaluations = [row for row in evaluations if row["step"] == state.global_step]
-    if finished and trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        evaluations = [row for row in evaluations if row["step"] == state.best_global_step] or evaluations
-        return evaluations[0] if evaluations else None
+    is_best = finished and trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    step = state.best_global_step if is_best else state.global_step
+    evaluations = [row for row in state.log_history if "eval_loss" in row and row["step"] == step]
     return evaluations[-1] if evaluations else None
 
 
@@ -114,7 +112,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
             "cut": text.split_description,
             "train": describe_stream(text.train),
-            "validation": describe_validation(text) if text.validation else None,
+            "validation": describe_validation(text),
         },
         "tokenizer": {
             "kind": {"bpe": "byte-level BPE"}.get(text.kind, public_name(text.kind)),
@@ -156,8 +154,10 @@ def score_of(result: TrainingResult, validation: TokenStream | None, block_size:
     return summarize(loss, tokens, validation.bytes, documents, block_size, None)
 
 
-def describe_validation(text: PreparedText) -> dict[str, Any]:
-    """Counts and fingerprint of the evaluated text, and its share of the validation split."""
+def describe_validation(text: PreparedText) -> dict[str, Any] | None:
+    """Counts and fingerprint of the evaluated text, and its share of the validation split, if there is one."""
+    if text.validation is None or text.scored is None:
+        return None
     return {
         **describe_stream(text.validation),
         "documents": text.scored.documents,

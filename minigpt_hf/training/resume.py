@@ -137,6 +137,7 @@ def checkpoint_to_resume(
         if training.resume_from_checkpoint:
             raise MiniGPTError(f"resume_from_checkpoint: there is no run to resume in {run.path}")
         return None
+    checkpoint: Path | None
     if training.resume_from_checkpoint:
         checkpoint = Path(training.resume_from_checkpoint)
         if fault := verification_error(checkpoint):

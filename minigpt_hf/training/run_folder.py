@@ -70,9 +70,12 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints in ascending order of steps. Names not written by `checkpoint`, e.g. `checkpoint-010`, are ignored."""
-        steps = {path: CHECKPOINT.fullmatch(path.name) for path in self.path.glob("checkpoint-*")}
-        found = (path for path, step in steps.items() if step and path.is_dir())
-        return sorted(found, key=lambda path: int(steps[path][1]))
+        steps = {
+            path: int(match[1])
+            for path in self.path.glob("checkpoint-*")
+            if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+        }
+        return sorted(steps, key=lambda path: steps[path])
 
     def exists(self) -> bool:
         """Whether the folder contains a run."""

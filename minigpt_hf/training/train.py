@@ -220,8 +220,9 @@ def check_length(corpus: Corpus, data: DataArguments) -> None:
     Raises:
         MiniGPTError: if not, with the commands to use instead.
     """
-    estimate = corpus.train.characters is None
-    characters = CHARACTERS_PER_TOKEN * (data.max_tokens or 0) if estimate else corpus.train.characters
+    characters, estimate = corpus.train.characters, corpus.train.characters is None
+    if characters is None:
+        characters = CHARACTERS_PER_TOKEN * (data.max_tokens or 0)
     if characters > MAX_CHARACTERS_TO_TOKENIZE:
         flags = f"--data {data.data}" + (f" --streaming --max_tokens {data.max_tokens}" if data.streaming else "")
         raise MiniGPTError(
@@ -295,7 +296,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         with_bar=is_in_notebook(),
         quiet=not shows_progress(training),
     )
-    samples = SampleLogger(progress, model, text.tokenizer, training.sample_prompt, training.sample_tokens, stop)
+    prompt = training.sample_prompt or ""
+    samples = SampleLogger(progress, model, text.tokenizer, prompt, training.sample_tokens, stop)
     callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences))]
     with rejected_settings():
         trainer = MiniGPTTrainer(
@@ -318,6 +320,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     if stop.stopped:
         step = trainer.state.global_step
         where = f"and saved at step {step}; the same command resumes from there" if step else "before the first step"
+        assert stop.number is not None
         stopped = TrainingInterrupted(stop.number, where)
         if training.world_size > 1:  # a launcher ends all processes as soon as one fails
             if trainer.is_world_process_zero():
@@ -374,14 +377,15 @@ def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBou
     training = plan.settings.training
     if not trainer.is_world_process_zero():
         return
-    folder = run.model
+    folder, progress = run.model, trainer.progress
+    assert progress is not None
     with storage_errors(trainer):
         model = merge_lora(trainer.model) if plan.settings.model.lora_rank else trainer.model
         metadata = describe(plan.settings, plan.text, training_result(trainer, model))
         write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run.log))
-    trainer.progress.print(f"the model is in {folder}")
+    progress.print(f"the model is in {folder}")
     if training.push_to_hub:
         if stop.number is not None:
             raise TrainingInterrupted(stop.number, f"before the push; push with `minigpt push {folder} USER/NAME`")
         for url in push_folder(folder, trainer.hub_model_id, training.hub_revision):
-            trainer.progress.print(url)
+            progress.print(url)

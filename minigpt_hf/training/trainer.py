@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+)
 from transformers.utils import PushInProgress
 
 from ..data.blocks import SequenceDataset, SequenceSampler
@@ -58,6 +65,10 @@ class MiniGPTTrainer(Trainer):
         fingerprint: Saved with every checkpoint; decides whether a run may be resumed.
         settings, text: For the model card of uploads during training.
     """
+
+    lr_scheduler: LRScheduler | None
+    control: TrainerControl
+    push_in_progress: PushInProgress | None
 
     def __init__(
         self,
@@ -438,7 +449,8 @@ class MiniGPTTrainer(Trainer):
 
         Here the model files are copied first and uploaded, with a card, in one commit.
         """
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        earlier = self.push_in_progress
+        busy = earlier is not None and not earlier.is_done()
         if (
             not self.is_world_process_zero()
             or self.args.hub_strategy == "end"
@@ -452,11 +464,12 @@ class MiniGPTTrainer(Trainer):
         folder = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name}-", dir=run.pushing))
         for file in published_files(checkpoint):
             shutil.copyfile(file, folder / file.name)
+        assert self.settings is not None and self.text is not None
         metadata = describe(self.settings, self.text, training_result(self))
         write_metadata(folder, metadata, self.model.config, read_log(run.log))
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
-        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
+        self.push_in_progress = PushInProgress([*(earlier.jobs if earlier is not None and busy else []), job])
 
 
 class _RestoreTotals(TrainerCallback):

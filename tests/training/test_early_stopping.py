@@ -1,9 +1,11 @@
 """Early stopping. With learning rates of 0 the validation loss never improves."""
 
 import json
+import shutil
 
 import pytest
 
+from minigpt_hf.cli import main
 from tests.training.conftest import go_back, rows, train
 
 FLAGS = "--learning_rate 0 --muon_learning_rate 0 --validation_fraction 0.3 --eval_steps 1 --save_steps 1".split()
@@ -50,3 +52,28 @@ def test_the_evaluation_at_the_start_is_not_repeated_when_a_run_is_resumed(recip
         for run in (straight, resumed)
     ]
     assert evaluated == [[0, 2, 4, 6, 8]] * 2
+
+
+def test_without_evaluations_after_a_resume_no_score_of_earlier_weights_is_published(recipe, words, tmp_path, capsys):
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    evaluated = ["--validation_fraction", "0.3", "--eval_steps", "2"]
+    assert train(recipe, words, straight, *evaluated) == 0
+    go_back(straight, folder, 4)
+    flags = ["--validation_fraction", "0.3", "--eval_strategy", "no"]
+    assert train(recipe, words, folder, *flags) == 2
+    assert "load_best_model_at_end was True and is False" in capsys.readouterr().err
+    assert train(recipe, words, folder, *flags, "--allow_change", "load_best_model_at_end") == 0
+    assert json.loads((straight / "model" / "minigpt.json").read_text())["results"]["loss"] > 0
+    assert json.loads((folder / "model" / "minigpt.json").read_text())["results"] == {}
+
+
+def test_an_automatically_configured_run_is_resumed_without_evaluations(words, tmp_path, capsys):
+    """Whether the best checkpoint is published follows from the strategies, not from the stored recipe."""
+    text, folder = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(words.read_text() * 5)
+    flags = "--tokenizer bytes --hidden_size 32 --num_hidden_layers 2 --max_steps 4 --sample_tokens 0 --use_cpu".split()
+    argv = ["train", "--data", str(text), "--output_dir", str(folder), *flags]
+    assert main(argv) == 0
+    shutil.rmtree(folder / "model")
+    assert main([*argv, "--eval_strategy", "no", "--save_strategy", "no"]) == 2
+    assert "load_best_model_at_end was True and is False" in capsys.readouterr().err
