@@ -1,6 +1,6 @@
 """Training sequences of a token stream, addressed by (epoch, index), and the sampler that orders them.
 
-The N tokens of a stream are read as a circle. Each epoch starts at a pseudo-random position `epoch_offset(epoch)`:
+The N tokens of a stream are read as circular. Each epoch starts at a pseudo-random position `epoch_offset(epoch)`:
 
     sequence i of epoch e  =  stream[epoch_offset(e) + i·T : epoch_offset(e) + (i + 1)·T + 1]      (indices modulo N)
 

@@ -3,7 +3,7 @@
     E d₁ E d₂ … E dₙ      E = BOS token (EOS for a tokenizer without BOS)
 
 Each document is preceded by E, which is also the label of the last token of the previous document. Training reads the stream
-as a circle, so the first E ends the last document.
+as circular, so the first E ends the last document.
 
 A stream is a directory that is written atomically and verified before use (see `cache`). Its name is a hash of the text and
 the tokenizer, so that a stream is built only once:

@@ -43,7 +43,7 @@ class StopAtBoundary(TrainerCallback):
         stopped: Whether it ended training.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
         self.stopped = False
         self.training = False  # whether training has begun: from then on signals wait for a step boundary
