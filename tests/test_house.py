@@ -98,14 +98,14 @@ def test_the_model_files_import_only_torch_transformers_and_huggingface_hub():
 
 
 def test_only_the_command_line_and_the_progress_callback_print():
-    """`doctor/child.py` and `export/onnx_runner.py` are programs of their own; the rest of the library logs."""
+    """`export/onnx_runner.py` is a program of its own, copied into exports; the rest of the library logs."""
     printing = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 printing.add(file.relative_to(PACKAGE).as_posix())
     commands = {name for name in printing if name.startswith("cli/")}
-    assert printing - commands - {"doctor/child.py", "export/onnx_runner.py"} == {"training/callbacks.py"}
+    assert printing - commands - {"export/onnx_runner.py"} == {"training/callbacks.py"}
 
 
 def test_public_names():
