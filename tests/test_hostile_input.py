@@ -242,7 +242,7 @@ def quantization_by_kernels(folder):
     folder.json("config.json", quantization_config={"quant_method": "finegrained_fp8"})
 
 
-@hostile("its weights are quantized, and cannot be trained", "init_from")
+@hostile("quantized weights cannot be trained", "init_from")
 def quantized_weights(folder):
     folder.json("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
 
@@ -356,7 +356,7 @@ def an_embedding_larger_than_the_weights(folder):
     folder.json("config.json", vocab_size=9_000_000)
 
 
-@hostile("its weights are incomplete|missing|not those of its configuration")
+@hostile("its weights are incomplete|missing|do not match the configuration")
 def a_missing_tensor(folder):
     folder.tensors(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 

@@ -47,7 +47,7 @@ def test_a_checkpoint_whose_manifest_lacks_a_required_file_is_not_used(name, fin
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     assert resume(recipe, words, folder) == 0
     assert (folder / "checkpoint-4.aside-1").is_dir()
-    assert name in capsys.readouterr().out
+    assert name in capsys.readouterr().err
     assert_equal(state_of(folder / "checkpoint-11"), state_of(finished / "checkpoint-11"))
 
 

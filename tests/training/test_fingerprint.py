@@ -70,7 +70,7 @@ def test_another_optimizer_that_is_allowed_starts_without_moments(interrupted, r
     run = shutil.copytree(interrupted, tmp_path / "run")
     changed = ["--no_muon", "--optim", "sgd", "--allow_change", "muon", "optim"]
     assert train(recipe, words, run, *FLAGS, *changed) == 0
-    assert "the optimizer starts without moments" in capsys.readouterr().err
+    assert "the optimizer starts without its moments" in capsys.readouterr().err
     rates = [row["learning_rate"] for row in rows(run)]
     assert rates == [row["learning_rate"] for row in rows(interrupted.with_name("run"))]
     # SGD is stateless: an update is the gradient times the learning rate.

@@ -489,7 +489,7 @@ def test_intervals_given_as_fractions_cause_no_warning_when_resuming_and_new_int
     assert train(recipe, words, folder, *flags, *changes) == 0
     err = capfd.readouterr().err
     assert "do not match" not in err
-    assert "save_steps was 2 and is 3 from here on" in err
+    assert "save_steps was 2 and is 3 from this step on" in err
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
     assert json.loads((folder / "model" / "minigpt.json").read_text())["recipe"]["eval_steps"] == 0.25
 

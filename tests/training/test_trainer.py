@@ -283,4 +283,4 @@ def test_every_override_is_in_the_table_and_states_why_it_is_needed():
     overrides = {name: method for name, method in vars(MiniGPTTrainer).items() if name in vars(Trainer)}
     overrides = {name: method for name, method in overrides.items() if not name.startswith("__")}
     assert set(overrides) == set(SIGNATURES)
-    assert all(method.__doc__.startswith("Because ") for method in overrides.values())
+    assert all(method.__doc__.startswith("Overridden ") for method in overrides.values())
