@@ -4,14 +4,18 @@ BIN := .venv/bin
 SAMPLE ?= 100
 SEED ?= 0
 
-.PHONY: demo test lint docs-check torture compat conformance mutants neighbours neighbours-quick install
+.PHONY: demo test test-slow lint docs-check torture compat conformance mutants neighbours neighbours-quick install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
 	$(BIN)/minigpt generate runs/demo/model --prompt "def __init__(self" --max_new_tokens 150 --seed 1
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README.
+test-slow: install
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # Kill a training run 100 times, mostly during a save, and compare the final state bit for bit with an uninterrupted run.
 torture: install

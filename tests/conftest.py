@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_ENDPOINT"] = HUB.endpoint
 
 import argparse
+import gc
 import shutil
 import signal
 from pathlib import Path
@@ -53,6 +54,12 @@ def pytest_configure():
     for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def pytest_collection_finish():
+    """Exclude the imported libraries from garbage collection, which the Trainer starts after each training."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():

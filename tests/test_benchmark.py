@@ -5,18 +5,15 @@ import json
 import sys
 from importlib import import_module
 
+import benchmark
 import pytest
 import torch
+from benchmarks import ablation, busy, data, hf_peer, learn, nanogpt, scaling, throughput, trial
+from benchmarks.process import timed
 
 from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.data.tokenizer import byte_tokenizer
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark
-from benchmarks import ablation, busy, data, hf_peer, learn, nanogpt, scaling, throughput, trial
-from benchmarks.process import timed
 
 
 @pytest.mark.parametrize("name", benchmark.BENCHMARKS)

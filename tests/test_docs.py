@@ -49,6 +49,7 @@ def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> i
     return ran
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, capsys):
     """In a folder with the files that the README assumes."""
     monkeypatch.chdir(tmp_path)

@@ -3,14 +3,12 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
 
 pytest.importorskip("mutmut", reason="requires the extra `mutants`")
-sys.path.insert(0, str(ROOT / "scripts"))
 import mutants
 
 SOURCE = '''\

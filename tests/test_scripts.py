@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import bare_loop
+import conformance
 import numpy as np
+import numpy_gpt
 import pytest
 import torch
 
@@ -13,11 +16,6 @@ from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.publish.model_folder import save_model_files
 from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import bare_loop
-import conformance
-import numpy_gpt
 
 
 @pytest.mark.parametrize("window", [None, 8])

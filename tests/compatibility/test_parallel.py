@@ -31,6 +31,7 @@ def parallel(tmp_path_factory) -> dict:
     return results
 
 
+@pytest.mark.slow
 @TIED
 def test_tensor_parallelism_equals_one_process(parallel, tied):
     model, ids = tiny_model(tie_word_embeddings=tied), random_ids(4, 24)
@@ -46,6 +47,7 @@ def test_tensor_parallelism_equals_one_process(parallel, tied):
         torch.testing.assert_close(results["gradients"][name], parameter.grad, atol=2e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @TIED
 def test_pipeline_parallelism_equals_one_process(parallel, tied):
     model, ids = tiny_model(tie_word_embeddings=tied), random_ids(4, 24)
@@ -55,6 +57,7 @@ def test_pipeline_parallelism_equals_one_process(parallel, tied):
     assert torch.equal(results["generated"], model.generate(ids, max_new_tokens=12, do_sample=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tied torch", "untied torch", "untied transformers"])
 def test_ten_fully_sharded_training_steps_equal_ten_in_one_process(parallel, case):
     """With torch's `fully_shard`, and with `DistributedConfig(fsdp_size=2)`.

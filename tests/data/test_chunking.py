@@ -234,6 +234,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_length_of_a_line():
     """Lines of two million characters: without chunks they take about 400 MB, and training merges of DNA takes hours."""
     done = subprocess.run(

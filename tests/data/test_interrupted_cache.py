@@ -101,6 +101,7 @@ def expected(large, tmp_path_factory) -> str:
     return result(start(PREPARE, tmp_path_factory.mktemp("expected") / "cache", 0, large))
 
 
+@pytest.mark.slow
 def test_concurrent_processes_use_one_result(large, expected, tmp_path):
     processes = [start(PREPARE, tmp_path / "cache", 0, large) for _ in range(4)]
     assert [result(process) for process in processes] == [expected] * 4
@@ -109,6 +110,7 @@ def test_concurrent_processes_use_one_result(large, expected, tmp_path):
     assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_workers_and_the_next_removes_its_files(large, expected, tmp_path):
     """SIGKILL while two workers tokenize. The temporary directory of another running process is not removed."""
     cache = tmp_path / "cache"
@@ -128,7 +130,13 @@ def test_a_killed_process_leaves_no_workers_and_the_next_removes_its_files(large
 
 
 @pytest.mark.parametrize(
-    ("number", "group"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)], ids=str
+    ("number", "group"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_signal_during_tokenization_ends_all_processes_and_leaves_no_files(number, group, large, tmp_path):
     """`minigpt tokenize` in its own process group; Ctrl+C is sent to the entire group."""

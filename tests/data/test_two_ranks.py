@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 # Each rank runs in a different folder, where the same name refers to a different file.
@@ -15,6 +17,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_have_read_different_texts_are_stopped_before_training(recipe_file, text, tmp_path):
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()

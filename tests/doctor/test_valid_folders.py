@@ -35,6 +35,7 @@ def test_a_minigpt_with_bpe_passes_every_check_including_its_remote_code(run_fol
     assert not_applicable(rows) == {"chat template", "weights index"}
 
 
+@pytest.mark.slow
 def test_a_minigpt_with_a_character_tokenizer_passes(recipe_file, text_file, tmp_path, capsys):
     argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run"]
     argv += ["--tokenizer", "characters", "--max_steps", 2, "--logging_steps", 1, "--validation_characters", 500]

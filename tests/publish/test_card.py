@@ -72,6 +72,7 @@ def test_the_snippets_of_a_card_run_in_its_folder_and_continue_the_prompt(
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_snippets_of_a_pushed_card_load_it_from_the_hub(run_folder, hub, tmp_path, monkeypatch, capsys):
     push_folder(run_folder / "model", "user/tiny")
     card = hub.files("user/tiny", "main")["README.md"].decode()

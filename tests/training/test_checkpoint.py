@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import torture
 from safetensors.torch import load_file
 
 from minigpt_hf import atomic
@@ -25,15 +27,16 @@ from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import torture
-
 # -- exact resuming ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("muon", [True, False])
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("accumulation", "muon", "workers"),
+    [
+        pytest.param(*case, marks=() if case in [(1, True, 0), (2, False, 2), (3, True, 0)] else pytest.mark.slow)
+        for case in product((1, 2, 3), (True, False), (0, 2))
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(accumulation, muon, workers, recipe, words, tmp_path):
     """Interrupted in the first epoch, at an epoch boundary, in a later epoch and at the last step, with dropout."""
     flags = [f"--gradient_accumulation_steps={accumulation}", f"--muon={muon}", f"--dataloader_num_workers={workers}"]
@@ -419,14 +422,15 @@ def test_versions_are_part_of_the_fingerprint(finished):
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
-def test_ten_kills_do_not_change_the_final_state(recipe, words, tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_do_not_change_the_final_state(kills, recipe, words, tmp_path):
     """scripts/torture.py; `make torture` does the same with 100 kills."""
     done = subprocess.run(
-        [sys.executable, "scripts/torture.py", "--kills", "10", "--folder", tmp_path / "torture"],
+        [sys.executable, "scripts/torture.py", "--kills", str(kills), "--folder", tmp_path / "torture"],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 kills" in done.stdout
+    assert f"{kills} kills" in done.stdout

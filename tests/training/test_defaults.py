@@ -135,6 +135,7 @@ def test_settings_are_chosen_for_a_prepared_text_too(letters, tmp_path, monkeypa
     assert (data.block_size, training.sample_prompt) == (32, "Liebe Grete, ich")
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_settings_of_one_with_half_the_batch_size(letters, tmp_path):
     from tests.training.test_two_processes import finish, start
 
@@ -188,7 +189,9 @@ def test_minutes_choose_a_width_whose_heads_share_the_given_key_and_value_heads(
     assert architecture.num_attention_heads % 2 == 0
 
 
-@pytest.mark.parametrize("vocabulary", [67, 258, 1024, 4096, 32768])
+@pytest.mark.parametrize(
+    "vocabulary", [67, 4096, *(pytest.param(size, marks=pytest.mark.slow) for size in (258, 1024, 32768))]
+)
 def test_a_size_is_met_within_15_percent_unless_the_embeddings_alone_exceed_it(vocabulary):
     for number in (1e5 * 2000 ** (i / 60) for i in range(61)):  # 100 k to 200 m
         shape = shape_for(number, vocabulary)

@@ -465,6 +465,7 @@ def test_losses_are_averaged_over_the_same_steps_after_a_resume(recipe, words, t
     assert final(straight)["train_loss"] == pytest.approx(sum(single) / 8, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_persistent_workers_is_resumed_exactly(recipe, words, tmp_path):
     """13 steps per epoch; interrupted in the second and ending in the third; with dropout."""
     flags = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true", "--max_steps", "30"]
@@ -476,6 +477,7 @@ def test_a_run_with_persistent_workers_is_resumed_exactly(recipe, words, tmp_pat
     assert_equal(state_of(resumed / "checkpoint-30"), state_of(straight / "checkpoint-30"))
 
 
+@pytest.mark.slow
 def test_intervals_given_as_fractions_cause_no_warning_when_resuming_and_new_intervals_are_applied(
     recipe, words, tmp_path, capfd
 ):
@@ -792,6 +794,7 @@ def test_logged_times_are_monotonic_when_the_system_clock_is_set(recipe, words, 
     assert all(row["tokens_per_second"] > 0 for row in log if "loss" in row)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_resumed_exactly_and_not_without_compilation(recipe, words, tmp_path, capsys):
     """With the backend `aot_eager`, because inductor takes a minute."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -2,8 +2,8 @@
 
 import inspect
 import json
-import sys
 
+import bare_loop
 import pytest
 import torch
 import yaml
@@ -20,11 +20,8 @@ from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.callbacks import preserved_random_state
 from minigpt_hf.training.recipe import parse_arguments
 from minigpt_hf.training.trainer import MiniGPTTrainer
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import tiny_model
 from tests.training.conftest import go_back, train
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import bare_loop
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +116,7 @@ def test_without_muon_the_optimizer_is_that_of_the_trainer(streams, tmp_path):
     assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_equal_losses_and_unprefixed_parameter_names(streams, tmp_path):
     settings = {"max_steps": 2, "per_device_train_batch_size": 2}
     plain = trained(streams, tmp_path / "plain", **settings)

@@ -54,6 +54,7 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, words, tmp_path):
     """Gradients are averaged in another order, so float32 sums differ in their last bits: 1e-5 in a loss of 5.
 
@@ -80,6 +81,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
         assert (resumed / last / name).read_bytes() == (two / last / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_within_ten_seconds_with_a_message(recipe, words, tmp_path):
     process = start(recipe, words, tmp_path / "run", "--max_steps", "100000", "--save_steps", "50")
     deadline = time.monotonic() + 60
@@ -119,6 +121,7 @@ def test_a_signal_during_the_all_reduce_takes_effect_at_the_next_step(monkeypatc
     assert stop.number == signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_signal_stops_both_processes_at_the_same_step_and_the_run_is_resumed_exactly(recipe, words, tmp_path):
     flags = ["--max_steps", "150", "--save_steps", "100"]
     if not torch.accelerator.is_available():
