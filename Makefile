@@ -11,11 +11,11 @@ demo: install
 	$(BIN)/minigpt generate runs/demo/model --prompt "def __init__(self" --max_new_tokens 150 --seed 1
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README.
 test-slow: install
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Kill a training run 100 times, mostly during a save, and compare the final state bit for bit with an uninterrupted run.
 torture: install

@@ -278,6 +278,7 @@ def test_an_openmp_policy_is_set_unless_the_environment_sets_one(monkeypatch):
         assert os.environ == expected
 
 
+@pytest.mark.slow
 def test_a_command_sets_the_openmp_policy_before_torch_is_loaded_and_an_import_does_not():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = "import minigpt_cli; minigpt_cli.main(['recipes', 'show', 'demo'])"

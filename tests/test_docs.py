@@ -84,7 +84,11 @@ def test_every_command_of_your_own_text_runs_in_order(text, tmp_path, monkeypatc
 def test_generated_documents_are_up_to_date(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
     docs = runpy.run_path(str(ROOT / "scripts" / "docs.py"))
-    assert docs["walkthrough"]() == (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    decimal = r"-?\d+\.\d+(?:e-?\d+)?"
+    new, old = docs["walkthrough"](), (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    assert re.sub(decimal, "#", new) == re.sub(decimal, "#", old)
+    numbers = [[float(number) for number in re.findall(decimal, text)] for text in (new, old)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-3)  # other builds of torch round differently
     assert docs["cli"]() == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 
 

@@ -154,6 +154,7 @@ def test_a_signal_during_tokenization_ends_all_processes_and_leaves_no_files(num
     assert not (tmp_path / "prepared").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_in_one_line(large, tmp_path):
     """As when the kernel runs out of memory; a `multiprocessing` pool would wait forever."""
     process = start(PREPARE, tmp_path / "cache", 0.2, large)

@@ -581,6 +581,7 @@ def test_reading_many_files_takes_linear_time(tmp_path):
     assert calls(2000) < 12 * calls(200)
 
 
+@pytest.mark.slow
 def test_processes_that_read_the_same_text_compute_the_same_fingerprint(tmp_path, text):
     folder = write_files(tmp_path / "data", {f"{i}.txt": text[i * 100 : i * 100 + 90] + "\r\n" for i in range(40)})
     code = (

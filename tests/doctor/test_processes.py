@@ -36,6 +36,7 @@ pathlib.Path({canary!r}).write_text(repr(dict(
 """
 
 
+@pytest.mark.slow
 def test_trusted_code_runs_isolated_and_a_faulty_cache_of_it_is_detected(broken, monkeypatch, capfd):
     """Both in one process, because starting one takes seconds."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

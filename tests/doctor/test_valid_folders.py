@@ -52,6 +52,7 @@ def test_a_minigpt_with_a_character_tokenizer_passes(recipe_file, text_file, tmp
     }
 
 
+@pytest.mark.slow
 def test_the_native_twin_passes_and_needs_no_code(run_folder, tmp_path):
     rows = doctor.examine(make_twin(run_folder / "model", tmp_path / "twin"))
     without_code = {"auto_map", "code", "loads with the package", "loads without the package"}

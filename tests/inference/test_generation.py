@@ -111,6 +111,7 @@ def test_a_pipeline_generates_the_same_text(run_folder):
     assert text[0]["generated_text"] == generate(model, tokenizer, "def ", max_new_tokens=10, do_sample=False)[0]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_generates_likely_tokens_with_one_graph():
     """Sliding window, prompts of different lengths and a batch: no recompilation, probabilities within 0.02 of float32."""
     model = tiny_model(vocab_size=258, num_hidden_layers=1, use_sliding_window=True, sliding_window=8)

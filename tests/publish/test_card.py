@@ -56,6 +56,7 @@ def run_in_a_new_process(snippet: str, folder, tmp_path, **env) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_snippets_of_a_card_run_in_its_folder_and_continue_the_prompt(
     run_folder, card, tmp_path, monkeypatch, capsys
 ):

@@ -153,6 +153,7 @@ def test_missing_models_and_tokenizers_are_rejected(finetune, tmp_path, capsys):
     assert "give a folder or a Hub id with --init_from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_ends_after_five_evaluations_without_improvement(text, tmp_path, capsys):
     """A short text is memorized within a few epochs, after which the validation loss rises."""
     (tmp_path / "short.txt").write_text(text[3000:3600])

@@ -259,6 +259,7 @@ SIGNATURES = {
     "_determine_best_metric": "metrics trial",
     "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     "evaluate": "eval_dataset ignore_keys metric_key_prefix",
+    "create_scheduler": "num_training_steps optimizer",
     "training_step": "model inputs num_items_in_batch",
     "compute_loss": "model inputs return_outputs num_items_in_batch",
     "_get_grad_norm": "model grad_norm",

@@ -14,6 +14,7 @@ def logged(folder, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
+@pytest.mark.slow
 def test_two_processes_report_the_smoothed_loss_and_the_validation_score_of_one(recipe, words, tmp_path):
     """Float32 sums in another order differ by about 1e-5 in a loss of 5."""
     flags = [*PLAIN, "--max_steps=4", "--label_smoothing_factor=0.1", "--validation_fraction=0.3"]
