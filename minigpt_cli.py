@@ -1,8 +1,8 @@
 """Entry point of the `minigpt` command.
 
 This module lies outside the package because importing `minigpt_hf` imports torch and transformers, to register the Auto
-classes, which takes seconds: `minigpt --help` and `--version` do without. The OpenMP library reads its settings when torch
-is loaded, so they are set here, too. The commands are in `minigpt_hf.cli`.
+classes, which takes seconds and is not needed for `minigpt --help` and `--version`. The OpenMP library reads its settings
+when torch is loaded, so they are set here, too. The commands are in `minigpt_hf.cli`.
 """
 
 import os
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def set_openmp_policy() -> None:
     """Limit the time that OpenMP threads spin before they sleep, unless the user has chosen a policy.
 
-    Spinning threads keep the cores from the threads that they wait for when other processes run on the same cores.
+    If other processes run on the same cores, spinning threads take time from the threads that they wait for.
     Subprocesses inherit the setting. It has no effect after torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:

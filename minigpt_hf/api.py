@@ -1,4 +1,4 @@
-"""The Python interface: train, evaluate, generate, load. The command line is built on it.
+"""The Python interface: train, evaluate, generate, load.
 
     folder = minigpt_hf.train(data="notes.txt", output_dir="runs/notes", max_steps=300)
     print(folder.results["bits_per_byte"], folder.generate("Dear ")[0])
@@ -314,7 +314,7 @@ def window_characters_of(model: str | os.PathLike) -> int | None:
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
-    """Return the recipe in `minigpt.json`; empty for models of other programs.
+    """Return the recipe in `minigpt.json`; empty for models that were not written by this package.
 
     Raises:
         MiniGPTError: if it is malformed, or a setting that evaluation uses has the wrong type.

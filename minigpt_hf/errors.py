@@ -12,7 +12,7 @@ class MiniGPTError(ValueError):
 
     Attributes:
         exit_code: What the command line returns.
-        was_reported: Whether one process has logged the message for all.
+        was_reported: Whether rank 0 has already logged the message for all ranks.
     """
 
     exit_code = 2

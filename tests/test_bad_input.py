@@ -264,7 +264,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "no minutes": (train("--minutes", "0"), "minutes is 0.0: it must be more than 0 and finite"),
         "minutes and steps": (
             train("--minutes", "3", "--max_steps", "9"),
-            "minutes and max_steps both determine the length of the training: omit one of them",
+            "minutes and max_steps both determine the length of training: omit one of them",
         ),
         "an infinite size": (
             ["train", "--size", "1e400", "--data", "absent.txt"],
@@ -379,7 +379,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     },
     "prompts and evaluations": {
         "an unknown command": (["trian"], "unknown command 'trian'; available: train"),
-        "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; near: top_k"),
+        "an unknown option": (["generate", "MODEL", "--top_kk", "5"], "no option 'top_kk'; did you mean top_k"),
         "an unexpected argument": (["generate", "MODEL", "stray"], "unexpected argument 'stray'"),
         "a temperature below 0": (["generate", "MODEL", "--temperature", "-1"], "temperature"),
         "a word for max_new_tokens": (

@@ -58,7 +58,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
     names = ", ".join(recipe_names())
     parser.add_argument(
         "--recipe",
-        help=f"Settings that the other flags override: {names}, or a YAML file. Default: demo; with --data auto, with "
-        "--init_from finetune, with --lora_rank lora; with --minutes or --size none, as they choose.",
+        help=f"Recipe whose settings the other flags override: {names}, or a YAML file. Default: demo; auto with --data, "
+        "finetune with --init_from, lora with --lora_rank; none with --minutes or --size, which choose the settings.",
     )
     return parser

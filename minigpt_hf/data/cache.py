@@ -1,8 +1,8 @@
 """Directories that are verified against their manifests when they are opened: cache entries and prepared texts.
 
-Sizes are compared on every start. SHA-256 sums are computed once per state of a file: `cache_dir/verified/` stores the inode,
-modification time and change time of every file whose sum was correct. Every write updates the change time, which programs
-cannot set.
+Sizes are compared each time a directory is opened. SHA-256 sums are computed once per state of a file:
+`cache_dir/verified/` stores the inode, modification time and change time of every file whose sum was correct. Every write
+updates the change time, which programs cannot set.
 """
 
 import errno
@@ -23,7 +23,7 @@ Content = TypeVar("Content")
 
 logger = logging.getLogger(__name__)
 
-# A file can change twice within one tick of the file system's clock, so more recent states are not stored.
+# A file can change twice within one tick of the file system's clock, so states more recent than this are not stored.
 TICK_SECONDS = 2
 ANNOUNCED_BYTES = 1_000_000_000  # hashing this much takes a second or more and is logged
 

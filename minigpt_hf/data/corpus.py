@@ -242,7 +242,7 @@ def _split_one(
 ) -> Corpus:
     documents = content.train
     if content.validation is not None:
-        return Corpus(name, documents, content.validation, "the validation split that comes with it")
+        return Corpus(name, documents, content.validation, "the validation split provided with the data")
     if isinstance(documents, StreamedDocuments):
         description = f"documents with the lowest hash of their content, a share of {fraction:g}"
         return Corpus(name, replace(documents, low=fraction), replace(documents, high=fraction), description)
@@ -311,7 +311,9 @@ def _without_copies(corpora: list[Corpus], has_own_validation: list[bool]) -> li
                     "provide other text or use --validation_fraction 0"
                 )
             what = "copy" if copies == 1 else "copies"
-            description = f"{corpus.split_description}; {copies:,} {what} of validation documents left out of training"
+            description = (
+                f"{corpus.split_description}; {copies:,} {what} of validation documents excluded from training"
+            )
             logger.info("%s: %s", corpus.name, description)
             corpus = replace(corpus, train=train, split_description=description)
         cleaned.append(corpus)

@@ -37,7 +37,7 @@ class _ByteReader(Protocol):
 
 
 class _XzReader:
-    """All streams of an .xz file. Unlike `lzma.open`, which stops at a damaged header, it raises an error for damage."""
+    """All streams of an .xz file. Unlike `lzma.open`, which silently stops at a damaged header, it raises an error."""
 
     def __init__(self, path: str):
         self.file = Path(path).open("rb")  # noqa: SIM115 (closed by `close`)
@@ -96,7 +96,7 @@ class Decoding:
 def changed_file_error(name: str) -> UnreadableFileError:
     """Return the error for a file whose content has changed since it was indexed."""
     return UnreadableFileError(
-        f"{printable(name)}: has changed while it was being read; wait until nothing writes to it, or use a copy"
+        f"{printable(name)}: changed while it was being read; wait until nothing writes to it, or use a copy"
     )
 
 

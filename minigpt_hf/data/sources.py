@@ -401,7 +401,7 @@ def _is_of_split(file: str, root: str, split: str) -> bool:
 
 
 def names_hub_dataset(data: str) -> bool:
-    """Whether `data` has the form `user/name` or `user/name:config` and is no local file or folder."""
+    """Whether `data` has the form `user/name` or `user/name:config` and is not a local file or folder."""
     name = data.partition(":")[0]
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None

@@ -147,9 +147,7 @@ def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
     for text in texts:
         try:
             ids = np.asarray(encoder(text), dtype=np.int64)
-        except (
-            ValueError
-        ):  # the tokenizer rejects unknown characters, which is reported when all of the text is encoded
+        except ValueError:  # an unknown character, which is reported when the entire text is encoded
             return None
         tokens += len(ids)
         unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
@@ -166,7 +164,7 @@ def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
     before, after = (unicodedata.normalize("NFD", "".join(side)) for side in zip(*changed, strict=True))
     lost = [name for name, belongs in categories.items() if sum(map(belongs, before)) != sum(map(belongs, after))]
     description = f"{', '.join(lost or ['characters'])} lost or changed"
-    return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown ones; {description}" if unknown else description
+    return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown; {description}" if unknown else description
 
 
 def unknown_character_error(text: str, vocabulary: Container[str], what: str) -> MiniGPTError | None:

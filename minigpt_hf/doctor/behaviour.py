@@ -32,7 +32,7 @@ def prompt(model: PreTrainedModel, length: int | None = None) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (1, max(2, min(wanted, longest - NEW))), generator=generator)
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def _relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Maximum difference of the logits, relative to the largest logit."""
     return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
@@ -69,9 +69,9 @@ def cached_equals_uncached(subject: Subject) -> Row:
             parts.append(output.logits)
     if cache is None:
         raise NotApplicable("the model has no cache")
-    distance = _apart(torch.cat(parts, dim=1), whole)
+    distance = _relative_difference(torch.cat(parts, dim=1), whole)
     if not distance <= TOLERANCE:
-        return failed(f"logits are {distance:.2g} apart", REMEDY + "positions and masks must include the cached tokens")
+        return failed(f"logits differ by {distance:.2g}", REMEDY + "positions and masks must include the cached tokens")
     return passed(f"logits within {distance:.1g}")
 
 
@@ -86,10 +86,10 @@ def left_padded_equals_single(subject: Subject) -> Row:
     mask[0, : padding.shape[1]] = 0
     alone, padded = _greedy(model, single, torch.ones_like(single)), _greedy(model, batch, mask)
     for step in range(NEW):
-        distance = _apart(padded.logits[step][0], alone.logits[step][0])
+        distance = _relative_difference(padded.logits[step][0], alone.logits[step][0])
         if not distance <= TOLERANCE:
             return failed(
-                f"logits of new token {step + 1} are {distance:.2g} apart",
+                f"logits of new token {step + 1} differ by {distance:.2g}",
                 REMEDY + "use the given `attention_mask` and `position_ids`",
             )
         if padded.sequences[0, long.shape[1] + step] != alone.sequences[0, single.shape[1] + step]:
@@ -129,9 +129,9 @@ def stops(subject: Subject) -> Row:
             "generation_config.json has no eos_token_id, so generation never stops before the limit", "set it"
         )
     end, ids = (ends[0] if isinstance(ends, list) else ends), prompt(model, 12)
-    wants = LogitsProcessorList([PreferEOS(end, ids.shape[1] + 1)])
+    processors = LogitsProcessorList([PreferEOS(end, ids.shape[1] + 1)])
     found = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=wants, max_new_tokens=8, num_beams=1
+        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=processors, max_new_tokens=8, num_beams=1
     )
     if found.shape[1] != ids.shape[1] + 2:
         return failed(

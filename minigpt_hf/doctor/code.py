@@ -146,20 +146,20 @@ def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
             else:
                 yield f"{node.module}.py", ""
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            asked = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            for package in {module.split(".")[0] for module in asked}:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for package in {module.split(".")[0] for module in modules}:
                 if package == "minigpt_hf" and name in CODE:
                     yield "", f"line {node.lineno}: imports minigpt_hf, which is not available as remote code"
                 elif id(node) in unconditional and package not in sys.stdlib_module_names and not find_spec(package):
                     yield "", f"line {node.lineno}: imports {package}, which is not installed"
-    for module in {plainly or from_it for plainly, from_it in SCANNED.findall(folder.text(name))}:
+    for module in {direct or source for direct, source in SCANNED.findall(folder.text(name))}:
         if f"{module}.py" not in folder.files:
             yield "", f"transformers parses one of its lines as an import of `.{module}`, which does not exist"
 
 
 @check("chat template")
 def chat_template(folder: Folder) -> Row:
-    """A chat template is a program: it has to parse, and to keep to the messages."""
+    """A chat template is a program: it must parse, and access nothing but its inputs."""
     templates = list(_chat_templates(folder))
     if not templates:
         raise NotApplicable("no chat template")
@@ -172,7 +172,7 @@ def chat_template(folder: Folder) -> Row:
         private = [node.attr for node in tree.find_all(jinja2.nodes.Getattr) if node.attr.startswith("_")]
         words = [str(node.value) for node in tree.find_all(jinja2.nodes.Const)]
         if private := private + [word for word in words if re.search(r"__\w{1,40}__", word)]:
-            return failed(f"{place} reaches for {private[0]}", "delete the template: it tries to escape the sandbox")
+            return failed(f"{place} accesses {private[0]}", "delete the template: it tries to escape the sandbox")
         others = (jinja2.nodes.Include, jinja2.nodes.Import, jinja2.nodes.FromImport, jinja2.nodes.Extends)
         if next(tree.find_all(others), None):
             return failed(f"{place} reads another file", "merge the files into one template")

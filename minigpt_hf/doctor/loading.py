@@ -79,9 +79,9 @@ class LoadedFolder:
 
     def _check_size(self, empty: PreTrainedModel) -> None:
         """Raise `ValueError` if the model has more parameters than the files can contain, before memory is allocated."""
-        asked, held = empty.num_parameters(), sum(self.folder.files[name] for name in files_of(self.folder))
-        if asked > 4 * held:  # at most four values per byte, with quantization
-            raise ValueError(f"config.json defines {asked:,} parameters, but the files have {held:,} bytes")
+        parameters, size = empty.num_parameters(), sum(self.folder.files[name] for name in files_of(self.folder))
+        if parameters > 4 * size:  # at most four values per byte, with quantization
+            raise ValueError(f"config.json defines {parameters:,} parameters, but the files have {size:,} bytes")
 
 
 def _without_errors(loaded: tuple[PreTrainedModel, dict]) -> PreTrainedModel:

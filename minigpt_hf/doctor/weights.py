@@ -66,8 +66,8 @@ def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
             header = parse_object(file.read(length), "the header")
         except Unreadable as error:
             raise Unsound(f"{name}: {error}") from error
-    remarks = header.pop("__metadata__", {})
-    if not isinstance(remarks, dict) or not all(isinstance(remark, str) for remark in remarks.values()):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise Unsound(f"{name}: the metadata are not strings")
     first = 8 + length
     tensors = {tensor: _tensor(name, tensor, claim, first) for tensor, claim in header.items()}

@@ -221,7 +221,7 @@ def windows(
 def _batches(
     pairs: Iterable[tuple[np.ndarray, np.ndarray]], batch_size: int, padding_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Collate windows into inputs and labels [B, T], padded on the right, where causal attention never reaches."""
+    """Collate windows into inputs and labels [B, T], padded on the right, which does not affect causal attention."""
     batch: list[tuple[np.ndarray, np.ndarray]] = []
 
     def collated() -> tuple[torch.Tensor, torch.Tensor]:

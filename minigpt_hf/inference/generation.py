@@ -111,8 +111,10 @@ def generate(
     known = set(vars(GenerationConfig()))
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            raise MiniGPTError(f"generation has no option {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+            similar = difflib.get_close_matches(name, known, n=3)
+            raise MiniGPTError(
+                f"generation has no option {name!r}" + (f"; did you mean {' or '.join(similar)}?" if similar else "")
+            )
         if name in BOOLEANS and not isinstance(options[name], bool):
             raise MiniGPTError(f"generation option {name} is {options[name]!r}: true or false is required")
         if name == "return_dict_in_generate":

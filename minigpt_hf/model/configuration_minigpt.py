@@ -1,6 +1,6 @@
 """The configuration of a MiniGPT model: its architecture, validated when it is created.
 
-This file is copied into every model folder; it imports nothing of the package.
+This file is copied into every model folder; it imports nothing from the package.
 """
 
 from huggingface_hub.dataclasses import strict

@@ -1,4 +1,4 @@
-"""MiniGPT, a decoder-only transformer: token ids in, logits of the next token out. Read it from top to bottom.
+"""MiniGPT, a decoder-only transformer: token ids in, logits of the next token out.
 
 A language model predicts the next token. An embedding turns each token id into a vector of H numbers, and a stack of L
 decoder layers refines these vectors. Each layer has two sublayers: *self-attention* moves information between positions, from
@@ -8,7 +8,7 @@ linear layer, the language modeling head, maps each vector to V logits.
 
 The computation and the parameter names are those of Qwen3 in transformers, so the same weights run wherever Qwen3 runs.
 Dropout is the only addition, and it is inactive in `eval()`. This file is copied into every model folder; it imports nothing
-of the package except the configuration next to it.
+from the package except the configuration next to it.
 
 Shapes in the comments:
     B  batch size       H  hidden_size           N  num_attention_heads     D  head_dim
@@ -142,7 +142,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention (arXiv:1706.03762), the reference implementation of the optimized kernels.
+    """Scaled dot-product attention (arXiv:1706.03762), the reference for the optimized kernels.
 
     Every position has a query, a key and a value. The attention weights of a position are the softmax of the dot products of
     its query with all keys, and its output is the average of the values with these weights. As an analogy: the query is a
@@ -384,7 +384,7 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": position_ids,  # if given, searched for documents, which makes the host wait for the device
+                "position_ids": position_ids,  # if given, searched for document boundaries, a device synchronization
             }
             masks = {"full_attention": create_causal_mask(**mask_inputs)}
             if "sliding_attention" in self.config.layer_types:

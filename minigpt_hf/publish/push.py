@@ -116,7 +116,7 @@ def open_repository(repo_id: str, private: bool = False) -> str:
 def commit_folder(
     folder: Path, repo_id: str, revision: str | None = None, message: str = "Upload model", card: str | None = None
 ) -> str:
-    """Update a branch to a model folder in one commit, and return its URL.
+    """Update a branch to the content of a model folder in one commit, and return its URL.
 
     Files that transformers would read in addition to those of the folder are deleted, and named in the log: old shards would
     be loaded instead of the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files of the

@@ -121,7 +121,7 @@ class DataArguments:
     encoding_errors: str = field(
         default="strict",
         metadata={
-            "help": "Handling of bytes that cannot be decoded: `strict` rejects the file; `replace` or `ignore` them."
+            "help": "Handling of undecodable bytes: `strict` rejects the file, `replace` inserts U+FFFD, `ignore` drops them."
         },
     )
     newline: Literal["preserve", "universal"] = field(
@@ -141,8 +141,8 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.1,
         metadata={
-            "help": "Share of the text in the validation split, if the data has no validation split: of 20 documents or "
-            "more, those with the lowest content hashes; of fewer, the end of the text. 0: no validation."
+            "help": "Share of the text in the validation split, if the data has no validation split: with 20 documents "
+            "or more, those with the lowest content hashes; with fewer, the end of the text. 0: no validation."
         },
     )
     validation_characters: int = field(
@@ -232,7 +232,7 @@ class ModelArguments:
     sliding_window: int | None = field(
         default=None, metadata={"help": "Number of tokens in the sliding window; default: block_size + 1."}
     )
-    max_window_layers: int = field(default=0, metadata={"help": "Number of first layers, which have full attention."})
+    max_window_layers: int = field(default=0, metadata={"help": "Number of initial layers that have full attention."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base θ of the rotary frequencies (RoPE)."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "The output head shares the embedding matrix."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
@@ -423,8 +423,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if self.save_steps is None:
             self.save_steps = self.eval_steps
         if self.load_best_model_at_end is None:
-            together = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
-            self.load_best_model_at_end = self.eval_strategy != "no" and together
+            is_same_schedule = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
+            self.load_best_model_at_end = self.eval_strategy != "no" and is_same_schedule
         self.check_intervals()
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate treats each process of the launcher as the only one

@@ -185,8 +185,8 @@ class AutoConfigurator:
             shapes = [Shape(width, key_value_heads=groups) for width in WIDTHS if heads_for(width, groups or 1)]
             if not shapes:
                 raise MiniGPTError(
-                    f"num_key_value_heads is {groups}: none of the widths for minutes divides into a multiple of it; choose "
-                    "another number"
+                    f"num_key_value_heads is {groups}: none of the candidate widths divides into a number of heads that is a "
+                    "multiple of it; choose another number"
                 )
             shape, tokens, lines = self._fit(shapes)
             self._log(*lines)
@@ -226,7 +226,7 @@ class AutoConfigurator:
             )
         if "max_steps" not in self.training.given:
             self._log(
-                "these choices are for a training of a few minutes; for more, use e.g. --minutes 30 or --size 10m"
+                "these choices are for training of a few minutes; for longer training, use e.g. --minutes 30 or --size 10m"
             )
 
     def _choose_for_shape(self, shape: Shape, tokens: float, reason: str) -> None:

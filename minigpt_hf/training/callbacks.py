@@ -117,9 +117,9 @@ class ProgressLogger(TrainerCallback):
         """Estimate the remaining time: steps at the speed since the last log, everything else at its mean so far."""
         per_step = self.busy / (step - self.last_step)
         self.all_busy += self.busy
-        others = (time.perf_counter() - self.began - self.all_busy) / (step - self.first_step)
+        other = (time.perf_counter() - self.began - self.all_busy) / (step - self.first_step)
         self.last_step, self.busy = step, 0.0
-        return (per_step + others) * (max_steps - step)
+        return (per_step + other) * (max_steps - step)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -134,7 +134,7 @@ class SampleLogger(TrainerCallback):
 
     Args:
         progress: Prints the samples.
-        prompt: Start of each sample; an empty one if the model cannot encode it.
+        prompt: Start of each sample; replaced by an empty one if the tokenizer cannot encode it or it fills the context.
         tokens: Length of a sample; 0 for none.
         stop: Stopped runs generate no further sample.
     """
@@ -172,7 +172,7 @@ class SampleLogger(TrainerCallback):
         step = state.global_step
         if step == 0 or step >= state.max_steps:
             return step == 0
-        if args.eval_strategy != "no":  # an evaluation that is made up for adds its own sample
+        if args.eval_strategy != "no":  # an evaluation that is made on resuming logs its own sample
             return any(row["step"] == step and "eval_loss" in row for row in state.log_history)
         if args.save_strategy == "steps":
             return step % state.save_steps == 0
@@ -232,7 +232,7 @@ def samples_table(log: list[dict[str, Any]]) -> str:
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int = 0) -> str:
-    """Generate one text, a function of the seed, and leave the mode of the model and all random states as they were."""
+    """Generate one text, determined by the seed, and restore the mode of the model and all random states."""
     was_training = model.training
     model.eval()
     try:

@@ -79,7 +79,7 @@ def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
         raise MiniGPTError(f"--init_from {architecture.init_from}: {mismatch}")
     if config.vocab_size < (size := vocabulary_size(tokenizer)):
         raise MiniGPTError(
-            f"the tokenizer has {size:,} tokens, but the vocabulary of the model only {config.vocab_size:,}"
+            f"the tokenizer has {size:,} tokens, but the vocabulary of the model has only {config.vocab_size:,}"
         )
     tokenizer.model_max_length = config.max_position_embeddings
     config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)

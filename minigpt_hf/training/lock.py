@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 HELD_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 UNSUPPORTED_ERRORS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-WINDOWS_OFFSET = 1 << 30  # of the locked byte: beyond the content, because others cannot read locked bytes on Windows
+WINDOWS_OFFSET = 1 << 30  # of the locked byte: beyond the content, because other processes cannot read it on Windows
 
 
 class FolderLock:
@@ -56,7 +56,7 @@ class FolderLock:
                 if error.errno in UNSUPPORTED_ERRORS:
                     logger.warning(
                         f"{self.folder}: this file system does not support locks ({error.strerror}); do not start another "
-                        "training in this folder"
+                        "run in this folder"
                     )
                     return
                 holder = self._holder()

@@ -103,7 +103,7 @@ class MuonAdamW(torch.optim.Optimizer):
             ]
             for i, update in zip(indices, orthogonalize(torch.stack(wide)), strict=True):
                 rows, columns = parameters[i].shape
-                # If rows > columns, the root mean square of U·Vᵀx is √(columns / rows) of that of x: compensate.
+                # If rows > columns, the root mean square of U·Vᵀx is √(columns / rows) times that of x: compensate.
                 scale = max(1.0, rows / columns) ** 0.5
                 parameters[i].mul_(1 - group["lr"] * group["weight_decay"])
                 parameters[i].add_(update if rows <= columns else update.mT, alpha=-group["lr"] * scale)

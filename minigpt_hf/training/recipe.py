@@ -103,12 +103,12 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))
     training = settings.training
     if training.minutes and "num_train_epochs" in training.given:
-        raise MiniGPTError("minutes and num_train_epochs both determine the length of the training: omit one of them")
+        raise MiniGPTError("minutes and num_train_epochs both determine the length of training: omit one of them")
     if training.minutes and "max_steps" in training.given:
         remedy = "omit one of them" if "max_steps" in given else f"omit the recipe {recipe}, which sets max_steps"
-        raise MiniGPTError(f"minutes and max_steps both determine the length of the training: {remedy}")
+        raise MiniGPTError(f"minutes and max_steps both determine the length of training: {remedy}")
     if training.size == AUTO and training.minutes:
-        raise MiniGPTError("minutes and size auto both determine the length of the training: omit one of them")
+        raise MiniGPTError("minutes and size auto both determine the length of training: omit one of them")
     if settings.data.validation_fraction == 0:
         settings = settings.replace(eval_strategy="no", do_eval=False, load_best_model_at_end=False)
     if settings.data.data != recipe_values.get("data", settings.data.data):
@@ -367,7 +367,7 @@ def recipe_notes(name: str) -> dict[str, str]:
 
 
 def resolved(arguments: Settings) -> dict[str, Any]:
-    """Convert settings to a recipe that reproduces the training even if defaults change later.
+    """Convert settings to a recipe that reproduces the run even if defaults change later.
 
     It contains all settings that this package defines or whose default it changes, and the other settings of
     `TrainingArguments` whose value is not the default.

@@ -90,7 +90,7 @@ def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] |
 
 
 def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> dict[str, Any]:
-    """The content of `minigpt.json`: how a model folder was made. Local paths are reduced to their last part."""
+    """The content of `minigpt.json`: how the model was trained. Local paths are reduced to their last component."""
     data, _, training = settings
     step = tokens_per_step(training, data.block_size)
     power = assumed_power(training)
@@ -192,7 +192,7 @@ def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
 def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:
     """Check that weights, gradients and two moments per parameter fit into memory, in float32: 16 bytes per parameter.
 
-    With LoRA few parameters are trained, and 4 bytes suffice; with FSDP the processes share.
+    With LoRA few parameters are trained, and 4 bytes suffice; with FSDP the memory is divided among the processes.
 
     Raises:
         MiniGPTError: before anything is allocated, if they do not fit.
@@ -212,7 +212,7 @@ def check_memory(config: PreTrainedConfig, architecture: ModelArguments, trainin
 
 
 def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_step: float | None = None) -> str:
-    """The plan of a run, for people: device, text, model, steps and time.
+    """The plan of a run in human-readable form: device, text, model, steps and time.
 
     Args:
         done: Optimizer steps taken before, if the run is resumed; the time is that of the remaining ones.
@@ -270,7 +270,7 @@ def measure_step(trainer: Trainer) -> float:
 
 
 def device_name(args: MiniGPTTrainingArguments) -> str:
-    """The hardware of a run, for people."""
+    """The hardware of a run in human-readable form."""
     if args.device.type == "cuda":
         return f"{args.world_size} × {torch.cuda.get_device_name(args.device)}"
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""

@@ -197,7 +197,7 @@ def step_of(checkpoint: Path) -> int:
     return read_json(checkpoint / "trainer_state.json")["global_step"]
 
 
-# Entries of the model configuration that may be allowed to change; the others determine the shapes or the function.
+# Entries of the model configuration that may be allowed to change; the others determine the weight shapes or the computation.
 CHANGEABLE_CONFIG = {"config.attention_dropout", "config.embedding_dropout", "config.residual_dropout"}
 
 

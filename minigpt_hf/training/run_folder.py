@@ -11,7 +11,7 @@ RUN/
   model/                 the published model folder
   .lock                  locked during training; see `lock`
   .unfinished/           a checkpoint while it is written
-  .pushing/              copies while they are uploaded
+  .pushing/              copies of checkpoints while they are uploaded
 ```
 """
 

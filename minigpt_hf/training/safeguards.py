@@ -44,17 +44,17 @@ EXPLOSION = 10
 
 @dataclass(frozen=True)
 class _Step:
-    """An optimizer step whose figures are still to be checked.
+    """An optimizer step whose loss and gradient norm are still to be checked.
 
     Args:
         number: Counted from 1.
-        figures: [ranks, 2]: loss in nats per token and gradient norm of each rank.
+        metrics: [ranks, 2]: loss in nats per token and gradient norm of each rank.
         batches: Token ids [B, T] of this rank, one tensor per micro-batch.
-        copied: Recorded after the copy of `figures` to the host was queued; `None` if they can be read at once.
+        copied: Recorded after the copy of `metrics` to the host was queued; `None` if they can be read at once.
     """
 
     number: int
-    figures: torch.Tensor
+    metrics: torch.Tensor
     batches: list[torch.Tensor]
     copied: torch.cuda.Event | None
 
@@ -62,12 +62,13 @@ class _Step:
 class LossGuard:
     """Detects optimizer steps with a non-finite loss or gradient, or an exploded loss, and stops or skips them.
 
-    Reading a loss makes the host wait for the device. On CUDA with `on_bad_loss stop` the figures are therefore copied
-    asynchronously and checked one step later, when the copy is complete; every save, evaluation and the end of training
-    check what is pending, so that the weights of a bad step are never saved. Otherwise they are checked before the step.
+    Reading a loss makes the host wait for the device. On CUDA with `on_bad_loss stop`, loss and gradient norm are therefore
+    copied asynchronously and checked one step later, when the copy is complete; every save, evaluation and the end of
+    training check what is pending, so that the weights of a bad step are never saved. Otherwise they are checked before
+    the update.
 
     Attributes:
-        deferred: Whether figures are checked one step later.
+        deferred: Whether steps are checked one step later.
         skipped_steps: Steps skipped in this run.
         skipped_since_log: Those since the last logged loss.
     """
@@ -77,11 +78,11 @@ class LossGuard:
         self.deferred = trainer.args.device.type == "cuda" and trainer.args.on_bad_loss == "stop"
         self.skipped_steps = self.skipped_since_log = 0
         self._batches: list[torch.Tensor] = []  # of the current step
-        self._loss_before = torch.zeros(())  # accumulated loss at the begin of the current step
+        self._loss_before = torch.zeros(())  # accumulated loss at the beginning of the current step
         self._pending: list[_Step] = []
 
     def record(self, input_ids: torch.Tensor, accumulated_loss: torch.Tensor) -> None:
-        """Note a micro-batch before its forward pass.
+        """Record a micro-batch before its forward pass.
 
         Args:
             input_ids: Token ids [B, T].
@@ -103,15 +104,15 @@ class LossGuard:
         """
         trainer, device = self.trainer, accumulated_loss.device
         loss = accumulated_loss - self._loss_before
-        figures = torch.stack([loss, torch.as_tensor(norm, dtype=loss.dtype, device=device)])[None]
+        metrics = torch.stack([loss, torch.as_tensor(norm, dtype=loss.dtype, device=device)])[None]
         if trainer.args.world_size > 1:
-            figures = trainer.accelerator.gather(figures)
+            metrics = trainer.accelerator.gather(metrics)
         batches, self._batches = self._batches, []
         copied = None
         if device.type == "cuda":
-            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            metrics, copied = metrics.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
-        self._pending.append(_Step(trainer.state.global_step + 1, figures, batches, copied))
+        self._pending.append(_Step(trainer.state.global_step + 1, metrics, batches, copied))
         for _ in range(len(self._pending) - self.deferred):
             if not self._is_good(self._pending.pop(0)):
                 self._skip(model, accumulated_loss)
@@ -130,7 +131,7 @@ class LossGuard:
         args = self.trainer.args
         if step.copied is not None:
             step.copied.synchronize()
-        losses, norms = step.figures.T.tolist()
+        losses, norms = step.metrics.T.tolist()
         # The loss of each rank is scaled such that their mean is the loss of the step, as with one process.
         loss = sum(losses) / len(losses)
         exploded = loss > EXPLOSION * math.log(self.trainer.model.config.vocab_size)
@@ -234,7 +235,7 @@ def advice(trainer: "MiniGPTTrainer") -> str:
 
 @contextmanager
 def rejected_settings() -> Iterator[None]:
-    """Convert exceptions of libraries that are asked to use the settings, before anything is written, to `MiniGPTError`."""
+    """Convert exceptions that libraries raise for the settings to `MiniGPTError`; used before anything is written."""
     try:
         yield
     except MiniGPTError:
@@ -309,8 +310,9 @@ def check_disk_space(trainer: Trainer) -> None:
     free = shutil.disk_usage(args.output_dir).free
     if free < needed:
         raise DiskFullError(
-            f"no room for this run in {args.output_dir}: {checkpoints} checkpoints, one being written and the model need "
-            f"about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, or name another --output_dir"
+            f"not enough disk space for this run in {args.output_dir}: {checkpoints} checkpoints, one being written and the "
+            f"model need about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; free some space, or use another "
+            "--output_dir"
         )
 
 
@@ -319,8 +321,8 @@ def disk_full(trainer: Trainer, content: str) -> DiskFullError:
     subject = "it" if content.startswith("checkpoint") else "a checkpoint"
     needed, free = checkpoint_bytes(trainer), shutil.disk_usage(trainer.args.output_dir).free
     return DiskFullError(
-        f"no room for {content}: {subject} needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier "
-        "checkpoints are intact; make room, and run the same command again to resume"
+        f"not enough disk space for {content}: {subject} needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
+        "free; earlier checkpoints are intact; free some space, and run the same command again to resume"
     )
 
 
@@ -337,7 +339,7 @@ def storage_errors(trainer: Trainer) -> Iterator[None]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            raise disk_full(trainer, f"what a run writes ({error})") from error
+            raise disk_full(trainer, f"the files of this run ({error})") from error
         if isinstance(error, OSError):
             raise StorageError(
                 f"{error} (after step {trainer.state.global_step}); once {trainer.args.output_dir} is writable again, the "

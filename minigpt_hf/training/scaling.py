@@ -1,6 +1,6 @@
 """Scaling rules: settings as functions of the size of a model and the number of training tokens, with their sources.
 
-The functions take a width, a vocabulary size or a number of tokens, and return settings as fields of the dataclasses in
+The functions take a width, or a number of parameters, tokens, characters or epochs, and return values of the settings in
 `arguments`. With P parameters, D training tokens and T tokens of text, D / T is the number of epochs:
 
 | setting            | rule                                       | reason                                                |
@@ -9,7 +9,7 @@ The functions take a width, a vocabulary size or a number of tokens, and return 
 |                    |                                            | (arXiv:2203.15556); the recipes, with Muon on small   |
 |                    |                                            | texts, have 0.4 to 2                                  |
 | num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | as in the recipes                                     |
-| block_size         | 128 up to D = 10⁷, then doubled for each   | longer contexts cost more and are useful only after   |
+| block_size         | 128 up to 10⁷ characters, doubled for each | longer contexts cost more and are useful only after   |
 |                    | factor of 10, up to 1,024                  | longer training                                       |
 | tokens per step    | 768 · √(D / 1.5 million), at least 768     | from the Shakespeare recipe, scaled approximately as  |
 |                    |                                            | the critical batch size (arXiv:2505.13738)            |
@@ -21,7 +21,7 @@ The functions take a width, a vocabulary size or a number of tokens, and return 
 | residual_dropout   | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2  | up to 4 epochs, repeated text is almost as useful as  |
 | weight_decay       | 0 up to D = 4 T, then 0.1                  | new text (arXiv:2305.16264)                           |
 
-`size_for_text` determines P and D from the text alone, for a training of a few minutes.
+`size_for_text` determines P and D from the text alone, for training of a few minutes.
 """
 
 import math
@@ -142,8 +142,8 @@ def shape_for(
             f"hidden_size {width} does not divide into a number of heads that is a multiple of num_key_value_heads "
             f"{key_value_heads}, with an even head dimension: choose another hidden_size or num_key_value_heads"
             if width
-            else f"num_key_value_heads is {key_value_heads}: no width up to {FINE_WIDTHS[-1]} divides into a multiple of it; "
-            "choose a smaller number"
+            else f"num_key_value_heads is {key_value_heads}: no width up to {FINE_WIDTHS[-1]} divides into a number of heads "
+            "that is a multiple of it; choose a smaller number"
         )
 
     def distance(shape: Shape) -> tuple[float, float, float]:
@@ -177,9 +177,9 @@ def vocabulary_for_text(characters: int) -> int:
     return min(320 + characters // 1000, 2048)
 
 
-def block_size_for(tokens: float) -> int:
-    """Tokens per training sequence: 2e6 -> 128, 2e7 -> 256, 2e8 -> 512, more than 1e9 -> 1024."""
-    return 128 * 2 ** min(3, max(0, math.ceil(math.log10(tokens / 1e7))))
+def block_size_for(characters: float) -> int:
+    """Tokens per training sequence, by characters of text: 2e6 -> 128, 2e7 -> 256, 2e8 -> 512, more than 1e9 -> 1024."""
+    return 128 * 2 ** min(3, max(0, math.ceil(math.log10(characters / 1e7))))
 
 
 def vocabulary_for(characters: float) -> int:

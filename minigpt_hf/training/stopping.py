@@ -28,7 +28,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 class _Stop(KeyboardInterrupt):
-    """Raised by a signal outside training. As a `KeyboardInterrupt` it passes every `except Exception`."""
+    """Raised by a signal outside training. A `KeyboardInterrupt`, so that no `except Exception` catches it."""
 
 
 class StopAtBoundary(TrainerCallback):
@@ -49,7 +49,7 @@ class StopAtBoundary(TrainerCallback):
         self.training = False  # whether training has begun: from then on signals wait for a step boundary
         self.received = -1.0  # time of the signal
         self.process = 0
-        self.group = None  # see `_stop_if_asked`
+        self.group = None  # see `_stop_if_signaled`
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -79,27 +79,27 @@ class StopAtBoundary(TrainerCallback):
             self.group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._stop_if_asked(args, control)
+        self._stop_if_signaled(args, control)
         if self.stopped:
             control.should_evaluate = False  # the process must end soon; a resumed run evaluates first
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self._stop_if_asked(args, control)
+        self._stop_if_signaled(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:  # training ended, and was saved, within this epoch or at its last step
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def _stop_if_asked(self, args, control) -> None:
-        """Stop all ranks at the same step, although each receives the signal at another time.
+    def _stop_if_signaled(self, args, control) -> None:
+        """Stop all ranks at the same step, although each receives the signal at a different time.
 
         The exchange uses the CPU backend, so that no rank waits for its accelerator.
         """
         number = self.number
         if args.world_size > 1:
-            asked = torch.tensor(number or 0)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.group)
-            number = int(asked) or None
+            received_number = torch.tensor(number or 0)
+            torch.distributed.all_reduce(received_number, torch.distributed.ReduceOp.MAX, self.group)
+            number = int(received_number) or None
         if number is not None:  # a signal during the exchange waits in `self.number` for the next step
             self.number, self.stopped = number, True
             control.should_save = control.should_training_stop = True

@@ -80,7 +80,7 @@ class Plan:
     Args:
         settings: Complete and frozen.
         config: Architecture of the model.
-        fingerprint: Everything that determines the numbers of the run.
+        fingerprint: Everything that determines the results of the run.
         seconds_per_step: If it was measured to choose the settings.
         checkpoint: Checkpoint to resume from; `None` for step 0.
         starts_over: Whether a previous run in the folder is renamed first.
@@ -98,7 +98,7 @@ class Plan:
 
 
 def train(settings: Settings, began: float | None = None) -> Path:
-    """Train a GPT and return its model folder. An interrupted run resumes exactly; a finished one is left as it is.
+    """Train a GPT and return its model folder. An interrupted run resumes exactly; a finished one is not changed.
 
     Args:
         began: `time.perf_counter()` when the command started, for `--minutes`; default: now.
@@ -142,7 +142,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             "the disk space with --save_total_limit"
         )
     set_seed(training.seed)
-    # What can be refused without the text is refused before the text is read.
+    # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:
         settings = settings.replace(**settings_of_config(pretrained_config(settings.model)))
     configurator = AutoConfigurator(settings, run, began)
@@ -373,7 +373,7 @@ def leave_process_group(training: MiniGPTTrainingArguments) -> None:
 
 
 def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBoundary) -> None:
-    """Write the model folder and, with `push_to_hub`, upload it. Only the main process does."""
+    """Write the model folder and, with `push_to_hub`, upload it, on the main process only."""
     training = plan.settings.training
     if not trainer.is_world_process_zero():
         return

@@ -113,8 +113,8 @@ class MiniGPTTrainer(Trainer):
         """Overridden because data loader workers must survive a signal to their process group and leave the random state
         as it is.
 
-        A data loader draws the base seed of its workers from the global random state when it creates them: in each epoch,
-        as a resumed run does, too; but persistent workers once, which a resumed run would do in another epoch.
+        A data loader draws the base seed of its workers from the global random state when it creates them. Persistent
+        workers are created once per process, so a resumed run would draw it in another epoch: they get a separate generator.
         """
         loader = super().get_train_dataloader()
         torch_loader = loader.base_dataloader  # accelerate's data loader iterates over this one
@@ -138,7 +138,7 @@ class MiniGPTTrainer(Trainer):
     ) -> tuple[int, int]:
         """Overridden because the Trainer resumes by discarding batches, and with the paths and intervals of the checkpoint.
 
-        Here the sampler starts at an index, the best checkpoint is searched in the present run folder, and the intervals
+        Here the sampler starts at an index, the best checkpoint is searched for in the current run folder, and the intervals
         (`logging_steps`, `eval_steps`, `save_steps`) are those of the arguments.
         """
         self.began = time.perf_counter()
@@ -238,7 +238,7 @@ class MiniGPTTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _start_time(self) -> float:
-        """When training began, relative to the present wall clock, which may have been set in the meantime."""
+        """When training began, relative to the current wall clock, which may have been set in the meantime."""
         return time.time() - (time.perf_counter() - self.began)
 
     def _totals(self) -> dict[str, Any]:
@@ -436,7 +436,7 @@ class MiniGPTTrainer(Trainer):
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
-        """Overridden to report errors of the Hub in one line and to refuse a public repository if a private one is asked."""
+        """Overridden to report errors of the Hub in one line, and to reject a public one if `private` is requested."""
         if self.is_world_process_zero():
             shutil.rmtree(RunFolder(Path(self.args.output_dir)).pushing, ignore_errors=True)  # what a killed run left
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name

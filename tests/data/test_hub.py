@@ -35,7 +35,7 @@ def plays(hub, tmp_path) -> str:
 def test_the_validation_split_of_a_dataset_is_used(plays):
     corpus = load_corpus(f"{plays}:long")
     assert (list(corpus.train), list(corpus.validation)) == (ROWS, ["held out"] * 3)
-    assert corpus.split_description == "the validation split that comes with it"
+    assert corpus.split_description == "the validation split provided with the data"
     part = load_corpus(f"{plays}:long", 0, split="train[:5%]")
     assert list(part.train) == ROWS[:10]
     short = load_corpus(f"{plays}:short", 0.4)

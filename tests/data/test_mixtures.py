@@ -78,11 +78,11 @@ def test_copies_of_validation_documents_are_removed_from_training_and_counted(tm
     copies = [text for text in WORDS[len(complete) : 19] if text not in held_out]
     in_part_of_few = WORDS[len(complete)] in held_out  # the divided document is also held out from the other source
     one_description, few_description = (part.split("; ")[-1] for part in corpus.split_description.split("; of few: "))
-    assert one_description == f"{len(copies)} copies of validation documents left out of training"
+    assert one_description == f"{len(copies)} copies of validation documents excluded from training"
     number = len(complete) - len(expected) + in_part_of_few
     assert (
         few_description
-        == f"{number} {'copy' if number == 1 else 'copies'} of validation documents left out of training"
+        == f"{number} {'copy' if number == 1 else 'copies'} of validation documents excluded from training"
     )
     assert one_description in caplog.text
 
@@ -92,7 +92,8 @@ def test_copies_among_few_documents_split_by_position_are_removed_from_training(
     corpus = load_corpus(folder, 0.3)
     assert (list(corpus.train), list(corpus.validation)) == (["another", "sam"], ["e text here"])
     assert (
-        corpus.split_description == "the last 11 of 35 characters; 1 copy of validation documents left out of training"
+        corpus.split_description
+        == "the last 11 of 35 characters; 1 copy of validation documents excluded from training"
     )
     with pytest.raises(ValueError, match="all of its documents are copies of validation documents"):
         load_corpus(write_folder(tmp_path / "b", ["same", "same"]), 0.5)

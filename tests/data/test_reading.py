@@ -318,7 +318,7 @@ def test_a_file_that_changes_between_indexing_and_reading_is_an_error(change, tm
     else:
         file.unlink()
     for part in (corpus.train, corpus.train.head(10), corpus.validation):
-        with pytest.raises(ValueError, match=r"growing\.log: (has changed while it was being read|cannot be read)"):
+        with pytest.raises(ValueError, match=r"growing\.log: (changed while it was being read|cannot be read)"):
             list(part)
 
 
@@ -405,7 +405,7 @@ def test_a_table_that_changes_after_its_columns_were_read_is_an_error(tmp_path):
         file.write_text('{"text": "a"}\n{"text": "b"}\n')
         return "text"
 
-    with pytest.raises(ValueError, match=r"growing\.jsonl: has changed while it was being read"):
+    with pytest.raises(ValueError, match=r"growing\.jsonl: changed while it was being read"):
         read_tables("json", [str(file)], {}, Decoding(), tmp_path / "cache", choose_column)
 
 

@@ -89,7 +89,7 @@ def test_the_splits_of_a_saved_dataset_are_used(table, tmp_path):
     both.save_to_disk(tmp_path / "two")
     corpus = load_corpus(str(tmp_path / "two"))
     assert (list(corpus.train), list(corpus.validation)) == (ROWS, ROWS[:2])
-    assert corpus.split_description == "the validation split that comes with it"
+    assert corpus.split_description == "the validation split provided with the data"
     assert list(load_corpus(str(tmp_path / "two"), 0, split="dev").train) == ROWS[:2]
     assert load_corpus(str(tmp_path / "two"), 0).validation is None
 

@@ -180,7 +180,7 @@ def test_what_a_tokenizer_loses_is_logged_and_published(text, recipe_file, tmp_p
     assert main(["tokenize", "--recipe", str(recipe_file), *flags, "--output_dir", prepared]) == 0
     encoding = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(words[:10_000])
     unknown = encoding.ids.count(0) / len(encoding.ids)
-    lost = f"{unknown:.2%} of the tokens are unknown ones; upper case, white space"
+    lost = f"{unknown:.2%} of the tokens are unknown; upper case, white space"
     warning = f"the tokenizer does not reproduce the text ({lost}"
     assert warning in capfd.readouterr().err
     assert main(["train", "--recipe", str(recipe_file), "--data", prepared, *short, "--output_dir", str(run)]) == 0

@@ -302,7 +302,7 @@ def a_prompt_with_terminal_escape_sequences(folder: Broken):
     folder.json("minigpt.json", sample={"prompt": ESCAPE, "text": ""})
 
 
-@attack("chat template", reason=r"chat_template\.jinja reaches for __(init|globals)__")
+@attack("chat template", reason=r"chat_template\.jinja accesses __(init|globals)__")
 def a_chat_template_that_escapes_its_sandbox(folder: Broken):
     command = f"touch {folder.canary}"
     folder.write("chat_template.jinja", f"{{{{ cycler.__init__.__globals__.os.popen({command!r}).read() }}}}")

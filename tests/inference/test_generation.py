@@ -61,7 +61,7 @@ def test_generation_continues_beyond_the_training_sequence_length(loaded):
 
 
 def test_an_unknown_generation_option_is_rejected_with_a_suggestion(loaded):
-    with pytest.raises(ValueError, match="no option 'temprature'; near: temperature"):
+    with pytest.raises(ValueError, match="no option 'temprature'; did you mean temperature"):
         generate(*loaded, "def ", temprature=1)
 
 

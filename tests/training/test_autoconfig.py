@@ -259,14 +259,14 @@ def test_an_evaluation_interval_that_save_steps_is_not_a_multiple_of_is_reported
     [
         (
             ["--minutes", "3", "--max_steps", "5"],
-            "minutes and max_steps both determine the length of the training: omit one of them",
+            "minutes and max_steps both determine the length of training: omit one of them",
         ),
         (["--minutes", "3", "--recipe", "shakespeare-char"], "omit the recipe shakespeare-char, which sets max_steps"),
         (
             ["--minutes", "3", "--num_train_epochs", "2"],
-            "minutes and num_train_epochs both determine the length of the training",
+            "minutes and num_train_epochs both determine the length of training",
         ),
-        (["--minutes", "3", "--size", "auto"], "minutes and size auto both determine the length of the training"),
+        (["--minutes", "3", "--size", "auto"], "minutes and size auto both determine the length of training"),
         (
             ["--minutes", "3", "--hidden_size", "64"],
             "hidden_size is part of the architecture, which minutes and size determine",

@@ -260,7 +260,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
     monkeypatch.setattr(atomic, "fsync", full)
     assert train(recipe, words, folder) == 28
     err = capsys.readouterr().err
-    assert "no room for checkpoint-4: it needs about" in err
+    assert "not enough disk space for checkpoint-4: it needs about" in err
     assert err.count("\n") == 1
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert verification_error(folder / "checkpoint-2") is None
@@ -281,7 +281,7 @@ def test_a_checkpoint_that_cannot_be_written_for_another_reason_is_not_told_as_a
     assert train(recipe, words, folder) == 74
     err = capsys.readouterr().err
     assert ".unfinished" in err
-    assert "no room" not in err
+    assert "not enough disk space" not in err
 
 
 def test_disk_space_is_checked_before_the_first_step(recipe, words, tmp_path, capsys, monkeypatch):
@@ -289,7 +289,7 @@ def test_disk_space_is_checked_before_the_first_step(recipe, words, tmp_path, ca
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert train(recipe, words, tmp_path / "run") == 28
     captured = capsys.readouterr()
-    assert "no room for this run" in captured.err
+    assert "not enough disk space for this run" in captured.err
     assert "step" not in captured.out
 
 
