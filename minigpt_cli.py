@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+# Each command is a module of the same name in `minigpt_hf/cli/`.
 COMMANDS = {
     "train": "train a GPT on a text and write a model folder",
     "tokenize": "tokenize a text in advance, for one or several training runs",
@@ -16,7 +17,7 @@ COMMANDS = {
     "plot": "plot the loss curves of runs",
     "evaluate": "score a text with a causal LM: loss, perplexity, bits per byte",
     "generate": "generate text with a causal LM",
-    "export": "convert a model folder for other programs: native Qwen3, GGUF, ONNX",
+    "export": "convert a model folder to the format of another program",
     "doctor": "check a model folder: completeness, consistency, pickles, secrets, loading",
     "import": "convert a nanoGPT checkpoint to a GPT-2 folder",
     "push": "upload a model folder to the Hub in one commit",

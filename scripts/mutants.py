@@ -54,7 +54,6 @@ TESTS = (
     "tests/test_cli.py",
     "tests/test_docs.py",
     "tests/inference/test_evaluation.py",
-    "tests/training/test_initialize.py",
 )
 THRESHOLD = 0.1  # share of mutants that may survive
 

@@ -240,7 +240,7 @@ def test_the_complete_help_of_train_names_every_flag_and_the_recipes(capsys):
         assert flag in out
 
 
-def test_help_version_and_no_command(capsys):
+def test_help_and_version_are_printed_and_a_missing_command_is_an_error(capsys):
     from minigpt_hf import __version__
 
     assert run(capsys, "--help")[0] == 0

@@ -108,7 +108,7 @@ def test_only_the_command_line_and_the_progress_callback_print():
     assert printing - commands - {"export/onnx_runner.py"} == {"training/callbacks.py"}
 
 
-def test_public_names():
+def test_the_package_exports_exactly_its_public_names():
     assert sorted(minigpt_hf.__all__) == [
         "MiniGPTConfig",
         "MiniGPTForCausalLM",

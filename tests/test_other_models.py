@@ -118,7 +118,7 @@ def test_misspelled_and_unavailable_options_are_rejected(run_folder, capfd):
     assert err.startswith("minigpt generate: ")
 
 
-def test_arguments_of_python_are_checked(run_folder, text_file):
+def test_arguments_of_the_python_interface_are_checked(run_folder, text_file):
     with pytest.raises(ValueError, match="split is 'valid': give one of all, train, validation"):
         minigpt_hf.evaluate(run_folder / "model", str(text_file), split="valid")
     with pytest.raises(ValueError, match="data is a list"):

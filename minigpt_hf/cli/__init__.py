@@ -1,6 +1,7 @@
 """The commands of `minigpt`, one module each.
 
-`parser()` returns the command's argument parser; `run(argv)` executes it and returns the exit code, or `None` for 0.
+A command NAME is an entry of `minigpt_cli.COMMANDS` and a module NAME.py in this package. Its `parser()` returns the
+argument parser; its `run(argv)` executes the command and returns the exit code, or `None` for 0.
 Modules import what they need inside `run`, after the arguments are parsed. Invalid input (`MiniGPTError`) and errors of the
 operating system are reported in one line; any other exception keeps its traceback.
 """

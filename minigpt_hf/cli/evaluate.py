@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from ..data.files import FORMATS
 from .parser import Parser, quiet
 
 
@@ -25,7 +26,7 @@ def parser() -> Parser:
     parser.add_argument("--newline", choices=["preserve", "universal"], help=f"line endings of text files {how}")
     parser.add_argument("--data_split", help=f"split of a dataset {how}")
     parser.add_argument("--text_column", help=f"column of a table that holds the text {how}")
-    parser.add_argument("--data_format", help=f"read files as text, json, csv, parquet or arrow {how}")
+    parser.add_argument("--data_format", help=f"format of the files: {', '.join(FORMATS)} {how}")
     parser.add_argument(
         "--max_characters",
         type=int,

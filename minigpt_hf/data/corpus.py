@@ -70,7 +70,7 @@ def load_corpus(
         newline: Line ends of text files: `preserve` keeps every byte, `universal` converts CRLF and CR to LF.
         split: A split as in `datasets` (`train[:5%]`). Default: `train`, and the validation split of the data, if any.
         text_column: The column of a table that contains the text. Default: `text`, or the only column of text.
-        data_format: Read files as `text`, `json`, `csv`, `parquet` or `arrow`, regardless of their extensions.
+        data_format: Format of the files, one of `files.FORMATS`. Default: that of their extensions.
         streaming: Read the documents of a Hub dataset on demand without storing them.
         cache_dir: Root of the cache.
 

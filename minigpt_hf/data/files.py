@@ -31,6 +31,7 @@ FORMAT_BY_EXTENSION: dict[str, str] = {
     ".arrow": "arrow",
 }
 FORMATS = tuple(dict.fromkeys(FORMAT_BY_EXTENSION.values()))
+TABLE_EXTENSIONS = tuple(extension for extension, name in FORMAT_BY_EXTENSION.items() if name != "text")
 # Files that describe the data when they are next to tables.
 DOCUMENTATION_NAMES = ("readme", "license", "licence")
 MAX_REASONS_SHOWN = 5

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..data.files import FORMATS, TABLE_EXTENSIONS
 from ..errors import MiniGPTError
 from .scaling import parse_size
 
@@ -80,11 +81,11 @@ class DataArguments:
         default="stdlib",
         metadata={
             "help": "Text to train on: a file, folder, glob pattern or URL of text files (each file is a document) or of "
-            "tables (jsonl, json, csv, tsv, parquet, arrow: each row is a document), uncompressed or gz, zst, xz; a "
-            "folder written by `save_to_disk` or `minigpt tokenize`; a Hub dataset, user/name or user/name:config; "
-            "`stdlib`, the source code of the Python standard library; - for standard input; or a mixture with "
-            "shares of characters, one:0.7,other:0.3. A name is a pattern (* ? [ ] **) only if no file or folder has "
-            "exactly that name."
+            f"tables ({', '.join(each[1:] for each in TABLE_EXTENSIONS)}: each row is a document), uncompressed or gz, "
+            "zst, xz; a folder written by `save_to_disk` or `minigpt tokenize`; a Hub dataset, user/name or "
+            "user/name:config; `stdlib`, the source code of the Python standard library; - for standard input; or a "
+            "mixture with shares of characters, one:0.7,other:0.3. A name is a pattern (* ? [ ] **) only if no file or "
+            "folder has exactly that name."
         },
     )
     data_split: str | None = field(
@@ -100,8 +101,8 @@ class DataArguments:
     data_format: str | None = field(
         default=None,
         metadata={
-            "help": "Read files as text, json, csv, parquet or arrow, regardless of their extensions; in a folder, all files "
-            "that are not hidden."
+            "help": f"Format of the files, regardless of their extensions: {', '.join(FORMATS)}; in a folder, all files that "
+            "are not hidden are read."
         },
     )
     streaming: bool = field(

@@ -2,7 +2,7 @@
 
 All candidates use the same text, split, number of threads and tokens, and minigpt-hf has no more parameters. `--peer
 nanogpt` runs the unmodified `train.py` of a copy of nanoGPT with its CPU example. `--peer hf` runs transformers' GPT-2
-and Llama in the stock Trainer, with its default settings and with tuned AdamW. Each training is a separate process. All
+and Llama in the stock Trainer, with its default settings and with tuned AdamW. Each training run is a separate process. All
 models are evaluated by `minigpt evaluate` on the last tenth of the text, each character once, in windows of 64. The
 training time is that of the training steps, without evaluation, saving and sampling.
 """
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast_steps",
         type=int,
-        help="steps of the shorter training (default: 400 for --peer hf, otherwise those of its recipe)",
+        help="steps of the shorter run (default: 400 for --peer hf, otherwise those of its recipe)",
     )
     parser.add_argument(
         "--max_steps", type=int, default=STEPS, help="steps of the peers; ours are scaled likewise (default: 2000)"
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return compare(rows)
 
 
-# Recipe and number of steps (None: that of the recipe) of the shorter training that reaches the final loss of the peer:
+# Recipe and number of steps (None: that of the recipe) of the shorter run that reaches the final loss of the peer:
 # nanoGPT, or tuned GPT-2.
 FAST = {"nanogpt": ("shakespeare-char-fast", None), "hf": ("shakespeare-char-fast", 400)}
 
@@ -166,7 +166,7 @@ def train_hf(args: argparse.Namespace, folder: Path, seed: int, architecture: st
 def measurements(
     parameters: int, tokens: int, training_seconds: float, processes: list[CompletedProcess]
 ) -> dict[str, Any]:
-    """Collect the cost of a training: time of its steps, and wall and CPU time of its processes."""
+    """Collect the cost of a training run: time of its steps, and wall and CPU time of its processes."""
     return {
         "parameters": parameters,
         "tokens": tokens,
@@ -187,7 +187,7 @@ def score(model_folder: Path, data: Path) -> float:
 
 
 def compare(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Compute mean losses and median times of each training, and ratios to the peers."""
+    """Compute mean losses and median times of each training run, and ratios to the peers."""
     peers = [name for name in rows if not name.startswith("minigpt")]
     table, summary, ratios = [], {}, []
     for name, runs in rows.items():

@@ -76,7 +76,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {part: [] for part in parts}
     for repeat in range(repeats + 1):
         for part, function in parts.items():
-            seconds: list[float] = []  # set by `step_of`, which does not count excluding parameters
+            seconds: list[float] = []  # set by `step_of`, which does not time the exclusion of parameters
             start = time.process_time()
             function()
             elapsed = seconds[0] if seconds else time.process_time() - start

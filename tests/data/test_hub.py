@@ -67,7 +67,7 @@ def test_a_mixture_of_streams_has_the_requested_shares(plays, hub, tmp_path):
     assert text.count("x") / len(text) == pytest.approx(0.25, abs=0.02)
 
 
-def test_training_on_a_streamed_dataset(plays, hub, recipe_file, tmp_path, capsys):
+def test_a_model_is_trained_on_a_streamed_dataset(plays, hub, recipe_file, tmp_path, capsys):
     argv = ["train", "--recipe", str(recipe_file), "--data", f"{plays}:long", "--streaming", "--max_tokens", "2000"]
     argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--eval_steps", "1", "--save_steps", "1"]
     assert main(argv) == 0

@@ -211,6 +211,6 @@ def test_a_read_only_cache_can_be_used(text_file, recipe_file, tmp_path, capsys,
     assert "--cache_dir" in line
 
 
-def test_more_processes_than_chunks(large, tmp_path):
+def test_there_may_be_more_processes_than_chunks(large, tmp_path):
     argv = ["tokenize", "--tokenizer", "bytes", "--data", large, "--num_proc", "16", "--cache_dir", tmp_path / "cache"]
     assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "prepared"]]) == 0

@@ -146,7 +146,7 @@ def test_a_validation_sample_describes_which_part_is_scored(sample, description)
 
 
 @pytest.mark.parametrize(("tokens", "warns"), [(9_999, True), (10_000, False)])
-def test_a_score_of_fewer_than_10_000_tokens_is_warned_of(tokens, warns, tmp_path, caplog):
+def test_a_score_of_fewer_than_10_000_tokens_causes_a_warning(tokens, warns, tmp_path, caplog):
     (tmp_path / "text.txt").write_text("0123456789" * 4_000)
     corpus = load_corpus(str(tmp_path / "text.txt"), 0.5)
     text = prepare(corpus, "bytes", 0, tmp_path / "cache", block_size=tokens, validation_characters=tokens)

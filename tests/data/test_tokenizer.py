@@ -128,7 +128,7 @@ def test_special_tokens_in_the_text_are_encoded_as_text(bpe):
     assert bpe(f"a{END_OF_TEXT}").input_ids[-1] == bpe.eos_token_id  # transformers recognizes the special token
 
 
-def test_ids_of_special_tokens(tokenizers):
+def test_special_tokens_have_the_ids_0_and_1(tokenizers):
     for tokenizer in [*tokenizers, character_tokenizer(["abc"])]:
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
         assert (tokenizer.bos_token, tokenizer.pad_token) == (END_OF_TEXT, PAD)
@@ -196,7 +196,7 @@ def test_lost_characters_is_none_for_lossless_tokenizers(text, bpe):
         assert lost_characters(tokenizer, [text[:5000], " a\n"]) is None
 
 
-def test_what_a_tokenizer_loses_is_told_by_category():
+def test_what_a_tokenizer_loses_is_reported_by_category():
     """Each of three normalizers loses one category; U+0338 is the combining character of the lowest class."""
     for normalizer, text, lost in (
         (normalizers.Lowercase(), "Ab", "upper case"),

@@ -114,7 +114,7 @@ def test_attention_implementations_agree(attention):
     torch.testing.assert_close(tiny_model(attn_implementation=attention)(ids).logits, reference, atol=1e-5, rtol=0)
 
 
-def test_inputs_embeds_and_logits_to_keep():
+def test_inputs_embeds_and_logits_to_keep_give_the_same_logits():
     model, ids = tiny_model(), random_ids(2, 10)
     logits = model(ids).logits
     assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, logits)

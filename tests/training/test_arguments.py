@@ -168,8 +168,8 @@ def test_one_process_learns_from_every_block_of_an_epoch(tmp_path):
     assert given == [False, True]
 
 
-def test_no_file_beside_the_program_adds_arguments(tmp_path, monkeypatch):
-    """`HfArgumentParser` would read `minigpt.args` beside a program `minigpt`."""
+def test_a_file_next_to_the_program_adds_no_arguments(tmp_path, monkeypatch):
+    """`HfArgumentParser` would read `minigpt.args` next to a program `minigpt`."""
     (tmp_path / "minigpt.args").write_text("--max_steps 7")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "minigpt")])
     assert parse_arguments([])[2].max_steps == parse_arguments([], "demo")[2].max_steps != 7

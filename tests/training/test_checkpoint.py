@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
-def test_a_checkpoint_that_cannot_be_written_for_another_reason_is_not_told_as_a_full_disk(
+def test_a_checkpoint_that_cannot_be_written_for_another_reason_is_not_reported_as_a_full_disk(
     recipe, words, finished, tmp_path, capsys
 ):
     """The name of the folder in which checkpoints are written is taken by a file."""

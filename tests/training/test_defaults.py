@@ -164,7 +164,7 @@ def test_two_processes_choose_the_settings_of_one_with_half_the_batch_size(lette
         (10**9, 3 * 10**8, (1_000_000, 1_500_000)),
     ],
 )
-def test_parameters_and_tokens_for_a_text(size, tokens, expected):
+def test_the_size_of_a_text_determines_parameters_and_tokens(size, tokens, expected):
     assert size_for_text(size, tokens) == expected
 
 

@@ -38,7 +38,7 @@ def interrupted(recipe, words, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_run_does_not_resume_with_a_changed(name, interrupted, recipe, words, capsys):
+def test_a_run_does_not_resume_with_a_changed_setting(name, interrupted, recipe, words, capsys):
     before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
     assert train(recipe, words, interrupted, *FLAGS, *CHANGES[name]) == 2
     captured = capsys.readouterr()

@@ -8,7 +8,7 @@ import pytest
 from tests.training.conftest import assert_equal, rows, state_of, train
 
 
-def test_tokens_and_bits_per_byte_of_each_logged_step(recipe, words, tmp_path):
+def test_each_logged_step_has_its_tokens_and_bits_per_byte(recipe, words, tmp_path):
     """A step has 3 · 2 sequences of 16 tokens; 420 bytes of text are 421 tokens, including the BOS token."""
     folder = tmp_path / "run"
     assert train(recipe, words, folder, "--gradient_accumulation_steps", "3", "--logging_steps", "2") == 0

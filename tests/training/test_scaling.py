@@ -21,7 +21,7 @@ from minigpt_hf.training.scaling import (
     ("width", "layers", "heads"),
     [(64, 2, 2), (96, 3, 3), (128, 4, 4), (192, 4, 6), (256, 5, 4), (448, 8, 7), (768, 12, 12), (1536, 21, 24)],
 )
-def test_layers_and_heads_of_a_width(width, layers, heads):
+def test_a_width_determines_layers_and_heads(width, layers, heads):
     """One layer per 32 of width up to 128, then one per 80; head dimension 32 below a width of 256, then 64."""
     expected = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     assert Shape(width).settings() == expected

@@ -68,7 +68,7 @@ def test_eight_by_one_equals_one_by_eight(streams, tmp_path):
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-5)
 
 
-def test_a_training_repeats_bit_for_bit_and_the_seed_matters(streams, tmp_path):
+def test_training_is_reproducible_bit_for_bit_and_depends_on_the_seed(streams, tmp_path):
     settings = {"per_device_train_batch_size": 2, "max_steps": 3}
     runs = [
         trained(
