@@ -143,7 +143,7 @@ def commit_folder(
         paths = [file.rfilename for file in current.siblings]
         stale = [path for path in paths if _is_read_by_loaders(path) and path not in content]
         if stale:
-            logger.info("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
+            logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
         api.create_commit(
             repo_id,
             [

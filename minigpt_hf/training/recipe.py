@@ -338,7 +338,7 @@ def load_yaml(text: str) -> Any:
     """Parse YAML into plain values.
 
     Raises:
-        MiniGPTError: in one line, if it is invalid or nested too deeply, or has duplicate keys, aliases or object tags.
+        MiniGPTError: for invalid YAML, excessive nesting, duplicate keys, aliases and object tags.
     """
     try:
         return yaml.load(text, _Loader)

@@ -150,4 +150,4 @@ class EarlyStopping(TrainerCallback):
         if self.patience and since_best >= self.patience and state.global_step < state.max_steps:
             control.should_training_stop = True
             if state.is_world_process_zero:
-                logger.info(f"early stopping: no better validation loss in {since_best} evaluations")
+                logger.info(f"early stopping: the validation loss has not improved for {since_best} evaluations")

@@ -161,7 +161,7 @@ def test_training_ends_after_five_evaluations_without_improvement(text, tmp_path
     argv += ["--lr_scheduler_type", "constant"]
     argv += "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --max_steps 120 --eval_steps 4".split()
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
-    assert "no better validation loss in 5 evaluations" in capsys.readouterr().err
+    assert "the validation loss has not improved for 5 evaluations" in capsys.readouterr().err
     losses = validation_losses(tmp_path / "run")
     assert len(losses) < 30
     assert losses.index(min(losses)) == len(losses) - 6
