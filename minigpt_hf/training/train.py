@@ -68,7 +68,7 @@ from .trainer import MiniGPTTrainer
 logger = logging.getLogger(__name__)
 
 # With several processes, the main process tokenizes while the others wait, at most `ddp_timeout` (30 minutes by default). A
-# gigabyte took 15.6 minutes on one core, including the training of the tokenizer.
+# gigabyte took 15.6 minutes on one core, including the training of the tokenizer (docs/results.md).
 MAX_CHARACTERS_TO_TOKENIZE = 1_000_000_000
 CHARACTERS_PER_TOKEN = 4  # of a stream, whose length is known in tokens
 

@@ -436,7 +436,7 @@ class MiniGPTTrainer(Trainer):
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
-        """Overridden to report errors of the Hub in one line, and to reject an existing public repository if `private` is set."""
+        """Overridden to report errors of the Hub in one line, and to reject a public repository if `private` is set."""
         if self.is_world_process_zero():
             shutil.rmtree(RunFolder(Path(self.args.output_dir)).pushing, ignore_errors=True)  # what a killed run left
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
