@@ -69,6 +69,8 @@ EQUIVALENT = {
     r"os\.name == \"nt\"|msvcrt\.|WINDOWS_OFFSET|os\.lseek\(descriptor": "needs Windows",
     r"wait_for_everyone\(\)": "the order of operations of several processes, which matters only in a race",
     r"__all__|^[A-Z]\w+ = tuple\[": "no behavior",
+    r"^ *assert ": "assertions about the code itself",
+    r"^(FINE_)?WIDTHS = ": "candidates of a search",
 }
 # Patterns of "line before -> line after" whose change no test can detect, with the reason; other mutants of these lines are
 # tested.
@@ -79,7 +81,8 @@ EQUIVALENT_CHANGES = {
     r"kind=\"stable\"": "the order of copies of a document",
     r"loss > EXPLOSION \* .* -> .*loss >= EXPLOSION": "no float32 equals a multiple of the logarithm of an integer",
     r"> 1e-9.* -> .*>= 1e-9": "a tolerance of rounding errors",
-    r"use_cache=True.* -> (?!.*use_cache)": "the default; speed of generation",
+    r"use_cache=True": "speed of generation",
+    r"characters \+= len\(text or \"\"\)": "sizes of chunks",
     r"self\.received = -1\.0 ": "any time before the first signal",
     r"deep=False.* -> .*deep=True": "when the YAML constructor fills nested values",
 }

@@ -157,6 +157,23 @@ def test_a_size_chooses_the_nearest_shape_and_ten_tokens_per_parameter(text_file
     assert "small text" in caplog.text
 
 
+@pytest.mark.parametrize("argv", [["--size", "0.8m"], []])
+def test_every_chosen_setting_is_logged(argv, text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    argv = ["--data", str(text_file), *argv]
+    chosen, _ = automatic_settings(argv, tmp_path)
+    given = parse_arguments([*argv, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--cache_dir", str(tmp_path)])
+    number = 0
+    for before, after in zip(given, chosen, strict=True):
+        for name, value in vars(after).items():
+            is_setting = isinstance(value, str | int | float) and name != "run_name"
+            is_setting = is_setting and (name, chosen[0].tokenizer) != ("vocab_size", "characters")  # has no effect
+            if is_setting and value != vars(before)[name]:
+                assert f"{name} {value}" in caplog.text or f"{name} {value!r}" in caplog.text, name
+                number += 1
+    assert number > 8
+
+
 def data_vocabulary(text_file) -> int:
     return len(set(text_file.read_text())) + 2
 

@@ -47,6 +47,18 @@ def test_a_run_does_not_resume_with_a_changed_setting(name, interrupted, recipe,
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["eval_steps", "eval_delay"])
+def test_evaluations_that_determine_the_learning_rate_are_part_of_the_fingerprint(
+    name, recipe, words, tmp_path, capsys
+):
+    plateau = [*FLAGS, "--lr_scheduler_type", "reduce_lr_on_plateau", "--warmup_steps", "0"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train(recipe, words, straight, *plateau) == 0
+    go_back(straight, stopped, 4)
+    assert train(recipe, words, stopped, *plateau, f"--{name}", "4") == 2
+    assert f"{name} was " in capsys.readouterr().err
+
+
 def test_a_setting_that_an_earlier_version_did_not_record_is_unchanged_if_it_has_its_default(
     interrupted, recipe, words, tmp_path, capsys
 ):

@@ -642,7 +642,7 @@ def signal_at(step: int, number: int, monkeypatch):
     return lambda: monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", "steps after a delay", "epoch"])
 def test_an_evaluation_skipped_because_of_a_signal_is_performed_when_the_run_is_resumed(
     strategy, recipe, words, tmp_path, capsys, monkeypatch
 ):
@@ -650,10 +650,12 @@ def test_an_evaluation_skipped_because_of_a_signal_is_performed_when_the_run_is_
     flags = [*EVALUATED, *STEEP, "--save_total_limit", "1"]
     if strategy == "epoch":  # 9 steps per epoch
         flags += ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--max_steps", "20"]
+    elif strategy == "steps after a delay":
+        flags += ["--eval_delay", "6"]
     straight = tmp_path / "straight"
     assert train(recipe, words, straight, *flags) == 0
     evaluations = [(row["step"], row["eval_loss"]) for row in log_of(straight) if "eval_loss" in row]
-    for step in {"steps": (4, 5, 8), "epoch": (5, 9, 18)}[strategy]:
+    for step in {"steps": (4, 5, 8), "steps after a delay": (4, 6), "epoch": (5, 9, 18)}[strategy]:
         folder = tmp_path / str(step)
         undo = signal_at(step, signal.SIGHUP, monkeypatch)
         assert train(recipe, words, folder, *flags) == 129

@@ -3,7 +3,7 @@
 import html
 import json
 
-from tests.training.conftest import train
+from tests.training.conftest import go_back, train
 
 
 def test_a_sample_with_markup_quotes_and_lines_is_one_cell_of_the_table(recipe, words, tmp_path):
@@ -28,3 +28,15 @@ def test_without_validation_there_is_a_sample_at_each_checkpoint(recipe, words, 
     assert train(recipe, words, tmp_path / "run", "--sample_tokens", "4", "--save_steps", "3") == 0
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if "sample" in row] == [0, 3, 6, 8]
+
+
+def test_a_resumed_run_repeats_the_sample_of_its_checkpoint(recipe, words, tmp_path, capsys):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(recipe, words, straight, "--sample_tokens", "4") == 0
+    assert "--- sample before training:" in capsys.readouterr().out
+    go_back(straight, resumed, 4)
+    assert train(recipe, words, resumed, "--sample_tokens", "4") == 0
+    out = capsys.readouterr().out
+    assert "--- sample at step 4:" in out
+    assert "before training:" not in out
+    assert (resumed / "samples.md").read_text() == (straight / "samples.md").read_text()
