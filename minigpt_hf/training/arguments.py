@@ -39,7 +39,7 @@ INTERVALS = {
     **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "eval_delay", "warmup_steps"), "[0, inf)"),
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "adam_epsilon", "weight_decay"), "[0, inf)"),
     **dict.fromkeys(("max_grad_norm", "neftune_noise_alpha"), "[0, inf)"),
-    **dict.fromkeys(("muon_momentum", "adam_beta1", "adam_beta2", "label_smoothing_factor"), "[0, 1)"),
+    **dict.fromkeys(("muon_momentum", "muon_beta2", "adam_beta1", "adam_beta2", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("minutes", "num_train_epochs", "initializer_range"), "(0, inf)"),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), "(0, inf)"),
     "rope_theta": "(1, inf)",
@@ -237,6 +237,13 @@ class ModelArguments:
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base θ of the rotary frequencies (RoPE)."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "The output head shares the embedding matrix."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
+    positional_heads: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Heads that initially attend to the token a fixed distance back: for each of the first layers, the "
+            "distances of its first heads, e.g. 1,2,3 1,2,4 1,2."
+        },
+    )
     rms_norm_eps: float = field(default=1e-6, metadata={"help": "Epsilon, added to the mean square in each RMSNorm."})
     attention_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of attention weights."})
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of embeddings."})
@@ -246,6 +253,27 @@ class ModelArguments:
 
     def __post_init__(self):
         check_numbers(self)
+        object.__setattr__(self, "positional_heads", parse_positional_heads(self.positional_heads))
+
+
+def parse_positional_heads(value: Any) -> list[list[int]]:
+    """["1,2,3", "1,2"] or [[1, 2, 3], [1, 2]] -> [[1, 2, 3], [1, 2]].
+
+    Raises:
+        MiniGPTError: for anything else, and for a distance below 1.
+    """
+    try:
+        if not isinstance(value, list):
+            raise TypeError
+        parsed = [[int(d) for d in each.split(",")] if isinstance(each, str) else list(each) for each in value]
+    except (TypeError, ValueError):
+        parsed = [[0]]
+    if not all(isinstance(d, int) and not isinstance(d, bool) and d >= 1 for of_layer in parsed for d in of_layer):
+        raise MiniGPTError(
+            f"positional_heads is {value!r}: expected a list of distances ≥ 1 for each layer, such as 1,2,3 1,2 "
+            "(in a recipe: [[1, 2, 3], [1, 2]])"
+        )
+    return parsed
 
 
 @dataclass
@@ -278,6 +306,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
         default=0.02, metadata={"help": "Peak learning rate of Muon; learning_rate is that of AdamW."}
     )
     muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
+    muon_beta2: float = field(
+        default=0.0,
+        metadata={
+            "help": "Second-moment decay rate of Muon, per row or column of a matrix (NorMuon, arXiv:2510.05491); 0: none."
+        },
+    )
     sample_prompt: str | None = field(
         default=None,
         metadata={

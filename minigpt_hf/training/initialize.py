@@ -17,6 +17,7 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import checked_folder, loading
 from .arguments import ARCHITECTURE_SETTINGS, ModelArguments
+from .positional_heads import check_positional_heads, initialize_positional_heads
 
 
 def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
@@ -89,7 +90,7 @@ def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
 def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
     """Return the configuration of a model with fresh weights."""
     settings = dict(vars(architecture))
-    for name in ("init_from", "lora_rank"):
+    for name in ("init_from", "lora_rank", "positional_heads"):
         del settings[name]
     rope_theta, max_length = settings.pop("rope_theta"), settings.pop("max_position_embeddings")
     if architecture.use_sliding_window:
@@ -99,7 +100,7 @@ def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
         settings["sliding_window"] = settings["sliding_window"] or block_size + 1
         max_length = max_length or 16 * block_size
     try:
-        return MiniGPTConfig(
+        config = MiniGPTConfig(
             vocab_size=vocabulary_size(tokenizer),
             max_position_embeddings=max_length or block_size,
             rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
@@ -112,12 +113,19 @@ def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
         raise MiniGPTError(str(error.__cause__ or error)) from error
     except ValueError as error:
         raise MiniGPTError(str(error)) from error
+    check_positional_heads(architecture.positional_heads, config, block_size)
+    return config
 
 
 def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrainedModel:
     """Create the model to train: fresh or pretrained weights in float32, optional LoRA, and a generation configuration."""
     folder = architecture.init_from
-    model = pretrained_model(folder, config) if folder else MiniGPTForCausalLM(config)
+    if folder:
+        model = pretrained_model(folder, config)
+    else:
+        model = MiniGPTForCausalLM(config)
+        if architecture.positional_heads:
+            initialize_positional_heads(model, architecture.positional_heads)
     bos, eos = config.bos_token_id, config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True,

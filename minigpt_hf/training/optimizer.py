@@ -49,8 +49,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Optimizer whose parameter groups each select Muon or AdamW.
 
     Args:
-        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept `momentum`,
-            AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
+        param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept `momentum`
+            and `second_moment_decay` (0: none), AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
             1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
         lr: Learning rate of groups without one, and `defaults["lr"]`, to which transformers' schedules relate `min_lr`.
 
@@ -59,7 +59,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, param_groups: Iterable[dict], lr: float = 1e-3):
-        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8}
+        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": 0.95, "second_moment_decay": 0.0}
+        defaults |= {"betas": (0.9, 0.95), "eps": 1e-8}
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             if group.get("algorithm") not in ("muon", "adamw"):
@@ -99,14 +100,35 @@ class MuonAdamW(torch.optim.Optimizer):
             by_shape.setdefault((min(p.shape), max(p.shape)), []).append(i)
         for indices in by_shape.values():
             wide = [
-                directions[i] if parameters[i].shape[0] <= parameters[i].shape[1] else directions[i].mT for i in indices
+                directions[i] if parameters[i].shape[0] < parameters[i].shape[1] else directions[i].mT for i in indices
             ]
-            for i, update in zip(indices, orthogonalize(torch.stack(wide)), strict=True):
+            updates = orthogonalize(torch.stack(wide))
+            if group["second_moment_decay"]:
+                updates = self._normalized(updates, [parameters[i] for i in indices], group["second_moment_decay"])
+            for i, update in zip(indices, updates, strict=True):
                 rows, columns = parameters[i].shape
                 # If rows > columns, the root mean square of U·Vᵀx is √(columns / rows) times that of x: compensate.
                 scale = max(1.0, rows / columns) ** 0.5
                 parameters[i].mul_(1 - group["lr"] * group["weight_decay"])
-                parameters[i].add_(update if rows <= columns else update.mT, alpha=-group["lr"] * scale)
+                parameters[i].add_(update if rows < columns else update.mT, alpha=-group["lr"] * scale)
+
+    def _normalized(self, updates: torch.Tensor, parameters: list[nn.Parameter], decay: float) -> torch.Tensor:
+        """Divide each column by its root mean square, averaged over steps, and restore the norm of each matrix.
+
+        Neurons whose updates are usually large get smaller ones (NorMuon, arXiv:2510.05491).
+
+        Args:
+            updates: [n, r, c] with r ≤ c. Their columns are the rows of a parameter, or its columns if there are more.
+        """
+        for p in parameters:
+            if "second_moment" not in self.state[p]:
+                self.state[p]["second_moment"] = torch.zeros(updates.shape[2], device=p.device)
+        moments = [self.state[p]["second_moment"] for p in parameters]
+        torch._foreach_lerp_(moments, list(updates.square().mean(dim=1)), 1 - decay)
+        # The bias of the first steps is the same for all columns, so restoring the norm corrects it.
+        scaled = updates * torch.stack(moments).clamp(min=1e-10).rsqrt()[:, None]
+        norms = updates.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10)
+        return scaled * norms
 
     def _adamw(self, group: dict, parameters: list[nn.Parameter]) -> None:
         for p in parameters:
@@ -140,6 +162,7 @@ def muon_adamw(
     muon_lr: float,
     weight_decay: float = 0.0,
     momentum: float = 0.95,
+    second_moment_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> MuonAdamW:
@@ -151,6 +174,7 @@ def muon_adamw(
     Args:
         lr: Learning rate of AdamW.
         muon_lr: Learning rate of Muon.
+        second_moment_decay: Decay rate of the second moments with which Muon normalizes its updates; 0: none.
     """
     embeddings: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -169,6 +193,7 @@ def muon_adamw(
                 "algorithm": "muon",
                 "lr": muon_lr,
                 "momentum": momentum,
+                "second_moment_decay": second_moment_decay,
                 "weight_decay": weight_decay,
             },
         ],
@@ -182,6 +207,7 @@ def optimizer_factory(args: MiniGPTTrainingArguments) -> tuple[Callable[[], Call
         "lr": args.learning_rate,
         "muon_lr": args.muon_learning_rate,
         "momentum": args.muon_momentum,
+        "second_moment_decay": args.muon_beta2,
         "weight_decay": args.weight_decay,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,

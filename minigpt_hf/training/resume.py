@@ -215,6 +215,7 @@ def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedCo
         **shape,
         "init_from": content_hash(architecture.init_from) if architecture.init_from else None,
         "lora_rank": architecture.lora_rank,
+        **({"positional_heads": architecture.positional_heads} if architecture.positional_heads else {}),
         "config.rope_theta": model["rope_parameters"]["rope_theta"],
         **numeric_settings(training),
         "world_size": training.world_size,

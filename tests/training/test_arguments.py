@@ -134,6 +134,7 @@ def test_durations_are_formatted_in_seconds_minutes_and_hours():
         ("adam_beta1", ["1.5", "1", "-0.1"], "0"),
         ("adam_epsilon", ["-1", "nan"], "1e-9"),
         ("muon_momentum", ["1.5", "-1", "nan"], "0.9"),
+        ("muon_beta2", ["1", "-1", "nan"], "0.9"),
         ("weight_decay", ["-1", "nan"], "0"),
         ("eval_steps", ["-1", "nan", "0"], "0.5"),
         ("logging_steps", ["nan", "-3"], "0.1"),

@@ -55,6 +55,27 @@ def test_the_update_of_a_matrix_does_not_depend_on_the_gradients_of_the_others()
         torch.testing.assert_close(result, alone, atol=0.5 * 2**-5, rtol=0)  # bfloat16, summed in another order
 
 
+def test_second_moments_scale_rows_or_columns_and_preserve_the_norm():
+    """The updates of plain Muon, normalized by hand; the moments belong to the longer dimension, of equal ones to the rows."""
+    weights = [torch.zeros(shape) for shape in SHAPES]
+    gradients, decay = [random_matrices(seed) for seed in (1, 2, 3)], 0.75
+    for step in gradients:  # neurons with gradients of different scales
+        for gradient in step:
+            gradient[0] *= 100
+            gradient[:, 1] *= 100
+    plain = [stepped(weights, gradients[:number]) for number in range(4)]
+    expected, moments = weights, [0.0, 0.0, 0.0]
+    for before, after in zip(plain, plain[1:], strict=False):
+        updates = [new - old for old, new in zip(before, after, strict=True)]
+        means = [update.square().mean(dim, keepdim=True) for update, dim in zip(updates, (1, 1, 0), strict=True)]
+        moments = [decay * old + (1 - decay) * mean for old, mean in zip(moments, means, strict=True)]
+        scaled = [update / moment.sqrt() for update, moment in zip(updates, moments, strict=True)]
+        scaled = [each * update.norm() / each.norm() for each, update in zip(scaled, updates, strict=True)]
+        expected = [old + each for old, each in zip(expected, scaled, strict=True)]
+    for a, b in zip(stepped(weights, gradients, second_moment_decay=decay), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_is_returned():
     parameter = torch.nn.Parameter(torch.ones(2, 3))
     optimizer = MuonAdamW([{"params": [parameter], "algorithm": "adamw", "lr": 0.5}])

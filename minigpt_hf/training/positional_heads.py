@@ -1,0 +1,100 @@
+"""Positional-head initialization: selected heads of a fresh model attend to the token a fixed distance back.
+
+A randomly initialized transformer must first discover that the previous tokens matter most. Here, selected heads of the first
+layers know it from the start: their queries and keys contain a part that is the same for every token, so that their scores
+depend on the distance of two tokens only. These are ordinary weights; the architecture and the training are unchanged.
+
+1. Every embedding gets the same constant c·r in each of its H elements, with r = `initializer_range`. RMSNorm preserves this
+   direction, so the vector 1 = (1, …, 1) is part of the input of every layer. A tied output head adds the same number to all
+   logits, which does not change their softmax.
+2. In a selected head, row i of W_q and of W_k gets a constant in place of its component along 1. Applied to the vector 1, it
+   yields element i of a template. The template of the query is a in the first element of each pair and 0 in the second one.
+   That of the key is the same, rotated by the angle ω·δ, where ω is the RoPE frequency of the pair and δ the distance.
+3. RoPE rotates the query at position t by ω·t and the key at position s by ω·s. The dot product of the templates is therefore
+
+       score(t, s) = Σ_ω a² cos(ω (t - s - δ)),
+
+   which has its maximum at s = t - δ.
+
+Related: mimetic initialization (arXiv:2305.09828) and structured initialization of vision transformers (arXiv:2404.01139).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import MiniGPTError
+from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.modeling_minigpt import MiniGPTForCausalLM
+
+EMBEDDING_CONSTANT = 2.0  # c: constant of an embedding over the standard deviation of its random part
+TEMPLATE_SHARE = 0.95  # share of the template in the mean square of a query or key, for an input of equal parts
+QK_NORM_WEIGHT = 1.5  # weights of q_norm and k_norm in these layers; sharpens the attention of their heads
+MIN_FREQUENCY = 0.1  # radians per token; slower pairs hardly distinguish neighboring tokens and are not used
+
+
+def check_positional_heads(distances: Sequence[Sequence[int]], config: MiniGPTConfig, block_size: int) -> None:
+    """Check that a model has the heads that are to be initialized.
+
+    Raises:
+        MiniGPTError: if there are more lists than layers, more distances than key heads, or a distance that does not occur
+            in training sequences of `block_size` tokens.
+    """
+    if len(distances) > config.num_hidden_layers:
+        raise MiniGPTError(
+            f"positional_heads has {len(distances)} lists, one per layer, but num_hidden_layers is "
+            f"{config.num_hidden_layers}: omit {len(distances) - config.num_hidden_layers} of them"
+        )
+    heads = config.num_key_value_heads
+    for layer, of_layer in enumerate(distances):
+        if len(of_layer) > heads:
+            raise MiniGPTError(
+                f"positional_heads has {len(of_layer)} distances for layer {layer}, but it has only {heads} key heads: "
+                f"give at most {heads}"
+            )
+        if max(of_layer, default=0) >= block_size:
+            raise MiniGPTError(
+                f"positional_heads has the distance {max(of_layer)}, but block_size is {block_size}: distances must be less"
+            )
+
+
+@torch.no_grad()
+def initialize_positional_heads(model: MiniGPTForCausalLM, distances: Sequence[Sequence[int]]) -> None:
+    """Make heads of a fresh model attend to the token a fixed distance back. The other heads remain random.
+
+    Args:
+        distances: For each of the first layers, the distances δ ≥ 1, in tokens, of its first key heads. With grouped
+            queries (GQA), all query heads of a group have the distance of their key head. See `check_positional_heads`.
+    """
+    config = model.config
+    hidden_size, head_dim = config.hidden_size, config.head_dim
+    groups = config.num_attention_heads // config.num_key_value_heads
+
+    model.model.embed_tokens.weight += EMBEDDING_CONSTANT * config.initializer_range
+    # Mean of the elements of a normalized embedding, z + c with z ~ N(0, 1) before normalization.
+    mean = EMBEDDING_CONSTANT / (1 + EMBEDDING_CONSTANT**2) ** 0.5
+
+    frequency = model.model.rotary_emb.inv_freq.float()  # [D/2]
+    is_used = (frequency >= MIN_FREQUENCY).float()
+    # The mean square of a template is that of a random query or key, times this ratio.
+    random_rms = config.initializer_range * hidden_size**0.5
+    ratio = TEMPLATE_SHARE / (1 - TEMPLATE_SHARE)
+    amplitude = random_rms * (is_used * ratio * head_dim / is_used.sum()) ** 0.5  # [D/2]
+    query = torch.cat([amplitude, torch.zeros_like(amplitude)])  # [D]; `rotate_half` pairs elements i and i + D/2
+
+    for layer, of_layer in zip(model.model.layers, distances, strict=False):
+        attention = layer.self_attn
+        attention.q_norm.weight.fill_(QK_NORM_WEIGHT)
+        attention.k_norm.weight.fill_(QK_NORM_WEIGHT)
+        for head, distance in enumerate(of_layer):
+            angle = frequency * distance
+            key = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()])  # [D]
+            _set_template(attention.k_proj.weight, head, key, mean)
+            for query_head in range(head * groups, (head + 1) * groups):
+                _set_template(attention.q_proj.weight, query_head, query, mean)
+
+
+def _set_template(weight: torch.Tensor, head: int, template: torch.Tensor, mean: float) -> None:
+    """Make a head map an input with this mean of its elements to a template [D], in addition to its random part."""
+    rows = weight[head * len(template) : (head + 1) * len(template)]  # [D, H]
+    rows += template[:, None] / (mean * rows.shape[1]) - rows.mean(dim=1, keepdim=True)
