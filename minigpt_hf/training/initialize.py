@@ -16,7 +16,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import checked_folder, loading
-from .arguments import ARCHITECTURE_SETTINGS, ModelArguments
+from .arguments import ARCHITECTURE_SETTINGS, ModelArguments, parse_positional_heads
 from .positional_heads import check_positional_heads, initialize_positional_heads
 
 
@@ -113,7 +113,7 @@ def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
         raise MiniGPTError(str(error.__cause__ or error)) from error
     except ValueError as error:
         raise MiniGPTError(str(error)) from error
-    check_positional_heads(architecture.positional_heads, config, block_size)
+    check_positional_heads(parse_positional_heads(architecture.positional_heads), config, block_size)
     return config
 
 
@@ -124,8 +124,8 @@ def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrain
         model = pretrained_model(folder, config)
     else:
         model = MiniGPTForCausalLM(config)
-        if architecture.positional_heads:
-            initialize_positional_heads(model, architecture.positional_heads)
+        if distances := parse_positional_heads(architecture.positional_heads):
+            initialize_positional_heads(model, distances)
     bos, eos = config.bos_token_id, config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True,

@@ -50,8 +50,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         param_groups: Dictionaries with `params`, `algorithm` ("muon" or "adamw") and `lr`. Muon groups accept `momentum`
-            and `second_moment_decay` (0: none), AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each step multiplies the weight by
-            1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
+            and `second_moment_decay` (0: none), AdamW groups `betas` and `eps`, and both `weight_decay` (decoupled: each
+            step multiplies the weight by 1 - lr · weight_decay). Parameters of Muon groups are matrices [rows, columns].
         lr: Learning rate of groups without one, and `defaults["lr"]`, to which transformers' schedules relate `min_lr`.
 
     Raises:
@@ -59,8 +59,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, param_groups: Iterable[dict], lr: float = 1e-3):
-        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": 0.95, "second_moment_decay": 0.0}
-        defaults |= {"betas": (0.9, 0.95), "eps": 1e-8}
+        muon, adamw = {"momentum": 0.95, "second_moment_decay": 0.0}, {"betas": (0.9, 0.95), "eps": 1e-8}
+        defaults = {"lr": lr, "weight_decay": 0.0, **muon, **adamw}
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             if group.get("algorithm") not in ("muon", "adamw"):

@@ -46,6 +46,7 @@ def check_positional_heads(distances: Sequence[Sequence[int]], config: MiniGPTCo
             f"{config.num_hidden_layers}: omit {len(distances) - config.num_hidden_layers} of them"
         )
     heads = config.num_key_value_heads
+    assert heads is not None  # set by the configuration itself
     for layer, of_layer in enumerate(distances):
         if len(of_layer) > heads:
             raise MiniGPTError(
@@ -67,6 +68,7 @@ def initialize_positional_heads(model: MiniGPTForCausalLM, distances: Sequence[S
             queries (GQA), all query heads of a group have the distance of their key head. See `check_positional_heads`.
     """
     config = model.config
+    assert config.head_dim and config.num_key_value_heads  # set by the configuration itself
     hidden_size, head_dim = config.hidden_size, config.head_dim
     groups = config.num_attention_heads // config.num_key_value_heads
 

@@ -1,5 +1,7 @@
 """Identities of optimizer steps with Muon and AdamW."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_the_update_of_a_matrix_does_not_depend_on_the_gradients_of_the_others()
 
 
 def test_second_moments_scale_rows_or_columns_and_preserve_the_norm():
-    """The updates of plain Muon, normalized by hand; the moments belong to the longer dimension, of equal ones to the rows."""
+    """The updates of plain Muon, normalized by hand, with one moment per row, or per column of a wide matrix."""
     weights = [torch.zeros(shape) for shape in SHAPES]
     gradients, decay = [random_matrices(seed) for seed in (1, 2, 3)], 0.75
     for step in gradients:  # neurons with gradients of different scales
@@ -65,7 +67,7 @@ def test_second_moments_scale_rows_or_columns_and_preserve_the_norm():
             gradient[:, 1] *= 100
     plain = [stepped(weights, gradients[:number]) for number in range(4)]
     expected, moments = weights, [0.0, 0.0, 0.0]
-    for before, after in zip(plain, plain[1:], strict=False):
+    for before, after in itertools.pairwise(plain):
         updates = [new - old for old, new in zip(before, after, strict=True)]
         means = [update.square().mean(dim, keepdim=True) for update, dim in zip(updates, (1, 1, 0), strict=True)]
         moments = [decay * old + (1 - decay) * mean for old, mean in zip(moments, means, strict=True)]
