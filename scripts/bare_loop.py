@@ -18,6 +18,7 @@ from transformers import set_seed
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments, Settings
+from minigpt_hf.training.auxiliary_head import add_auxiliary_loss, attach_auxiliary_head, detach_auxiliary_head
 from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.optimizer import optimizer_factory
 from minigpt_hf.training.recipe import parse_arguments
@@ -47,6 +48,8 @@ def train_model(
 ) -> list[float]:
     """The training loop. Returns the loss of every step, in nats per token."""
     model.train()
+    if training.mtp_loss_weight:
+        attach_auxiliary_head(model)
     optimizer = make_optimizer(model, training)
     steps = training.max_steps
     scheduler = learning_rate_schedule(optimizer, training, steps)
@@ -59,7 +62,13 @@ def train_model(
             batch = {name: tensor.to(training.device) for name, tensor in batch.items()}
             with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=training.bf16):
                 # Sum of the token losses divided by the number of tokens in the step, as in the Trainer.
-                loss = model(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
+                num_items = batch["labels"].numel()
+                outputs = model(**batch, use_cache=False, output_hidden_states=True, num_items_in_batch=num_items)
+                loss = outputs.loss
+                if training.mtp_loss_weight:
+                    weight = training.mtp_loss_weight * (1 - len(losses) / steps)
+                    hidden_states = outputs.hidden_states[-1]
+                    loss = add_auxiliary_loss(loss, model, hidden_states, batch["shift_labels"], weight, 1 / num_items)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
             optimizer.step()
@@ -72,6 +81,7 @@ def train_model(
             if len(losses) == steps:
                 break
         epoch += 1
+    detach_auxiliary_head(model)
     return losses
 
 

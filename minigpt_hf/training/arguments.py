@@ -38,7 +38,7 @@ INTERVALS = {
     **dict.fromkeys(("gradient_accumulation_steps",), "[1, inf)"),
     **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "eval_delay", "warmup_steps"), "[0, inf)"),
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "adam_epsilon", "weight_decay"), "[0, inf)"),
-    **dict.fromkeys(("max_grad_norm", "neftune_noise_alpha"), "[0, inf)"),
+    **dict.fromkeys(("max_grad_norm", "neftune_noise_alpha", "mtp_loss_weight"), "[0, inf)"),
     **dict.fromkeys(("muon_momentum", "muon_beta2", "adam_beta1", "adam_beta2", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("minutes", "num_train_epochs", "initializer_range"), "(0, inf)"),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), "(0, inf)"),
@@ -312,6 +312,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
             "help": "Second-moment decay rate of Muon, per row or column of a matrix (NorMuon, arXiv:2510.05491); 0: none."
         },
     )
+    mtp_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Multi-token prediction: initial weight of the loss of an auxiliary head that predicts the token after "
+            "the next one; the weight falls linearly to 0, and the head is not published. 0: none."
+        },
+    )
     sample_prompt: str | None = field(
         default=None,
         metadata={
@@ -430,6 +437,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
             raise MiniGPTError(
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
             )
+        for name in ("fsdp", "deepspeed", "label_smoothing_factor"):
+            if self.mtp_loss_weight and getattr(self, name):
+                raise MiniGPTError(f"mtp_loss_weight is not supported with {name}: omit one of them")
         if self.ignore_data_skip:
             raise MiniGPTError(
                 "ignore_data_skip is not supported: the position in the data is computed, so resuming reads no data that "

@@ -98,6 +98,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     settings = _with_settings_of_prepared_text(settings, given)
     if not model.init_from and (model.lora_rank or recipe == "finetune"):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
+    if model.lora_rank and training.mtp_loss_weight:
+        raise MiniGPTError("mtp_loss_weight is not supported with lora_rank, which freezes the model: omit one of them")
     if model.lora_rank and training.muon:
         raise MiniGPTError("lora_rank: LoRA is trained with AdamW, not with Muon; add --no_muon, or use --recipe lora")
     settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))

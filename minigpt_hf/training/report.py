@@ -22,6 +22,7 @@ from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..inference.evaluation import Score, summarize
 from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
+from .auxiliary_head import auxiliary_parameters
 from .recipe import resolved
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
     latest = [samples.latest] if samples.latest else []
     return TrainingResult(
         name=trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name,
-        parameters=(finished or trainer.model).num_parameters(),
+        parameters=(finished or trainer.model).num_parameters() - auxiliary_parameters(finished or trainer.model),
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
@@ -223,7 +224,7 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
     if steps <= 0:
         steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
         steps = math.ceil(steps_per_epoch * args.num_train_epochs)
-    step = tokens_per_step(args, trainer.train_dataset.block_size)
+    step, auxiliary = tokens_per_step(args, trainer.train_dataset.block_size), auxiliary_parameters(model)
     remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
@@ -232,8 +233,9 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
         f"{stream.bytes / len(stream):.2f} bytes; validation: {text.split_description}"
         f"{f'; scored: {text.scored}' if text.scored else ''}\n"
-        f"model         {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of width "
-        f"{model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}\n"
+        f"model         {model.num_parameters() - auxiliary:,} parameters, {model.config.num_hidden_layers} layers of "
+        f"width {model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}"
+        f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
         f"{steps * step / len(stream):.2f} epochs\n"
         f"time          about {duration(seconds)}{remaining}, without evaluations"

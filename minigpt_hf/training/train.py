@@ -33,6 +33,7 @@ from ..publish.push import push_folder
 from ..trust import read_metadata
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 from .autoconfig import AutoConfigurator
+from .auxiliary_head import detach_auxiliary_head
 from .callbacks import ProgressLogger, SampleLogger
 from .initialize import (
     build_config,
@@ -380,6 +381,7 @@ def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBou
     folder, progress = run.model, trainer.progress
     assert progress is not None
     with storage_errors(trainer):
+        detach_auxiliary_head(trainer.model)
         model = merge_lora(trainer.model) if plan.settings.model.lora_rank else trainer.model
         metadata = describe(plan.settings, plan.text, training_result(trainer, model))
         write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run.log))

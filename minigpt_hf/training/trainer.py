@@ -37,6 +37,13 @@ from ..inference.evaluation import score_documents, summarize
 from ..publish.model_folder import published_files, save_model_files, write_metadata
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
+from .auxiliary_head import (
+    add_auxiliary_loss,
+    attach_auxiliary_head,
+    load_auxiliary_head,
+    save_auxiliary_head,
+    without_auxiliary_head,
+)
 from .callbacks import ProgressLogger, SampleLogger
 from .checkpoint import atomic_checkpoint, best_checkpoint, remove_old_checkpoints, staging_folder
 from .optimizer import optimizer_factory
@@ -83,6 +90,8 @@ class MiniGPTTrainer(Trainer):
         text: PreparedText | None = None,
     ):
         args = args.mutable_copy()
+        if args.mtp_loss_weight:
+            attach_auxiliary_head(model)
         super().__init__(
             model=model,
             args=args,
@@ -318,7 +327,18 @@ class MiniGPTTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Overridden because the Trainer's label smoothing shifts labels itself and so ignores `shift_labels`."""
+        """Overridden to add the auxiliary loss of multi-token prediction, and because the Trainer's label smoothing shifts
+        labels itself and so ignores `shift_labels`."""
+        if self.args.mtp_loss_weight:
+            inputs = {**inputs, "output_hidden_states": True}
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            labels, weight = inputs["shift_labels"], self.args.mtp_loss_weight
+            weight *= 1 - self.state.global_step / self.state.max_steps
+            num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+            averages = num_items_in_batch is not None and self.args.average_tokens_across_devices
+            scale = (self.accelerator.num_processes if averages else 1) / num_items
+            loss = add_auxiliary_loss(loss, self.model, outputs.hidden_states[-1], labels, weight, scale)
+            return (loss, outputs) if return_outputs else loss
         if self.label_smoother is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         others = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
@@ -389,7 +409,18 @@ class MiniGPTTrainer(Trainer):
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        save_model_files(model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.mtp_loss_weight:
+            state_dict = without_auxiliary_head(model.state_dict() if state_dict is None else state_dict)
+        save_model_files(model, self.processing_class, folder, state_dict)
+        if self.args.mtp_loss_weight:
+            save_auxiliary_head(model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Overridden because the auxiliary head is in a separate file."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.mtp_loss_weight:
+            load_auxiliary_head(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Overridden because allowed changes must take effect, and the Trainer restores the previous learning rates.
@@ -429,8 +460,10 @@ class MiniGPTTrainer(Trainer):
         self.lr_scheduler.last_epoch, self.lr_scheduler._step_count = saved["last_epoch"], saved["_step_count"]
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """Overridden because the Trainer warns about tied heads, which are not in the file; other mismatches are bugs."""
-        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        """Overridden because the Trainer warns about tied heads and the auxiliary head, which are not in the file; other
+        mismatches are bugs."""
+        missing = set(without_auxiliary_head(dict.fromkeys(load_result.missing_keys)))
+        missing -= set(self.model.all_tied_weights_keys)
         assert not missing and not load_result.unexpected_keys, f"checkpoint does not fit the model: {load_result}"
 
     # -- the Hub ------------------------------------------------------------------------------------------------------
