@@ -110,6 +110,7 @@ def test_bare_loop_losses_equal_the_trainers_for_a_schedule_with_keyword_argumen
     ]
     flags += ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.9}', "--max_steps", "8", "--logging_steps", "1"]
     flags += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "no"]
+    flags += ["--mtp_loss_weight", "0.5", "--positional_heads", "1,2"]
     losses = bare_loop.train(parse_arguments([*flags, "--output_dir", str(tmp_path / "bare")], str(recipe_file)))
     assert main(["train", "--recipe", str(recipe_file), *flags, "--output_dir", str(tmp_path / "run")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -304,6 +304,8 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     | `lm_head`, if not tied            | N(0, r²)         | as for the embeddings                              |
     | all norm weights                  | 1                | plain normalization                                |
     | `score` `qa_outputs` (heads)      | N(0, r²), bias 0 | the default of transformers                        |
+
+    `minigpt train` can also initialize selected heads so that they attend to previous tokens (`--positional_heads`).
     """
 
     config: MiniGPTConfig
