@@ -236,12 +236,12 @@ class ModelArguments:
     max_window_layers: int = field(default=0, metadata={"help": "Number of initial layers that have full attention."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base θ of the rotary frequencies (RoPE)."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "The output head shares the embedding matrix."})
-    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
+    initializer_range: float = field(default=0.05, metadata={"help": "Standard deviation of the initial weights."})
     positional_heads: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Heads that initially attend to the token a fixed distance back: for each of the first layers, the "
-            "distances of its first heads, e.g. 1,2,3 1,2,4 1,2."
+            "distances of its first heads, e.g. 1,2,3 1,2,4 1,2. `none`: no heads."
         },
     )
     rms_norm_eps: float = field(default=1e-6, metadata={"help": "Epsilon, added to the mean square in each RMSNorm."})
@@ -257,11 +257,13 @@ class ModelArguments:
 
 
 def parse_positional_heads(value: Any) -> list[list[int]]:
-    """["1,2,3", "1,2"] or [[1, 2, 3], [1, 2]] -> [[1, 2, 3], [1, 2]].
+    """["1,2,3", "1,2"] or [[1, 2, 3], [1, 2]] -> [[1, 2, 3], [1, 2]]; ["none"] -> [].
 
     Raises:
         MiniGPTError: for anything else, and for a distance below 1.
     """
+    if value in (["none"], "none"):
+        return []
     try:
         if not isinstance(value, list):
             raise TypeError
@@ -305,11 +307,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
     muon_learning_rate: float = field(
         default=0.02, metadata={"help": "Peak learning rate of Muon; learning_rate is that of AdamW."}
     )
-    muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
+    muon_momentum: float = field(default=0.9, metadata={"help": "Momentum of Muon."})
     muon_beta2: float = field(
-        default=0.0,
+        default=0.95,
         metadata={
-            "help": "Second-moment decay rate of Muon, per row or column of a matrix (NorMuon, arXiv:2510.05491); 0: none."
+            "help": "Decay rate of Muon's second moments, one per row or column of a matrix (NorMuon, arXiv:2510.05491); "
+            "0: none."
         },
     )
     mtp_loss_weight: float = field(

@@ -43,6 +43,7 @@ from .scaling import (
     heads_for,
     learning_rates,
     parse_size,
+    positional_heads,
     shape_for,
     size_for_text,
     vocabulary_for,
@@ -234,6 +235,11 @@ class AutoConfigurator:
         training = self.training
         self._fill_in(shape.settings())
         self._log_chosen(shape.settings(), f"{self._parameters():,} parameters, {reason}")
+        self._choose(f"for sequences of {self.data.block_size} tokens", rope_theta=float(4 * self.data.block_size))
+        architecture = self.architecture
+        heads = architecture.num_key_value_heads or architecture.num_attention_heads
+        distances = positional_heads(architecture.num_hidden_layers, heads)
+        self._choose("these heads attend to previous tokens from the start", positional_heads=distances)
         self._choose("allows generating texts longer than block_size", use_sliding_window=True)
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)

@@ -29,6 +29,7 @@ from .arguments import (
     MiniGPTTrainingArguments,
     Settings,
     log_on_main_process,
+    parse_positional_heads,
     setting_types,
 )
 from .scaling import heads_for
@@ -119,6 +120,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         log_on_main_process(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
     if not model.init_from and training.size != AUTO:
         settings = _with_fitting_heads(settings, given)
+        settings = _with_fitting_positional_heads(settings, given)
     return settings
 
 
@@ -199,6 +201,24 @@ def _with_fitting_heads(settings: Settings, given: set[str]) -> Settings:
     return settings.replace(num_attention_heads=chosen)
 
 
+def _with_fitting_positional_heads(settings: Settings, given: set[str]) -> Settings:
+    """Drop the positional heads of a recipe that the given number of layers or heads, or `block_size`, does not admit."""
+    data, model, training = settings
+    if "positional_heads" in given:
+        return settings  # `build_config` rejects those that do not fit
+    heads = max(1, model.num_key_value_heads or model.num_attention_heads)
+    recipe = parse_positional_heads(model.positional_heads)
+    fitting = [[d for d in of_layer[:heads] if d < data.block_size] for of_layer in recipe[: model.num_hidden_layers]]
+    if fitting == recipe:
+        return settings
+    log_on_main_process(
+        training,
+        f"positional_heads {fitting}: those of the recipe that fit {model.num_hidden_layers} layers of {heads} key heads and "
+        f"block_size {data.block_size}",
+    )
+    return settings.replace(positional_heads=fitting)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise MiniGPTError(message)
@@ -212,6 +232,7 @@ def argument_parser(**kwargs) -> HfArgumentParser:
 # Settings that the recipe `auto` leaves to `AutoConfigurator`.
 CHOSEN_FROM_THE_TEXT = (
     *("vocab_size", "block_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "residual_dropout"),
+    *("rope_theta", "positional_heads"),
     *("per_device_train_batch_size", "max_steps", "warmup_steps", "learning_rate", "weight_decay", "logging_steps"),
     *("eval_steps", "sample_prompt"),
 )

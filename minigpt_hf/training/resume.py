@@ -267,6 +267,9 @@ NOT_IN_FINGERPRINT = {
     ),
 }
 
+# The effect of an earlier version that lacked a setting whose default has another effect.
+BEFORE_INTRODUCTION = {"muon_beta2": 0.0}
+
 # If an entry has changed, these entries follow from it and need not be allowed separately.
 IMPLIED = {
     "effective_batch": {"per_device_train_batch_size", "gradient_accumulation_steps"},
@@ -292,7 +295,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     A setting that an earlier version did not record counts as unchanged if it has its default or is derived from others.
     """
     changed = differences(old, new)
-    defaults = {each.name: each.default for each in fields(MiniGPTTrainingArguments)}
+    defaults = {each.name: each.default for each in fields(MiniGPTTrainingArguments)} | BEFORE_INTRODUCTION
     derived = {"load_best_model_at_end", "dataloader_drop_last"}
     for name in [name for name in changed if name not in old and name in defaults]:
         # A default of None may have been replaced by False.

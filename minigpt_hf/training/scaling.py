@@ -15,9 +15,12 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 |                    |                                            | the critical batch size (arXiv:2505.13738)            |
 | muon_learning_rate | 0.02 at every width                        | updates have the same operator norm at every width,   |
 |                    |                                            | so the learning rate transfers (arXiv:2310.17813)     |
-| learning_rate      | 0.004 · √(128 / width)                     | geometric mean of the rules for input embeddings      |
+| learning_rate      | 0.01 · √(128 / width)                      | geometric mean of the rules for input embeddings      |
 |                    |                                            | (constant) and output heads (1 / width) in            |
 |                    |                                            | arXiv:2203.03466, since the embedding is tied         |
+| positional_heads   | in the first three layers, up to 4, 3 and  | measured: docs/results.md                             |
+|                    | 2 heads, at most 3/4 of them               |                                                       |
+| rope_theta         | 4 · block_size                             | longer wavelengths than the sequence are useless      |
 | residual_dropout   | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2  | up to 4 epochs, repeated text is almost as useful as  |
 | weight_decay       | 0 up to D = 4 T, then 0.1                  | new text (arXiv:2305.16264)                           |
 
@@ -193,8 +196,21 @@ def batch_tokens(tokens: float) -> float:
 
 
 def learning_rates(width: int) -> dict[str, float]:
-    """Learning rates of AdamW and Muon: 0.004 and 0.02 at width 128, 0.002 and 0.02 at 512; independent of the depth."""
-    return {"learning_rate": round(4e-3 * math.sqrt(128 / width), 6), "muon_learning_rate": 0.02}
+    """Learning rates of AdamW and Muon: 0.01 and 0.02 at width 128, 0.005 and 0.02 at 512; independent of the depth."""
+    return {"learning_rate": round(1e-2 * math.sqrt(128 / width), 6), "muon_learning_rate": 0.02}
+
+
+def positional_heads(layers: int, heads: int) -> list[list[int]]:
+    """Distances for `positional_heads`: 4 layers of 4 heads -> [[1, 2, 3], [1, 2, 4], [1, 2]].
+
+    Args:
+        layers: `num_hidden_layers`.
+        heads: Number of key and value heads. A single head is not initialized, because it must attend elsewhere as well.
+    """
+    if heads < 2:
+        return []
+    most = max(1, 3 * heads // 4)
+    return [distances[:most] for distances in ([1, 2, 3, 4], [1, 2, 4], [1, 2])[:layers]]
 
 
 def weight_decay(epochs: float) -> float:

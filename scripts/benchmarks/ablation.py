@@ -44,8 +44,8 @@ class FixedOffsetSequences(SequenceDataset):
 
 
 def _embedding_std_008(model: MiniGPTForCausalLM) -> None:
-    """Standard deviation 0.08 instead of 0.02."""
-    model.model.embed_tokens.weight.data.mul_(4)
+    """Multiply the initial embeddings, and the constant in them, by 0.08 / `initializer_range`."""
+    model.model.embed_tokens.weight.data.mul_(0.08 / model.config.initializer_range)
 
 
 def _zero_residual_projections(model: MiniGPTForCausalLM) -> None:
@@ -78,11 +78,15 @@ CHANGES = {
     "Muon lr 0.04": _flags("--muon_learning_rate 0.04"),
     "AdamW lr 2e-3": _flags("--learning_rate 2e-3"),
     "AdamW lr 8e-3": _flags("--learning_rate 8e-3"),
+    "Muon momentum 0.85": _flags("--muon_momentum 0.85"),
     "Muon momentum 0.9": _flags("--muon_momentum 0.9"),
     "Muon momentum 0.95": _flags("--muon_momentum 0.95"),
+    "Muon without second moments": _flags("--muon_beta2 0"),
+    "no positional heads": _flags("--positional_heads none"),
+    "no multi-token prediction": _flags("--mtp_loss_weight 0"),
     "AdamW beta2 0.99": _flags("--adam_beta2 0.99"),
     "weight decay 0.1": _flags("--weight_decay 0.1"),
-    "no warmup": _flags("--warmup_steps 0"),
+    "warmup 20 steps": _flags("--warmup_steps 20"),
     "cosine schedule": _flags("--lr_scheduler_type cosine"),
     "constant schedule with warmup": _flags("--lr_scheduler_type constant_with_warmup"),
     "no gradient clipping": _flags("--max_grad_norm 1000000"),
@@ -90,11 +94,11 @@ CHANGES = {
     "embedding std 0.08": Change(initialize=_embedding_std_008),
     "residual projections zero": Change(initialize=_zero_residual_projections),
     "residual projections unscaled": Change(initialize=_unscaled_residual_projections),
-    "initializer range 0.04": _flags("--initializer_range 0.04"),
+    "initializer range 0.02": _flags("--initializer_range 0.02"),
     "same offset in every epoch": Change(dataset_class=FixedOffsetSequences),
     "half the batch size, twice the steps": Change(batch_factor=0.5),
     "twice the batch size, half the steps": Change(batch_factor=2),
-    "2 attention heads": _flags("--num_attention_heads 2"),
+    "2 attention heads": _flags("--num_attention_heads 2 --positional_heads 1 1 1"),
     "8 attention heads": _flags("--num_attention_heads 8"),
     "RoPE theta 1,000": _flags("--rope_theta 1000"),
     "RoPE theta 10,000": _flags("--rope_theta 10000"),

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast_steps",
         type=int,
-        help="steps of the shorter run (default: 400 for --peer hf, otherwise those of its recipe)",
+        help="steps of the shorter run (default: 400 of shakespeare-char for --peer hf, otherwise those of its recipe)",
     )
     parser.add_argument(
         "--max_steps", type=int, default=STEPS, help="steps of the peers; ours are scaled likewise (default: 2000)"
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 trainings[f"{name}, {settings}"] = lambda folder, seed, peer=(name, settings): train_hf(
                     args, folder, seed, *peer
                 )
-    fast_recipe, fast_steps = FAST[args.peer]
-    fast_steps = args.fast_steps or fast_steps or read_recipe(fast_recipe)["max_steps"]
-    ours = {"minigpt, equal tokens": ("shakespeare-char", STEPS), "minigpt, fast": (fast_recipe, fast_steps)}
+    recipes = {"minigpt, equal tokens": ("shakespeare-char", None), "minigpt, fast": FAST[args.peer]}
+    recipes["minigpt, fast"] = (FAST[args.peer][0], args.fast_steps or FAST[args.peer][1])
+    ours = {name: (recipe, steps or read_recipe(recipe)["max_steps"]) for name, (recipe, steps) in recipes.items()}
     for name, (recipe, steps) in ours.items():
         trainings[name] = lambda folder, seed, recipe=recipe, steps=steps: train_ours(
             args, folder, seed, recipe, max(1, round(steps * scale))
@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 # Recipe and number of steps (None: that of the recipe) of the shorter run that reaches the final loss of the peer:
 # nanoGPT, or tuned GPT-2.
-FAST = {"nanogpt": ("shakespeare-char-fast", None), "hf": ("shakespeare-char-fast", 400)}
+FAST: dict[str, tuple[str, int | None]] = {
+    "nanogpt": ("shakespeare-char-fast", None),
+    "hf": ("shakespeare-char", 400),
+}
 
 
 def train_ours(args: argparse.Namespace, folder: Path, seed: int, recipe: str, steps: int) -> dict[str, Any]:

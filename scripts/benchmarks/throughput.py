@@ -2,7 +2,7 @@
 
 All candidates run in one process and alternate, several steps at a time, so that other load on the machine affects them
 equally. Steps are timed by hooks on every optimizer, so that nanoGPT's `train.py` runs unmodified (from a copy of the
-clone). Warmup steps are excluded. The column `optimizer` is the share of a step spent in the optimizer.
+clone). Multi-token prediction is disabled. Warmup steps are excluded. The column `optimizer` is the share of a step spent in the optimizer.
 """
 
 import argparse
@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="shakespeare-char",
         help="(default: shakespeare-char, which has the size of nanoGPT's CPU example)",
     )
+    parser.add_argument(
+        "--batch_size", type=int, default=12, help="sequences per step (default: 12, as in nanoGPT's CPU example)"
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps per round (default: 60)")
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds (default: 7)")
 
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     quiet()
     recipe = read_recipe(args.recipe)
-    tokens = recipe["per_device_train_batch_size"] * recipe["block_size"]
+    tokens = args.batch_size * recipe["block_size"]
     with tempfile.TemporaryDirectory() as folder:
         candidates = make_candidates(args, Path(folder))
         timers: dict[str, list[StepTimer]] = {name: [] for name in candidates}
@@ -128,6 +131,7 @@ def make_candidates(args: argparse.Namespace, folder: Path) -> dict[str, Callabl
     from minigpt_hf.training.train import train
 
     flags = ["--data", str(args.data.resolve()), "--cache_dir", str(folder / "cache"), "--use_cpu", "--fresh"]
+    flags += ["--per_device_train_batch_size", str(args.batch_size), "--mtp_loss_weight", "0"]
     flags += [
         "--eval_strategy",
         "no",

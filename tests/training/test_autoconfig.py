@@ -52,8 +52,8 @@ def test_rules_at_sizes_computed_manually():
         32768,
     ]
     assert [batch_tokens(tokens) for tokens in (1e5, 1.5e6, 6e6)] == [768, 768, 1536]
-    assert learning_rates(128) == {"learning_rate": 4e-3, "muon_learning_rate": 0.02}
-    assert learning_rates(512) == {"learning_rate": 2e-3, "muon_learning_rate": 0.02}
+    assert learning_rates(128) == {"learning_rate": 1e-2, "muon_learning_rate": 0.02}
+    assert learning_rates(512) == {"learning_rate": 5e-3, "muon_learning_rate": 0.02}
 
 
 def test_sizes_accept_the_suffixes_k_and_m():

@@ -72,6 +72,11 @@ def test_a_setting_that_an_earlier_version_did_not_record_is_unchanged_if_it_has
     ):
         del fingerprint[name]
     (run / "fingerprint.json").write_text(json.dumps(fingerprint))
+    without_muon_beta2 = {name: value for name, value in fingerprint.items() if name != "muon_beta2"}
+    (run / "fingerprint.json").write_text(json.dumps(without_muon_beta2))  # Muon without second moments
+    assert train(recipe, words, run, *FLAGS) == 2
+    assert "(muon_beta2 was not recorded and is 0.95)" in capsys.readouterr().err
+    (run / "fingerprint.json").write_text(json.dumps(fingerprint))
     assert train(recipe, words, run, *FLAGS, "--neftune_noise_alpha", "5") == 2
     assert "(neftune_noise_alpha was not recorded and is 5.0)" in capsys.readouterr().err
     assert train(recipe, words, run, *FLAGS, "--max_steps", "2", "--allow_change", "max_steps") == 0

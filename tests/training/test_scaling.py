@@ -48,8 +48,8 @@ def test_regularization_increases_with_the_number_of_epochs():
 
 
 def test_the_learning_rate_of_adamw_is_inversely_proportional_to_the_root_of_the_width():
-    assert learning_rates(64)["learning_rate"] == pytest.approx(4e-3 * 2**0.5, rel=1e-3)
-    assert learning_rates(256)["learning_rate"] == pytest.approx(4e-3 / 2**0.5, rel=1e-3)
+    assert learning_rates(64)["learning_rate"] == pytest.approx(1e-2 * 2**0.5, rel=1e-3)
+    assert learning_rates(256)["learning_rate"] == pytest.approx(1e-2 / 2**0.5, rel=1e-3)
 
 
 def test_ten_tokens_per_parameter_are_optimal_and_twice_as_many_are_as_far_off_as_half():
