@@ -8,12 +8,15 @@ from importlib import import_module
 import benchmark
 import pytest
 import torch
-from benchmarks import ablation, busy, data, hf_peer, learn, nanogpt, scaling, throughput, trial
+import yaml
+from benchmarks import ablation, attention, busy, data, hf_peer, learn, nanogpt, scaling, throughput, trial
 from benchmarks.process import timed
 
+from minigpt_hf.cli import main
 from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.data.tokenizer import byte_tokenizer
+from tests.conftest import random_ids, tiny_model
 
 
 @pytest.mark.parametrize("name", benchmark.BENCHMARKS)
@@ -222,3 +225,41 @@ def test_a_clone_is_copied_without_its_outputs(tmp_path):
     assert names == {"train.py", "prepare.py", "requests.py", "input.txt"}
     with pytest.raises(SystemExit, match=r"has no train\.py"):
         nanogpt.copy(tmp_path, text, tmp_path / "other")
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_the_attention_of_an_untrained_model_is_the_same_before_and_after(recipe_file, text_file, tmp_path):
+    settings = yaml.safe_load(recipe_file.read_text()) | {"block_size": 32, "rope_theta": 1000.0}
+    recipe = tmp_path / "positional.yaml"
+    recipe.write_text(yaml.safe_dump(settings | {"positional_heads": [[1, 3], [2]], "num_attention_heads": 2}))
+    argv = ["--recipe", str(recipe), "--data", str(text_file), "--seed", "3"]
+    frozen = [
+        "--max_steps",
+        "1",
+        "--learning_rate",
+        "0",
+        "--muon_learning_rate",
+        "0",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    assert main(["train", *argv, *frozen]) == 0
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    argv += ["--model", str(tmp_path / "run" / "model"), "--figure", str(tmp_path / "attention.svg")]
+    rows = attention.run(parser.parse_args(argv))["attention"]
+    assert [(row["layer"], row["head"], row["distance"]) for row in rows] == [(0, 0, 1), (0, 1, 3), (1, 0, 2)]
+    for row in rows:
+        assert row["before"] == row["after"]
+        assert 0.3 < float(row["before"]) < 1
+    assert (tmp_path / "attention.svg").stat().st_size > 1000
+
+
+def test_attention_by_distance_is_the_mean_of_the_diagonals():
+    model, ids = tiny_model(attn_implementation="eager"), random_ids(2, 24)
+    found = attention.attention_by_distance(model.eval(), ids)
+    weights = model(ids, output_attentions=True).attentions[1]
+    pairs = [weights[b, 1, t, t - 5].item() for b in range(2) for t in range(attention.CONTEXT, 24)]
+    assert found[1, 1, 5].item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)

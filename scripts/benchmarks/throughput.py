@@ -2,7 +2,8 @@
 
 All candidates run in one process and alternate, several steps at a time, so that other load on the machine affects them
 equally. Steps are timed by hooks on every optimizer, so that nanoGPT's `train.py` runs unmodified (from a copy of the
-clone). Multi-token prediction is disabled. Warmup steps are excluded. The column `optimizer` is the share of a step spent in the optimizer.
+clone). Multi-token prediction is disabled, and warmup steps are excluded. The column `optimizer` is the share of a step
+spent in the optimizer.
 """
 
 import argparse
