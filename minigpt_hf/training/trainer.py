@@ -180,7 +180,7 @@ class MiniGPTTrainer(Trainer):
         state = self.state
         if any("eval_loss" in row for row in state.log_history):
             logger.warning(
-                "the validation text has changed: earlier scores cannot be compared with those from this step on, and earlier "
+                "the validation text has changed: earlier scores cannot be compared with those from this step on, so earlier "
                 "checkpoints are not published"
             )
         state.log_history = [row for row in state.log_history if "eval_loss" not in row]
