@@ -287,6 +287,32 @@ def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finishe
     assert files_of(folder) == before
 
 
+@pytest.mark.parametrize("difference", ["text", "number of steps"])
+def test_the_model_of_another_run_is_renamed_and_that_of_the_run_published(
+    difference, recipe, words, finished, tmp_path, capsys
+):
+    folder, other, reversed_words = shutil.copytree(finished, tmp_path / "run"), tmp_path / "other", tmp_path / "w.txt"
+    reversed_words.write_text(words.read_text()[::-1])
+    data, steps = (reversed_words, "8") if difference == "text" else (words, "6")
+    assert train(recipe, data, other, "--max_steps", steps) == 0
+    shutil.rmtree(folder / "model")
+    shutil.copytree(other / "model", folder / "model")
+    assert train(recipe, words, folder) == 0
+    assert "is damaged (it is the model of another run); renamed to model.aside-1" in capsys.readouterr().err
+    assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, finished)])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_log_without_the_steps_before_the_checkpoint_is_reported(content, recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    (folder / "log.jsonl").unlink()
+    if content is not None:
+        (folder / "log.jsonl").write_text(content)
+    assert train(recipe, words, folder) == 0
+    assert f"{folder / 'log.jsonl'}: has no rows up to step 4; the times" in capsys.readouterr().err
+
+
 def test_a_finished_run_whose_card_was_edited_is_still_finished(recipe, words, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "model" / "README.md").write_text("mine")
