@@ -188,21 +188,25 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
 
 def _weights_faults(folder: Folder, config: dict[str, Any]) -> Iterator[str]:
     if WEIGHTS in folder.files:
-        with safe_open(folder.path / WEIGHTS, "np") as file:
-            names, files = set(file.keys()), {WEIGHTS}
-            if config.get("model_type") in ("minigpt", "qwen3") and "quantization_config" not in config:
-                for name in names:
-                    if not (dtype := file.get_slice(name).get_dtype()).startswith(("F", "BF")):
-                        yield f"{WEIGHTS}: {name} is of the type {dtype}, not a floating-point type"
+        places, files = {}, {WEIGHTS}
     elif INDEX in folder.files:
-        places = places_of(folder)
-        names, files = set(places), set(places.values())
+        places = dict(places_of(folder))
+        files = set(places.values())
         for shard in sorted(files - folder.files.keys()):
             yield f"{INDEX} names {shard}, which is missing"
         if not isinstance(folder.json(INDEX).get("metadata", {}), dict):
             yield f"{INDEX}: `metadata` is not an object"
     else:
         return  # the loader reports missing weights
+    is_float = config.get("model_type") in ("minigpt", "qwen3") and "quantization_config" not in config
+    for shard in sorted(files):
+        with safe_open(folder.path / shard, "np") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dictionary
+                if is_float and not (dtype := file.get_slice(name).get_dtype()).startswith(("F", "BF")):
+                    yield f"{shard}: {name} is of the type {dtype}, not a floating-point type"
+                if places.setdefault(name, shard) != shard:  # the loader uses the copy that it reads last
+                    yield f"{INDEX} and the shards disagree about {name}"
+    names = set(places)
     layers, num_bytes = size(config, "num_hidden_layers"), sum(folder.files[file] for file in files)
     if layers is not None and layers > len(names):
         yield f"config.json specifies {layers:,} layers, but the weights have only {len(names):,} tensors"

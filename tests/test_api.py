@@ -2,6 +2,7 @@
 
 import os
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,6 +94,46 @@ def test_a_second_thread_cannot_train_at_the_same_time(recipe_file, text_file, t
     assert not (tmp_path / "second").exists()
     monkeypatch.setattr(callbacks.ProgressLogger, "on_step_begin", real)
     train("second")
+
+
+@contextmanager
+def torch_setting(set_value, value, default):
+    set_value(value)
+    try:
+        yield
+    finally:
+        set_value(default)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            lambda: torch_setting(torch.set_default_dtype, torch.float64, torch.float32),
+            "default dtype is torch.float64",
+        ),
+        (lambda: torch.device("meta"), "default device is meta"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is enabled"),
+        (torch.no_grad, "gradients are disabled"),
+        (torch.inference_mode, "gradients are disabled"),
+    ],
+)
+def test_training_is_rejected_if_a_setting_of_torch_would_change_its_results(
+    setting, message, recipe_file, text_file, tmp_path
+):
+    with setting(), pytest.raises(ValueError, match=f"torch's {message}.*before training"):
+        minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixed_precision_of_the_environment_that_the_settings_do_not_state_is_rejected(
+    recipe_file, text_file, tmp_path, monkeypatch
+):
+    """`accelerate launch` sets this variable; accelerate would train in bfloat16, and the plan would state float32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION is bf16, but the settings state float32"):
+        minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 32, "x", True])

@@ -316,6 +316,18 @@ def a_missing_shard(folder):
     shards(folder, norm="a.safetensors")
 
 
+@hostile("index.json and the shards disagree about model.norm.weight", "generate", "evaluate", "export", "init_from")
+def a_tensor_in_two_shards(folder):
+    """The loader would use the copy in the shard that it reads last, not the one that the index names."""
+    shards(folder, norm="model-00001-of-00001.safetensors")
+    norm = load_file(folder.path / "model-00001-of-00001.safetensors")["model.norm.weight"]
+    save_file({"model.norm.weight": 0 * norm, "lm_head.weight": norm}, folder.path / "z.safetensors", {"format": "pt"})
+    file = folder.path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["lm_head.weight"] = "z.safetensors"
+    file.write_text(json.dumps(index))
+
+
 @hostile("index.json has no `weight_map`", "generate", "init_from")
 def a_shard_that_is_a_number(folder):
     shards(folder, norm=7)

@@ -477,6 +477,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate treats each process of the launcher as the only one
         super().__post_init__()
+        stated = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        if self.mixed_precision != stated:  # transformers takes it from the environment
+            raise MiniGPTError(
+                f"ACCELERATE_MIXED_PRECISION is {self.mixed_precision}, but the settings state float32: unset this variable "
+                "(with `accelerate launch`: --mixed_precision no), or give --bf16 or --fp16"
+            )
         if self.accelerator_config.split_batches:
             raise MiniGPTError("accelerator_config: split_batches is not supported; use --per_device_train_batch_size")
         if self.accelerator_config.gradient_accumulation_kwargs:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import MANIFEST, fsync, rename_aside, seal, sha256
-from .run_folder import FINGERPRINT, RunFolder
+from .run_folder import CHECKPOINT, FINGERPRINT, RunFolder, read_json
 
 
 @contextmanager
@@ -56,8 +56,22 @@ def verification_error(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     config = "adapter_config.json" if "adapter_config.json" in entries else "config.json"
-    needed = {config, "trainer_state.json", "optimizer.pt", "scheduler.pt", FINGERPRINT} - set(entries)
-    return f"{', '.join(sorted(needed))} not in {MANIFEST}" if needed else None
+    if needed := {config, "trainer_state.json", "optimizer.pt", "scheduler.pt", FINGERPRINT} - set(entries):
+        return f"{', '.join(sorted(needed))} not in {MANIFEST}"
+    name = CHECKPOINT.fullmatch(checkpoint.name)  # a copy may have any other name
+    if name and (step := read_json(checkpoint / "trainer_state.json")["global_step"]) != int(name[1]):
+        return f"it was saved at step {step:,}"
+    return None
+
+
+def is_of_run(checkpoint: Path, log_history: list[dict[str, Any]]) -> bool:
+    """Whether a valid checkpoint belongs to the run with these log rows: it has logged the same losses at the same steps."""
+
+    def losses(rows: list[dict[str, Any]]) -> dict[tuple[str, int], str]:
+        return {(name, row["step"]): repr(row[name]) for row in rows for name in ("loss", "eval_loss") if name in row}
+
+    logged, expected = losses(read_json(checkpoint / "trainer_state.json")["log_history"]), losses(log_history)
+    return all(logged[key] == expected[key] for key in logged.keys() & expected.keys())
 
 
 def remove_old_checkpoints(run: RunFolder, limit: int | None, newest: Path, best: Path | None) -> None:
@@ -92,14 +106,14 @@ def newest_valid(run: RunFolder) -> tuple[Path | None, list[str]]:
 def best_checkpoint(
     runs: list[Path], log_history: list[dict[str, Any]], metric: str, greater_is_better: bool
 ) -> tuple[int, float, Path] | None:
-    """Find the best valid checkpoint by a metric; the earliest of equals.
+    """Find the best valid checkpoint of a run by a metric; the earliest of equals.
 
     Args:
         runs: Run folders in which to look, in this order.
         log_history: The Trainer's log rows.
 
     Returns:
-        Step, value of the metric and folder; `None` if no evaluated checkpoint is valid.
+        Step, value of the metric and folder; `None` if no evaluated checkpoint of this run is valid.
     """
     found: dict[int, tuple[float, Path]] = {}
     for row in log_history:
@@ -107,6 +121,8 @@ def best_checkpoint(
             if math.isfinite(row.get(metric, math.nan)) and run.checkpoint(row["step"]).is_dir():
                 found.setdefault(row["step"], (row[metric], run.checkpoint(row["step"])))
     order = sorted(found, key=lambda step: (found[step][0] * (-1 if greater_is_better else 1), step))
-    valid = (step for step in order if verification_error(found[step][1]) is None)
+    valid = (
+        step for step in order if verification_error(found[step][1]) is None and is_of_run(found[step][1], log_history)
+    )
     step = next(valid, None)
     return None if step is None else (step, *found[step])

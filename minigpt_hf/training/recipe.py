@@ -110,6 +110,12 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     if training.minutes and "max_steps" in training.given:
         remedy = "omit one of them" if "max_steps" in given else f"omit the recipe {recipe}, which sets max_steps"
         raise MiniGPTError(f"minutes and max_steps both determine the length of training: {remedy}")
+    for name, strategy in (("eval_steps", training.eval_strategy), ("save_steps", training.save_strategy)):
+        if training.minutes and strategy == "steps" and name in training.given and vars(training)[name] >= 1:
+            raise MiniGPTError(
+                f"{name} {vars(training)[name]:g}: the number of steps is chosen for minutes, and evaluations and "
+                "checkpoints count towards that time: give a share of the steps below 1, e.g. 0.1"
+            )
     if training.size == AUTO and training.minutes:
         raise MiniGPTError("minutes and size auto both determine the length of training: omit one of them")
     if settings.data.validation_fraction == 0:

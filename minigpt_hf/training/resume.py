@@ -25,6 +25,7 @@ from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import damage
+from ..trust import read_metadata
 from .arguments import MiniGPTTrainingArguments, Settings
 from .checkpoint import newest_valid, verification_error
 from .initialize import content_hash
@@ -112,7 +113,8 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
             f"output_dir {run.path}: contains another run, which is finished "
             f"({describe_changes(changed, old, fingerprint)}); use another folder, or --fresh"
         )
-    if (fault := damage(run.model)) is None:
+    fault = damage(run.model) or (None if is_model_of(run.model, fingerprint) else "it is the model of another run")
+    if fault is None:
         logger.info(f"this run is already finished; the model is in {run.model}")
         return True
     if all(verification_error(checkpoint) for checkpoint in run.checkpoints()):
@@ -123,6 +125,22 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
     renamed = rename_aside(run.model)
     logger.warning(f"{run.model} is damaged ({fault}); renamed to {renamed.name}, and publishing the model again")
     return False
+
+
+def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether a model was trained on the text, with the tokenizer, and for the number of steps of a run."""
+    metadata = read_metadata(model)
+    try:
+        validation, steps = metadata["data"]["validation"], fingerprint["max_steps"]
+        published = {
+            "data": metadata["data"]["train"]["fingerprint"],
+            "validation": validation and validation["fingerprint"],
+            "tokenizer": metadata["tokenizer"]["fingerprint"],
+            "max_steps": metadata["training"]["planned_steps"] if steps > 0 else steps,
+        }
+    except (KeyError, TypeError):
+        return False
+    return all(published[name] == fingerprint[name] for name in published)
 
 
 def checkpoint_to_resume(

@@ -91,9 +91,14 @@ def truncate_log(file: Path, step: int) -> None:
     def is_kept(row: dict[str, Any]) -> bool:
         return row["step"] < step or (row["step"] == step and not row.keys() & {"sample", "train_runtime"})
 
+    rows, invalid = parse_log(file) if file.is_file() else ([], [])
+    if step > 0 and not any(is_kept(row) for row in rows):
+        logger.warning(
+            f"{file}: has no rows up to step {step}; the times, the energy and the figures of the model card will be "
+            "those of the steps from there on"
+        )
     if not file.is_file():
         return
-    rows, invalid = parse_log(file)
     if invalid:
         lines = ", ".join(f"line {number}" for number in invalid)
         logger.warning(f"{file}: removed incomplete or invalid rows, e.g. of an interrupted write ({lines})")

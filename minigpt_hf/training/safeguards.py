@@ -31,6 +31,7 @@ from .schedule import learning_rate_schedule
 from .stopping import is_disk_full
 
 if TYPE_CHECKING:
+    from .arguments import MiniGPTTrainingArguments
     from .trainer import MiniGPTTrainer
 
 logger = logging.getLogger(__name__)
@@ -243,6 +244,25 @@ def rejected_settings() -> Iterator[None]:
     except (ValueError, ImportError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise MiniGPTError(f"these settings cannot be used: {reason}") from error
+
+
+def check_torch_settings(training: "MiniGPTTrainingArguments") -> None:
+    """Check global settings of torch that the caller of the Python interface may have made.
+
+    Raises:
+        MiniGPTError: if one of them would change the results of training, or prevent it.
+    """
+    device, fault = training.device.type, None
+    if (dtype := torch.get_default_dtype()) != torch.float32:
+        fault = f"default dtype is {dtype}; call torch.set_default_dtype(torch.float32)"
+    elif (default := torch.get_default_device().type) not in ("cpu", device):
+        fault = f"default device is {default}; call torch.set_default_device(None), and leave its context"
+    elif torch.is_autocast_enabled(device):
+        fault = "autocast is enabled; leave its context"
+    elif not torch.is_grad_enabled():
+        fault = "gradients are disabled; leave torch.no_grad or torch.inference_mode"
+    if fault:
+        raise MiniGPTError(f"torch's {fault} before training")
 
 
 def check_optimizer_and_schedule(trainer: Trainer) -> None:

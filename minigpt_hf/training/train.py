@@ -59,6 +59,7 @@ from .safeguards import (
     check_batches,
     check_disk_space,
     check_optimizer_and_schedule,
+    check_torch_settings,
     check_trained,
     rejected_settings,
     storage_errors,
@@ -109,6 +110,7 @@ def train(settings: Settings, began: float | None = None) -> Path:
         TrainingStopped: if the run ended early: by a signal, a full disk, or a non-finite loss.
     """
     stop, began = StopAtBoundary(), began or time.perf_counter()
+    check_torch_settings(settings.training)
     with (
         guarded_output(lasting=True),
         logging_level(settings.training),

@@ -165,6 +165,7 @@ class MiniGPTTrainer(Trainer):
             setattr(self.args, name, value)
         if self.resumed_from:
             self.state.compute_steps(self.args, max_steps)
+            self._discard_scores_of_another_validation_text()
             for name in INTERVALS:
                 if (new := getattr(self.state, name)) != saved[name]:
                     logger.info(f"{name} was {saved[name]} and is {new} from this step on")
@@ -179,8 +180,23 @@ class MiniGPTTrainer(Trainer):
         # After the last step no epoch is left; `_run_epoch` must be called once nevertheless.
         return (num_train_epochs - 1, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
+    def _discard_scores_of_another_validation_text(self) -> None:
+        """Keep only scores that can be compared with those of this run; the change was allowed."""
+        assert self.resumed_from is not None
+        saved = read_json(self.resumed_from / FINGERPRINT)
+        if all(saved[name] == self.fingerprint[name] for name in ("validation", "block_size") if name in saved):
+            return
+        state = self.state
+        if any("eval_loss" in row for row in state.log_history):
+            logger.warning(
+                "the validation text has changed: earlier scores cannot be compared with those from this step on, so earlier "
+                "checkpoints are not published"
+            )
+        state.log_history = [row for row in state.log_history if "eval_loss" not in row]
+        state.best_global_step = state.best_metric = state.best_model_checkpoint = None
+
     def _find_best_checkpoint(self) -> None:
-        """Set the state's best checkpoint to a valid one; warn if the best one is missing or invalid."""
+        """Set the state's best checkpoint to a valid one; warn if the best one is missing, invalid or of another run."""
         state, args = self.state, self.args
         if state.best_global_step is None or args.metric_for_best_model is None:
             state.best_model_checkpoint = None
@@ -192,7 +208,7 @@ class MiniGPTTrainer(Trainer):
         if step != state.best_global_step:
             instead = f"{folder.name} is the best of the others" if folder else "no other checkpoint was evaluated"
             logger.warning(
-                f"checkpoint-{state.best_global_step}, the best checkpoint, is missing or invalid; {instead}"
+                f"checkpoint-{state.best_global_step}, the best checkpoint, is missing, invalid or of another run; {instead}"
             )
         state.best_global_step, state.best_metric = step, value
         state.best_model_checkpoint = str(folder) if folder else None

@@ -288,6 +288,11 @@ def test_an_evaluation_interval_that_save_steps_is_not_a_multiple_of_is_reported
             ["--minutes", "3", "--hidden_size", "64"],
             "hidden_size is part of the architecture, which minutes and size determine",
         ),
+        (["--minutes", "3", "--eval_steps", "2"], "eval_steps 2: the number of steps is chosen for minutes"),
+        (
+            ["--minutes", "3", "--save_steps", "2", "--load_best_model_at_end", "false"],
+            "save_steps 2: the number of steps is chosen for minutes",
+        ),
         (["--minutes", "0"], "minutes is 0.0: it must be more than 0"),
         (
             ["--minutes", "0.1", "--sample_tokens", "0"],

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from minigpt_hf import generate
+from minigpt_hf import evaluate, generate
 from minigpt_hf.cli import main
 from minigpt_hf.training import checkpoint
 from minigpt_hf.training.run_folder import RunFolder
@@ -287,6 +287,32 @@ def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finishe
     assert files_of(folder) == before
 
 
+@pytest.mark.parametrize("difference", ["text", "number of steps"])
+def test_the_model_of_another_run_is_renamed_and_that_of_the_run_published(
+    difference, recipe, words, finished, tmp_path, capsys
+):
+    folder, other, reversed_words = shutil.copytree(finished, tmp_path / "run"), tmp_path / "other", tmp_path / "w.txt"
+    reversed_words.write_text(words.read_text()[::-1])
+    data, steps = (reversed_words, "8") if difference == "text" else (words, "6")
+    assert train(recipe, data, other, "--max_steps", steps) == 0
+    shutil.rmtree(folder / "model")
+    shutil.copytree(other / "model", folder / "model")
+    assert train(recipe, words, folder) == 0
+    assert "is damaged (it is the model of another run); renamed to model.aside-1" in capsys.readouterr().err
+    assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, finished)])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_log_without_the_steps_before_the_checkpoint_is_reported(content, recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    (folder / "log.jsonl").unlink()
+    if content is not None:
+        (folder / "log.jsonl").write_text(content)
+    assert train(recipe, words, folder) == 0
+    assert f"{folder / 'log.jsonl'}: has no rows up to step 4; the times" in capsys.readouterr().err
+
+
 def test_a_finished_run_whose_card_was_edited_is_still_finished(recipe, words, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "model" / "README.md").write_text("mine")
@@ -536,13 +562,68 @@ def test_a_missing_best_checkpoint_is_reported_and_the_next_best_is_published_wi
     shutil.rmtree(folder / f"checkpoint-{best}")
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
     assert (
-        f"checkpoint-{best}, the best checkpoint, is missing or invalid; checkpoint-{second} is"
+        f"checkpoint-{best}, the best checkpoint, is missing, invalid or of another run; checkpoint-{second} is"
         in capsys.readouterr().err
     )
     weights = [load_file(folder / name / "model.safetensors") for name in ("model", f"checkpoint-{second}")]
     assert_equal(*weights)
     results = json.loads((folder / "model" / "minigpt.json").read_text())["results"]
     assert results["loss"] == pytest.approx(losses[second], rel=1e-12)
+
+
+@pytest.mark.parametrize("exchanged", ["with the same step of another run", "with another step of this run"])
+def test_an_exchanged_best_checkpoint_is_reported_and_not_published_with_its_score(
+    exchanged, recipe, words, evaluated, tmp_path, capsys
+):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    go_back(evaluated, folder, 8)
+    losses = {row["step"]: row["eval_loss"] for row in log_of(evaluated) if "eval_loss" in row}
+    best, second = sorted(losses, key=losses.get)[:2]
+    shutil.rmtree(folder / f"checkpoint-{best}")
+    if exchanged.startswith("with the same"):
+        assert train(recipe, words, other, *EVALUATED, *STEEP, "--seed", "7") == 0
+        shutil.copytree(other / f"checkpoint-{best}", folder / f"checkpoint-{best}")
+    else:
+        last = sorted(losses, key=losses.get)[-1]
+        shutil.copytree(folder / f"checkpoint-{last}", folder / f"checkpoint-{best}")
+    assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
+    assert (
+        f"checkpoint-{best}, the best checkpoint, is missing, invalid or of another run; checkpoint-{second}"
+        in capsys.readouterr().err
+    )
+    weights = [load_file(folder / name / "model.safetensors") for name in ("model", f"checkpoint-{second}")]
+    assert_equal(*weights)
+    results = json.loads((folder / "model" / "minigpt.json").read_text())["results"]
+    assert results["loss"] == pytest.approx(losses[second], rel=1e-12)
+
+
+def test_a_checkpoint_renamed_to_another_step_is_not_resumed_from(recipe, words, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    go_back(finished, folder, 4)
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-6")
+    assert train(recipe, words, folder) == 0
+    err = capsys.readouterr().err
+    assert "checkpoint-6 is invalid (it was saved at step 2); renamed to checkpoint-6.aside-1" in err
+    assert f"resuming from step 4 ({folder / 'checkpoint-4'})" in err
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_scores_of_another_validation_text_are_neither_compared_nor_published(
+    step, recipe, words, evaluated, tmp_path, capsys
+):
+    """After an allowed change of the validation text, the published score is that of `minigpt evaluate`."""
+    folder = tmp_path / "run"
+    go_back(evaluated, folder, step)
+    flags = ["--early_stopping_patience", "9", "--eval_steps", "2", *STEEP, "--validation_fraction", "0.15"]
+    assert train(recipe, words, folder, *flags, "--allow_change", "data", "validation") == 0
+    assert "the validation text has changed: earlier scores cannot be compared" in capsys.readouterr().err
+    published = json.loads((folder / "model" / "minigpt.json").read_text())["results"]
+    score = evaluate(folder / "model", str(words), split="validation")
+    assert published["tokens"] == score.tokens
+    assert published["loss"] == score.loss
+    weights = [load_file(folder / name / "model.safetensors") for name in ("model", "checkpoint-8")]
+    assert_equal(*weights)
 
 
 @pytest.mark.parametrize("metric", ["loss", "eval_perplexity", "bits_per_byte"])
