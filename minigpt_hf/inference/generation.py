@@ -167,7 +167,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
     split = bool(prompt) and not special_tokens
     try:
         return tokenizer(
-            prompt or bos_token, return_tensors="pt", return_token_type_ids=False, split_special_tokens=split
+            prompt or bos_token,
+            return_tensors="pt",
+            return_token_type_ids=False,
+            split_special_tokens=split,
+            add_special_tokens=bool(prompt),  # otherwise some tokenizers would add a second BOS token
         )
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
         if unknown := unknown_character_error(prompt, tokenizer.get_vocab(), "the prompt"):
