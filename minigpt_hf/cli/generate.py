@@ -45,7 +45,7 @@ def run(argv: list[str]) -> None:
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
 
-    from transformers import TextStreamer
+    from transformers.generation.streamers import BaseStreamer
 
     from ..inference.generation import encode_prompt, load
     from ..inference.generation import generate as write
@@ -68,17 +68,35 @@ def run(argv: list[str]) -> None:
 
     settings = {"seed": args.seed, "special_tokens": args.special_tokens, **extra, **options}
 
-    class PromptAndText(TextStreamer):
-        """Prints the unmodified prompt together with the first token, i.e. after all options have been validated."""
+    class PromptAndText(BaseStreamer):
+        """Prints the unmodified prompt together with the first token, i.e. after all options have been validated.
 
-        def __init__(self, tokenizer, prompt: str):
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        Some decoders omit the space before the first token, and the bytes of a character may be spread over several tokens.
+        Each piece of text is therefore decoded together with the previous one, and printed when its last character is
+        complete.
+        """
+
+        def __init__(self, prompt: str):
             self.prompt, self.has_begun = prompt, False
+            self.ids: list[int] = []
+            self.previous = self.printed = 0  # where the last printed piece starts and ends in `ids`
 
         def put(self, value) -> None:
-            if not self.next_tokens_are_prompt:
-                self.begin()
-            super().put(value)
+            self.ids += value.flatten().tolist()
+            if not self.printed:
+                self.printed = len(self.ids)  # of the prompt, which is the first value
+                return
+            self.begin()
+            self.print_text()
+
+        def print_text(self, is_last: bool = False) -> None:
+            before, text = (
+                tokenizer.decode(self.ids[self.previous : end], skip_special_tokens=True)
+                for end in (self.printed, len(self.ids))
+            )
+            if is_last or not text.endswith("\ufffd"):
+                print(text[len(before) :], end="", flush=True)
+                self.previous, self.printed = self.printed, len(self.ids)
 
         def begin(self) -> None:
             if not self.has_begun:
@@ -87,12 +105,15 @@ def run(argv: list[str]) -> None:
 
         def end(self) -> None:
             self.begin()
-            super().end()
+            self.print_text(is_last=True)
+            print(flush=True)
+
+    several = ("num_return_sequences", "num_beams")  # are printed when they are complete
 
     def answer(prompt: str) -> None:
-        if options.get("num_return_sequences", 1) == 1 and options.get("num_beams", 1) == 1:
+        if all((options.get(name) or getattr(model.generation_config, name) or 1) == 1 for name in several):
             encode_prompt(tokenizer, prompt, args.special_tokens)  # raises before anything is printed
-            streamer = PromptAndText(tokenizer, prompt)
+            streamer = PromptAndText(prompt)
             try:
                 write(model, tokenizer, prompt, streamer=streamer, **settings)
             except ValueError:

@@ -391,11 +391,21 @@ class ArrowTable(Table):
 
     def texts(self, column: str) -> Iterator[str | None]:
         with self._opened() as source:
-            column_type = self._schema(source).field(column).type
+            schema = self._schema(source)
+            if (number := schema.names.count(column)) != 1:
+                raise self.error(f"{number} columns are named {column!r}; rename all but one")
+            column_type = schema.field(column).type
             if not _is_string(column_type):
                 raise self.error(f"the column {column!r} contains values of type {column_type}, not text")
+            rows = 0
             for batch in self._values(source, column):
-                yield from batch.to_pylist()
+                try:
+                    texts = batch.to_pylist()
+                except UnicodeDecodeError as error:  # Arrow does not check the bytes that it reads
+                    row = rows + next(i for i in range(1, len(batch) + 1) if not _is_utf8(batch[i - 1]))
+                    raise self.error(f"row {row:,} is not UTF-8 text ({error.reason}); remove the row") from error
+                rows += len(texts)
+                yield from texts
 
     def _schema(self, source: pa.NativeFile) -> pa.Schema:
         return _ipc_reader(source).schema
@@ -449,6 +459,14 @@ def _is_string(data_type: pa.DataType) -> bool:
     return any(
         is_type(data_type) for is_type in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     )
+
+
+def _is_utf8(value: pa.Scalar) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 # Formats of `files.FORMATS` other than text.

@@ -193,8 +193,14 @@ def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of everything that determines which ids a text has."""
-    return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
+    """Return a hash of everything that determines which ids a text has.
+
+    Truncation and padding are excluded: they are set by each call of a tokenizer and saved with it.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return hashlib.sha256(f"{backend.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
 
 
 def tokenizer_mismatch(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:

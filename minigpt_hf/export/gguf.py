@@ -66,22 +66,25 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
     check_context(model.config, context)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
+    eos_token_id = _eos_token_id(folder, model, tokenizer)
     context = context or model.config.max_position_embeddings
     name = _name(folder)
     with atomic_folder(out) as unfinished:
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
-        _write(file, name, model, tokenizer, vocabulary, dtype, context)
+        _write(file, name, model, tokenizer, vocabulary, eos_token_id, dtype, context)
         _verify(file, model, tokenizer, dtype, context)
-        (unfinished / "Modelfile").write_text(modelfile(file.name, folder, tokenizer, context), encoding="utf-8")
+        stop = tokenizer.decode([eos_token_id])
+        (unfinished / "Modelfile").write_text(
+            modelfile(file.name, model.generation_config, stop, context), encoding="utf-8"
+        )
     return out
 
 
-def modelfile(gguf_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, context: int) -> str:
+def modelfile(gguf_name: str, settings: GenerationConfig, stop: str, context: int) -> str:
     """Return the input of `ollama create NAME -f Modelfile`: a plain prompt, and the sampling of `generation_config.json`.
 
     Unset options get the defaults of transformers, because those of Ollama differ.
     """
-    settings = GenerationConfig.from_pretrained(folder)
     chosen = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     if not settings.do_sample:
         chosen = {"temperature": 0.0, "top_k": 1, "top_p": 1.0}
@@ -90,7 +93,7 @@ def modelfile(gguf_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, 
     sampling = {name: defaults[name] if chosen[name] is None else chosen[name] for name in defaults}
     lines = [f"FROM ./{gguf_name}", 'TEMPLATE """{{ .Prompt }}"""', f"PARAMETER num_ctx {context}"]
     lines += [f"PARAMETER {name} {value}" for name, value in sampling.items()]
-    return "\n".join([*lines, f"PARAMETER stop {json.dumps(tokenizer.eos_token)}"]) + "\n"
+    return "\n".join([*lines, f"PARAMETER stop {json.dumps(stop)}"]) + "\n"
 
 
 def _check_representable(folder: Path, config: MiniGPTConfig, context: int | None) -> None:
@@ -105,10 +108,21 @@ def _check_representable(folder: Path, config: MiniGPTConfig, context: int | Non
         raise MiniGPTError(f"{folder}: its RoPE is scaled ({kind}); the GGUF export supports only unscaled RoPE")
     if config.hidden_act != "silu":
         raise MiniGPTError(f"{folder}: its activation is {config.hidden_act}; llama.cpp's qwen3 supports only silu")
-    stops = GenerationConfig.from_pretrained(folder).eos_token_id
-    for eos in (config.eos_token_id, stops):
-        if isinstance(eos, list) and len(eos) > 1:
-            raise MiniGPTError(f"{folder}: it has several EOS tokens {eos}; a GGUF file supports one")
+
+
+def _eos_token_id(folder: Path, model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token at which `generate` stops."""
+    eos = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id]
+    for ids in eos[:2]:
+        if isinstance(ids, list) and len(ids) > 1:
+            raise MiniGPTError(f"{folder}: it has several EOS tokens {ids}; a GGUF file supports one")
+    stop = next(ids for ids in eos if ids not in (None, []))
+    stop = stop[0] if isinstance(stop, list) else stop
+    if not 0 <= stop < model.config.vocab_size:
+        raise MiniGPTError(
+            f"{folder}: its EOS token {stop} exceeds the vocabulary ({model.config.vocab_size:,} tokens)"
+        )
+    return stop
 
 
 def _check_storable(name: str, weight: torch.Tensor, kind: Kind) -> None:
@@ -127,6 +141,7 @@ def _write(
     model: MiniGPTForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
+    eos_token_id: int,
     dtype: str,
     context: int,
 ) -> None:
@@ -152,7 +167,7 @@ def _write(
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
     writer.add_add_bos_token(False)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_eos_token_id(eos_token_id)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.pad_token_id is not None:
@@ -205,6 +220,8 @@ def _verify(
     text = "".join(tokenizer.decode([i]) for i in sample).replace("\ufffd", "")
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.encode_special_tokens = True  # special tokens in the text are encoded as ordinary text
+    plain.no_truncation()
+    plain.no_padding()
     expected = plain.encode(text, add_special_tokens=False).ids
     verify(encoded(text, vocabulary) == expected, "its vocabulary encodes a text to the same token ids")
 

@@ -76,6 +76,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     if model["type"] == "BPE":
         pre, tokens, merges = _byte_level_bpe(model, settings["pre_tokenizer"])
     elif model["type"] == "WordLevel" and settings["pre_tokenizer"] == _serialized(CHARACTERS):
+        if model["unk_token"] in model["vocab"]:
+            raise _unsupported(f"it encodes unknown characters as {model['unk_token']!r}, llama.cpp drops them")
         pre, tokens, merges = _characters(model, {token["content"] for token in added})
     else:
         raise _unsupported(f"llama.cpp has no {model['type']} tokenizer with this pre-tokenizer")

@@ -22,7 +22,7 @@ VERIFIED = "loads as Qwen3ForCausalLM without remote code; equal weights; logits
 
 # Files copied unchanged: all but `config.json`, which is converted, and the two code files.
 COPIED = (
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json"),
+    *("*.safetensors", "model.safetensors.index.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("README.md", "LICENSE", "minigpt.json", "figures/*", ".eval_results/*"),
 )

@@ -74,6 +74,12 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
     """
     model = load_model(folder)
     check_context(model.config, context)
+    assert model.config.rope_parameters is not None  # `PreTrainedConfig` sets the default
+    if model.config.rope_parameters["rope_type"] == "dynamic":
+        raise MiniGPTError(
+            f"{folder}: its RoPE is scaled (dynamic) by the length of the sequence, which the ONNX export does not support; "
+            "use `--to native`"
+        )
     stored = str(model.dtype).removeprefix("torch.")
     if (dtype or stored) != "float32":
         hint = "" if dtype else f": the weights are {stored}; --dtype float32 converts them without loss"
@@ -83,6 +89,8 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
         (unfinished / "onnx").mkdir()
         _write(unfinished / "onnx" / "model.onnx", model)
         settings = qwen3_settings(model) | ({"max_position_embeddings": context} if context else {})
+        if (stops := model.generation_config.eos_token_id) is not None:  # where `generate` stops
+            settings["eos_token_id"] = stops
         (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for file in (folder / name for name in COPIED):
             if file.is_file():
@@ -136,7 +144,7 @@ def _verify(folder: Path, model: MiniGPTForCausalLM) -> None:
         difference <= TOLERANCE,
         f"its logits equal the model's within {TOLERANCE} (maximum difference {difference:.1e})",
     )
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": list(runner.eos_token_ids)}
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": list(runner.eos_token_ids) or None}
     for i in range(PROMPTS):
         prompt = ids[:, i : 2 * i + 1]  # 1, 2, 3, … tokens
         expected_ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[

@@ -37,11 +37,14 @@ class Runner:
         graph = folder / "onnx" / "model.onnx"
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()  # a tokenizer is saved with the truncation and padding of its last call
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # names of special tokens in a prompt are text, as in training
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.cache_names = cache_names("past_key_values", config["num_hidden_layers"])
         self.cache_shape = (1, config["num_key_value_heads"], 0, config["head_dim"])
         eos = config["eos_token_id"]
-        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
+        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
         self.bos_token_id = config["bos_token_id"]
 
     def forward(self, ids: np.ndarray, past: list[np.ndarray] | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -86,16 +89,17 @@ def main() -> None:
 
     runner = Runner(Path(__file__).parent)
     ids = runner.tokenizer.encode(args.prompt).ids or [runner.bos_token_id]
-    # All tokens are decoded each time, because the bytes of a character may be spread over several tokens.
-    generated, printed = [], ""
+    # All tokens are decoded each time, because the bytes of a character may be spread over several tokens, and some decoders
+    # omit the space before the first token.
+    text = printed = runner.tokenizer.decode(ids)
     print(args.prompt, end="", flush=True)
-    for token in runner.generate(ids, args.max_new_tokens, args.temperature, args.seed):
-        generated.append(token)
-        text = runner.tokenizer.decode(generated)
+    for token in runner.generate(list(ids), args.max_new_tokens, args.temperature, args.seed):
+        ids.append(token)
+        text = runner.tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             print(text[len(printed) :], end="", flush=True)
             printed = text
-    print()
+    print(text[len(printed) :])
 
 
 if __name__ == "__main__":

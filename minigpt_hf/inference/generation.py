@@ -131,6 +131,7 @@ def generate(
         set_seed(seed)
     inputs = encode_prompt(tokenizer, prompt, special_tokens).to(model.device)
     check_ids(model, tokenizer, inputs.input_ids)
+    _warn_of_short_context(model, inputs.input_ids.shape[1], options)
     options |= extra_options(inputs.input_ids.shape[1], options)
     # The Trainer disables the cache during training; generation needs it to be fast.
     options = {"use_cache": True, **options, "return_dict_in_generate": False}
@@ -167,7 +168,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
     split = bool(prompt) and not special_tokens
     try:
         return tokenizer(
-            prompt or bos_token, return_tensors="pt", return_token_type_ids=False, split_special_tokens=split
+            prompt or bos_token,
+            return_tensors="pt",
+            return_token_type_ids=False,
+            split_special_tokens=split,
+            add_special_tokens=bool(prompt),  # otherwise some tokenizers would add a second BOS token
         )
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
         if unknown := unknown_character_error(prompt, tokenizer.get_vocab(), "the prompt"):
@@ -188,7 +193,7 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
         raise MiniGPTError(
             "the tokenizer encodes the prompt to no token: use the tokenizer that the model was trained with"
         )
-    longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
+    longest = _longest_context(model)
     if longest is not None and ids.shape[1] >= longest:
         raise MiniGPTError(
             f"the prompt has {ids.shape[1]:,} tokens and the context of the model is {longest:,}: shorten the prompt, so "
@@ -199,4 +204,25 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
         raise MiniGPTError(
             f"token id {int(ids.max())} ({token!r}) of the prompt exceeds the vocabulary of the model "
             f"({model.config.vocab_size:,} tokens): use the tokenizer that it was trained with"
+        )
+
+
+def _longest_context(model: PreTrainedModel) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
+
+
+def _warn_of_short_context(model: PreTrainedModel, prompt_tokens: int, options: dict) -> None:
+    """Log a warning if the text may become longer than the context, unless every layer has a sliding window."""
+    longest = _longest_context(model)
+    new_tokens = options.get("max_new_tokens", model.generation_config.max_new_tokens)
+    is_windowed = set(getattr(model.config, "layer_types", None) or []) == {"sliding_attention"}
+    if not (isinstance(longest, int) and isinstance(new_tokens, int)) or is_windowed:
+        return
+    if prompt_tokens + new_tokens > longest:
+        logger.warning(
+            "%s tokens of prompt and %s new tokens exceed the context of the model, %s tokens, beyond which its text may "
+            "be meaningless; reduce --max_new_tokens",
+            f"{prompt_tokens:,}",
+            f"{new_tokens:,}",
+            f"{longest:,}",
         )

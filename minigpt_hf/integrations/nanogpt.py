@@ -7,6 +7,7 @@ nanoGPT's model is GPT-2 of transformers with three differences: exact GELU inst
 biases (zero if absent), and transposed matrices, because transformers stores those of GPT-2 as [in, out].
 """
 
+import logging
 import math
 import pickle
 import shutil
@@ -22,6 +23,8 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 from ..data.tokenizer import CHARACTER_PRE_TOKENIZER, load_tokenizer, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import save_model_files
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -47,6 +50,14 @@ def import_checkpoint(checkpoint: Path, folder: Path, vocabulary: PreTrainedToke
         raise MiniGPTError(
             f"the vocabulary has {vocabulary_size(vocabulary):,} tokens, but {checkpoint} has only "
             f"{architecture['vocab_size']:,}: give the vocabulary that it was trained with"
+        )
+    if unused := architecture["vocab_size"] - vocabulary_size(vocabulary):
+        logger.warning(
+            "%s has %s tokens, %s more than the vocabulary, whose text is empty: nanoGPT pads the vocabulary of GPT-2 from "
+            "50,257 to 50,304 tokens; otherwise give the vocabulary that it was trained with",
+            checkpoint,
+            f"{architecture['vocab_size']:,}",
+            f"{unused:,}",
         )
     model = to_gpt2(weights, architecture, vocabulary)
     vocabulary.model_max_length = architecture["block_size"]

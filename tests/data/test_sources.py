@@ -10,6 +10,7 @@ import sys
 from datetime import datetime
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -406,6 +407,21 @@ def test_dictionary_encoded_and_view_columns_are_text(tmp_path):
         with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as writer:
             writer.write_table(table)
         assert texts_of(tmp_path / f"{number}.arrow") == ["a", "b", "a"]
+
+
+def test_text_in_parquet_that_is_not_utf8_and_columns_of_equal_names_are_errors(tmp_path):
+    texts = ["a"] * 12_000 + ["invalid"]  # several batches
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    content = "".join(texts).encode().replace(b"v", b"\xff")
+    column = pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(content))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: row 12,001 is not UTF-8 text \(invalid start byte\); remove the row"
+    ):
+        texts_of(tmp_path / "a.parquet")
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet: 2 columns are named 'text'; rename all but one"):
+        texts_of(tmp_path / "b.parquet")
 
 
 def test_a_split_can_be_selected_by_its_name_or_by_a_word_in_file_names(tmp_path):

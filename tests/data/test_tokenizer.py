@@ -208,3 +208,11 @@ def test_what_a_tokenizer_loses_is_reported_by_category():
         backend.normalizer = normalizer
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
         assert lost_characters(tokenizer, [text]) == f"{lost} lost or changed"
+
+
+def test_the_fingerprint_does_not_depend_on_truncation_and_padding(bpe):
+    """Each call of a tokenizer sets them, and saving it writes them."""
+    before = tokenizer_fingerprint(bpe)
+    bpe(["a", "a longer text"], truncation=True, max_length=3, padding=True)
+    assert "LongestFirst" in bpe.backend_tokenizer.to_str()
+    assert tokenizer_fingerprint(bpe) == before

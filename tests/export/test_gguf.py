@@ -107,6 +107,21 @@ def test_the_modelfile_samples_as_the_model_does(folder, tmp_path):
     ]
 
 
+def test_the_end_of_text_is_the_token_at_which_generate_stops(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "model")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [66]}))  # the byte "@"
+    out = export_gguf(other, tmp_path / "out")
+    (file,) = out.glob("*.gguf")
+    assert gguf.GGUFReader(file).fields["tokenizer.ggml.eos_token_id"].contents() == 66
+    assert (out / "Modelfile").read_text().splitlines()[-1] == 'PARAMETER stop "@"'
+
+
+def test_a_folder_without_a_generation_config_is_exported(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "model")
+    (other / "generation_config.json").unlink()
+    assert "PARAMETER stop" in (export_gguf(other, tmp_path / "out") / "Modelfile").read_text()
+
+
 # -- tokenizers
 
 
@@ -170,6 +185,12 @@ def with_a_byte_fallback() -> PreTrainedTokenizerFast:
     return tokenizer_with(model=BPE(vocab=vocab, merges=[], byte_fallback=True))
 
 
+def with_an_unknown_token() -> PreTrainedTokenizerFast:
+    tokenizer = character_tokenizer(["abc"])
+    tokenizer.backend_tokenizer.model = WordLevel({**tokenizer.get_vocab(), "[?]": 9}, unk_token="[?]")
+    return tokenizer
+
+
 REJECTED = {
     "a normalizer": (lambda: tokenizer_with(normalizer=normalizers.NFC()), "its normalizer NFC is not supported"),
     "tokens added to a text": (
@@ -189,6 +210,7 @@ REJECTED = {
     "no pre-tokenizer": (lambda: tokenizer_with(pre_tokenizer=None), "its pre-tokenizer is not one of qwen2, gpt-2"),
     "a word-level model": (words_of_characters, "no WordLevel tokenizer with this pre-tokenizer"),
     "byte fallback": (with_a_byte_fallback, "its BPE model has byte_fallback"),
+    "unknown characters": (with_an_unknown_token, "it encodes unknown characters as "),
     "an ordinary <eos>": (ordinary_special, "its ordinary token '<eos>' would be treated as special"),
 }
 

@@ -124,3 +124,14 @@ def test_folders_that_cannot_be_exported_are_rejected(run_folder, twin, tmp_path
     with pytest.raises(ValueError, match=r"model\.norm\.weight has values that are not finite"):
         export_native(broken, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_shards_of_any_name_are_exported(tmp_path):
+    """The index names the files of the weights."""
+    model = tiny_model(vocab_size=258)
+    save_model_files(model, byte_tokenizer(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "part.safetensors")
+    index = {"metadata": {}, "weight_map": {name: "part.safetensors" for name, _ in model.named_parameters()}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    twin = AutoModelForCausalLM.from_pretrained(export_native(tmp_path / "model", tmp_path / "twin"))
+    assert torch.equal(twin(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer
 from minigpt_hf.export import onnx as module
 from minigpt_hf.export.onnx import export_onnx
 from minigpt_hf.export.onnx_runner import Runner, cache_names
@@ -89,3 +89,31 @@ def test_half_precision_is_rejected_and_weights_are_not_converted_implicitly(run
     with pytest.raises(ValueError, match=r"not bfloat16: .*--dtype float32 converts them without loss"):
         export_onnx(tmp_path / "model", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_prompt_is_neither_truncated_nor_padded_and_generation_stops_where_generate_does(tmp_path):
+    """A tokenizer is saved with the truncation and padding of its last call; `generation_config.json` has its own EOS."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=1, pad_token="<|pad|>")
+    model = tiny_model(vocab_size=258)
+    prompt, special = "what is the", END_OF_TEXT
+    ids = byte_tokenizer()(prompt, return_tensors="pt").input_ids
+    continuation = model.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :].tolist()
+    stop = continuation[5]
+    model.generation_config.eos_token_id = [stop]
+    save_model_files(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
+    out = export_onnx(tmp_path / "model", tmp_path / "out")
+
+    runner = Runner(out)
+    assert runner.tokenizer.encode(prompt).ids == ids[0].tolist()
+    assert runner.tokenizer.encode(special).ids == [byte + 2 for byte in special.encode()]  # as text
+    assert list(runner.generate(ids[0].tolist(), 20)) == continuation[: continuation.index(stop)]
+
+
+def test_dynamic_rope_is_rejected(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    save_model_files(tiny_model(vocab_size=258, rope_parameters=rope), byte_tokenizer(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"scaled \(dynamic\) by the length of the sequence"):
+        export_onnx(tmp_path / "model", tmp_path / "out")

@@ -1,16 +1,27 @@
 """Generation with the `generate` method of transformers, from any model folder."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.inference.compiled import compile_for_generation
-from minigpt_hf.inference.generation import generate, load
+from minigpt_hf.inference.generation import encode_prompt, generate, load
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 
@@ -147,3 +158,61 @@ def test_fast_rejects_models_and_options_it_does_not_support(run_folder, capsys)
         compile_for_generation(model, byte_tokenizer())
     assert main(["generate", str(run_folder / "model"), "--fast", "--num_beams", "2"]) == 2
     assert "--num_beams cannot be combined with --fast" in capsys.readouterr().err
+
+
+def saved_llama(folder, prefix=""):
+    """A Llama whose tokenizer writes a space as a part of the following token, and whose decoder omits the first one."""
+    words = ["the", "king", "and", "queen", "said", "to", "him", "her"]
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *(f"▁{word}" for word in words)])}
+    backend = Tokenizer(WordLevel(vocab))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if prefix:
+        backend.post_processor = processors.TemplateProcessing(f"{prefix} $A", special_tokens=[(prefix, vocab[prefix])])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=10, bos_token_id=0, eos_token_id=1, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_printed_text_keeps_the_space_before_the_first_generated_word(tmp_path, capsys):
+    folder = saved_llama(tmp_path)
+    capsys.readouterr()
+    assert main(["generate", folder, "--prompt", "the king", "--max_new_tokens", "5", "--seed", "0"]) == 0
+    (text,) = generate(*load(folder), "the king", seed=0, max_new_tokens=5)
+    assert text.startswith("the king ")
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_printed_text_has_every_character_whose_bytes_are_spread_over_tokens(tmp_path, capsys):
+    save_model_files(tiny_model(vocab_size=258), byte_tokenizer(), tmp_path)
+    model, tokenizer = load(str(tmp_path))
+    for seed in range(5):
+        flags = ["--prompt", "é", "--max_new_tokens", "40", "--do_sample", "true", "--seed", str(seed)]
+        assert main(["generate", str(tmp_path), *flags]) == 0
+        (text,) = generate(model, tokenizer, "é", seed=seed, do_sample=True, max_new_tokens=40)
+        assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_document_starts_with_one_bos_token(tmp_path):
+    _, tokenizer = load(saved_llama(tmp_path, prefix="<s>"))
+    assert encode_prompt(tokenizer, "").input_ids.tolist() == [[0]]
+    assert encode_prompt(tokenizer, "the king").input_ids.tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_several_sequences_of_the_generation_config_are_printed(settings, run_folder, tmp_path, capsys):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **settings}))
+    assert main(["generate", str(folder), "--prompt", "def ", "--max_new_tokens", "3", "--seed", "0"]) == 0
+    assert capsys.readouterr().out.count("\n---\n") == settings.get("num_return_sequences", 1)
+
+
+@pytest.mark.parametrize(("window", "new_tokens"), [(None, 61), (None, 60), (8, 61)])
+def test_text_beyond_the_context_is_reported_unless_all_layers_have_a_window(window, new_tokens, caplog):
+    """The context is 64 tokens, the prompt has four."""
+    sliding = {"use_sliding_window": True, "sliding_window": window} if window else {}
+    generate(tiny_model(vocab_size=258, **sliding), byte_tokenizer(), "abcd", max_new_tokens=new_tokens)
+    is_reported = "4 tokens of prompt and 61 new tokens exceed the context of the model, 64 tokens" in caplog.text
+    assert is_reported == (window is None and new_tokens == 61)

@@ -166,3 +166,11 @@ def test_an_invalid_checkpoint_is_reported_in_one_line(case, tmp_path, capfd):
 def test_a_missing_vocabulary_is_reported_with_the_remedy(tmp_path, capsys):
     assert main(write(tmp_path)[:-2]) == 2
     assert "--meta data/NAME/meta.pkl" in capsys.readouterr().err
+
+
+def test_tokens_of_the_checkpoint_without_text_are_reported(tmp_path, capsys):
+    """Such as with the vocabulary of another data set."""
+    argv = write(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {character: i for i, character in enumerate("abc")}}))
+    assert main(argv) == 0
+    assert "ckpt.pt has 11 tokens, 8 more than the vocabulary, whose text is empty" in capsys.readouterr().err
