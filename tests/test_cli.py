@@ -210,7 +210,7 @@ def test_the_help_of_train_groups_common_settings_with_their_defaults(capsys):
     assert headings == ["data", "model", "optimization", "output", "hardware"]
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  --")}
     # The default of recipe demo, that of recipe auto, and that of transformers.
-    assert rows["--learning_rate"][:3] == ["0.004", "auto", "5e-05"]
+    assert rows["--learning_rate"][:3] == ["0.01", "auto", "5e-05"]
     assert rows["--max_steps"][:3] == ["600", "auto", "-1"]
     assert rows["--eval_steps"][:3] == ["0.25", "auto", "none"]
     assert rows["--seed"][0] == "42"

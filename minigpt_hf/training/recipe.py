@@ -264,7 +264,7 @@ def effective_defaults() -> dict[str, tuple[str, str]]:
 
 def _shown(value: Any) -> str:
     """A default value as shown in the help."""
-    return "none" if value in (None, "", []) else ", ".join(value) if isinstance(value, list) else str(value)
+    return "none" if value in (None, "", []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_recipe(name: str) -> dict[str, Any]:

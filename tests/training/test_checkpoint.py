@@ -357,7 +357,7 @@ def test_a_step_with_a_non_finite_loss_can_be_skipped(recipe, words, tmp_path, c
 CHANGES = {
     "learning_rate": ["--learning_rate", "0.001"],
     "muon_learning_rate": ["--muon_learning_rate", "0.01"],
-    "muon_momentum": ["--muon_momentum", "0.9"],
+    "muon_momentum": ["--muon_momentum", "0.95"],
     "muon_beta2": ["--muon_beta2", "0.9"],
     "weight_decay": ["--weight_decay", "0.1"],
     "adam_beta1": ["--adam_beta1", "0.8"],

@@ -405,12 +405,13 @@ def test_the_prompt_is_the_first_words_of_the_text(text, prompt, tokenizer, tmp_
 
 
 def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
-    _, architecture, _ = parse_arguments(["--hidden_size", "64"], "demo")
+    recipe = "shakespeare-char-gpu"  # 6 heads
+    _, architecture, _ = parse_arguments(["--hidden_size", "64"], recipe)
     assert architecture.num_attention_heads == 2
     assert "num_attention_heads 2: hidden_size 64 does not divide into 6 heads" in caplog.text
     caplog.clear()
-    assert parse_arguments(["--hidden_size", "96"], "demo")[1].num_attention_heads == 6  # head dimension 16
-    assert parse_arguments(["--hidden_size", "64", "--num_attention_heads", "6"], "demo")[1].num_attention_heads == 6
+    assert parse_arguments(["--hidden_size", "96"], recipe)[1].num_attention_heads == 6  # head dimension 16
+    assert parse_arguments(["--hidden_size", "64", "--num_attention_heads", "6"], recipe)[1].num_attention_heads == 6
     assert not caplog.text
     assert [heads_for(width) for width in (32, 64, 128, 192, 256, 768, 100)] == [1, 2, 4, 6, 4, 12, 2]
     assert heads_for(128, key_value_heads=3) is None
@@ -421,7 +422,7 @@ def test_heads_follow_a_width_that_the_recipes_heads_do_not_divide(caplog):
     ("flags", "message"),
     [
         (["--hidden_size", 64, "--num_attention_heads", 6], "`hidden_size` 64 does not divide into 6 heads"),
-        (["--num_attention_heads", 5, "--recipe", "demo"], "`hidden_size` 192 does not divide into 5 heads"),
+        (["--num_attention_heads", 5, "--recipe", "demo"], "`hidden_size` 128 does not divide into 5 heads"),
         (["--num_hidden_layers", -1], "`num_hidden_layers` is -1"),
         (["--attention_dropout", 7], "`attention_dropout` is 7.0"),
         (["--hidden_size", 90, "--num_key_value_heads", 7], "hidden_size 90 does not divide into a number of heads"),

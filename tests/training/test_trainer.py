@@ -266,6 +266,7 @@ SIGNATURES = {
     "log": "logs start_time",
     "_save_checkpoint": "model trial",
     "_save": "output_dir state_dict",
+    "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_issue_warnings_after_load": "load_result",
     "init_hf_repo": "token private",
