@@ -263,7 +263,9 @@ def effective_defaults() -> dict[str, tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
-    """A default value as shown in the help."""
+    """A default value as shown in the help; lists as they are given on the command line."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return " ".join(",".join(map(str, each)) for each in value)
     return "none" if value in (None, "", []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

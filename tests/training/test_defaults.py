@@ -488,6 +488,7 @@ def test_help_shows_the_effective_defaults(capsys):
         shown = re.search(rf" --{name} \[?{name.upper()}.*?\(default: (.*?)\)", options)[1]
         assert shown == (without if without == alone else f"{without}; with --data alone: {alone}"), name
     demo = everything(parse_arguments([]))
+    demo["positional_heads"] = " ".join(",".join(map(str, each)) for each in demo["positional_heads"])
     for name, (without, _) in effective_defaults().items():
         if without != "none":
             assert without in (str(demo[name]), *map(str, demo[name] if isinstance(demo[name], list) else [])), name
