@@ -210,12 +210,13 @@ def test_the_help_of_train_groups_common_settings_with_their_defaults(capsys):
     assert headings == ["data", "model", "optimization", "output", "hardware"]
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  --")}
     # The default of recipe demo, that of recipe auto, and that of transformers.
-    assert rows["--learning_rate"][:3] == ["0.01", "auto", "5e-05"]
-    assert rows["--max_steps"][:3] == [str(read_recipe("demo")["max_steps"]), "auto", "-1"]
+    demo = read_recipe("demo")
+    assert rows["--learning_rate"][:3] == [str(demo["learning_rate"]), "auto", "5e-05"]
+    assert rows["--max_steps"][:3] == [str(demo["max_steps"]), "auto", "-1"]
     assert rows["--eval_steps"][:3] == ["0.25", "auto", "none"]
     assert rows["--seed"][0] == "42"
     assert rows["--seed"][1] == "seed"  # equal in all three, hence no further columns
-    assert rows["--hidden_size"][:3] == ["192", "auto", "width"]  # not a setting of transformers
+    assert rows["--hidden_size"][:3] == [str(demo["hidden_size"]), "auto", "width"]  # not a setting of transformers
     assert rows["--output_dir"][:2] == ["runs/RECIPE", "none"]
 
 
