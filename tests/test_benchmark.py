@@ -98,9 +98,9 @@ def test_an_ablation_reports_differences_from_the_recipe_and_reuses_its_log(reci
 @pytest.mark.parametrize(
     ("name", "standard_deviations"),
     [
-        ("embedding std 0.08", (0.08, 0.05 / 2)),
-        ("residual projections zero", (0.05, 0.0)),
-        ("residual projections unscaled", (0.05, 0.05)),
+        ("embedding std 0.08", (0.08, 0.02 / 2)),
+        ("residual projections zero", (0.02, 0.0)),
+        ("residual projections unscaled", (0.02, 0.02)),
     ],
 )
 def test_changed_initializations_have_the_standard_deviations_they_name(
@@ -108,7 +108,7 @@ def test_changed_initializations_have_the_standard_deviations_they_name(
 ):
     change = ablation.CHANGES[name]
     model = trial.prepare(str(recipe_file), ["--data", str(text_file)], initialize=change.initialize).model.model
-    layer = model.layers[0]  # L = 2: residual projections have 0.05 / √(2L) = 0.025 by default
+    layer = model.layers[0]  # L = 2: residual projections have 0.02 / √(2L) = 0.01 by default
     for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
         assert weight.std().item() == pytest.approx(standard_deviations[1], rel=0.1)
     assert model.embed_tokens.weight[2:].std().item() == pytest.approx(standard_deviations[0], rel=0.1)

@@ -236,7 +236,7 @@ class ModelArguments:
     max_window_layers: int = field(default=0, metadata={"help": "Number of initial layers that have full attention."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base θ of the rotary frequencies (RoPE)."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "The output head shares the embedding matrix."})
-    initializer_range: float = field(default=0.05, metadata={"help": "Standard deviation of the initial weights."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
     positional_heads: list[str] = field(
         default_factory=list,
         metadata={

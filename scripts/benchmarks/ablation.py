@@ -94,7 +94,7 @@ CHANGES = {
     "embedding std 0.08": Change(initialize=_embedding_std_008),
     "residual projections zero": Change(initialize=_zero_residual_projections),
     "residual projections unscaled": Change(initialize=_unscaled_residual_projections),
-    "initializer range 0.02": _flags("--initializer_range 0.02"),
+    "initializer range 0.05": _flags("--initializer_range 0.05"),
     "same offset in every epoch": Change(dataset_class=FixedOffsetSequences),
     "half the batch size, twice the steps": Change(batch_factor=0.5),
     "twice the batch size, half the steps": Change(batch_factor=2),
