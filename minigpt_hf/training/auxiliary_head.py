@@ -69,5 +69,6 @@ def save_auxiliary_head(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_auxiliary_head(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights of the head from a checkpoint."""
-    getattr(model, NAME).load_state_dict(load_file(folder / FILE))
+    """Load the weights of the head from a checkpoint; one that was saved without a head leaves them unchanged."""
+    if (folder / FILE).is_file():
+        getattr(model, NAME).load_state_dict(load_file(folder / FILE))

@@ -458,8 +458,10 @@ class MiniGPTTrainer(Trainer):
             group.update(setting, lr=rate)
 
     def _has_another_optimizer(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint holds the moments of another optimizer; the change was allowed."""
+        """Whether the checkpoint holds the moments of another optimizer or of other parameters; the change was allowed."""
         saved = read_json(checkpoint / FINGERPRINT)
+        if bool(saved.get("mtp_loss_weight")) != bool(self.args.mtp_loss_weight):  # with or without the auxiliary head
+            return True
         return any(saved[name] != self.fingerprint[name] for name in ("muon", "optim") if name in self.fingerprint)
 
     def _restore_schedule_position(self, checkpoint: Path) -> None:
@@ -467,10 +469,10 @@ class MiniGPTTrainer(Trainer):
         if not isinstance(self.lr_scheduler, LambdaLR):
             raise MiniGPTError(
                 f"lr_scheduler_type {self.args.lr_scheduler_type}: its state depends on the optimizer of {checkpoint.name}, "
-                "but muon or optim has changed; restore them, or use --fresh"
+                "but muon, optim or mtp_loss_weight has changed; restore them, or use --fresh"
             )
         logger.warning(
-            f"muon or optim differs from that of {checkpoint.name}: the optimizer starts without its moments"
+            f"muon, optim or mtp_loss_weight differs from that of {checkpoint.name}: the optimizer starts without its moments"
         )
         saved = torch.load(checkpoint / "scheduler.pt", weights_only=True)
         self.lr_scheduler.last_epoch, self.lr_scheduler._step_count = saved["last_epoch"], saved["_step_count"]

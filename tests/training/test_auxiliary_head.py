@@ -109,3 +109,19 @@ def test_the_plan_and_the_metadata_count_the_head_separately(recipe, words, tmp_
 def test_unsupported_combinations_are_reported_in_one_line(flags, message, recipe, words, tmp_path, capsys):
     assert train(recipe, words, tmp_path / "run", *MTP, *flags) == 2
     assert capsys.readouterr().err.startswith(f"minigpt train: {message}")
+
+
+@pytest.mark.parametrize("weights", [("0", "0.5"), ("0.5", "0"), ("0.5", "0.25")])
+def test_the_weight_may_change_between_start_and_resume(weights, recipe, words, tmp_path, capsys):
+    """Adding or removing the head changes the parameters of the optimizer, which then starts without its moments."""
+    before, after = (["--mtp_loss_weight", weight] for weight in weights)
+    assert train(recipe, words, tmp_path / "run", *before) == 0
+    go_back(tmp_path / "run", tmp_path / "resumed", 4)
+    assert train(recipe, words, tmp_path / "resumed", *after) == 2
+    assert "mtp_loss_weight was" in capsys.readouterr().err
+    assert train(recipe, words, tmp_path / "resumed", *after, "--allow_change", "mtp_loss_weight") == 0
+    err = capsys.readouterr().err
+    assert ("the optimizer starts without its moments" in err) == ("0" in weights)
+    assert rows(tmp_path / "resumed")[:4] == rows(tmp_path / "run")[:4]
+    assert rows(tmp_path / "resumed")[4:] != rows(tmp_path / "run")[4:]
+    assert (tmp_path / "resumed" / "checkpoint-8" / FILE).is_file() == (weights[1] != "0")
