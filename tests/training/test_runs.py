@@ -49,7 +49,7 @@ EVALUATED = ["--validation_fraction", "0.3", "--eval_steps", "2", "--early_stopp
 
 @pytest.fixture(scope="module")
 def evaluated(recipe, words, tmp_path_factory):
-    """Evaluated and saved every two steps, with a learning rate so high that the last step is not the best."""
+    """Evaluated and saved every two steps. The learning rate rises until the loss does: the last step is not the best."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     assert train(recipe, words, folder, *EVALUATED, *STEEP) == 0
     best = min((row for row in log_of(folder) if "eval_loss" in row), key=lambda row: row["eval_loss"])
@@ -57,7 +57,8 @@ def evaluated(recipe, words, tmp_path_factory):
     return folder
 
 
-STEEP = ["--lr_scheduler_type", "constant", "--learning_rate", "1", "--muon_learning_rate", "1", "--warmup_steps", "0"]
+STEEP = ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "16"]
+STEEP += ["--learning_rate", "2", "--muon_learning_rate", "2"]  # half of it at step 8
 
 
 # -- one run per folder -----------------------------------------------------------------------------------------------

@@ -67,7 +67,10 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
     assert json.loads((two / "fingerprint.json").read_text())["world_size"] == 2
     assert json.loads((two / "fingerprint.json").read_text())["effective_batch"] == 4
     assert json.loads((two / "fingerprint.json").read_text())["dataloader_drop_last"] is True
-    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):  # the norm includes the gradient of the auxiliary loss
+    for name, tolerance in (
+        ("loss", 1e-5),
+        ("grad_norm", 1e-4),
+    ):  # the norm includes the gradient of the auxiliary loss
         values = [[row[name] for row in rows(run)[:6]] for run in (two, one)]
         assert values[0] == pytest.approx(values[1], abs=tolerance)
 
