@@ -352,6 +352,15 @@ def test_a_column_called_text_is_never_ignored(tmp_path):
         texts_of(tmp_path / "rows.jsonl")
 
 
+def test_tables_of_a_folder_whose_text_is_in_different_columns_are_an_error_unless_one_is_selected(tmp_path):
+    write_json_lines(tmp_path / "1.jsonl", {"question": "a"})
+    write_json_lines(tmp_path / "2.jsonl", {"answer": "b"})
+    with pytest.raises(
+        ValueError, match=r"different columns, 'question' in .*1.jsonl, 'answer' in .*2.jsonl; choose one"
+    ):
+        texts_of(tmp_path)
+
+
 @pytest.mark.parametrize("odd", [5, datetime(2020, 1, 1), b"bytes"])
 @pytest.mark.parametrize("first", [True, False])
 def test_text_columns_of_different_types_are_an_error(odd, first, tmp_path):

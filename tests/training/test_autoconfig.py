@@ -172,6 +172,10 @@ def test_every_chosen_setting_is_logged(argv, text_file, tmp_path, caplog):
                 assert f"{name} {value}" in caplog.text or f"{name} {value!r}" in caplog.text, name
                 number += 1
     assert number > 8
+    if not argv[2:]:
+        characters = len(text_file.read_text()) * 0.9  # without the last tenth, up to the end of a line
+        (shown,) = re.findall(r"the training text has ([\d,]+) characters$", caplog.text, re.MULTILINE)
+        assert int(shown.replace(",", "")) == pytest.approx(characters, abs=200)
 
 
 def data_vocabulary(text_file) -> int:

@@ -402,6 +402,14 @@ def test_the_prompt_is_the_first_words_of_the_text(text, prompt, tokenizer, tmp_
     assert training.sample_prompt == prompt
 
 
+def test_the_prompt_of_a_text_without_words_is_empty(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    (tmp_path / "text.txt").write_text("+-*/ <>!?\n" * 200)
+    (_, _, training), _ = fitted(tmp_path, ["--data", tmp_path / "text.txt", "--max_steps", 2], "auto")
+    assert training.sample_prompt == ""
+    assert "sample_prompt is empty, so samples start a document: the text does not start with words" in caplog.text
+
+
 # -- architecture ------------------------------------------------------------------------------------------------------
 
 
