@@ -402,6 +402,15 @@ def test_the_prompt_is_the_first_words_of_the_text(text, prompt, tokenizer, tmp_
     assert training.sample_prompt == prompt
 
 
+@pytest.mark.parametrize(("characters", "block_size"), [(160, 16), (600, 32), (3000, 128)])
+def test_short_texts_get_sequences_of_at_least_16_tokens(characters, block_size, tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be. " * 200)
+    data = tmp_path / "text.txt"
+    data.write_text(data.read_text()[:characters])
+    flags = ["--data", data, "--tokenizer", "bytes", "--validation_fraction", 0, "--max_steps", 2]
+    assert fitted(tmp_path, flags, "auto")[0].data.block_size == block_size
+
+
 def test_the_prompt_of_a_text_without_words_is_empty(tmp_path, caplog):
     caplog.set_level(logging.INFO, "minigpt_hf")
     (tmp_path / "text.txt").write_text("+-*/ <>!?\n" * 200)
