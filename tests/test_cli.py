@@ -270,7 +270,7 @@ def test_the_entry_point_runs_the_commands(capsys):
 
 def test_an_openmp_policy_is_set_unless_the_environment_sets_one(monkeypatch):
     for given, expected in (
-        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, {"GOMP_SPINCOUNT": "8000"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
     ):
@@ -283,7 +283,7 @@ def test_an_openmp_policy_is_set_unless_the_environment_sets_one(monkeypatch):
 def test_a_command_sets_the_openmp_policy_before_torch_is_loaded_and_an_import_does_not():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = "import minigpt_cli; minigpt_cli.main(['recipes', 'show', 'demo'])"
-    for program, expected in ((command, "1000"), ("import minigpt_hf", None)):
+    for program, expected in ((command, "8000"), ("import minigpt_hf", None)):
         # At the first import of torch, print the variable.
         hook = """
 import os, sys
