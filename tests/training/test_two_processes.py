@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, train
 
 PLAIN = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0 --muon false --max_steps 10".split()
-PLAIN += ["--mtp_loss_weight", "0.5"]
+MTP = ["--mtp_loss_weight", "0.5"]
 
 
 # torch sometimes aborts a process that exits inside a gloo process group, so that a finished run appears to have failed.
@@ -62,8 +62,8 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
     AdamW without dropout, because Muon rounds to bfloat16 and each process draws other dropout masks.
     """
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    assert train(recipe, words, one, "--per_device_train_batch_size", "4", *PLAIN) == 0
-    finish(start(recipe, words, two, *PLAIN))
+    assert train(recipe, words, one, "--per_device_train_batch_size", "4", *PLAIN, *MTP) == 0
+    finish(start(recipe, words, two, *PLAIN, *MTP))
     assert json.loads((two / "fingerprint.json").read_text())["world_size"] == 2
     assert json.loads((two / "fingerprint.json").read_text())["effective_batch"] == 4
     assert json.loads((two / "fingerprint.json").read_text())["dataloader_drop_last"] is True
@@ -76,7 +76,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
 
     # Interrupted after four steps and resumed with two processes: equal bit for bit.
     go_back(two, resumed, 4)
-    assert "resuming from step 4" in finish(start(recipe, words, resumed, *PLAIN))
+    assert "resuming from step 4" in finish(start(recipe, words, resumed, *PLAIN, *MTP))
     assert rows(resumed) == rows(two)
     last = "checkpoint-10"
     for rank in (0, 1):
