@@ -108,10 +108,11 @@ def run(argv: list[str]) -> None:
             self.print_text(is_last=True)
             print(flush=True)
 
-    several = ("num_return_sequences", "num_beams")  # are printed when they are complete
-
     def answer(prompt: str) -> None:
-        if all((options.get(name) or getattr(model.generation_config, name) or 1) == 1 for name in several):
+        defaults = model.generation_config
+        sequences = options.get("num_return_sequences") or defaults.num_return_sequences or 1
+        beams = options.get("num_beams") or defaults.num_beams or 1
+        if sequences == beams == 1:  # otherwise the texts are printed when they are complete
             encode_prompt(tokenizer, prompt, args.special_tokens)  # raises before anything is printed
             streamer = PromptAndText(prompt)
             try:

@@ -9,12 +9,11 @@ the model, in a file of its own, and never in a model folder.
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 NAME = "auxiliary_head"  # attribute of the model, and prefix of the parameter's name
-FILE = "auxiliary_head.safetensors"
+FILE = "auxiliary_head.pt"  # not .safetensors: some programs load every file of this type in a folder
 
 
 def attach_auxiliary_head(model: PreTrainedModel) -> None:
@@ -65,10 +64,10 @@ def add_auxiliary_loss(
 
 def save_auxiliary_head(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights of the head into a checkpoint."""
-    save_file(getattr(model, NAME).state_dict(), folder / FILE)
+    torch.save(getattr(model, NAME).state_dict(), folder / FILE)
 
 
 def load_auxiliary_head(model: PreTrainedModel, folder: Path) -> None:
     """Load the weights of the head from a checkpoint; one that was saved without a head leaves them unchanged."""
     if (folder / FILE).is_file():
-        getattr(model, NAME).load_state_dict(load_file(folder / FILE))
+        getattr(model, NAME).load_state_dict(torch.load(folder / FILE, weights_only=True))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from minigpt_hf.cli import main
 from minigpt_hf.training.auxiliary_head import FILE, add_auxiliary_loss, attach_auxiliary_head, detach_auxiliary_head
 from tests.conftest import random_ids, tiny_model
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
@@ -66,15 +67,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, recipe, words, tmp_
     assert rows(tmp_path / "run") == rows(finished)
     checkpoints = [folder / "checkpoint-8" for folder in (tmp_path / "run", finished)]
     assert_equal(*map(state_of, checkpoints))
-    assert_equal(*(load_file(checkpoint / FILE) for checkpoint in checkpoints))
+    assert_equal(*(dict(torch.load(checkpoint / FILE)) for checkpoint in checkpoints))
 
 
-def test_the_head_is_trained_and_stored_next_to_the_model_only(finished):
-    heads = [load_file(finished / f"checkpoint-{step}" / FILE)["weight"] for step in (2, 4)]
+def test_the_head_is_trained_and_stored_next_to_the_model_only(finished, tmp_path):
+    heads = [torch.load(finished / f"checkpoint-{step}" / FILE)["weight"] for step in (2, 4)]
     assert not torch.equal(*heads)
     for file in finished.rglob("model.safetensors"):
         assert not [name for name in load_file(file) if "auxiliary" in name]
     assert not list((finished / "model").glob("auxiliary*"))
+    assert (
+        main(["export", str(finished / "checkpoint-8"), "--to", "native", "--output_dir", str(tmp_path / "native")])
+        == 0
+    )
+    assert [file.name for file in (tmp_path / "native").glob("*.safetensors")] == ["model.safetensors"]
+    assert not list((tmp_path / "native").glob("auxiliary*"))
 
 
 def test_the_weight_falls_linearly_to_zero(recipe, words, tmp_path):
@@ -82,7 +89,7 @@ def test_the_weight_falls_linearly_to_zero(recipe, words, tmp_path):
     sgd = ["--no_muon", "--optim", "sgd", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant"]
     flags = [*MTP, *sgd, "--warmup_steps", "0", "--max_grad_norm", "0", "--save_steps", "1"]
     assert train(recipe, words, tmp_path / "run", *flags) == 0
-    heads = [load_file(tmp_path / "run" / f"checkpoint-{step}" / FILE)["weight"] for step in range(1, 9)]
+    heads = [torch.load(tmp_path / "run" / f"checkpoint-{step}" / FILE)["weight"] for step in range(1, 9)]
     changes = [(new - old).norm().item() for old, new in itertools.pairwise(heads)]
     of_full_weight = [change / (1 - step / 8) for step, change in enumerate(changes, start=1)]
     assert of_full_weight == pytest.approx([of_full_weight[0]] * 7, rel=0.3)

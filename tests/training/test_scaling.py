@@ -12,6 +12,7 @@ from minigpt_hf.training.scaling import (
     distance_from_optimal,
     dropout,
     learning_rates,
+    positional_heads,
     shape_for,
     weight_decay,
 )
@@ -59,3 +60,11 @@ def test_ten_tokens_per_parameter_are_optimal_and_twice_as_many_are_as_far_off_a
     assert distance_from_optimal(shape, 1000, 10 * parameters**2) == pytest.approx(0, abs=1e-9)
     twice, half = (distance_from_optimal(shape, 1000, factor * 10 * parameters**2) for factor in (2, 0.5))
     assert twice == pytest.approx(half) == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_positional_heads_leave_a_quarter_of_the_heads_random():
+    assert positional_heads(4, 4) == [[1, 2, 3], [1, 2, 4], [1, 2]]
+    assert positional_heads(2, 6) == [[1, 2, 3, 4], [1, 2, 4]]
+    assert positional_heads(3, 3) == [[1, 2], [1, 2], [1, 2]]
+    assert positional_heads(1, 2) == [[1]]
+    assert positional_heads(6, 1) == []

@@ -82,7 +82,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
     for rank in (0, 1):
         states = [torch.load(run / last / f"rng_state_{rank}.pth", weights_only=False) for run in (resumed, two)]
         assert_equal(*states)
-    names = ("optimizer.pt", "scheduler.pt", "model.safetensors", "auxiliary_head.safetensors")
+    names = ("optimizer.pt", "scheduler.pt", "model.safetensors", "auxiliary_head.pt")
     for name in names:
         assert (resumed / last / name).read_bytes() == (two / last / name).read_bytes()
 
