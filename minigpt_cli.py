@@ -5,6 +5,7 @@ classes, which takes seconds and is not needed for `minigpt --help` and `--versi
 when torch is loaded, so they are set here, too. The commands are in `minigpt_hf.cli`.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -37,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     set_openmp_policy()
+    gc.disable()  # the modules stay loaded: searching them for unreachable objects would take half a second
     from minigpt_hf.cli import main
 
+    gc.freeze()
+    gc.enable()
     return main(argv)
 
 

@@ -12,23 +12,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from minigpt_cli import COMMANDS, usage
+from minigpt_cli import COMMANDS
 
 from ..errors import MiniGPTError
 from ..output import discard, guarded_output, open_standard_descriptors
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage(), end="")
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from .. import __version__
-
-        print(f"minigpt {__version__}")
-        return 0
+def main(argv: Sequence[str]) -> int:
+    """Run one command, given its name and arguments. Returns the exit code."""
     command, *rest = argv
     if command not in COMMANDS:
         print(f"minigpt: unknown command {command!r}; available: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""`python -m minigpt_hf.cli`: the commands without `minigpt_cli`, hence without its OpenMP policy."""
+"""`python -m minigpt_hf.cli`: the same as `minigpt`, but torch is imported before the OpenMP policy is set."""
 
 import sys
 
-from . import main
+from minigpt_cli import main
 
 sys.exit(main())

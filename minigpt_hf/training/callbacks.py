@@ -153,6 +153,7 @@ class SampleLogger(TrainerCallback):
         self.progress, self.tokenizer, self.tokens, self.stop = progress, tokenizer, tokens, stop
         self.prompt = prompt
         self.latest = ""
+        self.sampled_after_training: PreTrainedModel | None = None
         try:
             check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
         except ValueError as error:  # a character that the tokenizer lacks, or a prompt as long as the context
@@ -187,8 +188,8 @@ class SampleLogger(TrainerCallback):
             self._show(f"after {state.global_step} steps", state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        if not self.stop.stopped:  # a stopped run ends without delay
-            self._show("after training", state, model)
+        if not self.stop.stopped and self._show("after training", state, model):  # a stopped run ends without delay
+            self.sampled_after_training = model
 
     def final_samples(self, model: PreTrainedModel) -> list[str]:
         """The samples of the model card: seeds 0, 1 and 2, not selected.
@@ -196,28 +197,32 @@ class SampleLogger(TrainerCallback):
         Raises:
             NonFiniteLossError: if the model cannot generate text.
         """
-        seeds = range(3 if self.tokens else 0)
+        samples = [self.latest] if model is self.sampled_after_training else []
+        seeds = range(len(samples), 3 if self.tokens else 0)
         try:
-            return [sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in seeds]
+            return samples + [sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in seeds]
         except Exception as error:
             raise NonFiniteLossError(
                 f"the trained model cannot generate text ({error}); no model is published; start again with a lower "
                 "--learning_rate and --muon_learning_rate and --fresh"
             ) from error
 
-    def _show(self, when: str, state, model: PreTrainedModel) -> None:
+    def _show(self, when: str, state, model: PreTrainedModel) -> bool:
+        """Generate, print and log a sample, on the main process only. Returns whether there is one."""
         if self.tokens and state.is_world_process_zero:
             try:
                 self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
                 logger.warning(f"step {state.global_step}: no sample generated ({type(error).__name__}: {reason})")
-                return
+                return False
             lines = (f"  {line}" for line in self.latest.splitlines())
             self.progress.print("\n".join([f"--- sample {when}:", *lines, "---"]))
             log = self.progress.file
             append_to_log(log, {"step": state.global_step, "sample": self.latest})
             write_files({log.with_name("samples.md"): samples_table(read_log(log))})
+            return True
+        return False
 
 
 def samples_table(log: list[dict[str, Any]]) -> str:
