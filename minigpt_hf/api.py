@@ -33,7 +33,8 @@ CHARACTERS_PER_TOKEN = 4
 EVALUATION_SETTINGS = {
     ("validation_characters", "block_size", "per_device_eval_batch_size"): int,
     ("validation_fraction",): int | float,
-    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format"): str,
+    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system"): str,
+    ("chat",): bool,
 }
 
 
@@ -140,6 +141,8 @@ def evaluate(
     data_split: str | None = None,
     text_column: str | None = None,
     data_format: str | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
     max_characters: int | None = None,
     block_size: int | None = None,
     stride: int | None = None,
@@ -154,6 +157,8 @@ def evaluate(
         split: Part of the text, divided as in training; `all` includes a separate validation split of the data set.
         validation_fraction, encoding, encoding_errors, newline, data_split, text_column, data_format: How the text is read
             and divided. Default: as in the model's training.
+        chat: Evaluate the answers of conversations, the rows of tables. Default: as in the model's training.
+        system: With `chat`, system message of conversations that have none. Default: as in the model's training.
         max_characters: Evaluate a sample of about this many characters from all documents. Default: for the validation split
             the sample that training evaluated, otherwise the entire text.
         block_size: Maximum number of input tokens in a window. Default: that of training.
@@ -179,19 +184,21 @@ def evaluate(
         "newline": newline,
         "data_split": data_split,
     }
-    texts_given |= {"text_column": text_column, "data_format": data_format}
+    texts_given |= {"text_column": text_column, "data_format": data_format, "system": system}
     for name, text in texts_given.items():
         check_type(name, text, str, type(None))
     counts = {"max_characters": max_characters, "block_size": block_size, "stride": stride, "batch_size": batch_size}
     for name, count in counts.items():
         check_type(name, count, int, type(None))
     check_type("validation_fraction", validation_fraction, int, float, type(None))
+    check_type("chat", chat, bool, type(None))
 
+    from .data.conversations import conversations_in
     from .data.corpus import load_corpus
     from .data.documents import Mixture
     from .data.prepared import ValidationSample, report_lossy_tokenizer, warn_if_sample_is_small
     from .data.sources import has_split
-    from .inference.evaluation import evaluate_texts, longest_context
+    from .inference.evaluation import evaluate_conversations, evaluate_texts, longest_context
 
     if max_characters is not None and max_characters < 1:
         raise MiniGPTError(f"max_characters is {max_characters}: it must be at least 1")
@@ -202,6 +209,11 @@ def evaluate(
         stored = default if recipe.get(name) is None else recipe[name]
         return stored if value is None else value
 
+    chat = given_or_as_trained("chat", chat, False)
+    if chat and (max_characters is not None or stride is not None):
+        raise MiniGPTError(
+            "max_characters and stride do not apply to conversations, which are scored in full: omit them"
+        )
     trained_split = recipe.get("data_split")
     if data_split is None and trained_split and has_split(data, trained_split):
         data_split = trained_split
@@ -214,6 +226,8 @@ def evaluate(
         split=data_split,
         text_column=given_or_as_trained("text_column", text_column),
         data_format=given_or_as_trained("data_format", data_format),
+        chat=chat,
+        system=given_or_as_trained("system", system) if chat else system,
     )
     whole = corpus.validation if split == "validation" else corpus.train
     if split == "all" and corpus.unused is not None:
@@ -226,6 +240,8 @@ def evaluate(
     block_size = given_or_as_trained("block_size", block_size)
     if batch_size is None:  # recipes omit the default of `TrainingArguments`, 8
         batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
+    if chat:
+        return evaluate_conversations(loaded, tokenizer, conversations_in(whole), block_size, batch_size)
     texts = whole
     if max_characters is not None:
         window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (block_size or longest_context(loaded))
@@ -327,7 +343,8 @@ def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
         raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from its source")
     for names, kind in EVALUATION_SETTINGS.items():
         for name in names:
-            if (value := recipe.get(name)) is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            value, is_flag = recipe.get(name), kind is bool
+            if value is not None and (isinstance(value, bool) != is_flag or not isinstance(value, kind)):
                 raise MiniGPTError(
                     f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from its source"
                 )

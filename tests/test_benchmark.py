@@ -208,7 +208,7 @@ def test_both_pipelines_tokenize_the_complete_text(tmp_path):
 
 
 def test_fixed_offset_sequences_are_the_same_in_every_epoch(tmp_path):
-    stream = TokenStream(tmp_path, torch.arange(100).numpy(), torch.zeros(1).numpy(), 0, 100, 100, "")
+    stream = TokenStream(tmp_path, torch.arange(100).numpy(), torch.zeros(1).numpy(), 0, 99, 100, 100, "")
     fixed, shifted = ablation.FixedOffsetSequences(stream, 8, seed=0), SequenceDataset(stream, 8, seed=0)
     assert [fixed[epoch, 0]["input_ids"][0] for epoch in range(3)] == [0, 0, 0]
     assert len({int(shifted[epoch, 0]["input_ids"][0]) for epoch in range(3)}) > 1

@@ -28,6 +28,14 @@ def parser() -> Parser:
     parser.add_argument("--text_column", help=f"column of a table that holds the text {how}")
     parser.add_argument("--data_format", help=f"format of the files: {', '.join(FORMATS)} {how}")
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help=f"score the answers of conversations, the rows of tables {how}",
+    )
+    parser.add_argument("--no_chat", dest="chat", action="store_false", help="score a text, whatever the training")
+    parser.add_argument("--system", help=f"with --chat: system message of conversations that have none {how}")
+    parser.add_argument(
         "--max_characters",
         type=int,
         help="score a sample of about this many characters from all documents (default: for the validation split the "

@@ -1,10 +1,14 @@
-"""What the commands share: a parser that raises `MiniGPTError`, and settings of library output."""
+"""What the commands share: a parser that raises `MiniGPTError`, options of generation, and settings of library output."""
 
 import argparse
+import re
+from typing import Any
 
 from minigpt_cli import COMMANDS
 
 from ..errors import MiniGPTError
+
+SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,3 +30,34 @@ def quiet() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()  # a final failure is raised as an error
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+
+
+def generation_options(flags: list[str]) -> dict[str, Any]:
+    """["--top_k", "50", "--do_sample", "false"] -> {"top_k": 50, "do_sample": False}.
+
+    Raises:
+        MiniGPTError: if a flag is not of this form, or a count is not a positive integer.
+    """
+    from ..training.recipe import load_yaml
+
+    options: dict[str, Any] = {}
+    while flags:
+        flag, *flags = flags
+        if not flag.startswith("--"):
+            raise MiniGPTError(f"unexpected argument {flag!r}; options look like --top_k 50")
+        name, is_joined, value = flag[2:].partition("=")
+        if not is_joined:
+            value, flags = (flags[0], flags[1:]) if flags and not flags[0].startswith("--") else ("true", flags)
+        name = name.replace("-", "_")
+        if name == "stop_strings" and not value.startswith("["):
+            options[name] = value  # not YAML, in which "no" and "123" are not strings
+            continue
+        try:
+            # YAML parses 1e-3 as a string.
+            options[name] = float(value) if SCIENTIFIC.fullmatch(value) else load_yaml(value)
+        except ValueError as error:
+            raise MiniGPTError(f"--{name} {value}: invalid value: {error}") from error
+    for name in ("max_new_tokens", "max_length", "max_cache_len", "num_return_sequences", "num_beams"):
+        if name in options and (type(options[name]) is not int or options[name] < 1):
+            raise MiniGPTError(f"--{name} {options[name]}: must be an integer of at least 1")
+    return options

@@ -12,6 +12,7 @@ COMMON = {
     "data": {
         "data": "file, folder, URL or Hub dataset",
         "text_column": "column of a table that holds the text",
+        "chat": "conversations: learn only the answers",
         "validation_fraction": "share of the text in the validation split",
         "tokenizer": "bpe, characters, bytes, or a folder or Hub id",
         "vocab_size": "maximum vocabulary size of bpe",
@@ -55,7 +56,7 @@ COMMON = {
         "num_proc": "processes that tokenize",
     },
 }
-TOKENIZE = (*COMMON["data"], "output_dir", "num_proc")
+TOKENIZE = ({*COMMON["data"]} - {"chat"}) | {"output_dir", "num_proc"}
 # Defaults that are computed when a run starts, where the dataclass has `None`.
 COMPUTED = {
     "output_dir": "runs/RECIPE",

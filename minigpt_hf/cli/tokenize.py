@@ -64,6 +64,8 @@ def _run(argv: list[str]) -> None:
     recipe, rest = split_recipe(argv)
     arguments = parse_arguments(rest, recipe)
     training = arguments.training
+    if arguments.data.chat:
+        raise MiniGPTError("--chat: conversations are tokenized by `minigpt train`; give it the tables")
     if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
         raise MiniGPTError("--output_dir FOLDER is required")
     quiet()

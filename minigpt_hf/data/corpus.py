@@ -54,6 +54,8 @@ def load_corpus(
     text_column: str | None = None,
     data_format: str | None = None,
     streaming: bool = False,
+    chat: bool = False,
+    system: str | None = None,
     cache_dir: Path = CACHE,
 ) -> Corpus:
     """Read text as documents and split it into training and validation.
@@ -72,6 +74,8 @@ def load_corpus(
         text_column: The column of a table that contains the text. Default: `text`, or the only column of text.
         data_format: Format of the files, one of `files.FORMATS`. Default: that of their extensions.
         streaming: Read the documents of a Hub dataset on demand without storing them.
+        chat: Read conversations from the rows of tables; see `conversations`.
+        system: With `chat`, content of a system message for conversations that have none.
         cache_dir: Root of the cache.
 
     Raises:
@@ -95,10 +99,17 @@ def load_corpus(
     decoding = Decoding(encoding, encoding_errors, newline)
 
     def read(name: str, split: str | None) -> SourceContent:
-        return Source(name, decoding, split, text_column, data_format, streaming, cache_dir).read()
+        return Source(name, decoding, split, text_column, data_format, streaming, cache_dir, chat, system).read()
 
+    if system is not None and not chat:
+        raise MiniGPTError("--system requires --chat")
     if (shares := mixture(data)) is None:
-        return _split([(data, read(data, split))], validation_fraction)[0]
+        content = read(data, split)
+        if chat:
+            _check_conversations(data, content, validation_fraction)
+        return _split([(data, content)], validation_fraction)[0]
+    if chat:
+        raise MiniGPTError(f"{data}: is a mixture, which --chat does not support; give a folder or pattern of files")
     contents = []
     for name in shares:
         applies = split is None or has_split(name, split)
@@ -106,6 +117,16 @@ def load_corpus(
             logger.warning("--data_split %s has no effect on %s, which is not a dataset with splits", split, name)
         contents.append((name, read(name, split if applies else None)))
     return _mix(data, _split(contents, validation_fraction), list(shares.values()))
+
+
+def _check_conversations(name: str, content: SourceContent, fraction: float) -> None:
+    """Check that conversations can be held out: with few documents, a split would divide one."""
+    if fraction == 0 or content.validation is not None or _is_split_by_hash(content.train):
+        return
+    raise MiniGPTError(
+        f"{name}: to hold out conversations for validation, at least {MIN_DOCUMENTS_FOR_HASH_SPLIT} are required; give "
+        "more, or use --validation_fraction 0"
+    )
 
 
 def _mix(data: str, corpora: list[Corpus], weights: list[float]) -> Corpus:

@@ -28,6 +28,8 @@ from transformers import PreTrainedTokenizerBase
 from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
 from ..errors import MiniGPTError
 from .cache import cached, verification_error
+from .chat_format import with_chat_tokens
+from .conversations import build_conversation_stream
 from .corpus import CACHE, Corpus, public_name
 from .documents import Documents
 from .stream import TokenStream, build_stream
@@ -71,7 +73,8 @@ class ValidationSample:
         of_documents: Number of documents in the validation split.
         characters: Number of characters in the sample.
         of_characters: Number of characters in the validation split.
-        window: Length of a window in characters; excerpts consist of complete windows (see `Documents.sample`).
+        window: Length of a window in characters; excerpts consist of complete windows (see `Documents.sample`). 0 for
+            conversations, which are scored in full.
     """
 
     documents: int
@@ -81,6 +84,8 @@ class ValidationSample:
     window: int
 
     def __str__(self) -> str:
+        if not self.window:
+            return f"the answers of {self.documents:,} of {self.of_documents:,} conversations"
         if self.of_characters is None:
             return f"{self.characters:,} characters of {self.documents:,} documents of the stream"
         if self.characters == self.of_characters:
@@ -282,11 +287,52 @@ def prepare(
             window,
         )
         warn_if_sample_is_small(
-            len(validation) - len(validation.documents),
+            validation.targets,
             validation.bytes,
             "provide more text, or raise --validation_fraction or --validation_characters",
         )
     return PreparedText(corpus.name, corpus.split_description, tokenizer, lossy, chosen, train, validation, scored)
+
+
+def prepare_conversations(corpus: Corpus, tokenizer: str, cache_dir: Path, *, block_size: int) -> PreparedText:
+    """Encode conversations with an existing tokenizer, to which the tokens of ChatML are added.
+
+    Args:
+        corpus: Serialized conversations.
+        tokenizer: A folder or Hub id.
+        cache_dir: Root of the cache.
+        block_size: Conversations with more input tokens are omitted, which is logged.
+
+    Raises:
+        MiniGPTError: if no conversation is left to train on, or none is held out.
+    """
+    chosen = with_chat_tokens(load_tokenizer(tokenizer))
+
+    def encode(documents: Documents, split: str) -> TokenStream:
+        total = documents.number_of_documents
+        with tqdm(total=total, desc="tokenizing", unit=" conversations", delay=2, leave=False) as bar:
+            stream = build_conversation_stream(documents, chosen, block_size, cache_dir, bar.update)
+        if omitted := (total or 0) - len(stream.documents):
+            logger.warning(
+                "%s: %s of %s conversations of the %s split have more than %s tokens (block_size) and are left out",
+                *(corpus.name, f"{omitted:,}", f"{total:,}", split, f"{block_size:,}"),
+            )
+        if not len(stream.documents):
+            raise MiniGPTError(
+                f"{corpus.name}: no conversation of the {split} split fits into {block_size:,} tokens; raise --block_size"
+            )
+        return stream
+
+    train = encode(corpus.train, "training")
+    validation = scored = None
+    if corpus.validation is not None:
+        validation = encode(corpus.validation, "validation")
+        characters, documents = validation.characters, len(validation.documents)
+        scored = ValidationSample(documents, corpus.validation.number_of_documents, characters, characters, window=0)
+        warn_if_sample_is_small(
+            validation.targets, validation.bytes, "provide more conversations, or raise --validation_fraction"
+        )
+    return PreparedText(corpus.name, corpus.split_description, tokenizer, None, chosen, train, validation, scored)
 
 
 def report_lossy_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> str | None:

@@ -3,6 +3,7 @@
 The result is a `SourceContent`. A document is a text file, or a row of a table.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -21,11 +22,13 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
 from ..errors import MiniGPTError, UnreadableFileError
+from .conversations import messages_of, serialize
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
 from .files import (
     DOCUMENTATION_NAMES,
     FORMAT_BY_EXTENSION,
     SPLITS,
+    TABLE_EXTENSIONS,
     FileSelection,
     extension_of,
     files_below,
@@ -38,7 +41,7 @@ from .files import (
 )
 from .hub_access import offline_if_unreachable
 from .reading import COMPRESSED_EXTENSIONS, Decoding, printable, store_by_hash
-from .tables import read_tables
+from .tables import FEATURES, read_conversations, read_tables
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ class Source:
     data_format: str | None
     streaming: bool
     cache_dir: Path
+    chat: bool = False
+    system: str | None = None
     names: dict[str, str] = field(default_factory=dict)
 
     def read(self) -> SourceContent:
@@ -87,6 +92,8 @@ class Source:
                 "`stdlib`, or - for standard input"
             )
         path = Path(self.data)
+        if self.streaming and self.chat:
+            raise MiniGPTError("--streaming is not supported with --chat: omit it")
         if self.streaming and not names_hub_dataset(self.data):
             raise MiniGPTError(f"--streaming requires a dataset of the Hub, and {self.data} is not one: omit it")
         if (path / "prepared.json").is_file():
@@ -227,6 +234,11 @@ class Source:
             if not os.access(file, os.R_OK):
                 raise MiniGPTError(f"{file}: no permission to read this file; change its permissions or exclude it")
         (data_format,) = formats
+        if data_format == "text" and self.chat:
+            raise MiniGPTError(
+                f"{self.data}: is text, and --chat requires conversations, the rows of a table "
+                f"({' '.join(TABLE_EXTENSIONS)}); give such a file"
+            )
         if data_format == "text":
             if self.text_column:
                 logger.warning("--text_column %s has no effect: %s is text", self.text_column, printable(self.data))
@@ -234,7 +246,12 @@ class Source:
         if self.decoding.newline != "preserve":
             name = self.names.get(files[0], files[0])
             logger.warning("--newline has no effect on tables such as %s", printable(name))
-        rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
+        if self.chat:
+            if self.text_column:
+                raise MiniGPTError(f"--text_column {self.text_column}: conversations have fixed columns; omit it")
+            rows = read_conversations(data_format, files, self.names, self.decoding, self.cache_dir, self.system)
+        else:
+            rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
         return TableRows(rows).documents(self.cache_dir)
 
     def _regular_file(self, path: Path) -> str:
@@ -327,6 +344,8 @@ class Source:
             rows = rows.select_columns([column])
             rows = rows if column == "text" else rows.rename_column(column, "text")
             return StreamedDocuments(rows, f"{identity} {column}")
+        if self.chat:
+            return TableRows(self._serialized(rows)).documents(self.cache_dir)
         text_columns = [name for name, feature in rows.features.items() if _is_text(feature)]
         column = self._choose_column(list(rows.features), text_columns, text_columns)
         if len(rows.column_names) > 1:
@@ -334,6 +353,20 @@ class Source:
         if column != "text":
             rows = rows.rename_column(column, "text")
         return TableRows(rows).documents(self.cache_dir)
+
+    def _serialized(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """Return the conversations of a dataset as the column `text`."""
+
+        def serialized(row: dict, number: int) -> dict[str, str]:
+            try:
+                return {"text": serialize(messages_of(row, self.system))}
+            except ValueError as error:
+                raise UnreadableFileError(f"{self.data}: row {number + 1:,} {error}") from error
+
+        digest = hashlib.sha256(f"{rows._fingerprint} conversations {self.system!r}".encode()).hexdigest()[:32]
+        return rows.map(
+            serialized, with_indices=True, remove_columns=rows.column_names, features=FEATURES, new_fingerprint=digest
+        )
 
     def _choose_column(self, columns: list[str], text_columns: list[str], allowed: list[str]) -> str:
         """Return the requested text column, or else `text` if it exists, or else the only column of text.

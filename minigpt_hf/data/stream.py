@@ -50,8 +50,9 @@ class TokenStream:
         tokens: Ids [N], memory-mapped.
         documents: Offset in `tokens` of the BOS token of each document [number of documents], memory-mapped.
         bos_token_id: Id of the token that precedes each document.
+        targets: Number of tokens that are scored: all but the BOS tokens, or those of answers in conversations.
         characters: Number of characters of the text.
-        bytes: Number of UTF-8 bytes of the text.
+        bytes: Number of UTF-8 bytes of the text, or of the answers in conversations.
         fingerprint: Identifies text and tokenizer.
     """
 
@@ -59,6 +60,7 @@ class TokenStream:
     tokens: np.ndarray
     documents: np.ndarray
     bos_token_id: int
+    targets: int
     characters: int
     bytes: int
     fingerprint: str
@@ -92,6 +94,7 @@ class TokenStream:
             tokens=tokens,
             documents=documents,
             bos_token_id=bos,
+            targets=metadata.get("targets", len(tokens) - len(documents)),
             characters=metadata["characters"],
             bytes=metadata["bytes"],
             fingerprint=metadata["fingerprint"],

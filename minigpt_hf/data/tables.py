@@ -1,9 +1,10 @@
-"""Read the text column of JSON, CSV, Parquet and Arrow tables into a memory-mapped dataset with the single column `text`.
+"""Read JSON, CSV, Parquet and Arrow tables into a memory-mapped dataset with the single column `text`.
 
-Values are read verbatim: CSV fields are not interpreted as numbers or missing values, JSON strings are not interpreted as
-dates, and a value that is not a string is an error that states its row. The column is cached, and verified like a token
-stream, under a key that depends on the SHA-256 of the content of every file. (The builders of `datasets` infer and cast
-types, interpret file names as patterns, identify files by modification time, and do not verify their cache.)
+The column is one of the table, or its rows as conversations (see `conversations`). Values are read verbatim: CSV fields are
+not interpreted as numbers or missing values, JSON strings are not interpreted as dates, and a value that is not a string is
+an error that states its row. The result is cached, and verified like a token stream, under a key that depends on the SHA-256
+of the content of every file. (The builders of `datasets` infer and cast types, interpret file names as patterns, identify
+files by modification time, and do not verify their cache.)
 """
 
 import csv
@@ -30,6 +31,7 @@ from datasets.table import MemoryMappedTable
 
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
+from .conversations import messages_of, serialize
 from .files import extension_of
 from .reading import (
     BYTE_ORDER_MARK,
@@ -88,6 +90,25 @@ class Table(ABC):
             UnreadableFileError: stating the row, if a value is not a string.
         """
 
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the location of each row, for messages, and its values by column."""
+
+    def conversations(self, system: str | None) -> Iterator[str]:
+        """Yield the conversation of each row, serialized.
+
+        Args:
+            system: Content of a system message for conversations that have none.
+
+        Raises:
+            UnreadableFileError: stating the row, if it is not a conversation.
+        """
+        for location, row in self.rows():
+            try:
+                yield serialize(messages_of(row, system))
+            except ValueError as error:
+                raise self.error(f"{location} {error}") from error
+
     def describe(self) -> None:  # noqa: B027 (most formats are not ambiguous)
         """Log how the file was interpreted, where this is ambiguous."""
 
@@ -111,6 +132,9 @@ def _without_byte_order_mark(lines: Iterator[str]) -> Iterator[str]:
     first = next(lines, "")
     yield first.removeprefix(BYTE_ORDER_MARK)
     yield from lines
+
+
+Texts = Callable[[Table], Iterator[str | None]]
 
 
 def read_tables(
@@ -149,24 +173,59 @@ def read_tables(
     (column,) = chosen
     for table in tables:
         table.describe()
+    return _cached(tables, digests, [data_format, column], lambda table: table.texts(column), cache_dir)
+
+
+def read_conversations(
+    data_format: str,
+    paths: list[str],
+    names: dict[str, str],
+    decoding: Decoding,
+    cache_dir: Path,
+    system: str | None,
+) -> datasets.Dataset:
+    """Return the conversations of tables of one format, serialized.
+
+    Args:
+        system: Content of a system message for conversations that have none. For the others see `read_tables`.
+
+    Raises:
+        UnreadableFileError: if a table is damaged or empty, or a row is not a conversation.
+    """
+    tables = [READERS[data_format](path, names.get(path, path), decoding) for path in paths]
+    digests = [content_sha256(table.path, table.name) for table in tables]
+    for table in tables:
+        table.describe()
+    texts = lambda table: table.conversations(system)  # noqa: E731
+    return _cached(tables, digests, [data_format, "conversations", system], texts, cache_dir)
+
+
+def _cached(tables: list[Table], digests: list[str], key: list[Any], texts: Texts, cache_dir: Path) -> datasets.Dataset:
+    """Return the texts of tables from the cache.
+
+    Args:
+        digests: SHA-256 of each file.
+        key: Identifies, together with the content of the files, the texts.
+    """
     files = [(extension_of(table.name), digest) for table, digest in zip(tables, digests, strict=True)]
-    key = hashlib.sha256(json.dumps([VERSION, data_format, column, asdict(decoding), files]).encode()).hexdigest()[:32]
+    content = json.dumps([VERSION, *key, asdict(tables[0].decoding), files])
+    name = hashlib.sha256(content.encode()).hexdigest()[:32]
     return cached(
-        cache_dir / "tables" / key,
-        lambda folder: _write(tables, digests, column, folder / "rows.arrow"),
+        cache_dir / "tables" / name,
+        lambda folder: _write(tables, digests, texts, folder / "rows.arrow"),
         # By default the fingerprint would depend on the modification time of the file.
-        lambda folder: datasets.Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=key),
+        lambda folder: datasets.Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=name),
         cache_dir,
         "text column of a table",
     )
 
 
-def _write(tables: list[Table], digests: list[str], column: str, file: Path) -> None:
+def _write(tables: list[Table], digests: list[str], texts: Texts, file: Path) -> None:
     is_empty = True
     with ArrowWriter(features=FEATURES, path=str(file)) as writer:
         for table, digest in zip(tables, digests, strict=True):
             rows = 0
-            for batch in _batches(table.texts(column)):
+            for batch in _batches(texts(table)):
                 is_empty = False
                 try:
                     writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
@@ -203,14 +262,14 @@ class JsonTable(Table):
 
     def columns(self) -> tuple[list[str], list[str], list[str]]:
         has_text: dict[str, bool] = {}
-        for _, row in islice(self._rows(), INSPECTED_ROWS):
+        for _, row in islice(self.rows(), INSPECTED_ROWS):
             for column, value in row.items():
                 has_text[column] = has_text.get(column, False) or isinstance(value, str)
         text_columns = [column for column, is_text in has_text.items() if is_text]
         return list(has_text), text_columns, text_columns
 
     def texts(self, column: str) -> Iterator[str | None]:
-        for location, row in self._rows():
+        for location, row in self.rows():
             text = row.get(column)
             if text is not None and not isinstance(text, str):
                 raise self.error(
@@ -218,7 +277,7 @@ class JsonTable(Table):
                 )
             yield text
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (location, row). A string in an array is a row with the column `text`."""
         with self.lines("\n") as lines:
             number, first = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
@@ -321,6 +380,12 @@ class CsvTable(Table):
         for row in rows:
             yield row[index] if index < len(row) else None
 
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        rows = self._rows()
+        header = next(rows, [])
+        for number, row in enumerate(rows, 1):
+            yield f"row {number:,}", dict(zip(header, row, strict=False))
+
     def describe(self) -> None:
         logger.info(
             "%s: the first row is the header, %s", printable(self.name), ", ".join(map(repr, next(self._rows())))
@@ -407,17 +472,32 @@ class ArrowTable(Table):
                 rows += len(texts)
                 yield from texts
 
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._opened() as source:
+            number = 0
+            for batch in self._batches(source, None):
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError as error:  # Arrow does not check the bytes that it reads
+                    raise self.error(f"a row after row {number:,} is not UTF-8 text ({error.reason})") from error
+                for row in rows:
+                    number += 1
+                    yield f"row {number:,}", row
+
     def _schema(self, source: pa.NativeFile) -> pa.Schema:
         return _ipc_reader(source).schema
 
     def _values(self, source: pa.NativeFile, column: str) -> Iterator[pa.Array]:
+        for batch in self._batches(source, [column]):
+            yield batch.column(column)
+
+    def _batches(self, source: pa.NativeFile, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        """Yield the rows, at least with the given columns."""
         reader = _ipc_reader(source)
         if isinstance(reader, pa.RecordBatchFileReader):
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            batches = iter(reader)
-        for batch in batches:
-            yield batch.column(column)
+            yield from reader
 
     @contextmanager
     def _opened(self) -> Iterator[pa.NativeFile]:
@@ -441,9 +521,8 @@ class ParquetTable(ArrowTable):
     def _schema(self, source: pa.NativeFile) -> pa.Schema:
         return pq.ParquetFile(source).schema_arrow
 
-    def _values(self, source: pa.NativeFile, column: str) -> Iterator[pa.Array]:
-        for batch in pq.ParquetFile(source).iter_batches(BATCH_ROWS, columns=[column]):
-            yield batch.column(0)
+    def _batches(self, source: pa.NativeFile, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        yield from pq.ParquetFile(source).iter_batches(BATCH_ROWS, columns=columns)
 
 
 def _ipc_reader(source: pa.NativeFile) -> pa.RecordBatchFileReader | pa.RecordBatchStreamReader:

@@ -6,6 +6,7 @@ last token of the previous one. With `stride` < `block_size`, windows overlap an
 tokens, which then have a longer context. BOS tokens are not scored, because they are not text.
 """
 
+import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,11 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat_format import IGNORE_INDEX, ChatFormat, EncodedConversations, Message
 from ..data.tokenizer import unknown_character_error
 from ..errors import MiniGPTError
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_WINDOW = 2048  # tokens, for a model whose configuration does not limit the sequence length
-IGNORE_INDEX = -100  # label that `cross_entropy` ignores
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,6 @@ def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_si
     return Score(loss, perplexity, bits_per_byte, tokens, num_bytes, documents, block_size, stride or block_size)
 
 
-@torch.no_grad()
 def score_documents(
     model: nn.Module,
     documents: Iterable[np.ndarray],
@@ -175,11 +177,7 @@ def score_documents(
         raise MiniGPTError(f"batch_size is {batch_size}: it must be at least 1")
     if not 1 <= stride <= block_size:
         raise MiniGPTError(f"stride is {stride}: it must be between 1 and the block size, {block_size}")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    nats = torch.zeros((), dtype=torch.float64)
-    tokens = num_documents = 0
+    num_documents = 0
 
     def all_windows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal num_documents
@@ -187,16 +185,92 @@ def score_documents(
             num_documents += len(document) > 0
             yield from windows(document, bos_token_id, block_size, stride)
 
-    for index, (inputs, labels) in enumerate(_batches(all_windows(), batch_size, bos_token_id)):
+    nats, tokens = _score(model, _batches(all_windows(), batch_size, bos_token_id), rank, world_size)
+    return nats, tokens, num_documents
+
+
+def score_conversations(
+    model: nn.Module,
+    conversations: Iterable[np.ndarray],
+    chat_format: ChatFormat,
+    batch_size: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[float, int, int]:
+    """Sum the negative log-likelihood of the answers of conversations, including the `<|im_end|>` of each.
+
+    Args:
+        conversations: Token ids of each; see `EncodedConversations`.
+        chat_format: Marks the answers. For the other arguments see `score_documents`.
+
+    Returns:
+        Negative log-likelihood in nats and number of tokens, of the batches of this process; number of conversations.
+    """
+    num_conversations = 0
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal num_conversations
+        for ids in conversations:
+            num_conversations += 1
+            ids = ids.astype(np.int64)
+            yield ids[:-1], np.where(chat_format.is_answer(ids), ids, IGNORE_INDEX)[1:]
+
+    nats, tokens = _score(model, _batches(pairs(), batch_size, chat_format.end), rank, world_size)
+    return nats, tokens, num_conversations
+
+
+def evaluate_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[list[Message]],
+    block_size: int | None = None,
+    batch_size: int = 16,
+) -> Score:
+    """Evaluate a model on the answers of conversations; see `score_conversations`.
+
+    Args:
+        block_size: Conversations with more input tokens are omitted, which is logged. Default: the maximum sequence length of
+            the model.
+
+    Raises:
+        MiniGPTError: if the tokenizer has no tokens of ChatML, or no conversation is left, or the loss is not finite.
+    """
+    longest = longest_context(model)
+    block_size = longest if block_size is None else min(block_size, longest)
+    chat_format = ChatFormat(tokenizer)
+    encoded = EncodedConversations(conversations, chat_format, block_size)
+    nats, tokens, count = score_conversations(model, encoded, chat_format, batch_size)
+    if encoded.omitted:
+        logger.warning(
+            "%s of %s conversations have more than %s tokens and are not scored",
+            *(f"{encoded.omitted:,}", f"{encoded.omitted + count:,}", f"{block_size:,}"),
+        )
+    if not count:
+        raise MiniGPTError("there is no conversation to evaluate: give shorter ones, or a higher --block_size")
+    if not math.isfinite(nats):
+        raise MiniGPTError(f"the loss of the model is {nats}: its weights or activations are not finite")
+    return summarize(nats / tokens, tokens, encoded.answer_bytes, count, block_size, None)
+
+
+def _score(
+    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rank: int, world_size: int
+) -> tuple[float, int]:
+    """Sum the negative log-likelihood of labels in nats, and count them, in every `world_size`-th batch from `rank` on."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats, tokens = torch.zeros((), dtype=torch.float64), 0
+    for index, (inputs, labels) in enumerate(batches):
         if index % world_size == rank:
-            logits = model(input_ids=inputs.to(device), use_cache=False).logits
+            with torch.no_grad():
+                logits = model(input_ids=inputs.to(device), use_cache=False).logits
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten().to(device), ignore_index=IGNORE_INDEX, reduction="none"
             )
             nats += losses.cpu().double().sum()
             tokens += int((labels != IGNORE_INDEX).sum())
     model.train(was_training)
-    return nats.item(), tokens, num_documents
+    return nats.item(), tokens
 
 
 def windows(

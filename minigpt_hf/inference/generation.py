@@ -19,12 +19,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..data.chat_format import CHAT_TEMPLATE, ChatFormat, Message
 from ..data.tokenizer import tokenizer_mismatch, unknown_character_error
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 
 logger = logging.getLogger(__name__)
 
+Prompt = str | list[Message]
 CAUSAL_LMS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "MiniGPTForCausalLM"}
 BOOLEANS = {
     *("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits", "output_scores", "output_logits"),
@@ -77,7 +79,7 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str = "",
+    prompt: Prompt = "",
     *,
     seed: int | None = None,
     special_tokens: bool = False,
@@ -85,10 +87,10 @@ def generate(
     extra_options: Callable[[int, dict], dict] = lambda prompt_tokens, options: {},
     **options,
 ) -> list[str]:
-    """Generate a continuation of a prompt, or a new document if the prompt is empty.
+    """Generate a continuation of a prompt, or a new document if the prompt is empty, or the answer in a conversation.
 
     Args:
-        prompt: Start of the text.
+        prompt: Start of the text, or the messages of a conversation, for a model with the tokens of ChatML.
         seed: Seed for sampling. Default: the current state of the random number generators.
         special_tokens: Encode strings such as `<|endoftext|>` in the prompt as special tokens. By default they are ordinary
             text, as in training.
@@ -98,7 +100,7 @@ def generate(
         options: Any attribute of `GenerationConfig`: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, …
 
     Returns:
-        `num_return_sequences` texts, each including the prompt.
+        `num_return_sequences` texts, each including the prompt, or answers.
 
     Raises:
         MiniGPTError: if an option is unknown or invalid, the tokenizer cannot encode the prompt, or a sequence would exceed
@@ -106,8 +108,8 @@ def generate(
     """
     if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 32):
         raise MiniGPTError(f"seed is {seed!r}: an integer from 0 to 4294967295 is required")
-    if not isinstance(prompt, str):
-        raise MiniGPTError(f"the prompt is a {type(prompt).__name__}: text is required")
+    if not isinstance(prompt, str | list):
+        raise MiniGPTError(f"the prompt is a {type(prompt).__name__}: text, or a list of messages, is required")
     known = set(vars(GenerationConfig()))
     for name in options:
         if name not in known:
@@ -146,10 +148,12 @@ def generate(
             f"no text can be generated with these options and the model's generation_config.json "
             f"({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}); change the options"
         ) from error
+    if not isinstance(prompt, str):
+        sequences = sequences[:, inputs.input_ids.shape[1] :]
     return tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: bool = False) -> BatchEncoding:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_tokens: bool = False) -> BatchEncoding:
     """Encode a prompt, or the BOS token if it is empty, as `input_ids` and `attention_mask` [1, T].
 
     Args:
@@ -158,6 +162,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
     Raises:
         MiniGPTError: if the tokenizer cannot encode the prompt, or the prompt is empty and there is no BOS token.
     """
+    if not isinstance(prompt, str):
+        if tokenizer.chat_template == CHAT_TEMPLATE:
+            ids = torch.from_numpy(ChatFormat(tokenizer).encode(prompt, add_generation_prompt=True))[None]
+            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        if not tokenizer.chat_template:
+            raise MiniGPTError("the model has no chat template: give a text, or a model trained with --recipe chat")
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     bos_token = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
     if not prompt and bos_token is None:
         raise MiniGPTError("the tokenizer has no BOS token to start a document with: give a prompt")

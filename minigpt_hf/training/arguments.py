@@ -113,6 +113,16 @@ class DataArguments:
         default=None,
         metadata={"help": "Maximum number of training tokens, including the token that precedes each document."},
     )
+    chat: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on conversations, the rows of tables, and learn only the answers. Columns: `messages`; "
+            "`conversations`; `prompt` and `completion`; or `instruction`, `input` and `output`."
+        },
+    )
+    system: str | None = field(
+        default=None, metadata={"help": "With chat: system message of conversations that have none."}
+    )
     encoding: str = field(
         default="utf-8",
         metadata={

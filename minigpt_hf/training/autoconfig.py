@@ -23,6 +23,7 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
+from ..model.modeling_minigpt import MiniGPTForCausalLM
 from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_on_main_process
 from .initialize import build_config, build_model
 from .optimizer import optimizer_factory
@@ -40,6 +41,7 @@ from .scaling import (
     block_size_for,
     distance_from_optimal,
     dropout,
+    finetuning_factor,
     heads_for,
     learning_rates,
     parse_size,
@@ -174,8 +176,23 @@ class AutoConfigurator:
                 self._choose_for_text(text)
             else:
                 self._choose_for_size_or_time()
+        if self.data.chat:
+            self._choose_finetuning_rates(text)
         self._adjust_reports(text)
         return self.settings
+
+    def _choose_finetuning_rates(self, text: PreparedText) -> None:
+        """Choose the learning rates for conversations from the size of the model."""
+        with torch.device("meta"):
+            config = build_config(self.architecture, self.data.block_size, text.tokenizer, chat=True)
+            parameters = MiniGPTForCausalLM(config).num_parameters()
+        if self.architecture.lora_rank:
+            self._choose("for LoRA", learning_rate=1e-3)
+            return
+        factor = finetuning_factor(parameters)
+        rates = {"learning_rate": 4e-3, "muon_learning_rate": 2e-2} if self.training.muon else {"learning_rate": 4e-3}
+        rates = {name: float(f"{rate * factor:.2g}") for name, rate in rates.items()}
+        self._choose(f"for fine-tuning {parameters:,} parameters", **rates)
 
     def _choose_for_size_or_time(self) -> None:
         # `choose_tokenizer` is not called for a prepared text, which has its own tokenizer.
@@ -318,7 +335,7 @@ class AutoConfigurator:
             self._log(
                 f"vocab_size {self.requested_vocab_size:,}: no effect, tokenizer {text.kind} has {vocabulary:,} tokens"
             )
-        if training.sample_prompt is None:
+        if training.sample_prompt is None and not data.chat:
             self.settings = self.settings.replace(sample_prompt=first_words(text))
             if self.training.sample_prompt:
                 self._log(f"sample_prompt {self.training.sample_prompt!r}: the first words of the text")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..atomic import write_files
 from ..errors import NonFiniteLossError
-from ..inference.generation import check_ids, encode_prompt, generate
+from ..inference.generation import Prompt, check_ids, encode_prompt, generate
 from .report import duration
 from .run_folder import append_to_log, read_log
 from .stopping import StopAtBoundary
@@ -134,7 +134,8 @@ class SampleLogger(TrainerCallback):
 
     Args:
         progress: Prints the samples.
-        prompt: Start of each sample; replaced by an empty one if the tokenizer cannot encode it or it fills the context.
+        prompts: Start of each sample; replaced by an empty one if the tokenizer cannot encode it or it fills the context. Or
+            the questions of conversations, each of which is answered.
         tokens: Length of a sample; 0 for none.
         stop: Stopped runs generate no further sample.
     """
@@ -146,18 +147,19 @@ class SampleLogger(TrainerCallback):
         progress: ProgressLogger,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompt: str,
+        prompts: list[Prompt],
         tokens: int,
         stop: StopAtBoundary,
     ):
         self.progress, self.tokenizer, self.tokens, self.stop = progress, tokenizer, tokens, stop
-        self.prompt = prompt
-        self.latest = ""
+        self.prompts = prompts
+        self.latest: list[str] = []
         self.sampled_after_training: PreTrainedModel | None = None
         try:
-            check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
+            for prompt in prompts:
+                check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
         except ValueError as error:  # a character that the tokenizer lacks, or a prompt as long as the context
-            self.prompt = ""
+            self.prompts = [""]
             logger.warning(f"samples start a new document, without the prompt: {error}")
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -192,34 +194,47 @@ class SampleLogger(TrainerCallback):
             self.sampled_after_training = model
 
     def final_samples(self, model: PreTrainedModel) -> list[str]:
-        """The samples of the model card: seeds 0, 1 and 2, not selected.
+        """The samples of the model card, not selected: seeds 0, 1 and 2, or the answer to each question.
 
         Raises:
             NonFiniteLossError: if the model cannot generate text.
         """
-        samples = [self.latest] if model is self.sampled_after_training else []
-        seeds = range(len(samples), 3 if self.tokens else 0)
+        samples = self.latest if model is self.sampled_after_training else []
         try:
-            return samples + [sample(model, self.tokenizer, self.prompt, self.tokens, seed) for seed in seeds]
+            if not samples and self.tokens:
+                samples = self._samples(model)
+            seeds = (1, 2) if self.tokens and isinstance(self.prompts[0], str) else ()
+            return samples + [sample(model, self.tokenizer, self.prompts[0], self.tokens, seed) for seed in seeds]
         except Exception as error:
             raise NonFiniteLossError(
                 f"the trained model cannot generate text ({error}); no model is published; start again with a lower "
                 "--learning_rate and --muon_learning_rate and --fresh"
             ) from error
 
+    @property
+    def prompt(self) -> str:
+        """The prompt, or the first question."""
+        first = self.prompts[0]
+        return first if isinstance(first, str) else first[-1]["content"]
+
+    def _samples(self, model: PreTrainedModel) -> list[str]:
+        """Generate a sample with seed 0 for each prompt."""
+        return [sample(model, self.tokenizer, prompt, self.tokens) for prompt in self.prompts]
+
     def _show(self, when: str, state, model: PreTrainedModel) -> bool:
         """Generate, print and log a sample, on the main process only. Returns whether there is one."""
         if self.tokens and state.is_world_process_zero:
             try:
-                self.latest = sample(model, self.tokenizer, self.prompt, self.tokens)
+                self.latest = self._samples(model)
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
                 logger.warning(f"step {state.global_step}: no sample generated ({type(error).__name__}: {reason})")
                 return False
-            lines = (f"  {line}" for line in self.latest.splitlines())
+            text = "\n\n".join(self.latest)
+            lines = (f"  {line}" for line in text.splitlines())
             self.progress.print("\n".join([f"--- sample {when}:", *lines, "---"]))
             log = self.progress.file
-            append_to_log(log, {"step": state.global_step, "sample": self.latest})
+            append_to_log(log, {"step": state.global_step, "sample": text})
             write_files({log.with_name("samples.md"): samples_table(read_log(log))})
             return True
         return False
@@ -236,22 +251,22 @@ def samples_table(log: list[dict[str, Any]]) -> str:
     return "| step | validation loss | sample |\n|---|---|---|\n" + "".join(lines)
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int = 0) -> str:
-    """Generate one text, determined by the seed, and restore the mode of the model and all random states."""
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tokens: int, seed: int = 0
+) -> str:
+    """Generate one text, determined by the seed, and restore the mode of the model and all random states.
+
+    For a conversation, the text is the last question and its most probable answer, in two lines.
+    """
+    options = (
+        {"do_sample": True, "temperature": SAMPLE_TEMPERATURE} if isinstance(prompt, str) else {"do_sample": False}
+    )
     was_training = model.training
     model.eval()
     try:
         with preserved_random_state():
-            return generate(
-                model,
-                tokenizer,
-                prompt,
-                seed=seed,
-                max_new_tokens=tokens,
-                do_sample=True,
-                temperature=SAMPLE_TEMPERATURE,
-                use_cache=True,
-            )[0]
+            (text,) = generate(model, tokenizer, prompt, seed=seed, max_new_tokens=tokens, use_cache=True, **options)
+            return text if isinstance(prompt, str) else f"{prompt[-1]['content']}\n{text}"
     finally:
         model.train(was_training)
 

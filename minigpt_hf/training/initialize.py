@@ -4,6 +4,7 @@ Pretrained weights come from a MiniGPT or Qwen3 model folder or Hub id, and are 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenizer import tokenizer_fingerprint, tokenizer_mismatch, vocabulary_size
+from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_mismatch, vocabulary_size
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -59,10 +60,15 @@ def settings_of_config(config: MiniGPTConfig) -> dict[str, Any]:
     return values | {"rope_theta": config.rope_parameters["rope_theta"]}
 
 
-def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase) -> MiniGPTConfig:
+def build_config(
+    architecture: ModelArguments, block_size: int, tokenizer: PreTrainedTokenizerBase, chat: bool = False
+) -> MiniGPTConfig:
     """Return the configuration of the model to train: that of `init_from`, or a new one.
 
     Sets `model_max_length` of the tokenizer.
+
+    Args:
+        chat: The tokens of ChatML may have been added to the tokenizer of `init_from`.
 
     Raises:
         MiniGPTError: if the architecture is invalid, its maximum sequence length is less than `block_size` (in tokens), or
@@ -76,9 +82,15 @@ def build_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
             f"max_position_embeddings {config.max_position_embeddings} is less than block_size {block_size}: training "
             "sequences would exceed the maximum sequence length of the model; reduce --block_size"
         )
-    if mismatch := tokenizer_mismatch(config, tokenizer):  # of `init_from`: a new configuration records no tokenizer
+    # A new configuration records no tokenizer.
+    of_model = load_tokenizer(architecture.init_from) if chat and architecture.init_from else tokenizer
+    if mismatch := tokenizer_mismatch(config, of_model):
         raise MiniGPTError(f"--init_from {architecture.init_from}: {mismatch}")
-    if config.vocab_size < (size := vocabulary_size(tokenizer)):
+    size = vocabulary_size(tokenizer)
+    if chat:
+        config.vocab_size = max(config.vocab_size, size)
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if config.vocab_size < size:
         raise MiniGPTError(
             f"the tokenizer has {size:,} tokens, but the vocabulary of the model has only {config.vocab_size:,}"
         )
@@ -117,8 +129,15 @@ def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
     return config
 
 
-def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrainedModel:
-    """Create the model to train: fresh or pretrained weights in float32, optional LoRA, and a generation configuration."""
+def build_model(
+    config: MiniGPTConfig, architecture: ModelArguments, chat_tokens: Sequence[int] = ()
+) -> PreTrainedModel:
+    """Create the model to train: fresh or pretrained weights in float32, optional LoRA, and a generation configuration.
+
+    Args:
+        chat_tokens: Ids of the tokens of ChatML, for conversations. With LoRA, their embeddings are trained as well. By
+            default, the model generates the most probable answer instead of sampling.
+    """
     folder = architecture.init_from
     if folder:
         model = pretrained_model(folder, config)
@@ -128,14 +147,14 @@ def build_model(config: MiniGPTConfig, architecture: ModelArguments) -> PreTrain
             initialize_positional_heads(model, distances)
     bos, eos = config.bos_token_id, config.eos_token_id
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.8,
+        do_sample=not chat_tokens,
+        temperature=None if chat_tokens else 0.8,
         bos_token_id=bos,
         # A BOS token that differs from EOS separates documents in the training text.
         eos_token_id=eos if bos in (None, eos) or isinstance(eos, list) else [eos, bos],
         pad_token_id=config.pad_token_id,
     )
-    return with_lora(model, architecture.lora_rank) if architecture.lora_rank else model
+    return with_lora(model, architecture.lora_rank, chat_tokens) if architecture.lora_rank else model
 
 
 def content_hash(folder: str) -> str:
@@ -152,32 +171,58 @@ def content_hash(folder: str) -> str:
 
 
 def pretrained_model(folder: str, config: MiniGPTConfig) -> MiniGPTForCausalLM:
-    """Load the weights of a model folder or Hub id in float32, whichever dtype they were saved in."""
-    path = checked_folder(folder)
+    """Load the weights of a model folder or Hub id in float32, whichever dtype they were saved in.
+
+    If the vocabulary of `config` is larger than that of the model, the added tokens get the mean embedding plus noise.
+    """
+    path, size = checked_folder(folder), config.vocab_size
     with loading(folder):
+        config.vocab_size = AutoConfig.from_pretrained(path, trust_remote_code=False).vocab_size
         model, info = MiniGPTForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
+    if size > config.vocab_size:
+        add_tokens(model, size)
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]):
         raise MiniGPTError(f"init_from {folder}: the weights do not match the configuration ({wrong[0]}, …)")
     return model
 
 
-def with_lora(model: MiniGPTForCausalLM, rank: int) -> PreTrainedModel:
+@torch.no_grad()
+def add_tokens(model: MiniGPTForCausalLM, vocab_size: int) -> None:
+    """Enlarge the vocabulary. New rows of the embedding and of an untied head are the mean of the old rows plus noise.
+
+    The mean keeps the constant component on which positional heads rely. transformers' own `mean_resizing` draws from the
+    distribution of the old rows, which requires more rows than columns.
+    """
+    old = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    matrices = {
+        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    for matrix in matrices.values():
+        noise = torch.randn(vocab_size - old, matrix.shape[1]) * model.config.initializer_range
+        matrix[old:] = matrix[:old].mean(dim=0) + noise
+
+
+def with_lora(model: MiniGPTForCausalLM, rank: int, trained_tokens: Sequence[int] = ()) -> PreTrainedModel:
     """Freeze the model, and add trainable factors A [rank, in] and B [out, rank] to each matrix of its layers.
 
     W becomes W + 2 · B · A. B is initialized to zero, so the model is initially unchanged (Hu et al. 2021, arXiv:2106.09685).
+    The rows of `trained_tokens` in the embedding, and in an untied head, are trained as well.
     """
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
         raise MiniGPTError("lora_rank requires PEFT, which is not installed: `pip install peft`") from error
+    matrices = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
     settings = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules="all-linear",
         exclude_modules=["lm_head"],
         task_type=TaskType.CAUSAL_LM,
+        trainable_token_indices={name: list(trained_tokens) for name in matrices} if trained_tokens else None,
     )
     return get_peft_model(model, settings)
 

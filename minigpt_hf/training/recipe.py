@@ -97,8 +97,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
         settings = settings.replace(tokenizer=model.init_from)
     settings = _with_settings_of_prepared_text(settings, given)
-    if not model.init_from and (model.lora_rank or recipe == "finetune"):
+    if not model.init_from and (model.lora_rank or settings.data.chat or recipe == "finetune"):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
+    if settings.data.chat and training.mtp_loss_weight:
+        raise MiniGPTError("mtp_loss_weight is not supported with chat: omit one of them")
     if model.lora_rank and training.mtp_loss_weight:
         raise MiniGPTError("mtp_loss_weight is not supported with lora_rank, which freezes the model: omit one of them")
     if model.lora_rank and training.muon:
@@ -170,7 +172,7 @@ def _is_unicode(text: str) -> bool:
 def _default_recipe(given: set[str]) -> str | None:
     if given & {"minutes", "size"}:
         return None
-    for setting, recipe in (("lora_rank", "lora"), ("init_from", "finetune"), ("data", "auto")):
+    for setting, recipe in (("chat", "chat"), ("lora_rank", "lora"), ("init_from", "finetune"), ("data", "auto")):
         if setting in given:
             return recipe
     return "demo"

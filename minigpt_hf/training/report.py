@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import __version__
 from ..data.corpus import public_name
+from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
 from ..data.sources import names_hub_dataset
 from ..data.stream import TokenStream
@@ -65,7 +66,6 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
     """
     samples, progress = trainer.samples, trainer.progress
     assert samples is not None and progress is not None  # a trainer that publishes has both callbacks
-    latest = [samples.latest] if samples.latest else []
     return TrainingResult(
         name=trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name,
         parameters=(finished or trainer.model).num_parameters() - auxiliary_parameters(finished or trainer.model),
@@ -77,7 +77,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         prompt=samples.prompt,
         temperature=samples.temperature,
         sample_tokens=samples.tokens,
-        samples=samples.final_samples(finished) if finished else latest,
+        samples=samples.final_samples(finished) if finished else samples.latest,
     )
 
 
@@ -150,7 +150,7 @@ def score_of(result: TrainingResult, validation: TokenStream | None, block_size:
     """The validation score of the published weights, if they were evaluated and it is finite."""
     if validation is None or result.evaluation is None or not math.isfinite(result.evaluation["eval_loss"]):
         return None
-    tokens = len(validation) - len(validation.documents)
+    tokens = validation.targets
     loss, documents = result.evaluation["eval_loss"], len(validation.documents)
     return summarize(loss, tokens, validation.bytes, documents, block_size, None)
 
@@ -228,16 +228,23 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
     remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
+    sequences, epoch = trainer.train_dataset, len(stream)
+    content = f"{stream.characters:,} characters -> {len(stream):,} tokens of {stream.bytes / len(stream):.2f} bytes"
+    if isinstance(sequences, ConversationDataset):
+        epoch = len(sequences) * sequences.block_size
+        content = (
+            f"{len(stream.documents):,} conversations, {stream.targets:,} of {len(stream):,} tokens in answers -> "
+            f"{len(sequences):,} sequences, {sequences.filled:.0%} full"
+        )
     return (
         f"device        {device_name(args)}, {precision}\n"
-        f"text          {text.name}: {stream.characters:,} characters -> {len(stream):,} tokens of "
-        f"{stream.bytes / len(stream):.2f} bytes; validation: {text.split_description}"
+        f"text          {text.name}: {content}; validation: {text.split_description}"
         f"{f'; scored: {text.scored}' if text.scored else ''}\n"
         f"model         {model.num_parameters() - auxiliary:,} parameters, {model.config.num_hidden_layers} layers of "
         f"width {model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}"
         f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
-        f"{steps * step / len(stream):.2f} epochs\n"
+        f"{steps * step / epoch:.2f} epochs\n"
         f"time          about {duration(seconds)}{remaining}, without evaluations"
     )
 

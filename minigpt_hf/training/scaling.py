@@ -24,6 +24,10 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | residual_dropout   | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2  | up to 4 epochs, repeated text is almost as useful as  |
 | weight_decay       | 0 up to D = 4 T, then 0.1                  | new text (arXiv:2305.16264)                           |
 
+In fine-tuning on conversations, both learning rates are multiplied by min(1, √(10⁶ / P)): half of the rates for training from
+scratch reduced the accuracy of a model with about 10⁶ parameters, while larger models require lower ones
+(`finetuning_factor`).
+
 `size_for_text` determines P and D from the text alone, for training of a few minutes.
 """
 
@@ -44,6 +48,11 @@ MAX_AUTO_PARAMETERS = 1_000_000
 # Candidate widths for `minutes`, and for `size`.
 WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
 FINE_WIDTHS = (*range(32, 128, 8), *range(128, 256, 16), *range(256, 512, 32), *range(512, 4097, 64))
+
+
+def finetuning_factor(parameters: int) -> float:
+    """Factor of the learning rates for fine-tuning on conversations: 1 up to 10⁶ parameters, 0.09 for 124 million."""
+    return min(1.0, (1e6 / parameters) ** 0.5)
 
 
 @dataclass(frozen=True)

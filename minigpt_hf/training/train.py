@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from transformers.utils import is_in_notebook
 from .. import __version__
 from ..atomic import write_files
 from ..data.blocks import SequenceDataset
+from ..data.chat_format import ChatFormat
 from ..data.corpus import CACHE, Corpus, load_corpus
-from ..data.prepared import PreparedText, is_prepared, prepare
+from ..data.packing import ConversationDataset
+from ..data.prepared import PreparedText, is_prepared, prepare, prepare_conversations
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError, TrainingInterrupted
+from ..inference.generation import Prompt
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..output import guarded_output
 from ..publish.model_folder import write_model_folder
@@ -159,7 +163,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
     raise_unless_same_text(text, training)
     raise_unless_same_tokenizer(text, settings)
     settings = configurator.choose_remaining(text)
-    config = build_config(settings.model, settings.data.block_size, text.tokenizer)
+    config = build_config(settings.model, settings.data.block_size, text.tokenizer, settings.data.chat)
     check_memory(config, settings.model, training)
 
     fingerprint = {**fingerprint_of(settings, text, config), "minigpt_hf": __version__}
@@ -187,6 +191,8 @@ def prepare_text(
         MiniGPTError: if the text cannot be read, or is too long to be tokenized while other processes wait.
     """
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
+    if is_prepared(data.data) and data.chat:
+        raise MiniGPTError(f"--data {data.data}: is a prepared text, and --chat requires the tables of conversations")
     if is_prepared(data.data):
         return PreparedText.open(Path(data.data), cache_dir)  # `parse_arguments` applied its settings
     corpus = load_corpus(
@@ -199,8 +205,12 @@ def prepare_text(
         text_column=data.text_column,
         data_format=data.data_format,
         streaming=data.streaming,
+        chat=data.chat,
+        system=data.system,
         cache_dir=cache_dir,
     )
+    if data.chat:
+        return prepare_conversations(corpus, data.tokenizer, cache_dir, block_size=data.block_size)
     if world_size > 1:
         check_length(corpus, data)
     if choose_tokenizer is not None:
@@ -290,17 +300,24 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     """
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
     data, architecture, training = settings
-    model = build_model(plan.config, architecture)
-    sequences = SequenceDataset(text.train, data.block_size, training.seed)
+    chat_format = ChatFormat(text.tokenizer) if data.chat else None
+    model = build_model(plan.config, architecture, (chat_format.start, chat_format.end) if chat_format else ())
+    sequences: SequenceDataset | ConversationDataset
+    if chat_format:
+        sequences = ConversationDataset(text.train, chat_format, data.block_size, training.seed)
+    else:
+        sequences = SequenceDataset(text.train, data.block_size, training.seed)
     progress = ProgressLogger(
         run.log,
         tokens_per_step(training, data.block_size),
-        len(text.train) / text.train.bytes,
+        (text.train.targets if data.chat else len(text.train)) / text.train.bytes,
         with_bar=is_in_notebook(),
         quiet=not shows_progress(training),
     )
-    prompt = training.sample_prompt or ""
-    samples = SampleLogger(progress, model, text.tokenizer, prompt, training.sample_tokens, stop)
+    prompts: list[Prompt] = [training.sample_prompt or ""]
+    if data.chat:
+        prompts = first_questions(text, data, training)
+    samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop)
     callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences))]
     with rejected_settings():
         trainer = MiniGPTTrainer(
@@ -335,6 +352,16 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     return trainer
 
 
+def first_questions(text: PreparedText, data: DataArguments, training: MiniGPTTrainingArguments) -> list[Prompt]:
+    """The questions that are answered during training: `sample_prompt`, or the first three held out, or of the text."""
+    if training.sample_prompt:
+        system = [{"role": "system", "content": data.system}] if data.system is not None else []
+        return [[*system, {"role": "user", "content": training.sample_prompt}]]
+    chat_format = ChatFormat(text.tokenizer)
+    stream = text.train if text.validation is None else text.validation
+    return [chat_format.question(ids, text.tokenizer) for ids in islice(stream.iterate_documents(), 3)]
+
+
 @contextmanager
 def logging_level(training: MiniGPTTrainingArguments) -> Iterator[None]:
     """Apply `log_level` to the package's logger within the block; `passive`, the default, leaves it as it is."""
@@ -353,7 +380,7 @@ def shows_progress(training: MiniGPTTrainingArguments) -> bool:
     return training.log_level in ("passive", "debug", "detail", "info")
 
 
-def patience(training: MiniGPTTrainingArguments, sequences: SequenceDataset) -> int:
+def patience(training: MiniGPTTrainingArguments, sequences: SequenceDataset | ConversationDataset) -> int:
     """Evaluations without improvement before early stopping; 0 for none.
 
     By default 5 if the text is seen more than once, otherwise 0: a text seen once is not memorized.

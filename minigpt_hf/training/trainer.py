@@ -30,10 +30,11 @@ from transformers import (
 from transformers.utils import PushInProgress
 
 from ..data.blocks import SequenceDataset, SequenceSampler
+from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import MiniGPTError, NonFiniteLossError
-from ..inference.evaluation import score_documents, summarize
+from ..inference.evaluation import score_conversations, score_documents, summarize
 from ..publish.model_folder import published_files, save_model_files, write_metadata
 from ..publish.push import commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
@@ -81,7 +82,7 @@ class MiniGPTTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: MiniGPTTrainingArguments,
-        blocks: SequenceDataset,
+        blocks: SequenceDataset | ConversationDataset,
         validation: TokenStream | None,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
@@ -307,15 +308,14 @@ class MiniGPTTrainer(Trainer):
         block_size = self.train_dataset.block_size
         began = time.perf_counter()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            nats, tokens, documents = score_documents(
-                self.model,
-                stream.iterate_documents(),
-                stream.bos_token_id,
-                block_size,
-                batch_size=self.args.per_device_eval_batch_size,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-            )
+            share = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+            texts = stream.iterate_documents()
+            if isinstance(self.train_dataset, ConversationDataset):
+                nats, tokens, documents = score_conversations(self.model, texts, self.train_dataset.chat_format, *share)
+            else:
+                nats, tokens, documents = score_documents(
+                    self.model, texts, stream.bos_token_id, block_size, None, *share
+                )
         # float32 is precise enough for the sums of a few ranks; MPS has no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)

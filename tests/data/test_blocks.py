@@ -25,7 +25,7 @@ def stream_of(lengths: list[int]) -> TokenStream:
     for length in lengths:
         starts.append(len(tokens))
         tokens += [0, *range(len(tokens) + 1, len(tokens) + 1 + length)]
-    return TokenStream(Path(), np.array(tokens), np.array(starts), 0, 1, 1, "")
+    return TokenStream(Path(), np.array(tokens), np.array(starts), 0, 1, 1, 1, "")
 
 
 documents = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) + len(lengths) > 3)
@@ -67,7 +67,7 @@ def test_the_order_is_a_permutation(size, seed, epoch):
 def test_an_epoch_is_the_circular_stream_starting_at_its_offset(size, block_size, seed, epoch):
     """Compared with a rotated copy of the stream: sequence i has the tokens from i·T to (i + 1)·T inclusive."""
     tokens = np.arange(size) + 100
-    stream = TokenStream(Path(), tokens, np.array([0]), 0, 1, 1, "")
+    stream = TokenStream(Path(), tokens, np.array([0]), 0, 1, 1, 1, "")
     if size <= block_size:
         return
     dataset = SequenceDataset(stream, block_size, seed)

@@ -1,0 +1,184 @@
+"""`minigpt chat`: a conversation with a model in the terminal."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MiniGPTError
+from .parser import Parser, generation_options, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELP = """\
+/reset          forget the conversation
+/system TEXT    set the system message, and forget the conversation; without TEXT: none
+/save FILE      append the conversation to a JSON Lines file, which `minigpt train --chat` reads
+/exit           end, as Ctrl-D does; Ctrl-C stops an answer
+//              start of a message that begins with a slash"""
+
+
+def parser() -> Parser:
+    """The arguments of the command, without the options of `GenerationConfig`."""
+    parser = Parser(
+        "chat",
+        epilog="Every other flag is an option of transformers' GenerationConfig: --max_new_tokens 300 --do_sample true "
+        "--temperature 0.8 --top_p 0.9 …",
+    )
+    parser.add_argument("model", help="model folder or Hub id; a model without a chat template continues each text")
+    parser.add_argument("--system", help="system message (default: that of the training)")
+    parser.add_argument("--seed", type=int, help="seed of sampling")
+    parser.add_argument("--trust_remote_code", action="store_true", help="execute Python code of the model repository")
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Read messages from standard input and answer each."""
+    args, rest = parser().parse_known_args(argv)
+    options = generation_options(rest)
+    if options.keys() & {"num_return_sequences", "num_beams"}:
+        raise MiniGPTError(
+            "num_return_sequences and num_beams are not supported: one answer is printed as it is generated"
+        )
+
+    from transformers import set_seed
+
+    from ..api import recipe_of
+    from ..inference.generation import load
+
+    quiet()
+    model, tokenizer = load(args.model, args.trust_remote_code)
+    system = recipe_of(args.model).get("system") if args.system is None else args.system
+    if args.seed is not None:
+        set_seed(args.seed)
+    if not tokenizer.chat_template:
+        print("The model has no chat template: it continues each text. /exit ends.", file=sys.stderr)
+    else:
+        print("/help lists the commands.", file=sys.stderr)
+    chat = Chat(model, tokenizer, system, options)
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            if not chat.execute(text):
+                return
+        except (MiniGPTError, OSError) as error:
+            print(f"minigpt chat: {error}", file=sys.stderr)
+
+
+class Chat:
+    """A conversation.
+
+    Args:
+        model, tokenizer: As returned by `load`.
+        system: System message, if any.
+        options: Attributes of `GenerationConfig`.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        system: str | None,
+        options: dict[str, Any],
+    ):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        if "max_length" not in options:
+            options.setdefault("max_new_tokens", 512)
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def execute(self, text: str) -> bool:
+        """Execute a command or answer a message. Returns whether the conversation goes on.
+
+        Raises:
+            MiniGPTError: if the command is unknown, or the message cannot be answered; the conversation is unchanged.
+        """
+        command, _, argument = text.partition(" ")
+        argument = argument.strip()
+        if not text.startswith("/") or text.startswith("//"):
+            if text.strip():
+                self.answer(text[1:] if text.startswith("//") else text)
+        elif command == "/exit":
+            return False
+        elif command == "/reset":
+            self.reset(self.system)
+        elif command == "/system":
+            self.reset(argument or None)
+        elif command == "/save":
+            self.save(argument)
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        else:
+            raise MiniGPTError(f"{command} is not a command; /help lists them, and // starts a message with a slash")
+        return True
+
+    def answer(self, text: str) -> None:
+        from ..inference.generation import generate
+        from .streaming import TextPrinter
+
+        if not self.tokenizer.chat_template:
+            with _stoppable() as stopping:
+                printer = TextPrinter(self.tokenizer, text)
+                generate(self.model, self.tokenizer, text, streamer=printer, extra_options=stopping, **self.options)
+            return
+        messages = self._fitting([*self.messages, {"role": "user", "content": text}])
+        with _stoppable() as stopping:
+            printer = TextPrinter(self.tokenizer, "")
+            (answer,) = generate(
+                self.model, self.tokenizer, messages, streamer=printer, extra_options=stopping, **self.options
+            )
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def _fitting(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Forget the oldest questions and answers that leave no space in the context, and report it."""
+        from ..inference.evaluation import longest_context
+        from ..inference.generation import encode_prompt
+
+        start, forgotten = int(messages[0]["role"] == "system"), 0
+        space = longest_context(self.model) - self.options.get("max_new_tokens", 1)
+        while len(messages) > start + 2 and encode_prompt(self.tokenizer, messages).input_ids.shape[1] > max(space, 1):
+            messages, forgotten = messages[:start] + messages[start + 2 :], forgotten + 1
+        if forgotten:
+            print(f"({forgotten} earlier questions no longer fit into the context and are forgotten)", file=sys.stderr)
+        return messages
+
+    def save(self, name: str) -> None:
+        if not name:
+            raise MiniGPTError("/save requires the name of a file, e.g. /save chats.jsonl")
+        if not any(message["role"] == "assistant" for message in self.messages):
+            raise MiniGPTError("there is no conversation to save yet")
+        with Path(name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        print(f"appended to {name}", file=sys.stderr)
+
+
+@contextmanager
+def _stoppable() -> Iterator[Any]:
+    """Stop generation at the next token on Ctrl-C. Provides the `extra_options` of `generate`."""
+    import torch
+
+    stopped = False
+
+    def stop(number: int, frame) -> None:
+        nonlocal stopped
+        stopped = True
+
+    def is_stopped(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), stopped, device=input_ids.device)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda prompt_tokens, options: {"stopping_criteria": [is_stopped]}
+    finally:
+        signal.signal(signal.SIGINT, before)
