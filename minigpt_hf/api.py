@@ -19,6 +19,8 @@ from .errors import MiniGPTError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .data.documents import Documents
+    from .inference.answers import AnswerScore
     from .inference.evaluation import Score
 
 
@@ -29,6 +31,13 @@ SPLITS = ("all", "train", "validation")
 
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
+# How a text is read, as in `load_corpus`: names and types of the keywords of `evaluate`.
+READING: dict[str, tuple[type, ...]] = {
+    "validation_fraction": (int, float),
+    **dict.fromkeys(("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format"), (str,)),
+    "chat": (bool,),
+    "system": (str,),
+}
 # Settings of a model's recipe that `evaluate` uses, and their types.
 EVALUATION_SETTINGS = {
     ("validation_characters", "block_size", "per_device_eval_batch_size"): int,
@@ -170,34 +179,25 @@ def evaluate(
     Raises:
         MiniGPTError: if the model or the text cannot be loaded, or there is no validation split.
     """
-    if split not in SPLITS:
-        raise MiniGPTError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
-    if not isinstance(data, str | os.PathLike):
-        raise MiniGPTError(
-            f"data is a {type(data).__name__}: give one string; a mixture is written 'plays:0.7,notes:0.3'"
-        )
-    data = os.fspath(data)
-
-    texts_given = {
-        "encoding": encoding,
-        "encoding_errors": encoding_errors,
-        "newline": newline,
-        "data_split": data_split,
-    }
-    texts_given |= {"text_column": text_column, "data_format": data_format, "system": system}
-    for name, text in texts_given.items():
-        check_type(name, text, str, type(None))
     counts = {"max_characters": max_characters, "block_size": block_size, "stride": stride, "batch_size": batch_size}
     for name, count in counts.items():
         check_type(name, count, int, type(None))
-    check_type("validation_fraction", validation_fraction, int, float, type(None))
-    check_type("chat", chat, bool, type(None))
+    given = (
+        validation_fraction,
+        encoding,
+        encoding_errors,
+        newline,
+        data_split,
+        text_column,
+        data_format,
+        chat,
+        system,
+    )
+    reading = dict(zip(READING, given, strict=True))
+    data = check_data(data, split, reading)
 
     from .data.conversations import conversations_in
-    from .data.corpus import load_corpus
-    from .data.documents import Mixture
     from .data.prepared import ValidationSample, report_lossy_tokenizer, warn_if_sample_is_small
-    from .data.sources import has_split
     from .inference.evaluation import evaluate_conversations, evaluate_texts, longest_context
 
     if max_characters is not None and max_characters < 1:
@@ -205,39 +205,15 @@ def evaluate(
     loaded, tokenizer = load(model, trust_remote_code)
     recipe = recipe_of(model)
 
-    def given_or_as_trained(name: str, value: Any, default: Any = None) -> Any:
-        stored = default if recipe.get(name) is None else recipe[name]
-        return stored if value is None else value
-
-    chat = given_or_as_trained("chat", chat, False)
+    chat = recipe.get("chat", False) if chat is None else chat
     if chat and (max_characters is not None or stride is not None):
         raise MiniGPTError(
             "max_characters and stride do not apply to conversations, which are scored in full: omit them"
         )
-    trained_split = recipe.get("data_split")
-    if data_split is None and trained_split and has_split(data, trained_split):
-        data_split = trained_split
-    corpus = load_corpus(
-        data,
-        0.0 if split == "all" else given_or_as_trained("validation_fraction", validation_fraction, 0.1),
-        given_or_as_trained("encoding", encoding, "utf-8"),
-        encoding_errors=given_or_as_trained("encoding_errors", encoding_errors, "strict"),
-        newline=given_or_as_trained("newline", newline, "preserve"),
-        split=data_split,
-        text_column=given_or_as_trained("text_column", text_column),
-        data_format=given_or_as_trained("data_format", data_format),
-        chat=chat,
-        system=given_or_as_trained("system", system) if chat else system,
-    )
-    whole = corpus.validation if split == "validation" else corpus.train
-    if split == "all" and corpus.unused is not None:
-        whole = Mixture.joined([corpus.train, corpus.unused])
-        logger.info("the separate validation split of the data set is evaluated as well")
-    if whole is None or whole.characters == 0:
-        raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
+    whole = read_part(data, split, recipe, reading)
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
-    block_size = given_or_as_trained("block_size", block_size)
+    block_size = recipe.get("block_size") if block_size is None else block_size
     if batch_size is None:  # recipes omit the default of `TrainingArguments`, 8
         batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
     if chat:
@@ -256,6 +232,52 @@ def evaluate(
     remedy = "give more text" if texts is whole else "raise --max_characters"
     warn_if_sample_is_small(score.tokens, score.bytes, remedy)
     return score
+
+
+def score_answers(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    metric: str,
+    *,
+    split: Literal["all", "train", "validation"] = "all",
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    **reading: Any,
+) -> "tuple[AnswerScore, list[dict[str, str]]]":
+    """Generate the last answer of each conversation and compare it with the given one.
+
+    Args:
+        model: A model folder or Hub id.
+        data: Conversations, the rows of tables; see `data.conversations`.
+        metric: `exact`, `chrf`, `bleu` or `rouge`; see `inference.answers`.
+        split: Part of the conversations, divided as in training.
+        batch_size: Answers that are generated together. Default: 32.
+        trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
+        reading: `validation_fraction`, `encoding`, …, `system`, as in `evaluate`.
+
+    Returns:
+        The score, and for each conversation its question, reference and answer.
+
+    Raises:
+        MiniGPTError: if the model or the conversations cannot be loaded.
+    """
+    reading = {**dict.fromkeys(READING), **reading, "chat": True}
+    if unknown := reading.keys() - READING:
+        raise MiniGPTError(f"{min(unknown)} does not apply to generated answers: omit it")
+    check_type("batch_size", batch_size, int, type(None))
+    if batch_size is not None and batch_size < 1:
+        raise MiniGPTError(f"batch_size is {batch_size}: it must be at least 1")
+    data = check_data(data, split, reading)
+
+    from tqdm.auto import tqdm
+
+    from .data.conversations import conversations_in
+    from .inference.answers import score_answers
+
+    loaded, tokenizer = load(model, trust_remote_code)
+    documents = read_part(data, split, recipe_of(model), reading)
+    with tqdm(total=documents.number_of_documents, desc="answering", delay=2, leave=False) as bar:
+        return score_answers(loaded, tokenizer, conversations_in(documents), metric, batch_size or 32, bar.update)
 
 
 def generate(
@@ -306,6 +328,60 @@ def load(
 
     check_type("model", model, str, os.PathLike)
     return load(os.fspath(model), trust_remote_code)
+
+
+def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> str:
+    """Check how a text is to be read, and return its name.
+
+    Args:
+        reading: Settings by name, see `READING`.
+
+    Raises:
+        MiniGPTError: if a value has the wrong type, or there is no such split.
+    """
+    if split not in SPLITS:
+        raise MiniGPTError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
+    if not isinstance(data, str | os.PathLike):
+        raise MiniGPTError(
+            f"data is a {type(data).__name__}: give one string; a mixture is written 'plays:0.7,notes:0.3'"
+        )
+    for name, value in reading.items():
+        check_type(name, value, *READING[name], type(None))
+    return os.fspath(data)
+
+
+def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any]) -> "Documents":
+    """Read a text or conversations and return the part to score.
+
+    Args:
+        split: See `evaluate`.
+        recipe: Of the model; its values apply where `reading` has none.
+        reading: Settings by name, see `READING`.
+
+    Raises:
+        MiniGPTError: if the text cannot be read, or there is no validation split.
+    """
+    from .data.corpus import load_corpus
+    from .data.documents import Mixture
+    from .data.sources import has_split
+
+    values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    data_split = values.pop("data_split", None)
+    if reading["data_split"] is None and data_split and not has_split(data, data_split):
+        data_split = None
+    if split == "all":
+        values["validation_fraction"] = 0.0
+    if not values.get("chat") and reading["system"] is None:
+        values.pop("system", None)
+    corpus = load_corpus(data, split=data_split, **values)
+    whole = corpus.validation if split == "validation" else corpus.train
+    if split == "all" and corpus.unused is not None:
+        whole = Mixture.joined([corpus.train, corpus.unused])
+        logger.info("the separate validation split of the data set is evaluated as well")
+    if whole is None or whole.characters == 0:
+        raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
+    return whole
 
 
 def check_type(name: str, value: Any, *types: type) -> None:

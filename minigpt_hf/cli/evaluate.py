@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from ..data.files import FORMATS
+from ..errors import MiniGPTError
 from .parser import Parser, quiet
 
 
@@ -44,6 +46,12 @@ def parser() -> Parser:
     parser.add_argument("--block_size", type=int, help="input tokens per window (default: as in training)")
     parser.add_argument("--stride", type=int, help="tokens scored per window (default: block_size)")
     parser.add_argument("--batch_size", type=int, help="windows per batch (default: as in training, or 16)")
+    parser.add_argument(
+        "--score",
+        choices=["exact", "chrf", "bleu", "rouge"],
+        help="with --chat: generate the last answer of each conversation and compare it with the given one",
+    )
+    parser.add_argument("--answers", help="with --score: JSON Lines file for questions, references and answers")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="execute Python code of the model repository")
     return parser
@@ -52,7 +60,12 @@ def parser() -> Parser:
 def run(argv: list[str]) -> None:
     """Score the text and print the result."""
     settings = vars(parser().parse_args(argv))
-    as_json = settings.pop("json")
+    as_json, metric, answers = (settings.pop(name) for name in ("json", "score", "answers"))
+    if metric is not None:
+        _score_answers(settings, metric, answers, as_json)
+        return
+    if answers is not None:
+        raise MiniGPTError("--answers requires --score")
 
     from .. import api
 
@@ -71,3 +84,23 @@ def run(argv: list[str]) -> None:
         "without BOS tokens\n"
         f"windows         {score['block_size']} input tokens, {score['stride']} scored per window"
     )
+
+
+def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_json: bool) -> None:
+    """Generate and score answers, print the result, and write the answers to a file."""
+    from .. import api
+
+    quiet()
+    score, rows = api.score_answers(
+        **{name: value for name, value in settings.items() if value is not None}, metric=metric
+    )
+    if file is not None:
+        Path(file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if as_json:
+        print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score.to_dict()))
+        return
+    show = (lambda value: f"{value:.1%}") if metric == "exact" else (lambda value: f"{value:.3f}")
+    print(f"{metric:<24}{show(score.score)}   (95 % interval: {show(score.low)} to {show(score.high)})")
+    for name, value in score.baselines.items():
+        print(f"  {name:<22}{show(value)}")
+    print(f"ended by the model      {score.ended:.1%} of {score.answers:,} answers")

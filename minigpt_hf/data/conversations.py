@@ -130,6 +130,13 @@ def conversations_in(documents: Documents) -> Iterator[list[Message]]:
         yield deserialize(document)
 
 
+def contents_of(documents: Documents) -> Iterator[str]:
+    """Yield the contents of the messages of serialized conversations, preceded by their roles as in ChatML."""
+    for messages in conversations_in(documents):
+        for message in messages:
+            yield f"{message['role']}\n{message['content']}"
+
+
 # -- messages → token stream -------------------------------------------------------------------------------------------
 
 

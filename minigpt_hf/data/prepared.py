@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_direct
 from ..errors import MiniGPTError
 from .cache import cached, verification_error
 from .chat_format import with_chat_tokens
-from .conversations import build_conversation_stream
+from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
 from .documents import Documents
 from .stream import TokenStream, build_stream
@@ -294,19 +294,22 @@ def prepare(
     return PreparedText(corpus.name, corpus.split_description, tokenizer, lossy, chosen, train, validation, scored)
 
 
-def prepare_conversations(corpus: Corpus, tokenizer: str, cache_dir: Path, *, block_size: int) -> PreparedText:
-    """Encode conversations with an existing tokenizer, to which the tokens of ChatML are added.
+def prepare_conversations(
+    corpus: Corpus, tokenizer: str, vocab_size: int, cache_dir: Path, *, block_size: int
+) -> PreparedText:
+    """Encode conversations with a tokenizer, to which the tokens of ChatML are added.
 
     Args:
         corpus: Serialized conversations.
-        tokenizer: A folder or Hub id.
+        tokenizer: `bpe` or `characters`, trained on the contents of messages; `bytes`; or a folder or Hub id.
+        vocab_size: Maximum vocabulary size of `bpe`.
         cache_dir: Root of the cache.
         block_size: Conversations with more input tokens are omitted, which is logged.
 
     Raises:
         MiniGPTError: if no conversation is left to train on, or none is held out.
     """
-    chosen = with_chat_tokens(load_tokenizer(tokenizer))
+    chosen = with_chat_tokens(make_tokenizer(corpus, tokenizer, vocab_size, cache_dir, contents_of))
 
     def encode(documents: Documents, split: str) -> TokenStream:
         total = documents.number_of_documents
@@ -368,18 +371,30 @@ def warn_if_sample_is_small(tokens: int, size: int, remedy: str) -> None:
         )
 
 
-def make_tokenizer(corpus: Corpus, tokenizer: str, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on the training split, or load an existing one."""
+def make_tokenizer(
+    corpus: Corpus,
+    tokenizer: str,
+    vocab_size: int,
+    cache_dir: Path,
+    texts_of: Callable[[Documents], Iterator[str]] | None = None,
+) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on the training split, or load an existing one.
+
+    Args:
+        texts_of: Returns the texts in documents that are not plain text. Default: for plain text.
+    """
     if tokenizer == "bytes":
         return byte_tokenizer()
     if tokenizer == "bpe":
-        train = lambda: byte_level_bpe(corpus.train.evenly_spaced(BPE_CHARACTERS), vocab_size)  # noqa: E731
+        sample = texts_of or (lambda documents: documents.evenly_spaced(BPE_CHARACTERS))
+        train = lambda: byte_level_bpe(sample(corpus.train), vocab_size)  # noqa: E731
         return _cached_tokenizer(cache_dir, train, f"bpe {vocab_size}", corpus.train)
     if tokenizer == "characters":
         # Characters of the validation split are included: without ids they could not be scored, and the existence of a
         # character reveals next to nothing about the validation text.
         splits = [split for split in (corpus.train, corpus.validation) if split is not None]
-        train = lambda: character_tokenizer(text for split in splits for _, text in split.parts())  # noqa: E731
+        read = texts_of or (lambda documents: (text for _, text in documents.parts()))
+        train = lambda: character_tokenizer(text for split in splits for text in read(split))  # noqa: E731
         return _cached_tokenizer(cache_dir, train, "characters", *splits)
     return load_tokenizer(tokenizer)
 

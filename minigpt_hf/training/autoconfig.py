@@ -176,7 +176,7 @@ class AutoConfigurator:
                 self._choose_for_text(text)
             else:
                 self._choose_for_size_or_time()
-        if self.data.chat:
+        if self.data.chat and self.architecture.init_from:
             self._choose_finetuning_rates(text)
         self._adjust_reports(text)
         return self.settings

@@ -97,7 +97,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
         settings = settings.replace(tokenizer=model.init_from)
     settings = _with_settings_of_prepared_text(settings, given)
-    if not model.init_from and (model.lora_rank or settings.data.chat or recipe == "finetune"):
+    if not model.init_from and (model.lora_rank or recipe in ("finetune", "chat")):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
     if settings.data.chat and training.mtp_loss_weight:
         raise MiniGPTError("mtp_loss_weight is not supported with chat: omit one of them")

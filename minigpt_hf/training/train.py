@@ -210,7 +210,7 @@ def prepare_text(
         cache_dir=cache_dir,
     )
     if data.chat:
-        return prepare_conversations(corpus, data.tokenizer, cache_dir, block_size=data.block_size)
+        return prepare_conversations(corpus, data.tokenizer, data.vocab_size, cache_dir, block_size=data.block_size)
     if world_size > 1:
         check_length(corpus, data)
     if choose_tokenizer is not None:

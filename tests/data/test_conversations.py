@@ -229,7 +229,7 @@ def dataset_of(rows, block_size, tmp_path, seed=0):
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = load_corpus(str(file), 0.0, chat=True, cache_dir=tmp_path / "cache")
-    text = prepare_conversations(corpus, str(folder), tmp_path / "cache", block_size=block_size)
+    text = prepare_conversations(corpus, str(folder), 300, tmp_path / "cache", block_size=block_size)
     return ConversationDataset(text.train, ChatFormat(text.tokenizer), block_size, seed), text
 
 

@@ -1,0 +1,130 @@
+"""Generated answers and their scores, against hand calculations and the reference packages."""
+
+import json
+
+import pytest
+import torch
+from transformers import set_seed
+
+import minigpt_hf
+from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
+from minigpt_hf.cli import main
+from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
+from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.errors import MiniGPTError
+from minigpt_hf.inference.answers import METRICS, generate_answers, score_answers
+
+QUESTIONS = ["a", "What is it? Tell me.", "bcd", "Ж 🌱", "one two three four"]
+REFERENCES = ["x y z", "It is that.", "It is that.", "ж", "five"]
+
+
+@pytest.fixture
+def tokenizer():
+    return with_chat_tokens(byte_tokenizer())
+
+
+@pytest.fixture
+def model(tokenizer):
+    """Random weights, large enough that answers differ, with an end token that is sometimes generated."""
+    set_seed(3)
+    config = MiniGPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return MiniGPTForCausalLM(config).eval()
+
+
+def prompts():
+    return [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_answers_generated_together_equal_those_generated_alone(batch_size, model, tokenizer):
+    for ends in (tokenizer.eos_token_id, [tokenizer.eos_token_id, *range(2, 40)]):
+        model.generation_config.eos_token_id = ends
+        expected, ended = [], 0
+        for prompt in prompts():
+            ids = torch.from_numpy(ChatFormat(tokenizer).encode(prompt, add_generation_prompt=True))[None]
+            new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+            new = new[0, ids.shape[1] :].tolist()
+            expected.append(tokenizer.decode(new, skip_special_tokens=True))
+            ended += bool({*new} & {*(ends if isinstance(ends, list) else [ends])})
+        assert generate_answers(model, tokenizer, prompts(), 20, batch_size) == (expected, ended)
+    assert 0 < ended and len({*expected}) > 1
+
+
+def test_exact_ignores_surrounding_white_space_and_has_a_wilson_interval():
+    compute = METRICS["exact"]()
+    answers, references = [" a\n", "b", "A", "d"] + ["e"] * 6, list("abcd") + ["e"] * 5 + ["f"]
+    share, low, high = compute(answers, references)
+    assert share == 0.8
+    # Wilson's interval for 8 of 10.
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert compute(["a"], ["b"])[:2] == (0, 0) and compute(["a"], ["a"])[::2] == (1, 1)
+
+
+@pytest.mark.parametrize("metric, name", [("chrf", "CHRF"), ("bleu", "BLEU")])
+def test_chrf_and_bleu_are_those_of_sacrebleu(metric, name):
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    answers = ["It is that one.", "No.", "It is that.", "ж", "four five"]
+    score, low, high = METRICS[metric]()(answers, REFERENCES)
+    assert score == getattr(metrics, name)().corpus_score(answers, [REFERENCES]).score
+    assert low < score < high
+
+
+def test_rouge_is_the_mean_of_rouge_l():
+    pytest.importorskip("rouge_score")
+    # Longest common subsequences of 2 of 3 words, and of none.
+    score, low, high = METRICS["rouge"]()(["the red house", "no"], ["the house burned", "yes"])
+    assert score == pytest.approx((2 / 3 + 0) / 2)
+    assert (high - low) / 2 == pytest.approx(1.959964 * (1 / 3) / 2**0.5)
+
+
+def test_trivial_answers_are_scored_as_well(model, tokenizer):
+    conversations = [
+        [*prompt, {"role": "assistant", "content": reference}]
+        for prompt, reference in zip(prompts(), ["a", "What is it?", "Ж 🌱", "Ж 🌱", "Ж 🌱"], strict=True)
+    ]
+    score, rows = score_answers(model, tokenizer, conversations, "exact")
+    assert score.baselines == {"question": 0.4, "first sentence": 0.6, "most frequent answer": 0.6}
+    assert [row["question"] for row in rows] == QUESTIONS
+    assert score.answers == 5 and score.score == sum(row["answer"].strip() == row["reference"] for row in rows) / 5
+    with pytest.raises(MiniGPTError, match="no conversation"):
+        score_answers(model, tokenizer, [], "exact")
+    with pytest.raises(MiniGPTError, match="score is 'f1'"):
+        score_answers(model, tokenizer, conversations, "f1")
+
+
+def test_a_question_that_fills_the_context_is_an_error(model, tokenizer):
+    with pytest.raises(MiniGPTError, match="the context of the model is 128"):
+        generate_answers(model, tokenizer, [[{"role": "user", "content": "a" * 200}]], 20)
+
+
+def test_the_command_prints_the_score_and_writes_the_answers(model, tokenizer, tmp_path, capsys):
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, REFERENCES, strict=True)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["evaluate", str(tmp_path / "model"), "--data", str(tmp_path / "test.jsonl"), "--score", "exact"]
+    assert main([*argv, "--answers", str(tmp_path / "answers.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "exact" in out and "95 % interval" in out and "most frequent answer" in out and "of 5 answers" in out
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in answers] == REFERENCES
+    score, _ = minigpt_hf.api.score_answers(tmp_path / "model", tmp_path / "test.jsonl", "exact")
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["baselines"] == score.baselines
+    for flags, message in (
+        (["--stride", "2"], "stride does not apply"),
+        (["--max_characters", "2"], "max_characters does not apply"),
+    ):
+        assert main([*argv, *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*argv[:-2], "--answers", "x"]) == 2
+    assert "--answers requires --score" in capsys.readouterr().err
