@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -302,6 +303,60 @@ def test_the_disk_space_required_is_about_that_of_the_checkpoints(finished, monk
     for free, code in ((2 * size, 28), (int(1.6 * 2 * size) + model, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert train(recipe, words, tmp_path / f"{code}", *flags) == code
+
+
+# -- a file size limit ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limit_file_size():
+    """A function that sets the file size limit of this process, `ulimit -f`, until the end of the test."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"),
+    [(20_000, "modeling_minigpt.py"), (100_000, "model.safetensors"), (160_000, "optimizer.pt")],
+)
+def test_a_file_size_limit_leaves_the_previous_checkpoint(
+    limit, file, recipe, words, finished, tmp_path, capsys, monkeypatch, limit_file_size
+):
+    """The limit is lowered in step 4; the writers of the first file beyond it report this in different ways."""
+    assert (finished / "checkpoint-4" / file).stat().st_size > limit
+    folder, real = tmp_path / "run", MiniGPTTrainer.training_step
+
+    def limited(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            limit_file_size(limit)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", limited)
+    assert train(recipe, words, folder) == 28
+    err = capsys.readouterr().err
+    cause = f"checkpoint-4: a file is larger than the file size limit of this process ({limit:,} bytes, `ulimit -f`)"
+    assert cause in err
+    assert err.count("\n") == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert verification_error(folder / "checkpoint-2") is None
+    assert not (folder / ".unfinished").exists()
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
+    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert train(recipe, words, folder) == 0
+    assert rows(folder) == rows(finished)
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+def test_a_file_size_limit_below_the_size_of_the_weights_is_reported_before_the_first_step(
+    recipe, words, tmp_path, capsys, limit_file_size
+):
+    limit_file_size(100_000)
+    assert train(recipe, words, tmp_path / "run") == 28
+    captured = capsys.readouterr()
+    assert "the file size limit of this process (100,000 bytes, `ulimit -f`)" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "step" not in captured.out
 
 
 # -- non-finite losses ------------------------------------------------------------------------------------------------
