@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from ..atomic import new_folder
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from .conversion import atomic_folder, check_context, load_model, verify
+from .conversion import check_context, check_output, load_model, verify
 
 VERIFIED = "loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit"
 
@@ -40,9 +41,10 @@ def export_native(folder: Path, out: Path, dtype: None = None, context: int | No
         MiniGPTError: if `folder` has no MiniGPT model, `out` exists, `context` is longer than the window, or verification
             fails.
     """
+    check_output(out, folder)
     model = load_model(folder)
     check_context(model.config, context)
-    with atomic_folder(out) as twin:
+    with new_folder(out) as twin:
         for pattern in COPIED:
             for file in folder.glob(pattern):
                 (twin / file.relative_to(folder)).parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..atomic import rename_aside, temporary_name, write_files
+from ..atomic import check_links, rename_aside, temporary_name, write_files
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
@@ -51,6 +51,7 @@ def locked_run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock
     lock = FolderLock(run.path)
 
     def acquire() -> None:
+        check_links(run.path)
         if run.path.exists() and not run.path.is_dir():
             raise MiniGPTError(f"output_dir {run.path}: this is a file; give a folder")
         if run.exists() and (run.path / "trainer_state.json").is_file():
