@@ -182,6 +182,13 @@ def checkpoint_to_resume(
     for name in training.allow_change:
         if name not in known:
             raise MiniGPTError(f"allow_change {name}: not an entry of the fingerprint; available: {', '.join(known)}")
+    if budget := {name: pair for name, pair in changed.items() if name in BUDGET and pair[1] is not None}:
+        unset = [name for name in BUDGET if old.get(name) is not None]
+        raise MiniGPTError(
+            f"output_dir {run.path}: contains a run that has begun, and {described(budget)}, which has no effect: its model "
+            "and its number of steps have been chosen; give the earlier value, or --fresh, or continue to another number of "
+            f"steps with --recipe {run.recipe} --max_steps N --allow_change {' '.join(['max_steps', *unset])}"
+        )
     refused = {name: pair for name, pair in changed.items() if name not in training.allow_change}
     if refused:
         raise MiniGPTError(
@@ -288,6 +295,9 @@ NOT_IN_FINGERPRINT = {
 
 # The effect of an earlier version that lacked a setting whose default has another effect.
 BEFORE_INTRODUCTION = {"muon_beta2": 0.0}
+
+# Settings from which others are chosen when a run begins. They have no effect afterwards.
+BUDGET = ("minutes", "size")
 
 # If an entry has changed, these entries follow from it and need not be allowed separately.
 IMPLIED = {
