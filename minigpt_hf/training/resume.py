@@ -31,14 +31,11 @@ from .checkpoint import newest_valid, verification_error
 from .initialize import content_hash
 from .lock import LOCK, FolderLock
 from .report import tokens_per_step
-from .run_folder import FINGERPRINT, RunFolder, read_json, truncate_log
+from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, identity_of, read_json, truncate_log
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-DESCRIPTIONS = "described"  # entry of a fingerprint: names and sizes for messages, which are not compared
-
 
 @contextmanager
 def locked_run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
@@ -114,7 +111,7 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
             f"output_dir {run.path}: contains another run, which is finished "
             f"({describe_changes(changed, old, fingerprint)}); use another folder, or --fresh"
         )
-    fault = damage(run.model) or (None if is_model_of(run.model, fingerprint) else "it is the model of another run")
+    fault = damage(run.model) or (None if is_model_of(run.model, old) else "it is the model of another run")
     if fault is None:
         logger.info(f"this run is already finished; the model is in {run.model}")
         return True
@@ -129,9 +126,11 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
 
 
 def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether a model was trained on the text, with the tokenizer, and for the number of steps of a run."""
+    """Whether a model was published by the run with this fingerprint."""
     metadata = read_metadata(model)
-    try:
+    if "run" in metadata:
+        return metadata["run"] == identity_of(fingerprint)
+    try:  # published by an earlier version, which recorded text, tokenizer and number of steps only
         validation, steps = metadata["data"]["validation"], fingerprint["max_steps"]
         published = {
             "data": metadata["data"]["train"]["fingerprint"],

@@ -248,7 +248,9 @@ def test_another_budget_of_a_run_that_has_begun_is_rejected_because_it_would_hav
     run, name = tmp_path / "run", flag.removeprefix("--")
     go_back(finished, run, 1)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    argv = ["train", *argv[3 if flag == "--size" else 5 :], "--output_dir", str(run), flag, value]
+    if flag == "--minutes":  # excludes --size, --max_steps and --eval_steps
+        argv = ["train", *argv[5:-2]]
+    argv = [*argv, "--output_dir", str(run), flag, value]
     assert main([*argv, "--allow_change", "size", "minutes", "max_steps"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
     assert f"{name} was {'None' if flag == '--minutes' else '110k'} and is {value}" in line
