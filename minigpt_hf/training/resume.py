@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
 @contextmanager
 def locked_run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock]:
     """Lock `output_dir` within the block. In distributed training, rank 0 holds the lock.
