@@ -58,8 +58,8 @@ def report_stray_weights(folder: Path, effect: str) -> None:
     Args:
         effect: What happens to them, for the message.
     """
-    stray = {file.name for file in (*folder.glob("*.safetensors"), *folder.glob("model.safetensors.index.json"))}
-    if stray := sorted(stray - set(weight_files(folder))):
+    found = {file.name for file in (*folder.glob("*.safetensors"), *folder.glob("model.safetensors.index.json"))}
+    if stray := sorted(found - set(weight_files(folder))):
         logger.warning(f"{folder}: {effect}, because the model does not load them: {', '.join(stray)}")
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..errors import (
     NonFiniteLossError,
     StorageError,
     TrainingStopped,
+    UnreadableFileError,
     UntrainedModelError,
 )
 from ..publish.model_folder import non_finite_parameter
@@ -392,7 +394,8 @@ def no_space(trainer: Trainer, error: Exception, content: str, guess: bool = Fal
 
 @contextmanager
 def storage_errors(trainer: Trainer) -> Iterator[None]:
-    """Translate errors of a full disk, or of a run folder that is no longer writable, into what they mean for the run.
+    """Translate errors of a full disk, of a run folder that is no longer writable, or of a token stream that is no longer
+    readable, into what they mean for the run.
 
     Raises:
         DiskFullError, StorageError: see above.
@@ -402,11 +405,26 @@ def storage_errors(trainer: Trainer) -> Iterator[None]:
     except TrainingStopped:
         raise
     except Exception as error:
-        if found := no_space(trainer, error, f"the files of this run ({error})"):
-            raise found from error
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"{error} (after step {trainer.state.global_step}); once {trainer.args.output_dir} is writable again, the "
-                "same command resumes from the newest checkpoint in it"
-            ) from error
-        raise
+        step = trainer.state.global_step
+        if isinstance(error, UnreadableFileError):
+            stopped: TrainingStopped | None = StorageError(
+                f"{_message(error)}, and resumes from the newest checkpoint (after step {step})"
+            )
+        else:
+            stopped = no_space(trainer, error, f"the files of this run ({error})")
+        if stopped is None and isinstance(error, OSError):
+            stopped = StorageError(
+                f"{error} (after step {step}); once {trainer.args.output_dir} is writable again, the same command resumes "
+                "from the newest checkpoint in it"
+            )
+        if stopped is None:
+            raise
+        # An exception from a data loader worker is referred to by its own frames, which also hold the data loader. Without
+        # it, the workers end; otherwise the process would wait for them at its end.
+        traceback.clear_frames(error.__traceback__)
+        raise stopped from error
+
+
+def _message(error: Exception) -> str:
+    """The message of an exception. That of a data loader worker contains the traceback, which ends with its message."""
+    return str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]

@@ -18,7 +18,6 @@ import torch
 import torture
 from safetensors.torch import load_file
 
-from minigpt_hf import atomic
 from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
 from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
@@ -118,27 +117,27 @@ def test_a_damaged_checkpoint_is_reported_in_one_line_and_the_final_state_is_equ
 def test_a_save_interrupted_at_any_point_leaves_the_previous_checkpoint(finished, tmp_path, monkeypatch):
     """The save is interrupted after 0, 1, 2, … files have been fsynced, and before the rename."""
     files = [path for path in (finished / "checkpoint-8").iterdir() if path.name != MANIFEST]
-    real = atomic.fsync
+    real = os.fsync
     for num_synced in range(len(files) + 3):
         run = tmp_path / str(num_synced)
         shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
         left = num_synced
 
-        def interrupted_fsync(path):
+        def interrupted_fsync(descriptor):
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
-            real(path)
+            real(descriptor)
 
-        monkeypatch.setattr(atomic, "fsync", interrupted_fsync)
+        monkeypatch.setattr(os, "fsync", interrupted_fsync)
         try:
             with atomic_checkpoint(run / "checkpoint-8") as folder:
                 for file in files:
                     shutil.copy(file, folder)
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr(atomic, "fsync", real)
+        monkeypatch.setattr(os, "fsync", real)
         found, lines = newest_valid(RunFolder(run))
         assert lines == []
         # The rename follows the fsync of all files, the manifest and the folder.
@@ -245,20 +244,21 @@ TRAINING_STEP = MiniGPTTrainer.training_step
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="resolves the paths of file descriptors in /proc")
 @pytest.mark.parametrize("fails_at", range(10))
 def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
     """ENOSPC in the fsync of the n-th file of the second checkpoint."""
-    folder, count, real = tmp_path / "run", 0, atomic.fsync
+    folder, count, real = tmp_path / "run", 0, os.fsync
 
-    def full(path):
+    def full(descriptor):
         nonlocal count
-        if "checkpoint-4" in str(path):
+        if "checkpoint-4" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             count += 1
             if count > fails_at:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        real(path)
+        real(descriptor)
 
-    monkeypatch.setattr(atomic, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert train(recipe, words, folder) == 28
     err = capsys.readouterr().err
     assert "not enough disk space for checkpoint-4: it needs about" in err
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert verification_error(folder / "checkpoint-2") is None
     assert not (folder / ".unfinished").exists()
-    monkeypatch.setattr(atomic, "fsync", real)
+    monkeypatch.setattr(os, "fsync", real)
     assert train(recipe, words, folder) == 0
     assert rows(folder) == rows(finished)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
