@@ -72,6 +72,64 @@ def remove_abandoned(parent: Path) -> None:
                 lock.release()
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes `folder` after the block: it is synchronized to disk and renamed.
+
+    If the block raises an exception, nothing remains, and folders created above `folder` are removed. So are temporary
+    directories next to it whose writers no longer run.
+
+    Raises:
+        MiniGPTError: if `folder` exists or cannot be created.
+    """
+    check_new_folder(folder)
+    created = [parent for parent in folder.absolute().parents if not parent.exists()]
+    try:
+        remove_abandoned(folder.parent)
+        with temporary_directory(folder.parent) as temporary:
+            content = temporary / "content"
+            content.mkdir()
+            yield content
+            for path in (*content.rglob("*"), content):
+                fsync(path)
+            if not publish(content, folder):
+                raise _already_exists(folder)  # another process has created it in the meantime
+    except BaseException:
+        for parent in created:  # innermost first
+            with suppress(OSError):  # another process may be using it
+                parent.rmdir()
+        raise
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that a folder does not exist and that no link without a target is in its way.
+
+    Raises:
+        MiniGPTError: otherwise.
+    """
+    check_links(folder)
+    if folder.exists():
+        raise _already_exists(folder)
+
+
+def _already_exists(folder: Path) -> MiniGPTError:
+    return MiniGPTError(f"{folder}: already exists; remove it, or give another folder")
+
+
+def check_links(folder: Path) -> None:
+    """Check that neither a folder nor a folder above it is a symbolic link without a target.
+
+    Raises:
+        MiniGPTError: otherwise; `mkdir` would fail because the link exists.
+    """
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise MiniGPTError(
+                f"{folder}: cannot be created, because {path} is a symbolic link to {path.readlink()}, which does not exist; "
+                "create that folder, or give another one"
+            )
+
+
 def publish(directory: Path, target: Path) -> bool:
     """Rename a sealed directory to `target`; return False if `target` exists."""
     try:

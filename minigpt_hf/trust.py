@@ -90,6 +90,23 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise MiniGPTError(f"{folder}: {plain(str(error))}; restore it from its source") from error
 
 
+def weight_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the files from which loaders read the weights: one file, or an index and the shards that it names.
+
+    Raises:
+        MiniGPTError: if there is no such folder, or its index cannot be read or names files outside the folder.
+    """
+    try:
+        content = Folder(folder, follow=True)
+        if WEIGHTS in content.files:
+            return [WEIGHTS]
+        return [INDEX, *sorted(set(places_of(content).values()))] if INDEX in content.files else []
+    except (Unreadable, Unsound) as error:
+        raise MiniGPTError(f"{folder}: {plain(str(error))}; restore it from its source") from error
+    except ValueError as error:  # raised by `Folder` for a path that is not a folder
+        raise MiniGPTError(str(error)) from error
+
+
 @contextmanager
 def loading(
     name: str,

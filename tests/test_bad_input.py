@@ -352,6 +352,31 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["tokenize", "--recipe", "RECIPE", "--data", "text.txt", "--output_dir", "used"],
             "used: already exists",
         ),
+        **{
+            f"{argv[0]} into {place}": (
+                [*argv, "--output_dir", folder],
+                f"{folder}: cannot be created … lost is a symbolic link to absent/folder, which does not exist; create",
+            )
+            for place, folder in (("a broken link", "lost"), ("a folder below a broken link", "lost/a/b"))
+            for argv in (
+                ["train", "--recipe", "RECIPE", "--data", "text.txt"],
+                ["tokenize", "--recipe", "RECIPE", "--data", "text.txt"],
+                ["export", "LETTERS", "--to", "native"],
+                ["import", "text.txt", "--tokenizer", "LETTERS"],
+            )
+        },
+        **{
+            f"export into {folder}": (
+                ["export", "LETTERS", "--to", to, "--output_dir", folder],
+                f"{folder}: {relation} the model folder letters/model; choose an --output_dir outside of it",
+            )
+            for relation, folder, to in (
+                ("is inside", "letters/model/new", "native"),
+                ("is inside", "letters/model/figures/a/b", "gguf"),
+                ("is", "letters/../letters/model", "onnx"),
+                ("contains", "letters", "native"),
+            )
+        },
         "plot of a missing run": (["plot", "absent"], "absent: not a run folder"),
         "plot to an unsupported format": (["plot", "RUN", "--output", "a.docx"], "a.docx: the format must be .png"),
         "plot to a missing folder": (["plot", "RUN", "--output", "absent/a.png"], "absent/a.png"),
@@ -458,6 +483,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("quote.csv", 'text\n"hello')
     os.mkfifo(here / "pipe.txt")
     (here / "link.txt").symlink_to("absent")
+    (here / "lost").symlink_to("absent/folder")
     write("two.csv", "a,b\nx,y\nz,w\n")
     rows = datasets.Dataset.from_dict({"text": [text[:500], text[500:1000]]})
     rows.to_parquet(here / "half.parquet")

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
     "publish": {"atomic", "export.native", "model", "trust"},
     "export": {"atomic", "data", "model", "publish.model_folder", "trust", "inference"},
-    "integrations": {"data", "publish.model_folder"},
+    "integrations": {"atomic", "data", "publish.model_folder"},
     "doctor": set(),
     "api": EVERYTHING,
     "cli": EVERYTHING | {"__version__"},

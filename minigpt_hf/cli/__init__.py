@@ -8,6 +8,7 @@ operating system are reported in one line; any other exception keeps its traceba
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,6 +17,7 @@ from minigpt_cli import COMMANDS
 
 from ..errors import MiniGPTError
 from ..output import discard, guarded_output, open_standard_descriptors
+from .parser import Terminated
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,6 +57,9 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print(f"minigpt {command}: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"minigpt {command}: stopped by SIGTERM; nothing was saved", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:  # e.g. `| head`; exit code of a process terminated by SIGPIPE
         discard(sys.stdout)
         return 141

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from ..export import FORMATS, export_model
-from .parser import Parser, quiet
+from .parser import Parser, quiet, raising_on_sigterm
 
 
 def parser() -> Parser:
@@ -35,7 +35,8 @@ def run(argv: list[str]) -> None:
     out = args.output_dir or folder.resolve().with_name(f"{folder.resolve().name}-{args.to}")
     quiet()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that these models do not use
-    verified = export_model(folder, out, args.to, args.dtype, args.context)
+    with raising_on_sigterm():
+        verified = export_model(folder, out, args.to, args.dtype, args.context)
     print(f"the export is in {out}\nverified: {verified}")
     if args.context:
         print(f"maximum context: {args.context} tokens")

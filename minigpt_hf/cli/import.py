@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .parser import Parser, quiet
+from .parser import Parser, quiet, raising_on_sigterm
 
 
 def parser() -> Parser:
@@ -19,9 +19,12 @@ def run(argv: list[str]) -> None:
     """Convert the checkpoint and compare its logits with nanoGPT's."""
     args = parser().parse_args(argv)
 
+    from ..atomic import check_new_folder
     from ..integrations.nanogpt import import_checkpoint, vocabulary_for
 
     quiet()
-    vocabulary = vocabulary_for(args.checkpoint, args.meta, args.tokenizer)
-    difference = import_checkpoint(args.checkpoint, args.output_dir, vocabulary)
+    check_new_folder(args.output_dir)
+    with raising_on_sigterm():
+        vocabulary = vocabulary_for(args.checkpoint, args.meta, args.tokenizer)
+        difference = import_checkpoint(args.checkpoint, args.output_dir, vocabulary)
     print(f"the model is in {args.output_dir}; its logits differ from nanoGPT's by at most {difference:.1e}")

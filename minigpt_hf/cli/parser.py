@@ -1,7 +1,13 @@
-"""What the commands share: a parser that raises `MiniGPTError`, options of generation, and settings of library output."""
+"""What the commands share: a parser that raises `MiniGPTError`, options of generation, SIGTERM as an exception, and settings
+of library output.
+"""
 
 import argparse
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from minigpt_cli import COMMANDS
@@ -19,6 +25,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise MiniGPTError(message)
+
+
+class Terminated(BaseException):
+    """SIGTERM was received. A `BaseException`, so that no error handler catches it and every cleanup runs."""
+
+
+@contextmanager
+def raising_on_sigterm() -> Iterator[None]:
+    """Raise `Terminated` on the first SIGTERM; a second one ends the process immediately."""
+
+    def terminate(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet() -> None:

@@ -1,16 +1,11 @@
 """`minigpt tokenize`: tokenize a text once, into a folder that `minigpt train --data` reads on any machine."""
 
 import argparse
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import MiniGPTError
-from .parser import quiet
+from .parser import quiet, raising_on_sigterm
 from .train import parser as parser_of_train
 from .train import show_help, split_recipe
 
@@ -20,42 +15,11 @@ def parser() -> argparse.ArgumentParser:
     return parser_of_train("tokenize")
 
 
-class Terminated(BaseException):
-    """SIGTERM was received. A `BaseException`, so that no error handler catches it and every cleanup runs."""
-
-
-@contextmanager
-def raising_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` on the first SIGTERM; a second one ends the process immediately."""
-
-    def terminate(number: int, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def run(argv: list[str]) -> int | None:
-    """Tokenize the text and save it. Returns the exit code if it was interrupted."""
-    try:
-        with raising_on_sigterm():
-            _run(argv)
-    except Terminated:
-        print("minigpt tokenize: stopped by SIGTERM; nothing was saved", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    return None
-
-
-def _run(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
+    """Tokenize the text and save it."""
     if show_help("tokenize", argv):
         return
+    from ..atomic import check_new_folder
     from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
     from ..training.run_folder import RunFolder
@@ -70,11 +34,11 @@ def _run(argv: list[str]) -> None:
         raise MiniGPTError("--output_dir FOLDER is required")
     quiet()
     folder = Path(training.output_dir)
-    if folder.exists():
-        raise MiniGPTError(f"--output_dir {folder}: already exists; give another folder, or remove it")
+    check_new_folder(folder)
     configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
-    text = prepare_text(configurator.data, configurator.choose_tokenizer)
-    text.save(folder, vars(configurator.data))
+    with raising_on_sigterm():
+        text = prepare_text(configurator.data, configurator.choose_tokenizer)
+        text.save(folder, vars(configurator.data))
     held_out = f"{len(text.validation):,} validation tokens" if text.validation else "no validation split"
     print(
         f"{folder}: {text.train.characters:,} characters -> {len(text.train):,} tokens of "

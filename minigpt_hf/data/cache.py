@@ -76,6 +76,8 @@ def _with_remedy(error: OSError, cache_dir: Path, what: str) -> OSError:
     """Add a remedy to an error that occurred while writing the cache; return any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = f"{shutil.disk_usage(cache_dir).free / 1e6:,.0f} MB are free; free more space"
+    elif error.errno == errno.EFBIG:
+        remedy = "raise the file size limit (`ulimit -f`)"
     elif error.filename is not None and Path(error.filename).is_relative_to(cache_dir):
         remedy = "make it writable"
     else:

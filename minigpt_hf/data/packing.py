@@ -37,8 +37,9 @@ class ConversationDataset(Dataset):
             )
         self.stream, self.chat_format, self.block_size, self.seed = stream, chat_format, block_size, seed
         self.padding_id = stream.bos_token_id
-        ends = np.append(stream.documents[1:], len(stream))
-        self.lengths = ends - stream.documents - 2  # input tokens: without BOS and the last `<|im_end|>`
+        self.starts = stream.documents[:]
+        # Input tokens of each conversation: without BOS and the last `<|im_end|>`.
+        self.lengths = np.diff(self.starts, append=len(stream)) - 2
         self.members = pack(self.lengths, block_size, seed)
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class ConversationDataset(Dataset):
         positions = np.zeros(self.block_size, dtype=np.int64)
         start = 0
         for member in self.members[index]:
-            size, offset = int(self.lengths[member]), int(self.stream.documents[member]) + 1
+            size, offset = int(self.lengths[member]), int(self.starts[member]) + 1
             ids = self.stream.tokens[offset : offset + size + 1].astype(np.int64)
             span = slice(start, start + size)
             input_ids[span] = ids[:size]

@@ -16,7 +16,6 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..atomic import MANIFEST, publish, remove_abandoned, seal, temporary_directory
+from ..atomic import MANIFEST, new_folder, seal
 from ..errors import MiniGPTError
 from .cache import cached, verification_error
 from .chat_format import with_chat_tokens
@@ -163,9 +162,6 @@ class PreparedText:
             MiniGPTError: if `folder` exists.
             OSError: if it cannot be written; no partial folder remains.
         """
-        exists = MiniGPTError(f"{folder}: already exists; specify another folder or remove it")
-        if folder.exists():
-            raise exists
         # Other machines cannot distinguish paths from names of datasets, so the public names are stored.
         metadata = {
             "version": VERSION,
@@ -176,24 +172,15 @@ class PreparedText:
             "settings": {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public_name(self.kind)},
             "scored": None if self.scored is None else asdict(self.scored),
         }
-        created = [parent for parent in folder.absolute().parents if not parent.exists()]
         try:
-            remove_abandoned(folder.parent)
-            with temporary_directory(folder.parent) as temporary:
-                content = temporary / "content"
-                content.mkdir()
+            with new_folder(folder) as content:
                 self.tokenizer.save_pretrained(content / "tokenizer")
                 for name, stream in (("train", self.train), ("validation", self.validation)):
                     if stream is not None:
                         shutil.copytree(stream.folder, content / name, ignore=shutil.ignore_patterns(MANIFEST))
                 (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
                 seal(content)
-                if not publish(content, folder):
-                    raise exists
         except OSError as error:
-            for parent in created:  # innermost first
-                with suppress(OSError):  # another process may be using it
-                    parent.rmdir()
             if error.errno != errno.ENOSPC and "No space left" not in str(error):
                 raise
             raise OSError(

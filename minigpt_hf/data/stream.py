@@ -1,4 +1,4 @@
-"""Encode documents into one memory-mapped array of token ids on disk.
+"""Encode documents into one array of token ids on disk, of which slices are read.
 
     E d₁ E d₂ … E dₙ      E = BOS token (EOS for a tokenizer without BOS)
 
@@ -13,32 +13,79 @@ the tokenizer, so that a stream is built only once:
     manifest.json   size and SHA-256 of each file
 """
 
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import MiniGPTError
+from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
 from .documents import Documents
 from .tokenizer import Encoder, bos_token_id, tokenizer_fingerprint, vocabulary_size
 
 CHECKED_DOCUMENTS = 1000  # number of offsets for which the BOS token is checked on opening
+DOCUMENTS_PER_READ = 100_000  # number of offsets in memory
 SINGLE_PROCESS_CHARACTERS = 2_000_000  # below this length, starting processes takes longer than encoding
 CHUNKS_PER_JOB = 8
+
+
+class ArrayFile:
+    """A one-dimensional array in a file, of which slices are read into memory.
+
+    In contrast to a memory map, the pages read do not count as memory of this process, and a file that is truncated leads to
+    an exception instead of the signal SIGBUS. Forked processes may read concurrently.
+
+    Args:
+        file: The file.
+        dtype: Type of the elements.
+        offset: Position of the first element in bytes.
+    """
+
+    def __init__(self, file: Path, dtype: np.dtype | str, offset: int = 0):
+        self.file, self.dtype, self.offset = file, np.dtype(dtype), offset
+        self._descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._descriptor)
+        self._length = (os.fstat(self._descriptor).st_size - offset) // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Read the elements of a slice with step 1.
+
+        Raises:
+            UnreadableFileError: if the file has been truncated.
+        """
+        start, stop, _ = part.indices(self._length)
+        size, position = max(0, stop - start) * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
+        content = self._read(size, position)
+        while len(content) < size:  # a single call reads at most 2 GiB
+            if not (more := self._read(size - len(content), position + len(content))):
+                raise UnreadableFileError(
+                    f"{self.file}: was truncated while it was in use; run the same command again, which verifies it"
+                )
+            content += more
+        return np.frombuffer(content, self.dtype)
+
+    def _read(self, size: int, position: int) -> bytes:
+        if os.name == "nt":  # has no `pread`
+            os.lseek(self._descriptor, position, os.SEEK_SET)
+            return os.read(self._descriptor, size)
+        return os.pread(self._descriptor, size, position)
 
 
 @dataclass(frozen=True)
@@ -47,8 +94,8 @@ class TokenStream:
 
     Args:
         folder: Its directory.
-        tokens: Ids [N], memory-mapped.
-        documents: Offset in `tokens` of the BOS token of each document [number of documents], memory-mapped.
+        tokens: Ids [N], or the file that contains them.
+        documents: Offset in `tokens` of the BOS token of each document [number of documents], or the file.
         bos_token_id: Id of the token that precedes each document.
         targets: Number of tokens that are scored: all but the BOS tokens, or those of answers in conversations.
         characters: Number of characters of the text.
@@ -57,8 +104,8 @@ class TokenStream:
     """
 
     folder: Path
-    tokens: np.ndarray
-    documents: np.ndarray
+    tokens: np.ndarray | ArrayFile
+    documents: np.ndarray | ArrayFile
     bos_token_id: int
     targets: int
     characters: int
@@ -67,27 +114,20 @@ class TokenStream:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStream":
-        """Memory-map a stream written by `build_stream`.
+        """Open a stream written by `build_stream`.
 
         Raises:
             MiniGPTError: if its files are inconsistent.
         """
         metadata = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
-        dtype, bos = metadata["dtype"], metadata["end_of_text"]
-        # An empty file cannot be mapped.
-        is_empty = not (folder / "tokens.bin").stat().st_size
-        tokens = np.zeros(0, dtype) if is_empty else np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-        documents = np.load(folder / "documents.npy", mmap_mode="r")
+        bos = metadata["end_of_text"]
+        tokens = ArrayFile(folder / "tokens.bin", metadata["dtype"])
+        mapped = np.load(folder / "documents.npy", mmap_mode="r")  # only to read the header
+        documents = ArrayFile(folder / "documents.npy", mapped.dtype, getattr(mapped, "offset", 0))
         counts = (len(tokens), len(documents))
         if counts != (metadata["tokens"], metadata["documents"]):
             raise MiniGPTError(f"{counts} tokens and documents instead of {metadata['tokens'], metadata['documents']}")
-        sample = documents[:: -(-len(documents) // CHECKED_DOCUMENTS) or 1]
-        if len(documents) and (
-            documents[0] != 0
-            or documents[-1] >= len(tokens)
-            or not (np.diff(documents) > 0).all()
-            or not (tokens[sample] == bos).all()
-        ):
+        if not _are_starts(documents, tokens, bos):
             raise MiniGPTError("the offsets of the documents do not point to BOS tokens")
         return cls(
             folder=folder,
@@ -101,16 +141,32 @@ class TokenStream:
         )
 
     def __reduce__(self):
-        return TokenStream.open, (self.folder,)  # other processes map the file instead of receiving the tokens
+        return TokenStream.open, (self.folder,)  # other processes open the files instead of receiving the tokens
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def iterate_documents(self) -> Iterator[np.ndarray]:
         """Yield the ids of each document, without its BOS token."""
-        ends = np.append(self.documents[1:], len(self.tokens))
-        for start, end in zip(self.documents, ends, strict=True):
-            yield self.tokens[start + 1 : end]
+        for begin in range(0, len(self.documents), DOCUMENTS_PER_READ):
+            starts = self.documents[begin : begin + DOCUMENTS_PER_READ + 1].tolist()
+            if begin + DOCUMENTS_PER_READ >= len(self.documents):
+                starts.append(len(self.tokens))
+            for start, end in itertools.pairwise(starts):
+                yield self.tokens[start + 1 : end]
+
+
+def _are_starts(documents: ArrayFile, tokens: ArrayFile, bos: int) -> bool:
+    """Whether offsets increase from 0, and a sample of them points to BOS tokens."""
+    before = -1
+    for begin in range(0, len(documents), DOCUMENTS_PER_READ):
+        offsets = documents[begin : begin + DOCUMENTS_PER_READ]
+        if not (np.diff(offsets, prepend=before) > 0).all() or (begin == 0 and offsets[0] != 0):
+            return False
+        before = offsets[-1]
+    sample = range(0, len(documents), -(-len(documents) // CHECKED_DOCUMENTS) or 1)
+    starts = (int(documents[i : i + 1][0]) for i in sample)
+    return before < len(tokens) and all(tokens[start : start + 1][0] == bos for start in starts)
 
 
 def build_stream(
@@ -246,7 +302,7 @@ def _encode_in_pool(
         batch, future = pending.popleft()
         return ((starts, text, ids) for (starts, text), ids in zip(batch, future.result(), strict=True))
 
-    while batch := list(islice(chunks, CHUNKS_PER_JOB)):
+    while batch := list(itertools.islice(chunks, CHUNKS_PER_JOB)):
         pending.append((batch, pool.submit(_encode_chunks, [text for _, text in batch])))
         if len(pending) >= max_pending:
             yield from oldest_result()

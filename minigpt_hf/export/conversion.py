@@ -1,14 +1,12 @@
-"""Steps shared by all export formats: load and validate the model, limit the context, write atomically, verify."""
+"""Steps shared by all export formats: check the output folder, load and validate the model, limit the context, verify."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from ..atomic import check_links, check_new_folder
 from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
@@ -79,25 +77,20 @@ def check_context(config: MiniGPTConfig, context: int | None) -> None:
         raise MiniGPTError(f"--context {context}: give 1 to {longest} tokens for this model ({reason})")
 
 
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `out` after the block, or removed if the block raises an exception.
+def check_output(out: Path, folder: Path) -> None:
+    """Check that an export can be written to `out`, before the model in `folder` is loaded.
 
     Raises:
-        MiniGPTError: if `out` exists or would be inside a model folder.
+        MiniGPTError: if `out` exists, cannot be created, or is, contains or is inside a model folder.
     """
-    if out.exists() or out.is_symlink():
-        raise MiniGPTError(f"{out}: already exists; remove it, or choose another --output_dir")
-    if (out.resolve().parent / "config.json").is_file():
+    check_links(out)
+    source, target = folder.resolve(), out.resolve()
+    relation = "is" if target == source else "is inside" if target.is_relative_to(source) else "contains"
+    if (source / "config.json").is_file() and (source.is_relative_to(target) or target.is_relative_to(source)):
+        raise MiniGPTError(f"{out}: {relation} the model folder {folder}; choose an --output_dir outside of it")
+    if (target.parent / "config.json").is_file():
         raise MiniGPTError(f"{out}: is inside a model folder; choose an --output_dir outside of it")
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    check_new_folder(out)
 
 
 def verify(is_true: bool, claim: str) -> None:

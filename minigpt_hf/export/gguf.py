@@ -27,11 +27,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ..atomic import new_folder
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import read_metadata
-from .conversion import atomic_folder, check_context, has_sliding_window, load_model, longest_full_context, verify
+from .conversion import check_context, check_output, has_sliding_window, load_model, longest_full_context, verify
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 from .native import qwen3_settings
 
@@ -58,6 +59,7 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
     Raises:
         MiniGPTError: if the format cannot represent the model, `out` exists, or verification fails.
     """
+    check_output(out, folder)
     model = load_model(folder)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     if dtype not in KINDS:
@@ -69,7 +71,7 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
     eos_token_id = _eos_token_id(folder, model, tokenizer)
     context = context or model.config.max_position_embeddings
     name = _name(folder)
-    with atomic_folder(out) as unfinished:
+    with new_folder(out) as unfinished:
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
         _write(file, name, model, tokenizer, vocabulary, eos_token_id, dtype, context)
         _verify(file, model, tokenizer, dtype, context)

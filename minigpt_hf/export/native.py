@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from ..atomic import new_folder
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from .conversion import atomic_folder, check_context, load_model, verify
+from ..publish.model_folder import report_stray_weights
+from ..trust import weight_files
+from .conversion import check_context, check_output, load_model, verify
 
 VERIFIED = "loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit"
 
-# Files copied unchanged: all but `config.json`, which is converted, and the two code files.
+# Files copied unchanged in addition to the weights: all but `config.json`, which is converted, and the two code files.
 COPIED = (
-    *("*.safetensors", "model.safetensors.index.json", "generation_config.json"),
+    "generation_config.json",
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("README.md", "LICENSE", "minigpt.json", "figures/*", ".eval_results/*"),
 )
@@ -40,10 +43,12 @@ def export_native(folder: Path, out: Path, dtype: None = None, context: int | No
         MiniGPTError: if `folder` has no MiniGPT model, `out` exists, `context` is longer than the window, or verification
             fails.
     """
+    check_output(out, folder)
     model = load_model(folder)
     check_context(model.config, context)
-    with atomic_folder(out) as twin:
-        for pattern in COPIED:
+    with new_folder(out) as twin:
+        report_stray_weights(folder, "not copied")
+        for pattern in (*weight_files(folder), *COPIED):
             for file in folder.glob(pattern):
                 (twin / file.relative_to(folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, twin / file.relative_to(folder))
@@ -79,8 +84,8 @@ def qwen3_settings(model: MiniGPTForCausalLM, context: int | None = None) -> dic
 
 
 def _verify(twin: Path, folder: Path, model: MiniGPTForCausalLM, context: int | None) -> None:
-    for file in folder.glob("*.safetensors"):
-        verify(filecmp.cmp(file, twin / file.name, shallow=False), f"{file.name} is the same file")
+    for name in weight_files(folder):
+        verify(filecmp.cmp(folder / name, twin / name, shallow=False), f"{name} is the same file")
     twin_model, report = AutoModelForCausalLM.from_pretrained(
         twin,
         trust_remote_code=False,

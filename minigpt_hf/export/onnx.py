@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..atomic import new_folder
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from .conversion import atomic_folder, check_context, load_model, verify
+from .conversion import check_context, check_output, load_model, verify
 from .native import comparison_ids, qwen3_settings
 from .onnx_runner import Runner, cache_names
 
@@ -72,6 +73,7 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
     Raises:
         MiniGPTError: if `folder` has no MiniGPT model, `out` exists, the precision is not float32, or verification fails.
     """
+    check_output(out, folder)
     model = load_model(folder)
     check_context(model.config, context)
     assert model.config.rope_parameters is not None  # `PreTrainedConfig` sets the default
@@ -85,7 +87,7 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
         hint = "" if dtype else f": the weights are {stored}; --dtype float32 converts them without loss"
         raise MiniGPTError(f"the ONNX export supports only float32, not {dtype or stored}{hint}")
     model = model.float()
-    with atomic_folder(out) as unfinished:
+    with new_folder(out) as unfinished:
         (unfinished / "onnx").mkdir()
         _write(unfinished / "onnx" / "model.onnx", model)
         settings = qwen3_settings(model) | ({"max_position_embeddings": context} if context else {})

@@ -10,7 +10,6 @@ biases (zero if absent), and transposed matrices, because transformers stores th
 import logging
 import math
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..atomic import check_new_folder, new_folder
 from ..data.tokenizer import CHARACTER_PRE_TOKENIZER, load_tokenizer, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import save_model_files
@@ -43,8 +43,7 @@ def import_checkpoint(checkpoint: Path, folder: Path, vocabulary: PreTrainedToke
     Raises:
         MiniGPTError: if the folder exists, the file is not a nanoGPT checkpoint, or the vocabulary is too large for it.
     """
-    if folder.exists():
-        raise MiniGPTError(f"{folder}: already exists; choose another folder")
+    check_new_folder(folder)
     weights, architecture = read_checkpoint(checkpoint)
     if vocabulary_size(vocabulary) > architecture["vocab_size"]:
         raise MiniGPTError(
@@ -71,11 +70,8 @@ def import_checkpoint(checkpoint: Path, folder: Path, vocabulary: PreTrainedToke
             f"{checkpoint}: the logits of the converted model differ by {difference:.2g}: "
             "this is not a model of nanoGPT's `model.py`"
         )
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_model_files(model, vocabulary, unfinished)
-    unfinished.rename(folder)
+    with new_folder(folder) as unfinished:
+        save_model_files(model, vocabulary, unfinished)
     return difference
 
 

@@ -5,6 +5,7 @@ those in `OPTIONAL`. It is written atomically, and never with weights that are n
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from ..atomic import fsync
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..trust import weight_files
 from .card import render_card
+
+logger = logging.getLogger(__name__)
 
 REQUIRED = (
     "config.json",
@@ -31,8 +35,6 @@ REQUIRED = (
     "minigpt.json",
 )
 OPTIONAL = (
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
     "chat_template.jinja",
     "LICENSE",
     "figures/*.png",
@@ -41,8 +43,24 @@ OPTIONAL = (
 
 
 def published_files(folder: Path) -> list[Path]:
-    """Return the sorted paths of the files in a folder that belong to a model folder; other files are ignored."""
-    return sorted({file for pattern in (*REQUIRED, *OPTIONAL) for file in folder.glob(pattern) if file.is_file()})
+    """Return the sorted paths of the files in a folder that belong to a model folder; other files are ignored.
+
+    Raises:
+        MiniGPTError: if the index of the weights cannot be read or names files outside the folder.
+    """
+    found = {file for pattern in (*REQUIRED, *OPTIONAL) for file in folder.glob(pattern)}
+    return sorted(file for file in {*found, *(folder / name for name in weight_files(folder))} if file.is_file())
+
+
+def report_stray_weights(folder: Path, effect: str) -> None:
+    """Log which weights in a folder its model does not load, if there are any.
+
+    Args:
+        effect: What happens to them, for the message.
+    """
+    found = {file.name for file in (*folder.glob("*.safetensors"), *folder.glob("model.safetensors.index.json"))}
+    if stray := sorted(found - set(weight_files(folder))):
+        logger.warning(f"{folder}: {effect}, because the model does not load them: {', '.join(stray)}")
 
 
 def save_model_files(
@@ -118,7 +136,9 @@ def damage(folder: Path) -> str | None:
     """
     index = folder / "model.safetensors.index.json"
     for name in REQUIRED:
-        file = index if name == "model.safetensors" and index.is_file() else folder / name
+        file = folder / name
+        if name == "model.safetensors" and not file.is_file() and index.is_file():
+            file = index
         if not file.is_file() or not file.stat().st_size:
             return f"{file.name} is {'empty' if file.is_file() else 'missing'}"
     try:
@@ -129,8 +149,10 @@ def damage(folder: Path) -> str | None:
         tied = set(model.all_tied_weights_keys)
         expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name not in tied}
         found: dict[str, tuple[int, ...]] = {}
-        for file in folder.glob("model*.safetensors"):
-            with safe_open(file, "pt") as weights:
+        for name in weight_files(folder):
+            if name == index.name:
+                continue
+            with safe_open(folder / name, "pt") as weights:
                 names = weights.keys()
                 found |= {name: tuple(weights.get_slice(name).get_shape()) for name in names}
     except Exception as error:  # the loaders do not document what they raise for malformed files

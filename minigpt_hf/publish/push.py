@@ -20,11 +20,11 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata
 from .card import render_card
-from .model_folder import OPTIONAL, REQUIRED, published_files
+from .model_folder import OPTIONAL, REQUIRED, published_files, report_stray_weights
 
 logger = logging.getLogger(__name__)
 
-# Files that no model folder has, and that `from_pretrained` would read next to its files.
+# Files that a model folder does not have, or not always, and that `from_pretrained` would read next to its files.
 FOREIGN = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -32,6 +32,8 @@ FOREIGN = (
     "chat_templates/*",
     "additional_chat_templates/*",
     "adapter_config.json",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
 )
 
 # HTTP status -> explanation and remedy.
@@ -142,6 +144,7 @@ def commit_folder(
         assert current.siblings is not None  # `model_info` lists the files of the revision
         paths = [file.rfilename for file in current.siblings]
         stale = [path for path in paths if _is_read_by_loaders(path) and path not in content]
+        report_stray_weights(folder, "not uploaded")
         if stale:
             logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
         api.create_commit(

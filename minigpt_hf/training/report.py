@@ -25,6 +25,7 @@ from ..inference.evaluation import Score, summarize
 from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .auxiliary_head import auxiliary_parameters
 from .recipe import resolved
+from .run_folder import identity_of
 
 if TYPE_CHECKING:
     from .trainer import MiniGPTTrainer
@@ -38,6 +39,7 @@ class TrainingResult:
 
     Args:
         name: Repository or run name.
+        run: Identity of the run, see `identity_of`.
         parameters: Number of parameters of the published model.
         steps, skipped_steps, planned_steps: Optimizer steps.
         seconds: Training time, over all starts of the run.
@@ -46,6 +48,7 @@ class TrainingResult:
     """
 
     name: str
+    run: str
     parameters: int
     steps: int
     skipped_steps: int
@@ -68,6 +71,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
     assert samples is not None and progress is not None  # a trainer that publishes has both callbacks
     return TrainingResult(
         name=trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name,
+        run=identity_of(trainer.fingerprint),
         parameters=(finished or trainer.model).num_parameters() - auxiliary_parameters(finished or trainer.model),
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
@@ -98,6 +102,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
     score = score_of(result, text.validation, data.block_size)
     return {
         "name": result.name,
+        "run": result.run,
         "date": datetime.now(UTC).date().isoformat(),
         "language": data.language,
         "license": data.license,

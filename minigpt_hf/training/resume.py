@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..atomic import rename_aside, temporary_name, write_files
+from ..atomic import check_links, rename_aside, temporary_name, write_files
 from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
@@ -31,13 +31,11 @@ from .checkpoint import newest_valid, verification_error
 from .initialize import content_hash
 from .lock import LOCK, FolderLock
 from .report import tokens_per_step
-from .run_folder import FINGERPRINT, RunFolder, read_json, truncate_log
+from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, identity_of, read_json, truncate_log
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-DESCRIPTIONS = "described"  # entry of a fingerprint: names and sizes for messages, which are not compared
 
 
 @contextmanager
@@ -51,6 +49,7 @@ def locked_run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock
     lock = FolderLock(run.path)
 
     def acquire() -> None:
+        check_links(run.path)
         if run.path.exists() and not run.path.is_dir():
             raise MiniGPTError(f"output_dir {run.path}: this is a file; give a folder")
         if run.exists() and (run.path / "trainer_state.json").is_file():
@@ -113,7 +112,7 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
             f"output_dir {run.path}: contains another run, which is finished "
             f"({describe_changes(changed, old, fingerprint)}); use another folder, or --fresh"
         )
-    fault = damage(run.model) or (None if is_model_of(run.model, fingerprint) else "it is the model of another run")
+    fault = damage(run.model) or (None if is_model_of(run.model, old) else "it is the model of another run")
     if fault is None:
         logger.info(f"this run is already finished; the model is in {run.model}")
         return True
@@ -128,9 +127,11 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
 
 
 def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether a model was trained on the text, with the tokenizer, and for the number of steps of a run."""
+    """Whether a model was published by the run with this fingerprint."""
     metadata = read_metadata(model)
-    try:
+    if "run" in metadata:
+        return metadata["run"] == identity_of(fingerprint)
+    try:  # published by an earlier version, which recorded text, tokenizer and number of steps only
         validation, steps = metadata["data"]["validation"], fingerprint["max_steps"]
         published = {
             "data": metadata["data"]["train"]["fingerprint"],
@@ -181,6 +182,13 @@ def checkpoint_to_resume(
     for name in training.allow_change:
         if name not in known:
             raise MiniGPTError(f"allow_change {name}: not an entry of the fingerprint; available: {', '.join(known)}")
+    if budget := {name: pair for name, pair in changed.items() if name in BUDGET and pair[1] is not None}:
+        unset = [name for name in BUDGET if old.get(name) is not None]
+        raise MiniGPTError(
+            f"output_dir {run.path}: contains a run that has begun, and {described(budget)}, which has no effect: its model "
+            "and its number of steps have been chosen; give the earlier value, or --fresh, or continue to another number of "
+            f"steps with --recipe {run.recipe} --max_steps N --allow_change {' '.join(['max_steps', *unset])}"
+        )
     refused = {name: pair for name, pair in changed.items() if name not in training.allow_change}
     if refused:
         raise MiniGPTError(
@@ -287,6 +295,9 @@ NOT_IN_FINGERPRINT = {
 
 # The effect of an earlier version that lacked a setting whose default has another effect.
 BEFORE_INTRODUCTION = {"muon_beta2": 0.0}
+
+# Settings from which others are chosen when a run begins. They have no effect afterwards.
+BUDGET = ("minutes", "size")
 
 # If an entry has changed, these entries follow from it and need not be allowed separately.
 IMPLIED = {

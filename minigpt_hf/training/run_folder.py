@@ -15,6 +15,7 @@ RUN/
 ```
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from ..errors import MiniGPTError
 logger = logging.getLogger(__name__)
 
 FINGERPRINT = "fingerprint.json"
+DESCRIPTIONS = "described"  # entry of a fingerprint: names and sizes for messages, which are not compared
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -80,6 +82,12 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether the folder contains a run."""
         return self.fingerprint.is_file()
+
+
+def identity_of(fingerprint: dict[str, Any]) -> str:
+    """SHA-256 of a fingerprint: equal for two runs if everything that determines their results is equal, also the seed."""
+    compared = {name: value for name, value in fingerprint.items() if name != DESCRIPTIONS}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 Everything here either returns without effect or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
 """
 
+import errno
 import json
 import logging
 import math
+import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +26,12 @@ from ..errors import (
     NonFiniteLossError,
     StorageError,
     TrainingStopped,
+    UnreadableFileError,
     UntrainedModelError,
 )
 from ..publish.model_folder import non_finite_parameter
 from .run_folder import RunFolder
 from .schedule import learning_rate_schedule
-from .stopping import is_disk_full
 
 if TYPE_CHECKING:
     from .arguments import MiniGPTTrainingArguments
@@ -38,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 # A uniform guess costs ln(vocabulary size) nats per token; a loss above this multiple of it has exploded.
 EXPLOSION = 10
+DISK_FULL_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 # -- losses, gradients and weights ------------------------------------------------------------------------------------
@@ -319,9 +323,12 @@ def check_disk_space(trainer: Trainer) -> None:
     """Check that all checkpoints of the run, one being written, and the model folder fit on the disk.
 
     Raises:
-        DiskFullError: if not.
+        DiskFullError: if not, or if the weights alone exceed the file size limit.
     """
     args = trainer.args
+    limit = file_size_limit()
+    if limit is not None and limit < 4 * trainer.model.num_parameters():
+        raise too_large(trainer, "the weights")
     if args.save_strategy == "no":
         return
     checkpoints = args.save_total_limit or math.ceil(1 / args.save_steps if args.save_steps < 1 else 1)
@@ -346,9 +353,49 @@ def disk_full(trainer: Trainer, content: str) -> DiskFullError:
     )
 
 
+def file_size_limit() -> int | None:
+    """The size in bytes of the largest file that this process may write; `None` if it is not limited."""
+    if os.name == "nt":
+        return None
+    import resource  # does not exist on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def too_large(trainer: Trainer, content: str) -> DiskFullError:
+    """The error to raise if a file of `content` is larger than this process, or the file system, allows."""
+    if (limit := file_size_limit()) is None:
+        cause, remedy = "the file system supports", f"move {trainer.args.output_dir} to another file system"
+    else:
+        cause, remedy = f"the file size limit of this process ({limit:,} bytes, `ulimit -f`)", "raise the limit"
+    return DiskFullError(
+        f"{content}: a file is larger than {cause}; earlier checkpoints are intact; {remedy}, and run the same command again"
+    )
+
+
+def no_space(trainer: Trainer, error: Exception, content: str, guess: bool = False) -> DiskFullError | None:
+    """The error to raise instead of `error` if it means that `content` cannot be stored; otherwise `None`.
+
+    Args:
+        guess: Whether to infer the cause of an error that states none, as those of torch, from the space for a checkpoint.
+    """
+    number, limit = getattr(error, "errno", None), file_size_limit()
+    if number == errno.EFBIG or "File too large" in str(error):
+        return too_large(trainer, content)
+    if number in DISK_FULL_ERRORS or "No space left" in str(error):
+        return disk_full(trainer, content)
+    if guess and limit is not None and limit < checkpoint_bytes(trainer):
+        return too_large(trainer, content)
+    if guess and shutil.disk_usage(trainer.args.output_dir).free < checkpoint_bytes(trainer):
+        return disk_full(trainer, content)
+    return None
+
+
 @contextmanager
 def storage_errors(trainer: Trainer) -> Iterator[None]:
-    """Translate errors of a full disk, or of a run folder that is no longer writable, into what they mean for the run.
+    """Translate errors of a full disk, of a run folder that is no longer writable, or of a token stream that is no longer
+    readable, into what they mean for the run.
 
     Raises:
         DiskFullError, StorageError: see above.
@@ -358,11 +405,26 @@ def storage_errors(trainer: Trainer) -> Iterator[None]:
     except TrainingStopped:
         raise
     except Exception as error:
-        if is_disk_full(error):
-            raise disk_full(trainer, f"the files of this run ({error})") from error
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"{error} (after step {trainer.state.global_step}); once {trainer.args.output_dir} is writable again, the "
-                "same command resumes from the newest checkpoint in it"
-            ) from error
-        raise
+        step = trainer.state.global_step
+        if isinstance(error, UnreadableFileError):
+            stopped: TrainingStopped | None = StorageError(
+                f"{_message(error)}, and resumes from the newest checkpoint (after step {step})"
+            )
+        else:
+            stopped = no_space(trainer, error, f"the files of this run ({error})")
+        if stopped is None and isinstance(error, OSError):
+            stopped = StorageError(
+                f"{error} (after step {step}); once {trainer.args.output_dir} is writable again, the same command resumes "
+                "from the newest checkpoint in it"
+            )
+        if stopped is None:
+            raise
+        # An exception from a data loader worker is referred to by its own frames, which also hold the data loader. Without
+        # it, the workers end; otherwise the process would wait for them at its end.
+        traceback.clear_frames(error.__traceback__)
+        raise stopped from error
+
+
+def _message(error: Exception) -> str:
+    """The message of an exception. That of a data loader worker contains the traceback, which ends with its message."""
+    return str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]

@@ -1,6 +1,5 @@
 """Orderly stops: signals that save a checkpoint at the next step boundary, and early stopping."""
 
-import errno
 import logging
 import math
 import os
@@ -19,12 +18,6 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
 REPEAT_SECONDS = 1.0  # `timeout`, and launchers on Ctrl-C, deliver the same signal twice within this time
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, raised by Python or safetensors, reports a full disk."""
-    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    return getattr(error, "errno", None) in full or "No space left" in str(error)
 
 
 class _Stop(KeyboardInterrupt):

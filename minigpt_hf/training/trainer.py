@@ -50,9 +50,9 @@ from .checkpoint import atomic_checkpoint, best_checkpoint, remove_old_checkpoin
 from .optimizer import optimizer_factory
 from .report import describe, training_result
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
-from .safeguards import LossGuard, advice, check_weights, checkpoint_bytes, disk_full
+from .safeguards import LossGuard, advice, check_weights, no_space
 from .schedule import learning_rate_schedule
-from .stopping import ignore_signals, is_disk_full
+from .stopping import ignore_signals
 
 logger = logging.getLogger(__name__)
 
@@ -409,9 +409,9 @@ class MiniGPTTrainer(Trainer):
                     (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
         except Exception as error:
             self.args.output_dir = str(run)
-            if not is_disk_full(error) and shutil.disk_usage(run).free >= checkpoint_bytes(self):
-                raise
-            raise disk_full(self, f"checkpoint-{step}") from error
+            if found := no_space(self, error, f"checkpoint-{step}", guess=not isinstance(error, OSError)):
+                raise found from error
+            raise
         finally:
             self.args.output_dir = str(run)
         if self.state.best_global_step == step:

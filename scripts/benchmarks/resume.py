@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         with (folder / "tokens.bin").open("wb") as file:
             file.truncate(2 * TOKENS)  # a sparse file: occupies no disk space
         np.save(folder / "documents.npy", np.zeros(1, dtype=np.int64))
-        metadata = {"dtype": "<u2", "end_of_text": 1, "characters": TOKENS, "bytes": TOKENS, "fingerprint": ""}
+        metadata = {"dtype": "<u2", "end_of_text": 0, "tokens": TOKENS, "documents": 1, "fingerprint": ""}
+        metadata |= {"characters": TOKENS, "bytes": TOKENS}
         (folder / "stream.json").write_text(json.dumps(metadata))
         starts = {0: [], 10: [], 10**6: []}
         for repeat in range(args.repeats):
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 def resume_at(step: int, folder: Path) -> None:
-    """Do what resuming does before its first step: map the stream, skip the batches seen, load the next batch."""
+    """Do what resuming does before its first step: open the stream, skip the batches seen, load the next batch."""
     from accelerate import Accelerator, skip_first_batches
     from torch.utils.data import DataLoader
 

@@ -53,7 +53,7 @@ def prepared(file: Path, cache: Path, kind: str = "bpe") -> PreparedText:
 
 def content(text: PreparedText) -> tuple:
     streams = [
-        (stream.tokens.tolist(), stream.documents.tolist(), stream.fingerprint, stream.bytes, stream.characters)
+        (stream.tokens[:].tolist(), stream.documents[:].tolist(), stream.fingerprint, stream.bytes, stream.characters)
         for stream in (text.train, text.validation)
     ]
     return *streams, tokenizer_fingerprint(text.tokenizer)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ from minigpt_hf.data.prepared import prepare
 
 corpus = load_corpus(sys.argv[3], cache_dir=cache)
 text = prepare(corpus, "bpe", 300, cache, block_size=16, validation_characters=1000, num_proc=2)
-print("sum", hashlib.sha256(text.train.tokens.tobytes() + text.validation.tokens.tobytes()).hexdigest())
+print("sum", hashlib.sha256(text.train.tokens[:].tobytes() + text.validation.tokens[:].tobytes()).hexdigest())
 """
 )
 TOKENIZE = (
@@ -214,3 +215,54 @@ def test_a_read_only_cache_can_be_used(text_file, recipe_file, tmp_path, capsys,
 def test_there_may_be_more_processes_than_chunks(large, tmp_path):
     argv = ["tokenize", "--tokenizer", "bytes", "--data", large, "--num_proc", "16", "--cache_dir", tmp_path / "cache"]
     assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "prepared"]]) == 0
+
+
+TRUNCATE = """
+import sys
+from pathlib import Path
+from minigpt_hf.cli import main
+from minigpt_hf.training.trainer import MiniGPTTrainer
+
+cache, size = Path(sys.argv[1]), int(sys.argv[2])
+step = MiniGPTTrainer.training_step
+
+def truncated(self, *arguments, **keywords):
+    if self.state.global_step == 3:
+        for file in cache.rglob("tokens.bin"):
+            with file.open("r+b") as opened:
+                opened.truncate(size)
+    return step(self, *arguments, **keywords)
+
+MiniGPTTrainer.training_step = truncated
+sys.exit(main(["train", "--cache_dir", str(cache), *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize(("size", "workers"), [(0, 0), (1000, 0), (1000, 2)])
+def test_a_stream_that_is_truncated_during_training_ends_it_in_one_line(
+    size, workers, text_file, recipe_file, tmp_path, capsys
+):
+    """With a memory map, the process would end by SIGBUS, or read zeros up to the end of a page."""
+    argv = ["--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run", "--eval_strategy", "no"]
+    argv += [
+        "--load_best_model_at_end=false",
+        "--save_steps=2",
+        "--max_steps=40",
+        f"--dataloader_num_workers={workers}",
+    ]
+    process = start(TRUNCATE, tmp_path / "cache", size, *argv)
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if "truncated" in line]
+    assert process.returncode == 74, err
+    assert "Traceback" not in err
+    assert len(lines) == 1
+    pattern = (
+        r"minigpt train: (\S+tokens\.bin): was truncated while it was in use; .* resumes from .* \(after step \d+\)"
+    )
+    assert re.fullmatch(pattern, lines[0]), lines[0]
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    argv = ["train", "--cache_dir", tmp_path / "cache", *argv, "--max_steps=40"]
+    assert main([str(word) for word in argv]) == 0
+    err = capsys.readouterr().err
+    assert "will be rebuilt" in err
+    assert "resuming from step " in err

@@ -24,10 +24,10 @@ def test_a_stream_is_every_document_in_order_each_preceded_by_bos(corpus, tmp_pa
     tokenizer = byte_tokenizer()
     stream = build_stream(corpus.train, tokenizer, tmp_path / "cache")
     expected = [i for text in TEXTS for i in [0, *(byte + 2 for byte in text.encode())]]
-    assert stream.tokens.tolist() == expected
+    assert stream.tokens[:].tolist() == expected
     assert stream.tokens.dtype == np.uint16
     assert [tokenizer.decode(ids) for ids in stream.iterate_documents()] == TEXTS
-    assert stream.tokens[stream.documents].tolist() == [0] * len(TEXTS)
+    assert stream.tokens[:][stream.documents[:]].tolist() == [0] * len(TEXTS)
     assert stream.characters == sum(map(len, TEXTS))
     assert stream.bytes == sum(len(text.encode()) for text in TEXTS)
 
@@ -64,7 +64,7 @@ def test_the_largest_id_is_stored_correctly_at_the_limit_of_two_bytes(size, tmp_
     (tmp_path / "text.txt").write_text(f"w{size - 1} w5")
     texts = load_corpus(str(tmp_path / "text.txt"), 0).train
     stream = build_stream(texts, tokenizer_of_size(size), tmp_path / "cache")
-    assert stream.tokens.tolist() == [0, size - 1, 5]
+    assert stream.tokens[:].tolist() == [0, size - 1, 5]
     assert stream.tokens.dtype == (np.uint16 if size <= 2**16 else np.uint32)
     assert (stream.folder / "tokens.bin").stat().st_size == 3 * (2 if size <= 2**16 else 4)
 
@@ -74,8 +74,8 @@ def test_documents_are_preceded_by_bos_where_it_differs_from_eos(tmp_path):
     folder = write_files(tmp_path / "text", {"a.txt": "w5 w6", "b.txt": "w7"})
     texts = load_corpus(folder, 0).train
     both, eos = (build_stream(texts, tokenizer_of_size(9, bos), tmp_path / "cache") for bos in ("<s>", None))
-    assert (both.tokens.tolist(), both.bos_token_id) == ([1, 5, 6, 1, 7], 1)
-    assert (eos.tokens.tolist(), eos.bos_token_id) == ([0, 5, 6, 0, 7], 0)
+    assert (both.tokens[:].tolist(), both.bos_token_id) == ([1, 5, 6, 1, 7], 1)
+    assert (eos.tokens[:].tolist(), eos.bos_token_id) == ([0, 5, 6, 0, 7], 0)
     assert both.folder != eos.folder
 
 
@@ -131,5 +131,5 @@ def test_no_partial_stream_remains_after_an_error(corpus, tmp_path):
 def test_an_opened_stream_equals_the_built_one(corpus, tmp_path):
     built = build_stream(corpus.train, byte_tokenizer(), tmp_path / "cache")
     opened = TokenStream.open(built.folder)
-    assert opened.tokens.tolist() == built.tokens.tolist()
+    assert opened.tokens[:].tolist() == built.tokens[:].tolist()
     assert (opened.fingerprint, opened.bytes, opened.bos_token_id) == (built.fingerprint, built.bytes, 0)

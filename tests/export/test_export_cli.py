@@ -2,7 +2,10 @@
 
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -70,6 +73,40 @@ def test_an_invalid_request_is_reported_in_one_line_and_writes_nothing(flags, me
     assert captured.out == ""
     assert re.fullmatch(rf"minigpt export: .*{message}.*\n", captured.err), captured.err
     assert sorted(runs.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_file_and_the_exit_code_states_it(number, run_folder, tmp_path):
+    """The signal arrives while the new folder is written or verified."""
+    process = start_export(run_folder, tmp_path / "a" / "native")
+    wait_for(tmp_path / "a", "*/content/config.json")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert len(err.splitlines()) == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_has_left_is_removed_by_the_next_one(run_folder, tmp_path):
+    process = start_export(run_folder, tmp_path / "native")
+    wait_for(tmp_path, "*/content/config.json")
+    process.kill()
+    process.communicate(timeout=60)
+    assert list(tmp_path.iterdir()) != []
+    assert main(["export", str(run_folder / "model"), "--to", "native", "--output_dir", str(tmp_path / "other")]) == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "other"]
+
+
+def start_export(run_folder, out) -> subprocess.Popen:
+    argv = ["-m", "minigpt_cli", "export", run_folder / "model", "--to", "native", "--output_dir", out]
+    return subprocess.Popen([sys.executable, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder, pattern) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize(("to", "missing"), [("gguf", "gguf"), ("onnx", "onnxruntime")])

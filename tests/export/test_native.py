@@ -135,3 +135,27 @@ def test_shards_of_any_name_are_exported(tmp_path):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     twin = AutoModelForCausalLM.from_pretrained(export_native(tmp_path / "model", tmp_path / "twin"))
     assert torch.equal(twin(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_the_model_does_not_load_are_reported_and_not_copied(sharded, tmp_path, caplog):
+    model, folder = tiny_model(vocab_size=258), tmp_path / "model"
+    save_model_files(model, byte_tokenizer(), folder)
+    stray = ["adapter_model.safetensors", "model-00009-of-00009.safetensors"]
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="20KB")
+    else:
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "adapter_model.safetensors"}}')
+        stray.append("model.safetensors.index.json")
+    loaded = {file.name for file in folder.glob("model*.safetensors")}
+    for name in stray[:2]:
+        save_file({"x": torch.zeros(1)}, folder / name)
+    twin = export_native(folder, tmp_path / "twin")
+    assert {file.name for file in twin.glob("*.safetensors")} == loaded
+    assert (twin / "model.safetensors.index.json").exists() == sharded
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(twin)(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits
+    )
+    (line,) = caplog.messages
+    assert line == f"{folder}: not copied, because the model does not load them: {', '.join(stray)}"

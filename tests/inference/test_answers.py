@@ -56,7 +56,7 @@ def test_answers_generated_together_equal_those_generated_alone(batch_size, mode
             expected.append(tokenizer.decode(new, skip_special_tokens=True))
             ended += bool({*new} & {*(ends if isinstance(ends, list) else [ends])})
         assert generate_answers(model, tokenizer, prompts(), 20, batch_size) == (expected, ended)
-    assert 0 < ended and len({*expected}) > 1
+    assert ended > 0 and len({*expected}) > 1
 
 
 def test_exact_ignores_surrounding_white_space_and_has_a_wilson_interval():

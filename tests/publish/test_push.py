@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants, login
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf import doctor
@@ -215,6 +216,33 @@ def test_shards_are_uploaded_with_their_index(run_folder, hub, tmp_path):
     assert set(uploaded(hub, "user/tiny")) == MODEL - {"model.safetensors"} | shards | {"model.safetensors.index.json"}
 
 
+def test_exactly_the_shards_of_the_index_are_uploaded(run_folder, hub, tmp_path, caplog):
+    """Shards may have any name; other weights are reported, and `minigpt push` rejects a folder that has them."""
+    folder = tmp_path / "model"
+    shutil.copytree(run_folder / "model", folder)
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    names = load_file(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")})
+    )
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"stray")
+    push_folder(folder, "user/tiny")
+    weights = {"part.safetensors", "model.safetensors.index.json"}
+    assert set(uploaded(hub, "user/tiny")) == MODEL - {"model.safetensors"} | weights
+    name = "model-00001-of-00001.safetensors"
+    assert f"{folder}: not uploaded, because the model does not load them: {name}" in caplog.messages
+
+
+def test_an_index_that_names_files_outside_the_folder_is_not_followed(run_folder, hub, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(run_folder / "model", folder)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../outside.safetensors"}}')
+    with pytest.raises(ValueError, match="names files outside the folder"):
+        push_folder(folder, "user/tiny")
+    assert not any(request.path.startswith("/api/repos/create") for request in hub.requests)
+
+
 def test_a_private_repository_is_private_or_rejected(run_folder, hub, capsys):
     assert push(capsys, run_folder / "model", "--repo-id", "user/hidden", "--private")[0] == 0
     assert hub.repository("user/hidden").private
@@ -247,7 +275,7 @@ def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, h
     model = run_folder / "model"
     cases = [
         ([half, "--repo-id", "user/tiny"], "half: not a model folder: tokenizer.json missing"),
-        ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: not a model folder: "),
+        ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: no such folder; give a model folder"),
         ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),
         ([model, "--repo-id", "user/tiny", "--native", "--revision", "native"], "is the branch of the twin"),

@@ -1,5 +1,6 @@
 """`--minutes` and `--size` choose the settings that are not given, by rules that can be computed manually."""
 
+import json
 import logging
 import re
 import time
@@ -236,6 +237,28 @@ def test_a_setting_that_is_switched_off_counts_as_given_when_resuming(flag, name
     if name == "muon":  # another architecture cannot be resumed
         assert main([*argv, "--output_dir", str(interrupted), flag, "--allow_change", name]) == 0
         assert yaml.safe_load((interrupted / "recipe.yaml").read_text())["muon"] is False
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--minutes", "5.0"), ("--size", "800k")])
+def test_another_budget_of_a_run_that_has_begun_is_rejected_because_it_would_have_no_effect(
+    flag, value, sized, tmp_path, capsys
+):
+    """The message contains the flags that change the number of steps instead."""
+    argv, finished = sized
+    run, name = tmp_path / "run", flag.removeprefix("--")
+    go_back(finished, run, 1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    if flag == "--minutes":  # excludes --size, --max_steps and --eval_steps
+        argv = ["train", *argv[5:-2]]
+    argv = [*argv, "--output_dir", str(run), flag, value]
+    assert main([*argv, "--allow_change", "size", "minutes", "max_steps"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train: ")]
+    assert f"{name} was {'None' if flag == '--minutes' else '110k'} and is {value}" in line
+    assert "has no effect" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    instead = line[line.index("--recipe") :].replace("N", "3").split()
+    assert main(["train", *instead, "--output_dir", str(run), "--use_cpu"]) == 0
+    assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["steps"] == 3
 
 
 @pytest.mark.parametrize(

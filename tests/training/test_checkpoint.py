@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,6 @@ import torch
 import torture
 from safetensors.torch import load_file
 
-from minigpt_hf import atomic
 from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
 from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
@@ -117,27 +117,27 @@ def test_a_damaged_checkpoint_is_reported_in_one_line_and_the_final_state_is_equ
 def test_a_save_interrupted_at_any_point_leaves_the_previous_checkpoint(finished, tmp_path, monkeypatch):
     """The save is interrupted after 0, 1, 2, … files have been fsynced, and before the rename."""
     files = [path for path in (finished / "checkpoint-8").iterdir() if path.name != MANIFEST]
-    real = atomic.fsync
+    real = os.fsync
     for num_synced in range(len(files) + 3):
         run = tmp_path / str(num_synced)
         shutil.copytree(finished / "checkpoint-6", run / "checkpoint-6")
         left = num_synced
 
-        def interrupted_fsync(path):
+        def interrupted_fsync(descriptor):
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
-            real(path)
+            real(descriptor)
 
-        monkeypatch.setattr(atomic, "fsync", interrupted_fsync)
+        monkeypatch.setattr(os, "fsync", interrupted_fsync)
         try:
             with atomic_checkpoint(run / "checkpoint-8") as folder:
                 for file in files:
                     shutil.copy(file, folder)
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr(atomic, "fsync", real)
+        monkeypatch.setattr(os, "fsync", real)
         found, lines = newest_valid(RunFolder(run))
         assert lines == []
         # The rename follows the fsync of all files, the manifest and the folder.
@@ -244,20 +244,21 @@ TRAINING_STEP = MiniGPTTrainer.training_step
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="resolves the paths of file descriptors in /proc")
 @pytest.mark.parametrize("fails_at", range(10))
 def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
     """ENOSPC in the fsync of the n-th file of the second checkpoint."""
-    folder, count, real = tmp_path / "run", 0, atomic.fsync
+    folder, count, real = tmp_path / "run", 0, os.fsync
 
-    def full(path):
+    def full(descriptor):
         nonlocal count
-        if "checkpoint-4" in str(path):
+        if "checkpoint-4" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             count += 1
             if count > fails_at:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        real(path)
+        real(descriptor)
 
-    monkeypatch.setattr(atomic, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert train(recipe, words, folder) == 28
     err = capsys.readouterr().err
     assert "not enough disk space for checkpoint-4: it needs about" in err
@@ -265,7 +266,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert verification_error(folder / "checkpoint-2") is None
     assert not (folder / ".unfinished").exists()
-    monkeypatch.setattr(atomic, "fsync", real)
+    monkeypatch.setattr(os, "fsync", real)
     assert train(recipe, words, folder) == 0
     assert rows(folder) == rows(finished)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
@@ -302,6 +303,60 @@ def test_the_disk_space_required_is_about_that_of_the_checkpoints(finished, monk
     for free, code in ((2 * size, 28), (int(1.6 * 2 * size) + model, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert train(recipe, words, tmp_path / f"{code}", *flags) == code
+
+
+# -- a file size limit ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limit_file_size():
+    """A function that sets the file size limit of this process, `ulimit -f`, until the end of the test."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"),
+    [(20_000, "modeling_minigpt.py"), (100_000, "model.safetensors"), (160_000, "optimizer.pt")],
+)
+def test_a_file_size_limit_leaves_the_previous_checkpoint(
+    limit, file, recipe, words, finished, tmp_path, capsys, monkeypatch, limit_file_size
+):
+    """The limit is lowered in step 4; the writers of the first file beyond it report this in different ways."""
+    assert (finished / "checkpoint-4" / file).stat().st_size > limit
+    folder, real = tmp_path / "run", MiniGPTTrainer.training_step
+
+    def limited(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            limit_file_size(limit)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", limited)
+    assert train(recipe, words, folder) == 28
+    err = capsys.readouterr().err
+    cause = f"checkpoint-4: a file is larger than the file size limit of this process ({limit:,} bytes, `ulimit -f`)"
+    assert cause in err
+    assert err.count("\n") == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert verification_error(folder / "checkpoint-2") is None
+    assert not (folder / ".unfinished").exists()
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
+    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert train(recipe, words, folder) == 0
+    assert rows(folder) == rows(finished)
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+def test_a_file_size_limit_below_the_size_of_the_weights_is_reported_before_the_first_step(
+    recipe, words, tmp_path, capsys, limit_file_size
+):
+    limit_file_size(100_000)
+    assert train(recipe, words, tmp_path / "run") == 28
+    captured = capsys.readouterr()
+    assert "the file size limit of this process (100,000 bytes, `ulimit -f`)" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "step" not in captured.out
 
 
 # -- non-finite losses ------------------------------------------------------------------------------------------------

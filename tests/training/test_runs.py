@@ -288,14 +288,15 @@ def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finishe
     assert files_of(folder) == before
 
 
-@pytest.mark.parametrize("difference", ["text", "number of steps"])
+@pytest.mark.parametrize("difference", ["text", "number of steps", "seed", "learning rate"])
 def test_the_model_of_another_run_is_renamed_and_that_of_the_run_published(
     difference, recipe, words, finished, tmp_path, capsys
 ):
     folder, other, reversed_words = shutil.copytree(finished, tmp_path / "run"), tmp_path / "other", tmp_path / "w.txt"
     reversed_words.write_text(words.read_text()[::-1])
-    data, steps = (reversed_words, "8") if difference == "text" else (words, "6")
-    assert train(recipe, data, other, "--max_steps", steps) == 0
+    data = reversed_words if difference == "text" else words
+    flags = {"number of steps": ["--max_steps", 6], "seed": ["--seed", 7], "learning rate": ["--learning_rate", 1e-3]}
+    assert train(recipe, data, other, *flags.get(difference, [])) == 0
     shutil.rmtree(folder / "model")
     shutil.copytree(other / "model", folder / "model")
     assert train(recipe, words, folder) == 0
