@@ -31,6 +31,7 @@ BENCHMARKS = {
     "scaling": "validation loss against learning rate at several widths",
     "generate": "generation throughput in tokens/s, compared with Qwen3, nanoGPT's sampler and memory bandwidth",
     "busy": "training speed next to one and three busy loops per core, by OpenMP policy",
+    "chat": "fine-tuning on packed conversations, compared with TRL's padded batches",
     "attention": "attention of the positional heads before and after training",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }

@@ -11,9 +11,12 @@ import torch
 import yaml
 from benchmarks import ablation, attention, busy, data, hf_peer, learn, nanogpt, scaling, throughput, trial
 from benchmarks.process import timed
+from transformers import AutoTokenizer
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.blocks import SequenceDataset
+from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
+from minigpt_hf.data.conversations import messages_of
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from tests.conftest import random_ids, tiny_model
@@ -263,3 +266,20 @@ def test_attention_by_distance_is_the_mean_of_the_diagonals():
     weights = model(ids, output_attentions=True).attentions[1]
     pairs = [weights[b, 1, t, t - 5].item() for b in range(2) for t in range(attention.CONTEXT, 24)]
     assert found[1, 1, 5].item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+
+
+def test_the_chat_benchmark_counts_the_tokens_of_conversations_and_starts_at_the_loss_of_the_model(
+    run_folder, tmp_path, capsys
+):
+    rows = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(30)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["chat", "--data", file, "--model", run_folder / "model", "--conversations", 20, "--rounds", 1]
+    assert benchmark.main([str(word) for word in [*argv, "--block_size", 64, "--batch_size", 2, "--json"]]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["conversations"] == 20
+    tokenizer = with_chat_tokens(AutoTokenizer.from_pretrained(run_folder / "model"))
+    chat_format = ChatFormat(tokenizer)
+    encoded = [chat_format.encode(messages_of(row)) for row in rows[:20]]
+    assert result["tokens"] == sum(len(ids) - 2 for ids in encoded)
+    assert result["training"][0]["rows"] == "packed" and result["training"][0]["loss_before_training"] > 0

@@ -20,6 +20,7 @@ TOKENIZER = (
     "vocabulary",
     "special tokens",
     "end of text",
+    "chat format",
     "fingerprint",
 )
 MEMORY = 4 << 30  # bytes; more than any tokenizer needs

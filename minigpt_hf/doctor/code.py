@@ -160,7 +160,7 @@ def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
 @check("chat template")
 def chat_template(folder: Folder) -> Row:
     """A chat template is a program: it must parse, and access nothing but its inputs."""
-    templates = list(_chat_templates(folder))
+    templates = list(chat_templates(folder))
     if not templates:
         raise NotApplicable("no chat template")
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
@@ -179,9 +179,9 @@ def chat_template(folder: Folder) -> Row:
     return passed("parses, and accesses no private attribute or other file")
 
 
-def _chat_templates(folder: Folder) -> Iterator[tuple[str, str]]:
+def chat_templates(folder: Folder) -> Iterator[tuple[str, str]]:
     for name in folder.files:
-        if name == "chat_template.jinja" or name.startswith("additional_chat_templates/"):
+        if name == "chat_template.jinja" or name.startswith("additionalchat_templates/"):
             yield name, folder.text(name)
     value = folder.json_if_there("tokenizer_config.json").get("chat_template")
     for entry in value if isinstance(value, list) else [value]:

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from .code import GENERATION_TAG, chat_template, chat_templates
 from .config import size
 from .folder import Folder, Unreadable, is_minigpt
-from .row import NotApplicable, Row, check, failed, passed, some
+from .row import NotApplicable, Row, check, failed, in_one_line, passed, some
 
 TEXTS = (
     "Hello, world! It's 2026.",
@@ -133,6 +135,45 @@ def end_of_text(folder: Folder) -> Row:
     return passed(f"{text!r} ({number}) stops `generate`")
 
 
+@check("chat format")
+def chat_format(folder: Folder) -> Row:
+    """In the ids of a conversation, the answer follows those of the prompt, and then a token that stops `generate`."""
+    templates = [template for place, template in chat_templates(folder) if place == "chat_template.jinja"]
+    if not templates:
+        raise NotApplicable("no chat_template.jinja")
+    if chat_template(folder).state == "fail":
+        raise NotApplicable("not rendered, because `chat template` failed")
+    tokenizer = load(folder)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    question = {"role": "user", "content": "2"}
+    answer = texts_of(tokenizer)[0]
+
+    def ids(messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt, **specials(folder)}
+        text = environment.from_string(GENERATION_TAG.sub("", templates[0])).render(values)
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    try:
+        prompt = ids([question], True)
+        whole = ids([question, {"role": "assistant", "content": answer}], False)
+    except Exception as error:  # of the template, or of `tokenizers` for a character without an id
+        return failed(f"a conversation cannot be encoded: {in_one_line(error)}", "correct the template")
+    if whole[: len(prompt)] != prompt:
+        return failed(
+            "the ids of a prompt are not the start of those of the conversation",
+            "end the prompt where the answer starts",
+        )
+    settings = folder.json_if_there("generation_config.json")
+    stops = settings.get("eos_token_id", folder.json("config.json").get("eos_token_id"))
+    after = whole[len(prompt) + len(tokenizer.encode(answer, add_special_tokens=False).ids) :]
+    if not after or after[0] not in (stops if isinstance(stops, list) else [stops]):
+        token = tokenizer.id_to_token(after[0]) if after else None
+        return failed(f"an answer ends with {token!r}, which does not stop `generate`", "add its id to eos_token_id")
+    return passed(f"an answer follows its prompt and ends with {tokenizer.id_to_token(after[0])!r}")
+
+
 @check("fingerprint")
 def fingerprint(folder: Folder) -> Row:
     """Compare the hash of the tokenizer with the one that training stored in `minigpt.json`."""
@@ -152,7 +193,7 @@ def fingerprint(folder: Folder) -> Row:
     return passed(f"{found[:12]}…, as in minigpt.json")
 
 
-CHECKS = (loads, round_trip, vocabulary, distinct, end_of_text, fingerprint)
+CHECKS = (loads, round_trip, vocabulary, distinct, end_of_text, chat_format, fingerprint)
 
 
 def rows(path: Path) -> Iterator[Row]:

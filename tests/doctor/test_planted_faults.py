@@ -226,6 +226,27 @@ def a_docstring_that_looks_like_an_import(folder: Broken):
     folder.append("modeling_minigpt.py", '\n"""\nfrom .there import nothing\n"""\n')
 
 
+@plant("chat format", reason="an answer ends with None, which does not stop")
+def a_chat_template_without_an_end_of_the_answer(folder: Broken):
+    folder.write("chat_template.jinja", "{% for message in messages %}{{ message.content }}{% endfor %}")
+
+
+@plant("chat format", reason="an answer ends with .*, which does not stop")
+def a_chat_template_with_an_end_that_does_not_stop(folder: Broken):
+    folder.write("chat_template.jinja", "{% for message in messages %}{{ message.content }}|{% endfor %}")
+
+
+@plant("chat format", reason="the ids of a prompt are not the start")
+def a_chat_template_with_another_prompt_than_conversation(folder: Broken):
+    ending = "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    folder.write("chat_template.jinja", "{% for message in messages %}{{ message.content }}" + ending)
+
+
+@plant("chat format", reason="a conversation cannot be encoded: UndefinedError")
+def a_chat_template_that_does_not_render(folder: Broken):
+    folder.write("chat_template.jinja", "{{ messages[9].content.text }}")
+
+
 @plant("chat template", reason="chat_template.jinja does not parse")
 def a_chat_template_without_an_end_tag(folder: Broken):
     folder.write("chat_template.jinja", "{% for message in messages %}{{ message.content }}")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import minigpt_hf
+from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.chat_format import CHAT_TEMPLATE
 from tests.conftest import ROOT
@@ -77,6 +78,7 @@ def test_the_published_model_stops_at_the_end_of_an_answer_and_has_the_template(
     assert tokenizer.chat_template == CHAT_TEMPLATE
     old = AutoModelForCausalLM.from_pretrained(run_folder / "model")
     assert model.config.vocab_size == old.config.vocab_size + 2 == len(tokenizer)
+    assert doctor.failures(doctor.examine(chat_run / "model")) == []
     answer = pipeline("text-generation", model=str(chat_run / "model"))(
         [{"role": "user", "content": "3 + 1"}], max_new_tokens=5
     )
