@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "data": {"atomic", "trust"},
     "inference": {"data.tokenizer", "trust"},
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
-    "publish": {"atomic", "export.native", "model", "trust"},
+    "publish": {"atomic", "model", "trust"},
     "export": {"atomic", "data", "model", "publish.model_folder", "trust", "inference"},
     "integrations": {"data", "publish.model_folder"},
     "doctor": set(),

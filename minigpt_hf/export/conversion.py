@@ -17,7 +17,7 @@ from ..trust import checked_folder, loading
 
 
 def load_model(folder: Path) -> MiniGPTForCausalLM:
-    """Load the model of a MiniGPT folder in the dtype of its weights and in evaluation mode.
+    """Load the model of a MiniGPT folder, or of its native twin, in the dtype of its weights and in evaluation mode.
 
     Attention is eager: which SDPA kernel is used depends on the mask, and the kernels round differently.
 
@@ -30,8 +30,8 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         raise MiniGPTError(f"{folder}: it has no config.json; give a model folder")
     checked_folder(str(folder))
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != MiniGPTConfig.model_type:
-        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT models can be exported")
+    if model_type not in (MiniGPTConfig.model_type, "qwen3"):
+        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT and Qwen3 models can be exported")
     with loading(str(folder)):
         model, report = MiniGPTForCausalLM.from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True

@@ -30,10 +30,10 @@ from transformers import (
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..model.native import qwen3_settings
 from ..trust import read_metadata
 from .conversion import atomic_folder, check_context, has_sliding_window, load_model, longest_full_context, verify
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
-from .native import qwen3_settings
 
 VERIFIED = "transformers reads the same weights and token ids from the GGUF file"
 
@@ -145,7 +145,7 @@ def _write(
     dtype: str,
     context: int,
 ) -> None:
-    settings, (kind, file_type) = qwen3_settings(model), KINDS[dtype]
+    settings, (kind, file_type) = qwen3_settings(model.config), KINDS[dtype]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3])
     writer.add_name(name)
     writer.add_file_type(file_type)
@@ -196,7 +196,7 @@ def _verify(
 ) -> None:
     """Compare what the readers of transformers and `gguf` find in the file with the model."""
     read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).to_dict()
-    settings = {**qwen3_settings(model), "max_position_embeddings": context}
+    settings = {**qwen3_settings(model.config), "max_position_embeddings": context}
     for name in (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("vocab_size", "max_position_embeddings", "tie_word_embeddings"),

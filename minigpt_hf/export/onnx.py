@@ -23,8 +23,9 @@ from transformers import DynamicCache
 
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..model.native import qwen3_settings
 from .conversion import atomic_folder, check_context, load_model, verify
-from .native import comparison_ids, qwen3_settings
+from .native import comparison_ids
 from .onnx_runner import Runner, cache_names
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
@@ -88,7 +89,9 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
     with atomic_folder(out) as unfinished:
         (unfinished / "onnx").mkdir()
         _write(unfinished / "onnx" / "model.onnx", model)
-        settings = qwen3_settings(model) | ({"max_position_embeddings": context} if context else {})
+        settings = qwen3_settings(model.config) | {"dtype": "float32"}
+        if context:
+            settings["max_position_embeddings"] = context
         if (stops := model.generation_config.eos_token_id) is not None:  # where `generate` stops
             settings["eos_token_id"] = stops
         (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

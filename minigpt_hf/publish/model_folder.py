@@ -19,14 +19,14 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from .card import render_card
 
+CODE = ("configuration_minigpt.py", "modeling_minigpt.py")
 REQUIRED = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
-    "configuration_minigpt.py",
-    "modeling_minigpt.py",
+    *CODE,
     "README.md",
     "minigpt.json",
 )

@@ -1,12 +1,16 @@
 """Upload a model folder to a repository on the Hub.
 
-Only files that belong to a model folder are uploaded, in one commit, so a branch is updated completely or not at all.
-huggingface_hub reads the token (`hf auth login` or HF_TOKEN); this module never stores or logs it.
+`main` is the native twin: it loads without remote code, everywhere. The model folder itself, with the readable code, is the
+branch `minigpt`. A single branch could not serve both: if `config.json` refers to code, the Hub displays every example with
+`trust_remote_code=True`, and transformers asks for permission where Qwen3 has no class for an entry of `auto_map`.
+
+Only files that belong to a model folder are uploaded, in one commit per branch, so a branch is updated completely or not at
+all. huggingface_hub reads the token (`hf auth login` or HF_TOKEN); this module never stores or logs it.
 """
 
+import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,11 +22,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.native import qwen3_settings
 from ..trust import read_metadata
 from .card import render_card
-from .model_folder import OPTIONAL, REQUIRED, published_files
+from .model_folder import CODE, OPTIONAL, REQUIRED, published_files
 
 logger = logging.getLogger(__name__)
+
+CODE_BRANCH = "minigpt"
 
 # Files that no model folder has, and that `from_pretrained` would read next to its files.
 FOREIGN = (
@@ -50,49 +57,32 @@ def push_folder(
     repo_id: str,
     revision: str | None = None,
     private: bool = False,
-    native: bool = False,
     checked: dict[Path, tuple[int, ...]] | None = None,
 ) -> list[str]:
-    """Upload a model folder, and optionally its native twin to the branch `native`.
+    """Upload a model folder: its native twin, and, next to `main`, the folder itself as branch `minigpt`.
 
     Args:
         repo_id: USER/NAME; created if it does not exist.
         revision: Branch; created if it does not exist. Default: `main`.
         private: Create a private repository.
-        native: Also upload the native twin, which needs no remote code.
         checked: Result of `file_states` before the folder was checked; nothing is uploaded if a file has changed since.
 
     Returns:
         The URL of each updated branch.
 
     Raises:
-        MiniGPTError: if the folder is incomplete or has changed, or the arguments contradict each other.
+        MiniGPTError: if the folder is incomplete or has changed, or `revision` is `minigpt`.
         OSError: if the Hub rejects the request or cannot be reached.
     """
     check_complete(folder)
-    if native and revision == "native":
+    check_revision(revision)
+    repo_id = open_repository(repo_id, private)
+    card = card_for(folder, repo_id)
+    if checked is not None and file_states(folder) != checked:
         raise MiniGPTError(
-            "--revision native is the branch of the twin that --native uploads: choose another branch, or omit --native"
+            f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        branches = [(revision, folder)]
-        if native:
-            from ..export.native import export_native  # imports the model classes of transformers
-
-            branches.append(("native", export_native(folder, Path(scratch) / "native")))
-        repo_id = open_repository(repo_id, private)
-        card = card_for(folder, repo_id)
-        if checked is not None and file_states(folder) != checked:
-            raise MiniGPTError(
-                f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
-            )
-        urls: list[str] = []
-        for branch, source in branches:
-            try:
-                urls.append(commit_folder(source, repo_id, branch, card=card))
-            except OSError as error:
-                raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
-        return urls
+    return commit_folder(folder, repo_id, revision, card=card)
 
 
 def open_repository(repo_id: str, private: bool = False) -> str:
@@ -115,30 +105,47 @@ def open_repository(repo_id: str, private: bool = False) -> str:
 
 def commit_folder(
     folder: Path, repo_id: str, revision: str | None = None, message: str = "Upload model", card: str | None = None
-) -> str:
-    """Update a branch to the content of a model folder in one commit, and return its URL.
-
-    Files that transformers would read in addition to those of the folder are deleted, and named in the log: old shards would
-    be loaded instead of the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files of the
-    repository are not changed.
+) -> list[str]:
+    """Update a branch to the native twin of a model folder, and, after `main`, the branch `minigpt` to the folder itself.
 
     Args:
         message: Commit message.
         card: Content to upload instead of the folder's `README.md`.
+
+    Returns:
+        The URL of each updated branch.
     """
-    api, branch = HfApi(), revision or "main"
+    files: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in published_files(folder)}
+    if card is not None:
+        files["README.md"] = card.encode()
+    config = json.dumps(qwen3_settings(MiniGPTConfig.from_pretrained(folder)), indent=2) + "\n"
+    native = {name: file for name, file in files.items() if name not in CODE} | {"config.json": config.encode()}
+    branches = {revision or "main": native}
+    if "main" in branches:
+        branches[CODE_BRANCH] = files
+    urls: list[str] = []
+    for branch, content in branches.items():
+        try:
+            urls.append(_commit(content, repo_id, branch, message))
+        except OSError as error:
+            raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
+    return urls
+
+
+def _commit(content: dict[str, Path | bytes], repo_id: str, branch: str, message: str) -> str:
+    """Update a branch to a set of files in one commit, and return its URL.
+
+    Files that transformers would read in addition are deleted, and named in the log: old shards would be loaded instead of
+    the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files are not changed.
+    """
+    api = HfApi()
     with hub_errors(repo_id):
-        if branch == "native":  # starts at the initial commit, so that it does not contain the code of `main`
+        if branch == CODE_BRANCH:  # starts at the initial commit, so that it contains no other files of `main`
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
         elif branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         current = api.model_info(repo_id, revision=branch)
-        content: dict[str, Path | bytes] = {
-            file.relative_to(folder).as_posix(): file for file in published_files(folder)
-        }
-        if card is not None:
-            content["README.md"] = card.encode()
         assert current.siblings is not None  # `model_info` lists the files of the revision
         paths = [file.rfilename for file in current.siblings]
         stale = [path for path in paths if _is_read_by_loaders(path) and path not in content]
@@ -190,6 +197,18 @@ def check_complete(folder: Path) -> None:
         raise MiniGPTError(f"{folder}: not a model folder: {', '.join(missing)} missing")
     if links := [file for file in folder.rglob("*") if file.is_symlink()]:
         raise MiniGPTError(f"{links[0]}: is a link; replace it by the file")
+
+
+def check_revision(revision: str | None) -> None:
+    """Check that a branch is not the one that holds the code.
+
+    Raises:
+        MiniGPTError: otherwise.
+    """
+    if revision == CODE_BRANCH:
+        raise MiniGPTError(
+            f"the branch {CODE_BRANCH} holds the code and is updated with main: choose another branch, or omit it"
+        )
 
 
 def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:

@@ -77,12 +77,12 @@ def test_the_snippets_of_a_card_run_in_its_folder_and_continue_the_prompt(
 def test_the_snippets_of_a_pushed_card_load_it_from_the_hub(run_folder, hub, tmp_path, monkeypatch, capsys):
     push_folder(run_folder / "model", "user/tiny")
     card = hub.files("user/tiny", "main")["README.md"].decode()
-    remote, packaged = blocks(card, "python")
-    assert '"user/tiny"' in remote
+    native, readable = blocks(card, "python")
     assert '"."' not in card
     env = {"HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
-    assert run_in_a_new_process(WITHOUT_THE_PACKAGE + remote, tmp_path, tmp_path, **env).startswith("def ")
-    assert run_in_a_new_process(packaged, tmp_path, tmp_path, **env).startswith("def ")
+    assert run_in_a_new_process(WITHOUT_THE_PACKAGE + native, tmp_path, tmp_path, **env).startswith("def ")
+    name = run_in_a_new_process(f"{WITHOUT_THE_PACKAGE}{readable}print(type(model))", tmp_path, tmp_path, **env)
+    assert name.startswith("<class 'transformers_modules.") and name.endswith(".MiniGPTForCausalLM'>\n")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(blocks(card, "bash")[0])[1:]) == 0
     assert capsys.readouterr().out.startswith("def ")

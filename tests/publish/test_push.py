@@ -12,16 +12,17 @@ import torch
 from huggingface_hub import ModelCard, constants, login
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minigpt_hf import doctor
+from minigpt_hf import MiniGPTConfig, doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
-from minigpt_hf.publish.model_folder import REQUIRED, published_files
+from minigpt_hf.model.native import qwen3_settings
+from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files
 from minigpt_hf.publish.push import push_folder
 from tests.conftest import random_ids, tiny_model
 from tests.hub_server import TOKEN
 
-MODEL = {*REQUIRED, "figures/loss.png", "figures/training.png"}
-CODE = {"configuration_minigpt.py", "modeling_minigpt.py"}
+FOLDER = {*REQUIRED, "figures/loss.png", "figures/training.png"}  # in the branch `minigpt`
+MODEL = FOLDER - {*CODE}  # in `main`
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,17 @@ def local(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in published_files(folder)}
 
 
+def native(folder) -> dict[str, bytes]:
+    """The files of `main`, except for the card."""
+    config = json.dumps(qwen3_settings(MiniGPTConfig.from_pretrained(folder)), indent=2) + "\n"
+    return {name: file for name, file in local(folder).items() if name not in CODE} | {"config.json": config.encode()}
+
+
+def pushed(hub, repo_id: str) -> str:
+    """The output of a successful push."""
+    return f"{hub.endpoint}/{repo_id}\n{hub.endpoint}/{repo_id}/tree/minigpt\n"
+
+
 def uploaded(hub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
     files = hub.files(repo_id, revision)
     del files[".gitattributes"]
@@ -79,19 +91,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ids, expected, commits, alone = torch.load(sys.argv[1])
 load = AutoModelForCausalLM.from_pretrained
-for where in ({}, {"revision": "old"}, {"revision": commits[0]}, {"revision": "main", "code_revision": commits[1]}):
-    model = load("user/tiny", trust_remote_code=True, **where)
-    assert type(model).__module__.startswith("transformers_modules"), type(model)
+code = {"trust_remote_code": True}
+for where in ({}, {"revision": "old"}, {"revision": commits[0]}, {"revision": "minigpt", **code}):
+    model = load("user/tiny", **where)
+    assert type(model).__module__.startswith("transformers_modules" if code.items() <= where.items() else "transformers.")
     assert torch.equal(model(ids).logits, expected), where
     assert model.generation_config.temperature == 0.8
-    tokenizer = AutoTokenizer.from_pretrained("user/tiny", trust_remote_code=True, **where)
+    tokenizer = AutoTokenizer.from_pretrained("user/tiny", **where)
     assert tokenizer.decode(tokenizer("def f(x):\\n").input_ids) == "def f(x):\\n"
-native = load("user/tiny", revision="native", trust_remote_code=False)
-assert type(native).__name__ == "Qwen3ForCausalLM"
-assert torch.equal(native(ids).logits, expected)
+assert torch.equal(load("user/tiny", revision="minigpt", code_revision=commits[1], **code)(ids).logits, expected)
 with open(hf_hub_download("user/tiny", "README.md")) as card:
-    snippet = re.search(r"```python\\n(.*?)```", card.read(), re.DOTALL)[1]
-exec(snippet)
+    snippets = re.findall(r"```python\\n(.*?)```", card.read(), re.DOTALL)
+for snippet in snippets:
+    exec(snippet)
 
 for commit, has_model, has_tokenizer in alone:  # pushed by `push_to_hub` of model and tokenizer, in turn
     if has_model:
@@ -107,15 +119,13 @@ print("all loaded")
 def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub, tmp_path, capsys):
     folder = run_folder / "model"
     assert push(capsys, folder, "--repo-id", "user/tiny", "--revision", "old")[0] == 0
-    code, out, err = push(capsys, folder, "--repo-id", "user/tiny", "--native")
-    assert (code, err) == (0, "")
-    assert out == f"{hub.endpoint}/user/tiny\n{hub.endpoint}/user/tiny/tree/native\n"
-    assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "native") == ["Upload model", "initial commit"]
-    assert set(uploaded(hub, "user/tiny")) == MODEL
-    twin = uploaded(hub, "user/tiny", "native")
-    assert set(twin) == MODEL - CODE
-    assert twin["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert "auto_map" not in json.loads(twin["config.json"])
+    code, out, err = push(capsys, folder, "--repo-id", "user/tiny")
+    assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
+    assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "minigpt") == ["Upload model", "initial commit"]
+    card = {"README.md": uploaded(hub, "user/tiny")["README.md"]}
+    for branch in ("main", "old"):
+        assert uploaded(hub, "user/tiny", branch) == native(folder) | card
+    assert uploaded(hub, "user/tiny", "minigpt") == local(folder) | card
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for _ in range(2):
@@ -132,7 +142,7 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
             assert files >= {"tokenizer_config.json", "README.md"}
     assert sum(has_model for _, has_model, _ in alone) == 2
     ids = random_ids(2, 40)
-    commits = [hub.repository("user/tiny").branches()[branch] for branch in ("main", "old")]
+    commits = [hub.repository("user/tiny").branches()[branch] for branch in ("main", "minigpt")]
     torch.save([ids, model(ids).logits, commits, alone], tmp_path / "expected.pt")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     hugging_face = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
@@ -150,7 +160,8 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
 def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp_path):
     push_folder(run_folder / "model", "user/tiny")
     card = uploaded(hub, "user/tiny")["README.md"].decode()
-    assert '.from_pretrained("user/tiny", trust_remote_code=True)' in card
+    assert 'pipeline("text-generation", model="user/tiny")' in card
+    assert '.from_pretrained("user/tiny", revision="minigpt", trust_remote_code=True)' in card
     assert ModelCard(card).data.eval_results
     shutil.copytree(run_folder / "model", tmp_path / "model")
     mine = (tmp_path / "model" / "README.md").read_text() + "\nWritten manually.\n"
@@ -193,8 +204,8 @@ def test_files_that_would_change_how_the_model_loads_are_deleted_and_named(run_f
 
 
 def test_a_failure_of_the_second_branch_names_the_branch_that_was_updated(run_folder, hub, capsys):
-    hub.fail("POST", "/commit/native", 400)
-    code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny", "--native")
+    hub.fail("POST", "/commit/minigpt", 400)
+    code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
     assert code == 2
     assert re.fullmatch(
         f"minigpt push: user/tiny: the Hub answered 400.*{hub.endpoint}/user/tiny was updated before\n", err
@@ -250,7 +261,7 @@ def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, h
         ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: not a model folder: "),
         ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),
-        ([model, "--repo-id", "user/tiny", "--native", "--revision", "native"], "is the branch of the twin"),
+        ([model, "--repo-id", "user/tiny", "--revision", "minigpt"], "the branch minigpt holds the code"),
         ([model, "--repo-id", "user/../tiny"], "Repo id must"),
         ([model], "--repo-id"),
     ]
@@ -296,8 +307,8 @@ def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retr
     shutil.copytree(run_folder / "model", earlier)
     tiny_model(vocab_size=300).save_pretrained(earlier)
     push_folder(earlier, "user/tiny")
-    before, now = uploaded(hub, "user/tiny"), local(run_folder / "model")
-    now["README.md"] = before["README.md"]
+    before = uploaded(hub, "user/tiny")
+    now = native(run_folder / "model") | {"README.md": before["README.md"]}
     assert before["model.safetensors"] != now["model.safetensors"]
 
     method, path, kind, message = FAULTS[fault]
@@ -308,7 +319,7 @@ def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retr
     hub.faults.clear()
     assert uploaded(hub, "user/tiny") == (now if kind == "lost" else before)
     code, out, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
-    assert (code, out, err) == (0, f"{hub.endpoint}/user/tiny\n", "")
+    assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
     assert uploaded(hub, "user/tiny") == now
     assert titles(hub, "user/tiny") == ["Upload model", "Upload model", "initial commit"]
 
@@ -318,7 +329,7 @@ def test_temporary_failures_and_slow_answers_are_retried(run_folder, hub, capsys
     hub.fail("POST", "/preupload/", 429, times=1)
     hub.fail("POST", "/commit/", "slow")
     code, out, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
-    assert (code, out, err) == (0, f"{hub.endpoint}/user/tiny\n", "")
+    assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
     assert set(uploaded(hub, "user/tiny")) == MODEL
 
 
@@ -353,7 +364,7 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
     flags = ["--hub_model_id", "tiny", "--hub_private_repo", "true", "--hub_always_push", "true", "--license", "mit"]
     assert train(recipe_file, text_file, run, *flags) == 0
     out = capsys.readouterr().out
-    assert out.endswith(f"the model is in {run / 'model'}\n{hub.endpoint}/user/tiny\n")
+    assert out.endswith(f"the model is in {run / 'model'}\n{pushed(hub, 'user/tiny')}")
     assert hub.repository("user/tiny").private
     assert titles(hub, "user/tiny") == [
         "Upload model",
@@ -424,7 +435,7 @@ def test_the_token_is_in_no_file_log_card_or_upload(recipe_file, text_file, hub,
     model = AutoModelForCausalLM.from_pretrained("user/tiny")
     model.push_to_hub("user/alone")
     hub.fail("POST", "/commit/", 403)
-    assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/again", "--native"]) == 2
+    assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/again"]) == 2
     hub.fail("POST", "/repos/create", 401)
     assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/more"]) == 2
     assert main(["train", "--hub_token", TOKEN, "--output_dir", "refused"]) == 2
