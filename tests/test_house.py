@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "inference": {"data.tokenizer", "trust"},
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
     "publish": {"atomic", "model", "trust"},
-    "export": {"atomic", "data", "model", "publish.model_folder", "trust", "inference"},
+    "export": {"atomic", "data", "model", "publish.card", "publish.model_folder", "trust", "inference"},
     "integrations": {"data", "publish.model_folder"},
     "doctor": set(),
     "api": EVERYTHING,

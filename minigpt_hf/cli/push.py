@@ -19,7 +19,19 @@ def parser() -> Parser:
         "--repo-id", "--repo_id", required=True, help="USER/NAME on the Hub; created if it does not exist"
     )
     parser.add_argument("--private", action="store_true", help="create a private repository")
-    parser.add_argument("--revision", help="branch; created if it does not exist (default: main, with the code in the branch minigpt)")
+    parser.add_argument(
+        "--revision", help="branch; created if it does not exist (default: main, with the code in the branch minigpt)"
+    )
+    parser.add_argument(
+        "--space",
+        nargs="?",
+        const="",
+        metavar="USER/NAME",
+        help="also create a Space with a demo (default: with the name of the model)",
+    )
+    parser.add_argument(
+        "--collection", help="also add the model to this collection: its slug, or a title; created if it does not exist"
+    )
     return parser
 
 
@@ -35,10 +47,15 @@ def run(argv: list[str]) -> None:
 
     quiet()
     folder = Path(args.folder)
+    space = args.repo_id if args.space == "" else args.space
     try:
-        validate_repo_id(args.repo_id)
+        for repo_id in (args.repo_id, space):
+            if repo_id is not None:
+                validate_repo_id(repo_id)
     except HFValidationError as error:
         raise MiniGPTError(str(error)) from error
+    if args.collection is not None and not args.collection.strip():
+        raise MiniGPTError("--collection is empty: give a title or a slug")
     check_complete(folder)
     check_revision(args.revision)
     checked = file_states(folder)
@@ -47,4 +64,5 @@ def run(argv: list[str]) -> None:
         raise MiniGPTError(
             f"{folder}: not uploaded, checks failed: {faults}; `minigpt doctor {folder}` prints the remedies"
         )
-    print(*push_folder(folder, args.repo_id, args.revision, args.private, checked), sep="\n")
+    urls = push_folder(folder, args.repo_id, args.revision, args.private, checked, space, args.collection)
+    print(*urls, sep="\n")

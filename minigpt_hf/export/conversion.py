@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoTokenizer
 
 from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..trust import checked_folder, loading
+from ..publish.card import code
+from ..trust import checked_folder, loading, read_metadata
 
 
 def load_model(folder: Path) -> MiniGPTForCausalLM:
@@ -98,6 +100,31 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_card(folder: Path, out: Path, library: str, text: str) -> None:
+    """Write the card of a converted model, whose metadata names the model it was converted from, if that is on the Hub.
+
+    Args:
+        library: The Hub's name of the library that reads the format.
+        text: What the folder contains, in Markdown.
+    """
+    metadata = read_metadata(folder)
+    if not metadata:
+        return
+    base = metadata["name"] if "/" in metadata["name"] else None
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,  # the Hub's relation for conversions, of any precision
+        language=metadata["language"] or None,
+        library_name=library,
+        license=metadata["license"],
+        pipeline_tag="text-generation",
+        tags=["minigpt"],
+    )
+    source = f"[{base}](https://huggingface.co/{base})" if base else code(metadata["name"])
+    card = f"---\n{data.to_yaml()}\n---\n\n{source}, converted by minigpt-hf {metadata['minigpt_version']}.\n\n{text}\n"
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def verify(is_true: bool, claim: str) -> None:

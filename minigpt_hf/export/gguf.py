@@ -32,7 +32,15 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
 from ..trust import read_metadata
-from .conversion import atomic_folder, check_context, has_sliding_window, load_model, longest_full_context, verify
+from .conversion import (
+    atomic_folder,
+    check_context,
+    has_sliding_window,
+    load_model,
+    longest_full_context,
+    verify,
+    write_card,
+)
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 
 VERIFIED = "transformers reads the same weights and token ids from the GGUF file"
@@ -47,7 +55,7 @@ BLOCK_SIZE = 32  # weights per scale in Q8_0
 
 
 def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int | None = None) -> Path:
-    """Write a GGUF file and its `Modelfile` to the folder `out` atomically, and return `out`.
+    """Write a GGUF file, its `Modelfile` and a card to the folder `out` atomically, and return `out`.
 
     Args:
         dtype: `float32`, `float16`, `bfloat16` or `q8_0`, for the matrices; norm weights are stored in float32, as llama.cpp
@@ -73,6 +81,8 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
         _write(file, name, model, tokenizer, vocabulary, eos_token_id, dtype, context)
         _verify(file, model, tokenizer, dtype, context)
+        text = f"`{file.name}`, for llama.cpp: matrices in {dtype}, at most {context:,} tokens of context."
+        write_card(folder, unfinished, "gguf", text)
         stop = tokenizer.decode([eos_token_id])
         (unfinished / "Modelfile").write_text(
             modelfile(file.name, model.generation_config, stop, context), encoding="utf-8"

@@ -1,7 +1,7 @@
 """Export as the native twin: a folder that transformers, mlx-lm and others load as `Qwen3ForCausalLM` without remote code.
 
-Only `config.json` differs from the model folder; weights and tokenizer are the same bytes. The export is verified: it loads
-with `trust_remote_code=False`, and its logits are equal bit for bit.
+Only `config.json` and the examples of the card differ from the model folder; weights and tokenizer are the same bytes. The
+export is verified: it loads with `trust_remote_code=False`, and its logits are equal bit for bit.
 """
 
 import filecmp
@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
+from ..publish.card import Place, card_for
+from ..trust import read_metadata
 from .conversion import atomic_folder, check_context, load_model, verify
 
 VERIFIED = "loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit"
 
-# Files copied unchanged: all but `config.json`, which is converted, and the two code files.
+# All but `config.json`, which is converted, and the two code files. Of these, only the card can change.
 COPIED = (
     *("*.safetensors", "model.safetensors.index.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -47,6 +49,8 @@ def export_native(folder: Path, out: Path, dtype: None = None, context: int | No
             for file in folder.glob(pattern):
                 (twin / file.relative_to(folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, twin / file.relative_to(folder))
+        if (folder / "README.md").is_file() and read_metadata(folder):
+            (twin / "README.md").write_text(card_for(folder, Place(native=True)), encoding="utf-8")
         _write_json(twin / "config.json", qwen3_settings(model.config, context))
         if context is not None:
             settings = json.loads((twin / "tokenizer_config.json").read_text(encoding="utf-8"))

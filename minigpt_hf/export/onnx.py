@@ -24,11 +24,12 @@ from transformers import DynamicCache
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
-from .conversion import atomic_folder, check_context, load_model, verify
+from .conversion import atomic_folder, check_context, load_model, verify, write_card
 from .native import comparison_ids
 from .onnx_runner import Runner, cache_names
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
+CARD = "`onnx/model.onnx`, for onnxruntime and transformers.js. `run_onnx.py` generates text without torch."
 RUNNER = Path(__file__).with_name("onnx_runner.py")
 TOLERANCE = 1e-4  # absolute, per logit; the order of float32 summation causes differences of about 1e-5
 PROMPTS, NEW_TOKENS = 20, 32
@@ -99,6 +100,7 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
         shutil.copyfile(RUNNER, unfinished / "run_onnx.py")
+        write_card(folder, unfinished, "transformers.js", CARD)
         _verify(unfinished, model)
     return out
 

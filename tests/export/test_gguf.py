@@ -40,7 +40,7 @@ def tensors_of(out) -> dict[str, gguf.ReaderTensor]:
 def test_a_trained_folder_is_read_by_transformers_and_gives_the_same_logits(run_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
     out = export_gguf(run_folder / "model", tmp_path / "out", context=33)
-    assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "tiny-F32.gguf"]
+    assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "README.md", "tiny-F32.gguf"]
     theirs = Qwen3ForCausalLM.from_pretrained(
         out, gguf_file="tiny-F32.gguf", config=Qwen3Config(**qwen3_settings(model.config, 33)), dtype=torch.float32
     )

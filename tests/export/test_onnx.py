@@ -31,7 +31,7 @@ def test_the_folder_is_self_contained(exported):
     files = {str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()}
     assert files == {
         *("onnx/model.onnx", "run_onnx.py", "config.json", "generation_config.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "README.md"),
     }
 
 

@@ -77,7 +77,10 @@ def test_main_loads_in_a_clean_process_by_pipelines_and_every_auto_class(run_fol
     assert done.returncode == 0, done.stderr
     for word in ("[y/N]", "trust_remote_code", "model of type", "custom code"):
         assert word not in done.stdout + done.stderr
-    model, tokenizer = MiniGPTForCausalLM.from_pretrained(run_folder / "model"), AutoTokenizer.from_pretrained(published)
+    model, tokenizer = (
+        MiniGPTForCausalLM.from_pretrained(run_folder / "model"),
+        AutoTokenizer.from_pretrained(published),
+    )
     inputs = tokenizer("def f", return_tensors="pt")
     tokens = model.generate(**inputs, generation_config=GREEDY)[0, inputs.input_ids.shape[1] :]
     assert json.loads(done.stdout) == tokenizer.decode(tokens)
@@ -97,7 +100,9 @@ def test_our_class_loads_main_without_a_warning_and_saves_a_model_folder(run_fol
     assert torch.equal(loaded(random_ids(2, 80)).logits, local(random_ids(2, 80)).logits)
     loaded.save_pretrained(tmp_path / "saved")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) is MiniGPTForCausalLM
-    saved, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "saved", run_folder / "model"))
+    saved, original = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "saved", run_folder / "model")
+    )
     assert saved == original
 
 
@@ -186,7 +191,10 @@ def test_a_lora_adapter_of_our_model_fits_main_and_is_saved_with_its_name(run_fo
             torch.nn.init.normal_(parameter)
     ours.save_pretrained(tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (settings["base_model_name_or_path"], sorted(settings["target_modules"])) == (published, ["q_proj", "v_proj"])
+    assert (settings["base_model_name_or_path"], sorted(settings["target_modules"])) == (
+        published,
+        ["q_proj", "v_proj"],
+    )
     native = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(published), tmp_path / "adapter")
     ids = random_ids(2, 40)
     assert torch.equal(native.eval()(ids).logits, ours.eval()(ids).logits)

@@ -64,9 +64,16 @@ def local(folder) -> dict[str, bytes]:
 
 
 def native(folder) -> dict[str, bytes]:
-    """The files of `main`, except for the card."""
+    """The files of `main` of `user/tiny`, except for the card."""
     config = json.dumps(qwen3_settings(MiniGPTConfig.from_pretrained(folder)), indent=2) + "\n"
-    return {name: file for name, file in local(folder).items() if name not in CODE} | {"config.json": config.encode()}
+    files = {name: content for name, content in named(folder).items() if name not in CODE}
+    return files | {"config.json": config.encode()}
+
+
+def named(folder) -> dict[str, bytes]:
+    """The files of a model folder with the name `user/tiny`."""
+    metadata = {**json.loads((folder / "minigpt.json").read_text()), "name": "user/tiny"}
+    return local(folder) | {"minigpt.json": (json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def pushed(hub, repo_id: str) -> str:
@@ -125,7 +132,7 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
     card = {"README.md": uploaded(hub, "user/tiny")["README.md"]}
     for branch in ("main", "old"):
         assert uploaded(hub, "user/tiny", branch) == native(folder) | card
-    assert uploaded(hub, "user/tiny", "minigpt") == local(folder) | card
+    assert uploaded(hub, "user/tiny", "minigpt") == named(folder) | card
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for _ in range(2):
