@@ -14,7 +14,7 @@ from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..publish.card import code
+from ..publish.card import hub_id
 from ..trust import checked_folder, loading, read_metadata
 
 
@@ -110,20 +110,18 @@ def write_card(folder: Path, out: Path, library: str, text: str) -> None:
         text: What the folder contains, in Markdown.
     """
     metadata = read_metadata(folder)
-    if not metadata:
-        return
-    base = metadata["name"] if "/" in metadata["name"] else None
+    base = hub_id(metadata.get("name"))
     data = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,  # the Hub's relation for conversions, of any precision
-        language=metadata["language"] or None,
+        language=metadata.get("language") or None,
         library_name=library,
-        license=metadata["license"],
+        license=metadata.get("license"),
         pipeline_tag="text-generation",
         tags=["minigpt"],
     )
-    source = f"[{base}](https://huggingface.co/{base})" if base else code(metadata["name"])
-    card = f"---\n{data.to_yaml()}\n---\n\n{source}, converted by minigpt-hf {metadata['minigpt_version']}.\n\n{text}\n"
+    source = f"[{base}](https://huggingface.co/{base})" if base else "A MiniGPT"
+    card = f"---\n{data.to_yaml()}\n---\n\n{source}, converted by minigpt-hf.\n\n{text}\n"
     (out / "README.md").write_text(card, encoding="utf-8")
 
 

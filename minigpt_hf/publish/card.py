@@ -113,14 +113,19 @@ def base_model(metadata: dict[str, Any], absent: Collection[str] = ()) -> str | 
     `minigpt.json` contains only the last component of a local path. An id without namespace is therefore not accepted: it
     could be the name of a folder, and no MiniGPT or Qwen3 model on the Hub has one.
     """
-    init_from = metadata["recipe"].get("init_from")
-    if not init_from or "/" not in init_from or init_from in absent:
+    base = hub_id(metadata["recipe"].get("init_from"))
+    return None if base in absent else base
+
+
+def hub_id(name: Any) -> str | None:
+    """Return a name of the form USER/NAME, or `None` for any other value."""
+    if not isinstance(name, str) or "/" not in name:
         return None
     try:
-        validate_repo_id(init_from)
+        validate_repo_id(name)
     except HFValidationError:
         return None
-    return init_from
+    return name
 
 
 def emissions(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -14,31 +14,34 @@ from urllib.request import urlopen
 import pytest
 from openai import OpenAI
 
+from minigpt_hf.export.native import export_native
 from tests.neighbours.conftest import CHAT_TEMPLATE
 
 TOKENS = 12
 GREEDY = {"temperature": 0, "max_tokens": TOKENS}
 
 
-@pytest.fixture(scope="module")
-def folder(trained, tokenizer, tmp_path_factory) -> Path:
-    """The trained model folder with a chat template."""
+@pytest.fixture(scope="module", params=["remote code", "native twin"])
+def folder(request, trained, tokenizer, tmp_path_factory) -> Path:
+    """The trained model folder with a chat template, or its native twin, which is what `minigpt push` publishes."""
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return folder
+    return folder if request.param == "remote code" else export_native(folder, folder.parent / "native")
 
 
 @pytest.fixture(scope="module")
 def client(folder):
-    """Client of a server that runs the remote code of the folder and does not import this package."""
+    """Client of a server that does not import this package and runs the code of the folder, if there is any."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     argv = [Path(sys.executable).with_name("transformers"), "serve", folder, "--port", str(port), "--device", "cpu"]
-    argv += ["--host", "127.0.0.1", "--trust-remote-code"]
+    argv += ["--host", "127.0.0.1", *(["--trust-remote-code"] if (folder / "modeling_minigpt.py").is_file() else [])]
     env = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "OMP_NUM_THREADS": "1"}
     with (folder.parent / "server.log").open("w") as log:
-        server = subprocess.Popen(argv, env=env, cwd=folder.parent, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            argv, env=env, cwd=folder.parent, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
     deadline = time.monotonic() + 300
     while True:

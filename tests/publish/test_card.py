@@ -219,7 +219,7 @@ def test_every_dataset_of_a_mixture_is_linked_and_only_if_it_exists_on_the_hub(r
         card = ModelCard(hub.files("user/tuned")["README.md"].decode())
         card.validate()  # asks the Hub
         assert card.data.datasets == ["user/plays"]
-        assert (card.data.base_model, card.data.base_model_relation) == (linked, "finetune" if linked else None)
+        assert (card.data.base_model, card.data.get("base_model_relation")) == (linked, "finetune" if linked else None)
         assert (f"https://huggingface.co/{base}" in card.text) == bool(linked)
 
 
@@ -233,7 +233,7 @@ def test_the_card_of_an_export_names_the_model_on_the_hub_that_was_converted(to,
         card = ModelCard.load(out / "README.md")
         card.validate()  # asks the Hub
         relation = "quantized" if base else None
-        assert (card.data.base_model, card.data.base_model_relation) == (base, relation)
+        assert (card.data.base_model, card.data.get("base_model_relation")) == (base, relation)
         assert card.data.library_name == {"gguf": "gguf", "onnx": "transformers.js"}[to]
         assert all(name in card.text for name in re.findall(r"`([^`]+\.(?:gguf|onnx|py))`", card.text))
 
