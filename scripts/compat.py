@@ -5,7 +5,8 @@
 A small model folder, its native twin (what `minigpt push` writes to `main`) and reference outputs are saved with the current
 environment. `scripts/load_elsewhere.py` then loads both in the other environment, without this package and with empty caches,
 through every Auto class, and compares logits (bit-identical) and the tokens of six generation strategies. An environment is
-created once, in `.compat/`, with the versions of `constraints.txt`, except for those that the release of transformers determines.
+created once, in `.compat/`, with the versions of `constraints.txt`, except for those that the release of transformers
+determines.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python load_elsewhere.py MODEL_FOLDER NATIVE_FOLDER OUTPUT_FOLDER EXPECTED.pt
 
-EXPECTED.pt holds the reference outputs of the process that saved the folder; its native twin in NATIVE_FOLDER is loaded without
-`trust_remote_code`. Prints one line on success; any difference is an AssertionError. Started by
+EXPECTED.pt holds the reference outputs of the process that saved the folder; its native twin in NATIVE_FOLDER is loaded
+without `trust_remote_code`. Prints one line on success; any difference is an AssertionError. Started by
 `tests/model/test_remote_code.py` and `scripts/compat.py`.
 """
 
