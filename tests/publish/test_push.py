@@ -428,6 +428,9 @@ def test_missing_write_permission_is_reported_before_the_first_step(recipe_file,
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search("^minigpt train: other/tiny: the Hub answered 403 .*\n$", captured.err, re.MULTILINE)
+    flags = ("--hub_model_id", "user/tiny", "--hub_revision", "minigpt")
+    assert train(recipe_file, text_file, tmp_path / "other", *flags) == 2
+    assert "the branch minigpt holds the code" in capsys.readouterr().err
 
 
 # -- the token --------------------------------------------------------------------------------------------------------
