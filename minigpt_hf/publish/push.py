@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from yaml import YAMLError
 
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
@@ -28,7 +35,7 @@ from ..model.native import qwen3_settings
 from ..trust import read_metadata
 from .card import Place, base_model, card_for
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files
-from .space import FILES, space_of
+from .space import PROGRAM_FILES, space_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +146,7 @@ def commit_folder(
 
     Args:
         message: Commit message.
-        space: Hub id of the Space that the card links. Default: the one with the name of the model, if it exists.
+        space: Hub id of the Space that the card links. Default: its demo with the name of the model, if there is one.
 
     Returns:
         The URL of each updated branch.
@@ -147,7 +154,7 @@ def commit_folder(
     files: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in published_files(folder)}
     metadata = read_metadata(folder)
     with hub_errors(repo_id):
-        if space is None and HfApi().repo_exists(repo_id, repo_type="space"):
+        if space is None and is_demo(repo_id, repo_id):
             space = repo_id
         place = Place(native=True, absent=absent_from_hub(metadata), space=space)
     files["README.md"] = card_for(folder, place, repo_id).encode()
@@ -180,11 +187,19 @@ def check_space(space: str, repo_id: str) -> None:
     """
     with hub_errors(space):
         is_empty = {*HfApi().list_repo_files(space, repo_type="space")} <= {"README.md", ".gitattributes"}
-        if not is_empty and repo_id not in (SpaceCard.load(space).data.get("models") or []):
+        if not is_empty and not is_demo(space, repo_id):
             raise MiniGPTError(
                 f"{space}: this Space is not a demo of {repo_id} (its README.md names other models, or none): choose another "
                 "name for --space"
             )
+
+
+def is_demo(space: str, repo_id: str) -> bool:
+    """Whether there is a Space whose `README.md` names the model."""
+    try:
+        return repo_id in (SpaceCard.load(space).data.get("models") or [])
+    except (RepositoryNotFoundError, EntryNotFoundError, ValueError, TypeError, YAMLError):  # absent or malformed
+        return False
 
 
 def add_to_collection(collection: str, repo_id: str, space: str | None, private: bool) -> str:
@@ -223,7 +238,7 @@ def _commit(content: dict[str, Path | bytes], repo_id: str, branch: str, message
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
         paths = api.list_repo_files(repo_id, repo_type=repo_type, revision=current.sha)
-        read = (*REQUIRED, *OPTIONAL, *FOREIGN) if repo_type == "model" else FILES
+        read = (*REQUIRED, *OPTIONAL, *FOREIGN) if repo_type == "model" else PROGRAM_FILES
         stale = [path for path in paths if path not in content and any(fnmatch(path, pattern) for pattern in read)]
         if stale:
             logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))

@@ -12,8 +12,8 @@ from huggingface_hub import SpaceCardData
 APP = Path(__file__).with_name("space_app.py")
 PLACEHOLDER = '"USER/NAME"'  # in `APP`
 GRADIO = "6.31.0"
-# Files of a Space that its kinds have; those of another kind are deleted.
-FILES = ("app.py", "requirements.txt", "index.html")
+# Files of Spaces of any SDK; those of another SDK are deleted.
+PROGRAM_FILES = ("app.py", "requirements.txt", "index.html")
 
 
 @dataclass(frozen=True)

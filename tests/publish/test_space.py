@@ -61,13 +61,20 @@ def test_a_later_push_without_the_flag_keeps_the_link_to_the_space_of_the_same_n
     assert "https://huggingface.co/spaces/user/tiny" in hub.files("user/tiny")["README.md"].decode()
 
 
-def test_the_program_of_another_space_is_not_overwritten(push, hub):
-    hub.put("user/other", {"README.md": b"---\ntitle: x\nsdk: gradio\n---\n", "app.py": b"mine"}, repo_type="spaces")
+@pytest.mark.parametrize(
+    "card", [b"---\ntitle: x\nsdk: gradio\n---\n", b"---\nmodels: [user/big]\n---\n", b"---\n{: [\n---\n", b"", None]
+)
+def test_the_program_of_another_space_is_neither_overwritten_nor_linked(card, push, hub):
+    files = {"app.py": b"mine"} | ({} if card is None else {"README.md": card})
+    for name in ("user/other", "user/tiny"):
+        hub.put(name, files, repo_type="spaces")
     code, out, err = push("--space", "user/other")
     assert (code, out) == (2, "")
     assert re.fullmatch("minigpt push: user/other: this Space is not a demo of user/tiny .*\n", err)
     assert hub.files("user/other", repo_type="spaces")["app.py"] == b"mine"
     assert set(hub.files("user/tiny")) == {".gitattributes"}  # created; nothing was uploaded
+    assert push()[0] == 0
+    assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
 
 
 FAULTS = {
