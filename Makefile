@@ -36,7 +36,7 @@ mutants: install
 	$(BIN)/python scripts/mutants.py --sample $(SAMPLE) --seed $(SEED)
 
 # Test a trained model folder with third-party programs. The environments and the folder are stored in .neighbours/.
-neighbours: .neighbours/venv/installed .neighbours/vllm/installed
+neighbours: .neighbours/venv/installed .neighbours/vllm/installed .neighbours/npm/installed
 	.neighbours/venv/bin/python -m pytest tests/neighbours
 
 # The subset of these tests that needs only .venv.
@@ -66,6 +66,11 @@ EXTRAS = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproje
 	.neighbours/venv/bin/python -m pip install --quiet --constraint constraints.txt \
 		--requirement tests/neighbours/requirements.txt --editable '.[$(EXTRAS)]'
 	DS_BUILD_OPS=0 .neighbours/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation deepspeed==0.19.8
+	@touch $@
+
+.neighbours/npm/installed: tests/neighbours/package.json
+	mkdir -p .neighbours/npm && cp tests/neighbours/package.json .neighbours/npm
+	npm install --prefix .neighbours/npm --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
 # The CUDA builds of torchvision, torchaudio and torchcodec fail to import with a CPU build of torch, and are not needed.

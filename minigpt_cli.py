@@ -22,7 +22,7 @@ COMMANDS = {
     "export": "convert a model folder to the format of another program",
     "doctor": "check a model folder: completeness, consistency, pickles, secrets, loading",
     "import": "convert a nanoGPT checkpoint to a GPT-2 folder",
-    "push": "upload a model folder to the Hub in one commit",
+    "push": "upload a model folder to the Hub, with an optional demo",
 }
 
 

@@ -199,11 +199,13 @@ def evaluate(
     from .data.conversations import conversations_in
     from .data.prepared import ValidationSample, report_lossy_tokenizer, warn_if_sample_is_small
     from .inference.evaluation import evaluate_conversations, evaluate_texts, longest_context
+    from .trust import checked_folder
 
     if max_characters is not None and max_characters < 1:
         raise MiniGPTError(f"max_characters is {max_characters}: it must be at least 1")
     loaded, tokenizer = load(model, trust_remote_code)
-    recipe = recipe_of(model)
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    recipe = recipe_of(folder)
 
     chat = recipe.get("chat", False) if chat is None else chat
     if chat and (max_characters is not None or stride is not None):
@@ -220,7 +222,7 @@ def evaluate(
         return evaluate_conversations(loaded, tokenizer, conversations_in(whole), block_size, batch_size)
     texts = whole
     if max_characters is not None:
-        window = window_characters_of(model) or CHARACTERS_PER_TOKEN * (block_size or longest_context(loaded))
+        window = window_characters_of(folder) or CHARACTERS_PER_TOKEN * (block_size or longest_context(loaded))
         texts = whole.sample(max_characters, window)
         documents, characters = texts.number_of_documents, texts.characters
         if documents is not None and characters is not None:  # not a stream

@@ -1,11 +1,12 @@
-"""Test a model folder, as remote code, with other releases of transformers, each in its own virtual environment.
+"""Test a model folder, as remote code and as native twin, with other releases of transformers, each in its own environment.
 
     python scripts/compat.py 5.17.0 5.23.0
 
-A small model folder and reference outputs are saved with the current environment. `scripts/load_elsewhere.py` then
-loads the folder in the other environment, without this package and with empty caches, through every Auto class, and
-compares logits (bit-identical) and the tokens of six generation strategies. An environment is created once, in
-`.compat/`, with the versions of `constraints.txt`, except for those that the release of transformers determines.
+A small model folder, its native twin (what `minigpt push` writes to `main`) and reference outputs are saved with the current
+environment. `scripts/load_elsewhere.py` then loads both in the other environment, without this package and with empty caches,
+through every Auto class, and compares logits (bit-identical) and the tokens of six generation strategies. An environment is
+created once, in `.compat/`, with the versions of `constraints.txt`, except for those that the release of transformers
+determines.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 
 from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import character_tokenizer
+from minigpt_hf.export.native import export_native
 from minigpt_hf.publish.model_folder import save_model_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,8 @@ def environment(version: str) -> Path:
 
 
 def save_reference(folder: Path) -> None:
-    """Save a model with one full and one sliding attention layer to `model/`, and its outputs to `expected.pt`."""
+    """Save a model with one full and one sliding attention layer to `model/`, its native twin to `native/`, and its
+    outputs to `expected.pt`."""
     tokenizer = character_tokenizer(["abcdefgh\n"])
     torch.manual_seed(0)
     config = MiniGPTConfig(
@@ -75,6 +78,7 @@ def save_reference(folder: Path) -> None:
     )
     model = MiniGPTForCausalLM(config).eval()
     save_model_files(model, tokenizer, folder / "model")
+    export_native(folder / "model", folder / "native")
     ids = torch.randint(0, len(tokenizer) - 2, (1, 12))
     expected = {
         "ids": ids,
@@ -92,6 +96,7 @@ def run_load_elsewhere(python: Path | str, folder: Path) -> subprocess.Completed
         python,
         ROOT / "scripts" / "load_elsewhere.py",
         folder / "model",
+        folder / "native",
         folder / "saved",
         folder / "expected.pt",
     ]

@@ -1,9 +1,10 @@
 """Load a model folder through every Auto class in a process without this package; compare, train, save and reload it.
 
-    python load_elsewhere.py MODEL_FOLDER OUTPUT_FOLDER EXPECTED.pt
+    python load_elsewhere.py MODEL_FOLDER NATIVE_FOLDER OUTPUT_FOLDER EXPECTED.pt
 
-EXPECTED.pt holds the reference outputs of the process that saved the folder. Prints one line on success; any difference
-is an AssertionError. Started by `tests/model/test_remote_code.py` and `scripts/compat.py`.
+EXPECTED.pt holds the reference outputs of the process that saved the folder; its native twin in NATIVE_FOLDER is loaded
+without `trust_remote_code`. Prints one line on success; any difference is an AssertionError. Started by
+`tests/model/test_remote_code.py` and `scripts/compat.py`.
 """
 
 import sys
@@ -13,7 +14,7 @@ import transformers
 
 sys.modules["minigpt_hf"] = None  # makes importing it fail: only the remote code in the folder is available
 
-folder, output_folder, expected = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])
+folder, native, output_folder, expected = *sys.argv[1:4], torch.load(sys.argv[4])
 torch.set_num_threads(1)
 ids = expected["ids"]
 HEADS = "CausalLM SequenceClassification TokenClassification QuestionAnswering"
@@ -41,4 +42,11 @@ config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
 from_config = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 assert from_config(input_ids=ids).logits.shape == expected["logits"].shape
 assert transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("ab").input_ids == expected["tokens"]
+twin = transformers.AutoModelForCausalLM.from_pretrained(native)
+assert type(twin).__name__ == "Qwen3ForCausalLM"
+assert torch.equal(twin(input_ids=ids).logits, expected["logits"])
+for strategy, options, tokens in expected["generated"]:
+    assert torch.equal(twin.generate(ids, **options), tokens), strategy
+assert transformers.AutoTokenizer.from_pretrained(native)("ab").input_ids == expected["tokens"]
+transformers.pipeline("text-generation", native)("ab", max_new_tokens=3)
 print(f"transformers {transformers.__version__}, torch {torch.__version__}: every Auto class loaded, all outputs equal")

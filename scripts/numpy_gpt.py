@@ -91,7 +91,7 @@ def forward(ids, weights, config):
 def load(folder):
     """Load the weights, by name, from one file or all shards, and the configuration."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] != "minigpt" or config["rope_parameters"]["rope_type"] != "default":
+    if config["model_type"] not in ("minigpt", "qwen3") or config["rope_parameters"]["rope_type"] != "default":
         raise SystemExit(
             f"{folder}: unsupported model; give a MiniGPT folder without RoPE scaling (rope_type 'default')"
         )

@@ -113,7 +113,43 @@ def model_card_errors(text: str) -> list[str]:
             errors.append(f'"language" must be an ISO 639 code, not {code}')
     if data.get("license", "mit") not in LICENSES:
         errors.append(f'"license" must be one of {sorted(LICENSES)}')
-    for result in [result for model in data.get("model-index", []) for result in model["results"]]:
-        if not {"task", "dataset", "metrics"} <= set(result) or not {"type", "name"} <= set(result["dataset"]):
-            errors.append('"model-index" lacks a task, a dataset or metrics')
+    for name in ("datasets", "base_model"):
+        values = data.get(name, [])
+        for value in [values] if isinstance(values, str) else values:
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(value)):
+                errors.append(f'"{name}" must be a Hub id, not {value}')
+    if data.get("base_model_relation", "finetune") not in ("finetune", "adapter", "merge", "quantized"):
+        errors.append('"base_model_relation" must be one of finetune, adapter, merge, quantized')
+    if "base_model_relation" in data and "base_model" not in data:
+        errors.append('"base_model_relation" requires "base_model"')
+    emissions = data.get("co2_eq_emissions", 0)
+    if not isinstance(emissions.get("emissions") if isinstance(emissions, dict) else emissions, int | float):
+        errors.append('"co2_eq_emissions.emissions" must be a number')
+    texts = ("source", "training_type", "geographical_location", "hardware_used")
+    if isinstance(emissions, dict) and not all(isinstance(emissions.get(name, ""), str) for name in texts):
+        errors.append('"co2_eq_emissions" must have text fields')
+    for model in data.get("model-index", []):
+        if not isinstance(model.get("name"), str):
+            errors.append('"model-index" lacks a name')
+        for result in model["results"]:
+            if not {"task", "dataset", "metrics"} <= set(result) or not {"type", "name"} <= set(result["dataset"]):
+                errors.append('"model-index" lacks a task, a dataset or metrics')
+            if not all({"type", "value"} <= set(metric) for metric in result.get("metrics", [])):
+                errors.append('"model-index" has a metric without a type or value')
+    return errors
+
+
+COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+
+
+def space_card_errors(text: str) -> list[str]:
+    """Return the errors that the Hub reports for the metadata of a Space (a subset)."""
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    data = yaml.safe_load(front[1]) if front else {}
+    errors = [f'"{name}" is required' for name in ("title", "sdk") if not isinstance(data.get(name), str)]
+    errors += [f'"{name}" must be a color' for name in ("colorFrom", "colorTo") if data.get(name, "red") not in COLORS]
+    if data.get("sdk") == "gradio" and not isinstance(data.get("sdk_version"), str):
+        errors.append('"sdk_version" must be a string')
+    if len(data.get("short_description", "")) > 60:
+        errors.append('"short_description" must have at most 60 characters')
     return errors

@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .hub_repository import LFS, HubError, Repository, model_card_errors
+from .hub_repository import LFS, HubError, Repository, model_card_errors, space_card_errors
 
 TOKEN = "hf_" + "ThisTokenIsFalse" * 2  # split, so that a search for the token does not match this file
 Response = tuple[int, bytes, dict[str, str]]  # status, body, headers
@@ -105,18 +105,28 @@ class HubServer:
             repository.create()
         return repository.commit("main", {p: repository.store(p, content) for p, content in files.items()}, [], "put")
 
+    def collection(self, slug: str) -> dict:
+        """Return a collection by its slug."""
+        file = self.root / "collections" / f"{slug}.json"
+        if not file.is_file():
+            raise HubError(404, message=f"the collection {slug} does not exist")
+        return json.loads(file.read_text())
+
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "models") -> dict[str, bytes]:
         """Return the contents of the files of a revision, by path."""
         entries = self.repository(repo_id, repo_type).read(revision)["files"]
         return {path: (self.root / "blobs" / entry["oid"]).read_bytes() for path, entry in entries.items()}
 
 
-API = r"/api/(?P<type>models|datasets)/(?P<id>[^/]+/[^/]+)"
-WEB = r"/(?:(?P<type>datasets)/)?(?P<id>[^/]+/[^/]+)"
+API = r"/api/(?P<type>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)"
+WEB = r"/(?:(?P<type>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_card"),
+    ("POST", r"/api/collections", "create_collection"),
+    ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection"),
+    ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "add_to_collection"),
     ("GET", rf"{API}(?:/revision/(?P<rev>[^/]+))?", "info"),
     ("GET", rf"{API}/refs", "refs"),
     ("GET", rf"{API}/commits/(?P<rev>[^/]+)", "commits"),
@@ -130,7 +140,8 @@ ROUTES = [
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_put"),
     ("GET", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_get"),
 ]
-WRITES = {"create", "branch", "preupload", "commit", "lfs_batch", "whoami"}  # routes that require a token
+# Routes that require a token.
+WRITES = {"create", "branch", "preupload", "commit", "lfs_batch", "whoami", "create_collection", "add_to_collection"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -146,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
         fault, length = self.hub.fault(self.command, path), int(self.headers["Content-Length"] or 0)
         request.body = self.body = self.rfile.read(length // 2 if fault == "disconnect" else length)
         if fault == "slow":
-            time.sleep(1)
+            threading.Event().wait(1)  # tests replace `time.sleep`
         if fault != "disconnect":
             status, body, headers = self.respond("GET" if self.command == "HEAD" else self.command, path, fault)
         if fault in ("disconnect", "lost"):
@@ -209,7 +220,9 @@ class Handler(BaseHTTPRequestHandler):
         )
         if not repo_id.startswith("user/"):
             raise HubError(403, message="You don't have the rights to create a model under this namespace")
-        url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
+        if kind == "spaces" and requested.get("sdk") not in ("gradio", "static", "docker", "streamlit"):
+            raise HubError(400, message='"sdk" is required for a Space')
+        url = f"{self.hub.endpoint}/{'' if kind == 'models' else f'{kind}/'}{repo_id}"
         with self.hub.lock:
             repository = Repository(self.hub.root, kind, repo_id)
             if repository.folder.exists():
@@ -218,7 +231,9 @@ class Handler(BaseHTTPRequestHandler):
         return {"url": url}
 
     def validate_card(self):
-        errors = [{"message": error} for error in model_card_errors(json.loads(self.body)["content"])]
+        requested = json.loads(self.body)
+        check = {"model": model_card_errors, "space": space_card_errors}.get(requested["repoType"], lambda text: [])
+        errors = [{"message": error} for error in check(requested["content"])]
         return 400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode(), {}
 
     def info(self):
@@ -245,6 +260,40 @@ class Handler(BaseHTTPRequestHandler):
             return {"id": commit["sha"], "title": commit["title"], "message": "", "date": date, "authors": []}
 
         return [describe(commit) for commit in self.repository.history(self.params["rev"])]
+
+    # -- collections --------------------------------------------------------------------------------------------------
+
+    def create_collection(self):
+        requested = json.loads(self.body)
+        if requested["namespace"] != "user":
+            raise HubError(403, message="You don't have the rights to create a collection under this namespace")
+        digest = hashlib.sha256(requested["title"].encode()).hexdigest()[:24]
+        slug = f"user/{re.sub('[^a-z0-9]+', '-', requested['title'].lower()).strip('-')}-{digest}"
+        file = self.collection_file(slug)
+        with self.hub.lock:
+            if file.exists():
+                return 409, json.dumps({"error": "You already have this collection", "slug": slug}).encode(), {}
+            content = {"slug": slug, "title": requested["title"], "private": requested["private"], "items": []}
+            content |= {"owner": {"name": "user"}, "lastUpdated": "2026-01-01T00:00:00.000Z", "theme": "green"}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({**content, "position": 0, "upvotes": 0}))
+        return self.hub.collection(slug)
+
+    def collection_file(self, slug: str) -> Path:
+        return self.hub.root / "collections" / f"{slug}.json"
+
+    def collection(self):
+        return self.hub.collection(self.params["slug"])
+
+    def add_to_collection(self):
+        content, item = self.hub.collection(self.params["slug"]), json.loads(self.body)["item"]
+        self.hub.repository(item["id"], f"{item['type']}s")  # status 404 if it does not exist
+        with self.hub.lock:
+            if any((one["id"], one["type"]) == (item["id"], item["type"]) for one in content["items"]):
+                raise HubError(409, message="This item is already in the collection")
+            content["items"].append({"_id": f"{len(content['items']):024x}", "position": len(content["items"]), **item})
+            self.collection_file(self.params["slug"]).write_text(json.dumps(content))
+        return content
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import torch
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.export.native import export_native
 from minigpt_hf.publish.model_folder import save_model_files
 from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
@@ -36,15 +37,17 @@ def test_numpy_logits_equal_those_of_torch(tied, kv_heads, window, tmp_path):
     np.testing.assert_allclose(logits, model(ids[None]).logits[0].detach().numpy(), atol=1e-4, rtol=0)
 
 
-def test_numpy_loads_sharded_weights_and_a_trained_model_folder(run_folder, tmp_path):
+def test_numpy_loads_sharded_weights_a_trained_model_folder_and_its_twin(run_folder, tmp_path, tmp_path_factory):
     model = tiny_model()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = random_ids(12)
     expected = model(ids[None]).logits[0].detach().numpy()
     np.testing.assert_allclose(numpy_gpt.forward(ids.numpy(), *numpy_gpt.load(tmp_path)), expected, atol=1e-4, rtol=0)
-    weights, config = numpy_gpt.load(run_folder / "model")
-    assert np.isfinite(numpy_gpt.forward(np.arange(5), weights, config)).all()
+    twin = export_native(run_folder / "model", tmp_path_factory.mktemp("native") / "twin")
+    logits = [numpy_gpt.forward(np.arange(5), *numpy_gpt.load(folder)) for folder in (run_folder / "model", twin)]
+    assert np.isfinite(logits[0]).all()
+    assert np.array_equal(*logits)
 
 
 def test_numpy_at_low_temperature_generates_the_greedy_tokens(tmp_path):

@@ -15,7 +15,7 @@ from ..errors import MiniGPTError
 from .documents import Documents, IndexedDocuments, Mixture, StreamedDocuments
 from .files import FORMATS, exists, is_url
 from .reading import NEWLINES, Decoding, printable
-from .sources import Source, SourceContent, has_split
+from .sources import Source, SourceContent, has_split, names_hub_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,13 @@ def mixture(data: str) -> dict[str, float] | None:
     if not min(shares.values(), default=0) > 0 or not np.isfinite(sum(shares.values())):
         raise MiniGPTError(f"{data}: each share of a mixture must be positive and finite")
     return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def hub_datasets(data: str) -> list[str]:
+    """Return the Hub ids in the value of `--data`: "user/plays:0.7,notes.txt:0.3" -> ["user/plays"]."""
+    is_mixture = "," in data and not exists(data)
+    names = [part.strip().rpartition(":")[0] for part in data.split(",")] if is_mixture else [data]
+    return [name.partition(":")[0] for name in names if names_hub_dataset(name)]
 
 
 def public_name(data: str | None) -> str | None:

@@ -32,7 +32,7 @@ class ExportFormat:
 FORMATS = {
     "native": ExportFormat("Qwen3 of transformers, weights unchanged"),
     "gguf": ExportFormat("llama.cpp and Ollama", ("float32", "float16", "bfloat16", "q8_0")),
-    "onnx": ExportFormat("onnxruntime", ("float32",)),
+    "onnx": ExportFormat("onnxruntime and transformers.js", ("float32",)),
 }
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoTokenizer
 
 from ..atomic import check_links, check_new_folder
@@ -11,11 +12,12 @@ from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..trust import checked_folder, loading
+from ..publish.card import hub_id
+from ..trust import checked_folder, loading, read_metadata
 
 
 def load_model(folder: Path) -> MiniGPTForCausalLM:
-    """Load the model of a MiniGPT folder in the dtype of its weights and in evaluation mode.
+    """Load the model of a MiniGPT folder, or of its native twin, in the dtype of its weights and in evaluation mode.
 
     Attention is eager: which SDPA kernel is used depends on the mask, and the kernels round differently.
 
@@ -28,8 +30,8 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         raise MiniGPTError(f"{folder}: it has no config.json; give a model folder")
     checked_folder(str(folder))
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != MiniGPTConfig.model_type:
-        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT models can be exported")
+    if model_type not in (MiniGPTConfig.model_type, "qwen3"):
+        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT and Qwen3 models can be exported")
     with loading(str(folder)):
         model, report = MiniGPTForCausalLM.from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
@@ -91,6 +93,29 @@ def check_output(out: Path, folder: Path) -> None:
     if (target.parent / "config.json").is_file():
         raise MiniGPTError(f"{out}: is inside a model folder; choose an --output_dir outside of it")
     check_new_folder(out)
+
+
+def write_card(folder: Path, out: Path, library: str, text: str) -> None:
+    """Write the card of a converted model, whose metadata names the model it was converted from, if that is on the Hub.
+
+    Args:
+        library: The Hub's name of the library that reads the format.
+        text: What the folder contains, in Markdown.
+    """
+    metadata = read_metadata(folder)
+    base = hub_id(metadata.get("name"))
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,  # the Hub's relation for conversions, of any precision
+        language=metadata.get("language") or None,
+        library_name=library,
+        license=metadata.get("license"),
+        pipeline_tag="text-generation",
+        tags=["minigpt"],
+    )
+    source = f"[{base}](https://huggingface.co/{base})" if base else "A MiniGPT"
+    card = f"---\n{data.to_yaml()}\n---\n\n{source}, converted by minigpt-hf.\n\n{text}\n"
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def verify(is_true: bool, claim: str) -> None:

@@ -31,10 +31,18 @@ from ..atomic import new_folder
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..model.native import qwen3_settings
 from ..trust import read_metadata
-from .conversion import check_context, check_output, has_sliding_window, load_model, longest_full_context, verify
+from .conversion import (
+    check_context,
+    check_output,
+    has_sliding_window,
+    load_model,
+    longest_full_context,
+    verify,
+    write_card,
+)
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
-from .native import qwen3_settings
 
 VERIFIED = "transformers reads the same weights and token ids from the GGUF file"
 
@@ -48,7 +56,7 @@ BLOCK_SIZE = 32  # weights per scale in Q8_0
 
 
 def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int | None = None) -> Path:
-    """Write a GGUF file and its `Modelfile` to the folder `out` atomically, and return `out`.
+    """Write a GGUF file, its `Modelfile` and a card to the folder `out` atomically, and return `out`.
 
     Args:
         dtype: `float32`, `float16`, `bfloat16` or `q8_0`, for the matrices; norm weights are stored in float32, as llama.cpp
@@ -75,6 +83,8 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
         _write(file, name, model, tokenizer, vocabulary, eos_token_id, dtype, context)
         _verify(file, model, tokenizer, dtype, context)
+        text = f"`{file.name}`, for llama.cpp: matrices in {dtype}, at most {context:,} tokens of context."
+        write_card(folder, unfinished, "gguf", text)
         stop = tokenizer.decode([eos_token_id])
         (unfinished / "Modelfile").write_text(
             modelfile(file.name, model.generation_config, stop, context), encoding="utf-8"
@@ -147,7 +157,7 @@ def _write(
     dtype: str,
     context: int,
 ) -> None:
-    settings, (kind, file_type) = qwen3_settings(model), KINDS[dtype]
+    settings, (kind, file_type) = qwen3_settings(model.config), KINDS[dtype]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3])
     writer.add_name(name)
     writer.add_file_type(file_type)
@@ -198,7 +208,7 @@ def _verify(
 ) -> None:
     """Compare what the readers of transformers and `gguf` find in the file with the model."""
     read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).to_dict()
-    settings = {**qwen3_settings(model), "max_position_embeddings": context}
+    settings = {**qwen3_settings(model.config), "max_position_embeddings": context}
     for name in (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("vocab_size", "max_position_embeddings", "tie_word_embeddings"),

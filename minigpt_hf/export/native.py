@@ -1,8 +1,7 @@
 """Export as the native twin: a folder that transformers, mlx-lm and others load as `Qwen3ForCausalLM` without remote code.
 
-Only `config.json` differs from the model folder; weights and tokenizer are the same bytes. The export is verified: it loads
-with `trust_remote_code=False`, and its logits are equal bit for bit. Every value of the architecture is stated, because the
-defaults of Qwen3 differ (head dimension 128, no sliding window).
+Only `config.json` and the examples of the card differ from the model folder; weights and tokenizer are the same bytes. The
+export is verified: it loads with `trust_remote_code=False`, and its logits are equal bit for bit.
 """
 
 import filecmp
@@ -12,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from ..atomic import new_folder
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..model.native import qwen3_settings
+from ..publish.card import Place, card_for
 from ..publish.model_folder import report_stray_weights
-from ..trust import weight_files
+from ..trust import read_metadata, weight_files
 from .conversion import check_context, check_output, load_model, verify
 
 VERIFIED = "loads as Qwen3ForCausalLM without remote code; equal weights; logits equal bit for bit"
 
-# Files copied unchanged in addition to the weights: all but `config.json`, which is converted, and the two code files.
+# Copied in addition to the weights: all but `config.json`, which is converted, and the code. Only the card can change.
 COPIED = (
     "generation_config.json",
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -52,35 +53,14 @@ def export_native(folder: Path, out: Path, dtype: None = None, context: int | No
             for file in folder.glob(pattern):
                 (twin / file.relative_to(folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, twin / file.relative_to(folder))
-        _write_json(twin / "config.json", qwen3_settings(model, context))
+        if (folder / "README.md").is_file() and read_metadata(folder):
+            (twin / "README.md").write_text(card_for(folder, Place(native=True)), encoding="utf-8")
+        _write_json(twin / "config.json", qwen3_settings(model.config, context))
         if context is not None:
             settings = json.loads((twin / "tokenizer_config.json").read_text(encoding="utf-8"))
             _write_json(twin / "tokenizer_config.json", {**settings, "model_max_length": context})
         _verify(twin, folder, model, context)
     return out
-
-
-def qwen3_settings(model: MiniGPTForCausalLM, context: int | None = None) -> dict[str, Any]:
-    """Return the content of the twin's `config.json`; for `context` see `export_native`."""
-    source = model.config.to_dict()
-    settings = {name: source[name] for name in Qwen3Config.__annotations__ if name in source}
-    settings |= {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention_bias": False,
-        "rope_theta": source["rope_parameters"]["rope_theta"],  # read by transformers 4 and older engines
-    }
-    for name in ("initializer_range", "rms_norm_eps"):
-        settings[name] = float(settings[name])  # declared as floats by Qwen3
-    if context is not None:
-        settings |= {
-            "max_position_embeddings": context,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "layer_types": ["full_attention"] * model.config.num_hidden_layers,
-        }
-    return settings
 
 
 def _verify(twin: Path, folder: Path, model: MiniGPTForCausalLM, context: int | None) -> None:

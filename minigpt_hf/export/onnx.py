@@ -1,9 +1,10 @@
-"""Export as an ONNX graph with a key/value cache, which onnxruntime executes without torch.
+"""Export as an ONNX graph with a key/value cache, which onnxruntime and transformers.js execute without torch.
 
 The output folder contains `onnx/model.onnx`, the configuration and tokenizer, and `run_onnx.py`, which generates text with
 numpy, onnxruntime and tokenizers only. The export is verified with that program: logits within 1e-4 of torch, also with a
-cache and beyond a sliding window, and equal greedy continuations of 20 prompts. That precision requires float32; half
-precision is rejected.
+cache and beyond a sliding window, and equal greedy continuations of 20 prompts. That precision requires float32. For
+browsers the same graph is also stored in float16 and with 8-bit matrices, under the names that transformers.js expects; the
+card states how far their logits deviate.
 
 Inputs and outputs have the names that are usual on the Hub (B batch, T new tokens, S cached tokens, K key/value heads, D head
 dimension, V vocabulary): `input_ids` and `position_ids` [B, T], `attention_mask` [B, S + T], `past_key_values.0.key`
@@ -17,21 +18,33 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 from transformers import DynamicCache
 
 from ..atomic import new_folder
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from .conversion import check_context, check_output, load_model, verify
-from .native import comparison_ids, qwen3_settings
+from ..model.native import qwen3_settings
+from .conversion import check_context, check_output, load_model, verify, write_card
+from .native import comparison_ids
 from .onnx_runner import Runner, cache_names
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
+TABLE = "| file | matrices | deviation of the logits |\n|---|---|---|"
+NOTE = (
+    "Deviation: root mean square of the difference from the logits in float32, divided by their standard deviation. "
+    "`run_onnx.py` generates text without torch."
+)
 RUNNER = Path(__file__).with_name("onnx_runner.py")
 TOLERANCE = 1e-4  # absolute, per logit; the order of float32 summation causes differences of about 1e-5
 PROMPTS, NEW_TOKENS = 20, 32
+# The smaller graphs by file name; transformers.js calls their precision `fp16` and `q8`.
+SMALLER = {"model_fp16.onnx": "float16", "model_quantized.onnx": "8-bit integers"}
+LARGEST = 2**31  # bytes of a protobuf message, which is how these are converted
 VERIFIED = f"logits of onnxruntime within {TOLERANCE}; equal greedy continuations of {PROMPTS} prompts"
 # Internal warnings of torch's exporter, on which a user cannot act.
 EXPORTER_WARNINGS = (
@@ -90,7 +103,9 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
     with new_folder(out) as unfinished:
         (unfinished / "onnx").mkdir()
         _write(unfinished / "onnx" / "model.onnx", model)
-        settings = qwen3_settings(model) | ({"max_position_embeddings": context} if context else {})
+        settings = qwen3_settings(model.config) | {"dtype": "float32"}
+        if context:
+            settings["max_position_embeddings"] = context
         if (stops := model.generation_config.eos_token_id) is not None:  # where `generate` stops
             settings["eos_token_id"] = stops
         (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -99,6 +114,12 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
                 shutil.copyfile(file, unfinished / file.name)
         shutil.copyfile(RUNNER, unfinished / "run_onnx.py")
         _verify(unfinished, model)
+        rows = {"model.onnx": ("float32", f"below {TOLERANCE}, absolute")}
+        if (unfinished / "onnx" / "model.onnx").stat().st_size < LARGEST:
+            _write_smaller(unfinished / "onnx")
+            rows |= {name: (SMALLER[name], f"{_deviation(unfinished, name, model):.2g}") for name in SMALLER}
+        table = "\n".join(f"| `onnx/{name}` | {kind} | {deviation} |" for name, (kind, deviation) in rows.items())
+        write_card(folder, unfinished, "transformers.js", f"{TABLE}\n{table}\n\n{NOTE}")
     return out
 
 
@@ -117,7 +138,9 @@ def _write(file: Path, model: MiniGPTForCausalLM) -> None:
         torch.arange(old, old + new).repeat(batch, 1),
         [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)],
     )
-    tokens, past = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
+    # transformers.js creates the empty cache by the name `batch_size`.
+    tokens, past = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size", 2: "past_sequence_length"}
+    both = {0: "batch_size", 1: "total_sequence_length"}
     with warnings.catch_warnings():
         for message, category in EXPORTER_WARNINGS:
             warnings.filterwarnings("ignore", message, category)
@@ -126,11 +149,30 @@ def _write(file: Path, model: MiniGPTForCausalLM) -> None:
             example,
             dynamo=True,
             verbose=False,
-            dynamic_shapes=(tokens, {0: "batch", 1: "past_and_sequence"}, tokens, [(past, past)] * layers),
+            dynamic_shapes=(tokens, both, tokens, [(past, past)] * layers),
             input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", layers)],
             output_names=["logits", *cache_names("present", layers)],
         )
     program.save(file)
+
+
+def _write_smaller(folder: Path) -> None:
+    """Write the graphs of `SMALLER` next to `model.onnx`. Inputs, outputs and cache remain float32."""
+    source, prepared = folder / "model.onnx", folder / "prepared.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), folder / "model_fp16.onnx")
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    quantize_dynamic(prepared, folder / "model_quantized.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    prepared.unlink()
+
+
+def _deviation(folder: Path, graph: str, model: MiniGPTForCausalLM) -> float:
+    """Return the root mean square of the difference from the model's logits, divided by their standard deviation."""
+    ids = comparison_ids(model.config)
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+    logits, _ = Runner(folder, graph).forward(ids.numpy())
+    verify(bool(np.isfinite(logits).all()), f"the logits of {graph} are finite")
+    return float(np.sqrt(np.square(logits - expected).mean()) / expected.std())
 
 
 def _verify(folder: Path, model: MiniGPTForCausalLM) -> None:

@@ -24,18 +24,23 @@ def cache_names(kind: str, layers: int) -> list[str]:
 class Runner:
     """An ONNX model and its tokenizer.
 
+    Args:
+        folder: The export.
+        graph: File in `folder/onnx`.
+
     Attributes:
         tokenizer: The tokenizer of the model.
         bos_token_id: Token that precedes every document.
         eos_token_ids: Tokens that end generation.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, graph: str = "model.onnx"):
         options = onnxruntime.SessionOptions()
         # Spinning threads would slow down other processes on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        graph = folder / "onnx" / "model.onnx"
-        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            folder / "onnx" / graph, options, providers=["CPUExecutionProvider"]
+        )
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()  # a tokenizer is saved with the truncation and padding of its last call
         self.tokenizer.no_padding()
@@ -85,9 +90,10 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy decoding")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--graph", default="model.onnx", help="file in the folder onnx (default: model.onnx)")
     args = parser.parse_args()
 
-    runner = Runner(Path(__file__).parent)
+    runner = Runner(Path(__file__).parent, args.graph)
     ids = runner.tokenizer.encode(args.prompt).ids or [runner.bos_token_id]
     # All tokens are decoded each time, because the bytes of a character may be spread over several tokens, and some decoders
     # omit the space before the first token.

@@ -127,6 +127,16 @@ class MiniGPTConfig(PreTrainedConfig):
         # transformers would write only the entry of the class that is saved; a folder must load through every Auto class.
         self.auto_map = dict(AUTO_MAP)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read `config.json`. That of the native twin, of type `qwen3`, is accepted: its fields have the same meaning."""
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if settings.get("model_type") == "qwen3":
+            if settings.pop("attention_bias", False):
+                raise ValueError("`attention_bias` is true, but MiniGPT has no biases: load the model as Qwen3")
+            settings["model_type"] = cls.model_type
+        return settings, kwargs
+
     def validate_architecture(self):
         """Check fields against each other. `@strict` calls this after construction and before saving."""
         super().validate_architecture()

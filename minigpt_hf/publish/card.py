@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..model.configuration_minigpt import MiniGPTConfig
+from ..trust import read_metadata
 
 # The template is next to this file in the wheel, and at the root of the repository in a checkout.
 _PACKAGED = Path(__file__).with_name("model_card.md")
@@ -27,12 +30,32 @@ CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def render_card(metadata: dict[str, Any], config: MiniGPTConfig) -> str:
+# Grams of CO2 equivalent per kWh: the world average that CodeCarbon assumes for an unknown location.
+CARBON_INTENSITY = 475
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a card says about the repository or folder that it describes.
+
+    Args:
+        native: `main` of a repository or a native export, which load without the code of a model folder.
+        absent: Hub ids of datasets and models that do not exist on the Hub, and are not linked.
+        space: Hub id of the Space that demonstrates the model.
+    """
+
+    native: bool = False
+    absent: frozenset[str] = frozenset()
+    space: str | None = None
+
+
+def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | None = None) -> str:
     """Return the text of the model card.
 
     Args:
         metadata: Content of `minigpt.json`.
         config: Configuration of the model.
+        place: Default: `main` of a repository if the name in `metadata` is a Hub id, else a local folder.
 
     Raises:
         jinja2.UndefinedError: if the template uses a value that `metadata` lacks.
@@ -40,13 +63,18 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    place = place or Place(native="/" in metadata["name"])
     return (
         template.render(
-            card_data=card_data(metadata).to_yaml(),
+            card_data=card_data(metadata, place.absent).to_yaml(),
             config=config,
             location=location(metadata["name"]),
+            native=place.native,
+            space=place.space,
             is_fine_tuned=is_fine_tuned(metadata),
-            base_model=base_model(metadata),
+            base_model=base_model(metadata, place.absent),
+            emissions=emissions(metadata),
+            carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
             recipe_yaml=to_yaml(metadata["recipe"]).strip(),
@@ -54,6 +82,19 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig) -> str:
         )
         + "\n"
     )
+
+
+def card_for(folder: Path, place: Place, name: str | None = None) -> str:
+    """Return the card of a model folder for another place, or unchanged if it has been edited.
+
+    Args:
+        name: Name of the model there. Default: unchanged.
+    """
+    card, metadata = (folder / "README.md").read_text(encoding="utf-8"), read_metadata(folder)
+    config = MiniGPTConfig.from_pretrained(folder)
+    if card != render_card(metadata, config):
+        return card
+    return render_card({**metadata, "name": name or metadata["name"]}, config, place)
 
 
 def location(name: str) -> str:
@@ -66,27 +107,48 @@ def is_fine_tuned(metadata: dict[str, Any]) -> bool:
     return bool(metadata["recipe"].get("init_from"))
 
 
-def base_model(metadata: dict[str, Any]) -> str | None:
-    """Return the Hub id of the model that training started from; `None` if there is none or it was a local folder.
+def base_model(metadata: dict[str, Any], absent: Collection[str] = ()) -> str | None:
+    """Return the Hub id of the model that training started from; `None` if there is none, or it was a local folder.
 
     `minigpt.json` contains only the last component of a local path. An id without namespace is therefore not accepted: it
     could be the name of a folder, and no MiniGPT or Qwen3 model on the Hub has one.
     """
-    init_from = metadata["recipe"].get("init_from")
-    if not init_from or "/" not in init_from:
+    base = hub_id(metadata["recipe"].get("init_from"))
+    return None if base in absent else base
+
+
+def hub_id(name: Any) -> str | None:
+    """Return a name of the form USER/NAME, or `None` for any other value."""
+    if not isinstance(name, str) or "/" not in name:
         return None
     try:
-        validate_repo_id(init_from)
+        validate_repo_id(name)
     except HFValidationError:
         return None
-    return init_from
+    return name
 
 
-def card_data(metadata: dict[str, Any]) -> ModelCardData:
-    """Return the YAML metadata of a card, which the Hub uses for search, the widget and evaluation results."""
+def emissions(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the estimated emissions of training in the schema of the Hub, which expects grams."""
+    training = metadata["training"]
+    return {
+        "emissions": float(f"{training['energy_wh'] / 1000 * CARBON_INTENSITY:.2g}"),
+        "source": f"estimated by minigpt-hf: time × assumed power × {CARBON_INTENSITY} g/kWh (world average)",
+        "training_type": "fine-tuning" if is_fine_tuned(metadata) else "pre-training",
+        "hardware_used": training["device"],
+    }
+
+
+def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCardData:
+    """Return the YAML metadata of a card, which the Hub uses for search, the widget and evaluation results.
+
+    Args:
+        absent: Hub ids that are not linked.
+    """
     data, results, prompt = metadata["data"], metadata["results"], metadata["sample"]["prompt"]
+    datasets = [name for name in data["datasets"] if name not in absent]
     conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
-    base = base_model(metadata)
+    base = base_model(metadata, absent)
     return ModelCardData(
         model_name=metadata["name"] if results else None,  # required by `eval_results`, and written only with them
         language=metadata["language"] or None,
@@ -94,15 +156,16 @@ def card_data(metadata: dict[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minigpt", "gpt"] if is_fine_tuned(metadata) else ["minigpt", "gpt", "from-scratch"],
-        datasets=[data["dataset"]] if data["dataset"] else None,
+        datasets=datasets or None,
         base_model=base,
         # Published folders contain complete weights: LoRA factors are merged, so the relation is never "adapter".
         base_model_relation="finetune" if base else None,
+        co2_eq_emissions=emissions(metadata),
         widget=[{"text": prompt}] if prompt and not CONTROL_CHARACTERS.search(prompt) else None,
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=data["dataset"] or "text",
+                dataset_type=datasets[0] if len(datasets) == 1 else "text",
                 dataset_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, data['name'])}, validation split",
                 dataset_split="validation",
                 dataset_args={"split": data["cut"]},

@@ -23,14 +23,14 @@ from .card import render_card
 
 logger = logging.getLogger(__name__)
 
+CODE = ("configuration_minigpt.py", "modeling_minigpt.py")
 REQUIRED = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
-    "configuration_minigpt.py",
-    "modeling_minigpt.py",
+    *CODE,
     "README.md",
     "minigpt.json",
 )

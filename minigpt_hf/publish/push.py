@@ -1,28 +1,45 @@
 """Upload a model folder to a repository on the Hub.
 
-Only files that belong to a model folder are uploaded, in one commit, so a branch is updated completely or not at all.
-huggingface_hub reads the token (`hf auth login` or HF_TOKEN); this module never stores or logs it.
+`main` is the native twin: it loads without remote code, everywhere. The model folder itself, with the readable code, is the
+branch `minigpt`. A single branch could not serve both: if `config.json` refers to code, the Hub displays every example with
+`trust_remote_code=True`, and transformers asks for permission where Qwen3 has no class for an entry of `auto_map`.
+
+Only files that belong to a model folder are uploaded, in one commit per branch, so a branch is updated completely or not at
+all. huggingface_hub reads the token (`hf auth login` or HF_TOKEN); this module never stores or logs it.
 """
 
+import json
 import logging
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from yaml import YAMLError
 
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.native import qwen3_settings
 from ..trust import read_metadata
-from .card import render_card
-from .model_folder import OPTIONAL, REQUIRED, published_files, report_stray_weights
+from .card import Place, base_model, card_for
+from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
+from .space import PROGRAM_FILES, space_of
 
 logger = logging.getLogger(__name__)
+
+CODE_BRANCH = "minigpt"
 
 # Files that a model folder does not have, or not always, and that `from_pretrained` would read next to its files.
 FOREIGN = (
@@ -32,6 +49,7 @@ FOREIGN = (
     "chat_templates/*",
     "additional_chat_templates/*",
     "adapter_config.json",
+    "custom_generate/*",  # code that `generate` runs instead of its own, if code of the repository is trusted
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
 )
@@ -52,53 +70,53 @@ def push_folder(
     repo_id: str,
     revision: str | None = None,
     private: bool = False,
-    native: bool = False,
     checked: dict[Path, tuple[int, ...]] | None = None,
+    space: str | None = None,
+    collection: str | None = None,
 ) -> list[str]:
-    """Upload a model folder, and optionally its native twin to the branch `native`.
+    """Upload a model folder: its native twin, and, next to `main`, the folder itself as branch `minigpt`.
+
+    Repositories are created first, so that missing permissions are reported before anything is uploaded.
 
     Args:
         repo_id: USER/NAME; created if it does not exist.
         revision: Branch; created if it does not exist. Default: `main`.
         private: Create a private repository.
-        native: Also upload the native twin, which needs no remote code.
         checked: Result of `file_states` before the folder was checked; nothing is uploaded if a file has changed since.
+        space: USER/NAME of a Space that demonstrates the model; created if it does not exist.
+        collection: Title of a collection of the user, created if it does not exist, or the slug of an existing one, to which
+            the model and its Space are added.
 
     Returns:
-        The URL of each updated branch.
+        The URL of each updated branch, of the Space and of the collection.
 
     Raises:
-        MiniGPTError: if the folder is incomplete or has changed, or the arguments contradict each other.
+        MiniGPTError: if the folder is incomplete or has changed, `revision` is `minigpt`, or the Space is another one's.
         OSError: if the Hub rejects the request or cannot be reached.
     """
     check_complete(folder)
-    if native and revision == "native":
-        raise MiniGPTError(
-            "--revision native is the branch of the twin that --native uploads: choose another branch, or omit --native"
-        )
-    with tempfile.TemporaryDirectory() as scratch:
-        branches = [(revision, folder)]
-        if native:
-            from ..export.native import export_native  # imports the model classes of transformers
-
-            branches.append(("native", export_native(folder, Path(scratch) / "native")))
-        repo_id = open_repository(repo_id, private)
-        card = card_for(folder, repo_id)
-        if checked is not None and file_states(folder) != checked:
-            raise MiniGPTError(
-                f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
-            )
-        urls: list[str] = []
-        for branch, source in branches:
-            try:
-                urls.append(commit_folder(source, repo_id, branch, card=card))
-            except OSError as error:
-                raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
-        return urls
+    check_revision(revision)
+    repo_id = open_repository(repo_id, private)
+    if space is not None:
+        space = open_repository(space, private, space_of(repo_id).sdk)
+        check_space(space, repo_id)
+    urls = commit_folder(folder, repo_id, revision, space=space, checked=checked)
+    if space is not None:
+        with naming(urls):
+            urls.append(commit_space(read_metadata(folder), repo_id, space))
+    if collection is not None:
+        with naming(urls):
+            urls.append(add_to_collection(collection, repo_id, space, private))
+    if private and space is not None:
+        logger.warning("%s reads the private model with a token: store one as its secret HF_TOKEN", space)
+    return urls
 
 
-def open_repository(repo_id: str, private: bool = False) -> str:
+def open_repository(repo_id: str, private: bool = False, sdk: str | None = None) -> str:
     """Create a repository if it does not exist, and return its full name.
+
+    Args:
+        sdk: SDK of a Space; None for a model.
 
     Raises:
         MiniGPTError: if there is no token, or `private` is requested for an existing public repository.
@@ -107,8 +125,11 @@ def open_repository(repo_id: str, private: bool = False) -> str:
     if get_token() is None:
         raise MiniGPTError("no token for the Hub was found: log in with `hf auth login`, or set HF_TOKEN")
     with hub_errors(repo_id):
-        repo_id = HfApi().create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        if private and not HfApi().model_info(repo_id).private:
+        kind = "space" if sdk else "model"
+        repo_id = (
+            HfApi().create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk).repo_id
+        )
+        if private and not HfApi().repo_info(repo_id, repo_type=kind).private:
             raise MiniGPTError(
                 f"{repo_id}: exists and is public: change its visibility in its settings, or choose another name"
             )
@@ -116,40 +137,131 @@ def open_repository(repo_id: str, private: bool = False) -> str:
 
 
 def commit_folder(
-    folder: Path, repo_id: str, revision: str | None = None, message: str = "Upload model", card: str | None = None
-) -> str:
-    """Update a branch to the content of a model folder in one commit, and return its URL.
+    folder: Path,
+    repo_id: str,
+    revision: str | None = None,
+    message: str = "Upload model",
+    space: str | None = None,
+    checked: dict[Path, tuple[int, ...]] | None = None,
+) -> list[str]:
+    """Update a branch to the native twin of a model folder, and, after `main`, the branch `minigpt` to the folder itself.
 
-    Files that transformers would read in addition to those of the folder are deleted, and named in the log: old shards would
-    be loaded instead of the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files of the
-    repository are not changed.
+    Card and metadata name the repository.
 
     Args:
         message: Commit message.
-        card: Content to upload instead of the folder's `README.md`.
+        space: Hub id of the Space that the card links. Default: its demo with the name of the model, if there is one.
+        checked: See `push_folder`.
+
+    Returns:
+        The URL of each updated branch.
     """
-    api, branch = HfApi(), revision or "main"
+    metadata = read_metadata(folder)
     with hub_errors(repo_id):
-        if branch == "native":  # starts at the initial commit, so that it does not contain the code of `main`
+        if space is None and is_demo(repo_id, repo_id):
+            space = repo_id
+        place = Place(native=True, absent=absent_from_hub(metadata), space=space)
+    # Only the weights are read again during the upload, which compares their hash.
+    files: dict[str, Path | bytes] = {
+        file.relative_to(folder).as_posix(): file if file.suffix == ".safetensors" else file.read_bytes()
+        for file in published_files(folder)
+    }
+    files["README.md"] = card_for(folder, place, repo_id).encode()
+    files["minigpt.json"] = json_bytes({**metadata, "name": repo_id})
+    config = MiniGPTConfig.from_pretrained(folder)
+    report_stray_weights(folder, "not uploaded")
+    if checked is not None and file_states(folder) != checked:
+        raise MiniGPTError(
+            f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
+        )
+    native = {name: file for name, file in files.items() if name not in CODE}
+    native["config.json"] = json_bytes(qwen3_settings(config))
+    branches = {revision or "main": native}
+    if "main" in branches:
+        branches[CODE_BRANCH] = files
+    urls: list[str] = []
+    for branch, content in branches.items():
+        with naming(urls):
+            urls.append(_commit(content, repo_id, branch, message))
+    return urls
+
+
+def commit_space(metadata: dict[str, Any], repo_id: str, space: str) -> str:
+    """Update a Space to the demo of a model in one commit, and return its URL."""
+    content = space_of(repo_id)
+    files: dict[str, Path | bytes] = {"README.md": content.card(metadata, repo_id), **content.files}
+    return _commit(files, space, "main", "Upload demo", repo_type="space")
+
+
+def check_space(space: str, repo_id: str) -> None:
+    """Check that a Space is empty or demonstrates the model, so that no other program is overwritten.
+
+    Raises:
+        MiniGPTError: otherwise.
+        OSError: if the Hub cannot be reached.
+    """
+    with hub_errors(space):
+        is_empty = {*HfApi().list_repo_files(space, repo_type="space")} <= {"README.md", ".gitattributes"}
+        if not is_empty and not is_demo(space, repo_id):
+            raise MiniGPTError(
+                f"{space}: this Space is not a demo of {repo_id} (its README.md names other models, or none): choose another "
+                "name for --space"
+            )
+
+
+def is_demo(space: str, repo_id: str) -> bool:
+    """Whether there is a Space whose `README.md` names the model."""
+    try:
+        return repo_id in (SpaceCard.load(space).data.get("models") or [])
+    except (RepositoryNotFoundError, EntryNotFoundError, ValueError, TypeError, YAMLError):  # absent or malformed
+        return False
+
+
+def add_to_collection(collection: str, repo_id: str, space: str | None, private: bool) -> str:
+    """Add a model and its Space to a collection, and return its URL. See `push_folder` for the arguments."""
+    api = HfApi()
+    with hub_errors(collection):
+        is_slug = re.fullmatch(r"[^/\s]+/[^/\s]+-[0-9a-f]{16,24}", collection)
+        slug = collection if is_slug else api.create_collection(collection, private=private, exists_ok=True).slug
+        api.add_collection_item(slug, repo_id, "model", exists_ok=True)
+        if space is not None:
+            api.add_collection_item(slug, space, "space", exists_ok=True)
+    return f"{api.endpoint}/collections/{slug}"
+
+
+@contextmanager
+def naming(urls: list[str]) -> Iterator[None]:
+    """Append to an `OSError` in the block what was updated before."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
+
+
+def _commit(content: dict[str, Path | bytes], repo_id: str, branch: str, message: str, repo_type: str = "model") -> str:
+    """Update a branch to a set of files in one commit, and return its URL.
+
+    Files that transformers would read in addition are deleted, and named in the log: old shards would be loaded instead of
+    the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files are not changed.
+    """
+    api = HfApi()
+    with hub_errors(repo_id):
+        if branch == CODE_BRANCH:  # starts at the initial commit, so that it contains no other files of `main`
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
         elif branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        current = api.model_info(repo_id, revision=branch)
-        content: dict[str, Path | bytes] = {
-            file.relative_to(folder).as_posix(): file for file in published_files(folder)
-        }
-        if card is not None:
-            content["README.md"] = card.encode()
-        assert current.siblings is not None  # `model_info` lists the files of the revision
-        paths = [file.rfilename for file in current.siblings]
-        stale = [path for path in paths if _is_read_by_loaders(path) and path not in content]
-        report_stray_weights(folder, "not uploaded")
+        current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+        paths = api.list_repo_files(repo_id, repo_type=repo_type, revision=current.sha)
+        read = (*REQUIRED, *OPTIONAL, *FOREIGN) if repo_type == "model" else PROGRAM_FILES
+        stale = [path for path in paths if path not in content and any(fnmatch(path, pattern) for pattern in read)]
+        stale = [path for path in stale if not path.startswith("figures/")]  # only the card refers to figures
         if stale:
             logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
         api.create_commit(
             repo_id,
-            [
+            repo_type=repo_type,
+            operations=[
                 *(CommitOperationDelete(path) for path in stale),
                 *(CommitOperationAdd(path, file) for path, file in content.items()),
             ],
@@ -157,7 +269,8 @@ def commit_folder(
             revision=branch,
             parent_commit=current.sha,
         )
-    return f"{api.endpoint}/{repo_id}" + ("" if branch == "main" else f"/tree/{branch}")
+    prefix = "spaces/" if repo_type == "space" else ""
+    return f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{branch}")
 
 
 def commit_in_background(folder: Path, repo_id: str, revision: str | None, message: str) -> Future:
@@ -195,18 +308,35 @@ def check_complete(folder: Path) -> None:
         raise MiniGPTError(f"{links[0]}: is a link; replace it by the file")
 
 
+def check_revision(revision: str | None) -> None:
+    """Check that a branch is not the one that holds the code.
+
+    Raises:
+        MiniGPTError: otherwise.
+    """
+    if revision == CODE_BRANCH:
+        raise MiniGPTError(
+            f"the branch {CODE_BRANCH} holds the code and is updated with main: choose another branch, or omit it"
+        )
+
+
 def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:
     """Return size, modification time in nanoseconds and inode of each file that would be uploaded."""
     states = {file: file.stat() for file in published_files(folder)}
     return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
 
 
-def card_for(folder: Path, repo_id: str) -> str:
-    """Return the card to upload: rendered with the name of the repository, or unchanged if it has been edited."""
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    metadata = read_metadata(folder)
-    config = MiniGPTConfig.from_pretrained(folder)
-    return render_card({**metadata, "name": repo_id}, config) if card == render_card(metadata, config) else card
+def absent_from_hub(metadata: dict[str, Any]) -> frozenset[str]:
+    """Return the datasets and the base model in `minigpt.json` that do not exist on the Hub, or only for others."""
+    linked = {(name, "dataset") for name in metadata["data"]["datasets"]}
+    if base := base_model(metadata):
+        linked.add((base, "model"))
+    return frozenset(name for name, kind in linked if not HfApi().repo_exists(name, repo_type=kind))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """Format a JSON file."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
@@ -229,8 +359,3 @@ def hub_errors(repo_id: str) -> Iterator[None]:
             f"{repo_id}: the connection to {HfApi().endpoint} was lost ({cause or type(cause).__name__}): the repository is "
             "consistent; run the same command again"
         ) from error
-
-
-def _is_read_by_loaders(path: str) -> bool:
-    """Whether `from_pretrained` reads a file of this name if a repository has it."""
-    return any(fnmatch(path, pattern) for pattern in (*REQUIRED, *OPTIONAL, *FOREIGN))

@@ -14,10 +14,9 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import __version__
-from ..data.corpus import public_name
+from ..data.corpus import hub_datasets, public_name
 from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
-from ..data.sources import names_hub_dataset
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
@@ -115,7 +114,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
         },
         "data": {
             "name": public_name(text.name),
-            "dataset": text.name.partition(":")[0] if names_hub_dataset(text.name) else None,
+            "datasets": hub_datasets(text.name),
             "cut": text.split_description,
             "train": describe_stream(text.train),
             "validation": describe_validation(text),

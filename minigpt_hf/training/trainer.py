@@ -36,7 +36,7 @@ from ..data.stream import TokenStream
 from ..errors import MiniGPTError, NonFiniteLossError
 from ..inference.evaluation import score_conversations, score_documents, summarize
 from ..publish.model_folder import published_files, save_model_files, write_metadata
-from ..publish.push import commit_in_background, open_repository
+from ..publish.push import check_revision, commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
 from .auxiliary_head import (
     add_auxiliary_loss,
@@ -490,6 +490,7 @@ class MiniGPTTrainer(Trainer):
         """Overridden to report errors of the Hub in one line, and to reject a public repository if `private` is set."""
         if self.is_world_process_zero():
             shutil.rmtree(RunFolder(Path(self.args.output_dir)).pushing, ignore_errors=True)  # what a killed run left
+            check_revision(self.args.hub_revision)
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             self.hub_model_id = open_repository(name, bool(private or self.args.hub_private_repo))
         self.push_in_progress = None

@@ -72,7 +72,7 @@ def test_a_model_is_trained_on_a_streamed_dataset(plays, hub, recipe_file, tmp_p
     argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--eval_steps", "1", "--save_steps", "1"]
     assert main(argv) == 0
     about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
-    assert about["data"]["dataset"] == plays
+    assert about["data"]["datasets"] == [plays]
     assert about["data"]["train"]["tokens"] >= 2000
 
 

@@ -15,7 +15,7 @@ from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer, character_tok
 from minigpt_hf.export import gguf as module
 from minigpt_hf.export.gguf import export_gguf
 from minigpt_hf.export.gguf_vocabulary import encoded, merged, vocabulary_of
-from minigpt_hf.export.native import qwen3_settings
+from minigpt_hf.model.native import qwen3_settings
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 from tests.publish.strings import TOKENIZERS, adversarial_tokenizer, strings
@@ -40,9 +40,9 @@ def tensors_of(out) -> dict[str, gguf.ReaderTensor]:
 def test_a_trained_folder_is_read_by_transformers_and_gives_the_same_logits(run_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
     out = export_gguf(run_folder / "model", tmp_path / "out", context=33)
-    assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "tiny-F32.gguf"]
+    assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "README.md", "tiny-F32.gguf"]
     theirs = Qwen3ForCausalLM.from_pretrained(
-        out, gguf_file="tiny-F32.gguf", config=Qwen3Config(**qwen3_settings(model, 33)), dtype=torch.float32
+        out, gguf_file="tiny-F32.gguf", config=Qwen3Config(**qwen3_settings(model.config, 33)), dtype=torch.float32
     )
     ids = random_ids(2, 32)
     assert torch.equal(theirs(ids).logits, model(ids).logits)

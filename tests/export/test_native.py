@@ -26,10 +26,11 @@ def content(folder) -> dict:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_the_config_differs_and_the_code_is_left_out(run_folder, twin):
+def test_only_the_config_and_the_examples_differ_and_the_code_is_left_out(run_folder, twin):
     ours, theirs = content(run_folder / "model"), content(twin)
     assert set(ours) - set(theirs) == {"configuration_minigpt.py", "modeling_minigpt.py"}
-    assert [name for name in theirs if theirs[name] != ours[name]] == ["config.json"]
+    assert {name for name in theirs if theirs[name] != ours[name]} == {"config.json", "README.md"}
+    assert "trust_remote_code" not in theirs["README.md"].decode()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -93,8 +94,8 @@ def test_an_export_that_differs_from_the_model_is_not_written(run_folder, tmp_pa
     """A configuration without the sliding window, as with Qwen3's defaults, fails verification."""
     right = module.qwen3_settings
 
-    def without_a_window(model, context):
-        return {**right(model, context), "use_sliding_window": False, "layer_types": None}
+    def without_a_window(config, context):
+        return {**right(config, context), "use_sliding_window": False, "layer_types": None}
 
     monkeypatch.setattr(module, "qwen3_settings", without_a_window)
     with pytest.raises(ValueError, match="it is not true that its logits equal the model's bit for bit"):
@@ -108,10 +109,13 @@ def test_folders_that_cannot_be_exported_are_rejected(run_folder, twin, tmp_path
         export_native(run_folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"it has no config\.json; give a model folder"):
         export_native(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="its model type is 'qwen3'; only MiniGPT models"):
-        export_native(twin, tmp_path / "out")
     with pytest.raises(ValueError, match="already exists"):
         export_native(model, twin)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="its model type is 'gpt2'; only MiniGPT and Qwen3 models"):
+        export_native(tmp_path / "gpt2", tmp_path / "out")
+    shutil.rmtree(tmp_path / "gpt2")
 
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = load_file(model / "model.safetensors")

@@ -1,5 +1,6 @@
 """ONNX: onnxruntime computes what torch computes, with a cache, in batches, beyond the window."""
 
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer
 from minigpt_hf.export import onnx as module
+from minigpt_hf.export.native import comparison_ids
 from minigpt_hf.export.onnx import export_onnx
 from minigpt_hf.export.onnx_runner import Runner, cache_names
 from minigpt_hf.publish.model_folder import save_model_files
@@ -30,8 +32,9 @@ def model(run_folder):
 def test_the_folder_is_self_contained(exported):
     files = {str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()}
     assert files == {
-        *("onnx/model.onnx", "run_onnx.py", "config.json", "generation_config.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"),
+        *("run_onnx.py", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "README.md"),
     }
 
 
@@ -57,6 +60,24 @@ def test_a_padded_batch_has_the_logits_of_its_rows(exported, model):
     with torch.no_grad():
         np.testing.assert_allclose(logits[0], model(ids[:1]).logits[0], atol=1e-4, rtol=0)
         np.testing.assert_allclose(logits[1, padding:], model(ids[1:, padding:]).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("graph", "largest"), [("model_fp16.onnx", 0.01), ("model_quantized.onnx", 0.1)])
+def test_the_smaller_graphs_deviate_by_what_the_card_states(graph, largest, exported, model):
+    """Token by token with the cache, beyond the window: the deviation is that of one pass over all tokens."""
+    size = (exported / "onnx" / graph).stat().st_size
+    assert size < (exported / "onnx" / "model.onnx").stat().st_size
+    stated = float(re.search(rf"\| `onnx/{graph}` \| .* \| (\S+) \|", (exported / "README.md").read_text())[1])
+    ids, runner, past, rows = comparison_ids(model.config), Runner(exported, graph), None, []
+    for position in range(ids.shape[1]):
+        logits, past = runner.forward(ids[:, position : position + 1].numpy(), past)
+        rows.append(logits)
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+    difference = np.concatenate(rows, axis=1) - expected
+    deviation = np.sqrt(np.square(difference).mean()) / expected.std()
+    assert 0 < stated < largest
+    assert deviation == pytest.approx(stated, rel=0.5)  # activations are quantized by their range in each call
 
 
 def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported, run_folder, model, tmp_path):

@@ -11,11 +11,13 @@ import tomllib
 import jinja2
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.cli import main
-from minigpt_hf.data.tokenizer import character_tokenizer
+from minigpt_hf.data.corpus import hub_datasets
+from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
+from minigpt_hf.export import export_model
 from minigpt_hf.publish.card import code, energy, fenced, literal, render_card, shell
 from minigpt_hf.publish.model_folder import write_model_folder
 from minigpt_hf.publish.push import push_folder
@@ -77,12 +79,12 @@ def test_the_snippets_of_a_card_run_in_its_folder_and_continue_the_prompt(
 def test_the_snippets_of_a_pushed_card_load_it_from_the_hub(run_folder, hub, tmp_path, monkeypatch, capsys):
     push_folder(run_folder / "model", "user/tiny")
     card = hub.files("user/tiny", "main")["README.md"].decode()
-    remote, packaged = blocks(card, "python")
-    assert '"user/tiny"' in remote
+    native, readable = blocks(card, "python")
     assert '"."' not in card
     env = {"HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
-    assert run_in_a_new_process(WITHOUT_THE_PACKAGE + remote, tmp_path, tmp_path, **env).startswith("def ")
-    assert run_in_a_new_process(packaged, tmp_path, tmp_path, **env).startswith("def ")
+    assert run_in_a_new_process(WITHOUT_THE_PACKAGE + native, tmp_path, tmp_path, **env).startswith("def ")
+    name = run_in_a_new_process(f"{WITHOUT_THE_PACKAGE}{readable}print(type(model))", tmp_path, tmp_path, **env)
+    assert name.startswith("<class 'transformers_modules.") and name.endswith(".MiniGPTForCausalLM'>\n")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(blocks(card, "bash")[0])[1:]) == 0
     assert capsys.readouterr().out.startswith("def ")
@@ -151,7 +153,7 @@ def test_energy_is_time_times_devices_times_watts(metadata, card):
 
 def test_the_hub_accepts_the_metadata_of_the_card(metadata, hub):
     metadata |= {"language": ["no", "code"], "license": "cc-by-4.0"}
-    metadata["data"]["dataset"] = "user/plays"
+    metadata["data"]["datasets"] = ["user/plays"]
     card = ModelCard(render_card(metadata, tiny_config()), ignore_metadata_errors=False)
     card.validate()  # asks the Hub
     data = card.data
@@ -173,7 +175,7 @@ def test_unstated_settings_are_not_in_the_metadata(metadata):
     metadata["sample"] |= {"prompt": "", "texts": []}
     card = ModelCard(render_card(metadata, tiny_config()))
     stated = {name: value for name, value in card.data.to_dict().items() if value is not None}
-    assert set(stated) == {"library_name", "pipeline_tag", "tags"}
+    assert set(stated) == {"library_name", "pipeline_tag", "tags", "co2_eq_emissions"}
     assert "## Evaluation" not in card.text
     assert "## Samples" not in card.text
     assert "| license | not stated |" in card.text
@@ -182,10 +184,58 @@ def test_unstated_settings_are_not_in_the_metadata(metadata):
 
 def test_no_evaluation_results_are_written_for_a_training_corpus(metadata, tmp_path):
     """The Hub accepts `.eval_results/` only for registered benchmarks, which a training corpus never is."""
-    metadata["data"]["dataset"] = "user/plays"
+    metadata["data"]["datasets"] = ["user/plays"]
     write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), metadata, [])
     assert not (tmp_path / "model" / ".eval_results").exists()
     assert ModelCard((tmp_path / "model" / "README.md").read_text()).data.eval_results
+
+
+def test_emissions_are_energy_times_the_world_average_in_grams(metadata):
+    """The schema of the Hub: https://huggingface.co/docs/hub/model-cards-co2."""
+    metadata["training"]["energy_wh"] = 1234.0
+    card = ModelCard(render_card(metadata, tiny_config()))
+    emissions = card.data.co2_eq_emissions
+    assert emissions["emissions"] == 590.0  # 1.234 kWh · 475 g/kWh = 586 g
+    assert emissions["training_type"] == "pre-training"
+    assert emissions["hardware_used"] == metadata["training"]["device"]
+    assert "475 g/kWh" in emissions["source"]
+    assert "| estimated emissions | 590 g CO₂eq" in card.text
+    metadata["recipe"]["init_from"] = "user/base"
+    assert ModelCard(render_card(metadata, tiny_config())).data.co2_eq_emissions["training_type"] == "fine-tuning"
+
+
+def test_every_dataset_of_a_mixture_is_linked_and_only_if_it_exists_on_the_hub(run_folder, metadata, hub, tmp_path):
+    assert hub_datasets("user/plays:0.5,user/absent:lines:0.3,notes.txt:0.2") == ["user/plays", "user/absent"]
+    assert hub_datasets("user/plays:lines") == ["user/plays"]
+    assert hub_datasets("notes.txt") == hub_datasets("stdlib") == []
+    hub.put("user/plays", {"train.txt": b"To be"}, repo_type="datasets")
+    hub.put("user/base", {"config.json": b"{}"})
+    metadata["data"]["datasets"] = ["user/plays", "user/absent"]
+    for base, linked in (("user/base", "user/base"), ("user/gone", None)):
+        metadata["recipe"]["init_from"] = base
+        folder = tmp_path / base.replace("/", "-")
+        write_model_folder(folder, tiny_model(vocab_size=258), byte_tokenizer(), metadata, [])
+        push_folder(folder, "user/tuned")
+        card = ModelCard(hub.files("user/tuned")["README.md"].decode())
+        card.validate()  # asks the Hub
+        assert card.data.datasets == ["user/plays"]
+        assert (card.data.base_model, card.data.get("base_model_relation")) == (linked, "finetune" if linked else None)
+        assert (f"https://huggingface.co/{base}" in card.text) == bool(linked)
+
+
+@pytest.mark.parametrize("to", ["gguf", "onnx"])
+def test_the_card_of_an_export_names_the_model_on_the_hub_that_was_converted(to, run_folder, hub, tmp_path):
+    push_folder(run_folder / "model", "user/tiny")
+    snapshot_download("user/tiny", local_dir=tmp_path / "snapshot")
+    for folder, base in ((tmp_path / "snapshot", "user/tiny"), (run_folder / "model", None)):
+        out = tmp_path / f"{to}-of-{base is None}"
+        export_model(folder, out, to, context=32)
+        card = ModelCard.load(out / "README.md")
+        card.validate()  # asks the Hub
+        relation = "quantized" if base else None
+        assert (card.data.base_model, card.data.get("base_model_relation")) == (base, relation)
+        assert card.data.library_name == {"gguf": "gguf", "onnx": "transformers.js"}[to]
+        assert all(name in card.text for name in re.findall(r"`([^`]+\.(?:gguf|onnx|py))`", card.text))
 
 
 @pytest.mark.parametrize("init_from", ["Qwen/Qwen3-0.6B", "user/tiny_model.v2"])

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,16 +14,17 @@ from huggingface_hub import ModelCard, constants, login
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minigpt_hf import doctor
+from minigpt_hf import MiniGPTConfig, doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
-from minigpt_hf.publish.model_folder import REQUIRED, published_files
-from minigpt_hf.publish.push import push_folder
+from minigpt_hf.model.native import qwen3_settings
+from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files
+from minigpt_hf.publish.push import file_states, push_folder
 from tests.conftest import random_ids, tiny_model
 from tests.hub_server import TOKEN
 
-MODEL = {*REQUIRED, "figures/loss.png", "figures/training.png"}
-CODE = {"configuration_minigpt.py", "modeling_minigpt.py"}
+FOLDER = {*REQUIRED, "figures/loss.png", "figures/training.png"}  # in the branch `minigpt`
+MODEL = FOLDER - {*CODE}  # in `main`
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,24 @@ def local(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in published_files(folder)}
 
 
+def native(folder) -> dict[str, bytes]:
+    """The files of `main` of `user/tiny`, except for the card."""
+    config = json.dumps(qwen3_settings(MiniGPTConfig.from_pretrained(folder)), indent=2) + "\n"
+    files = {name: content for name, content in named(folder).items() if name not in CODE}
+    return files | {"config.json": config.encode()}
+
+
+def named(folder) -> dict[str, bytes]:
+    """The files of a model folder with the name `user/tiny`."""
+    metadata = {**json.loads((folder / "minigpt.json").read_text()), "name": "user/tiny"}
+    return local(folder) | {"minigpt.json": (json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def pushed(hub, repo_id: str) -> str:
+    """The output of a successful push."""
+    return f"{hub.endpoint}/{repo_id}\n{hub.endpoint}/{repo_id}/tree/minigpt\n"
+
+
 def uploaded(hub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
     files = hub.files(repo_id, revision)
     del files[".gitattributes"]
@@ -80,19 +100,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ids, expected, commits, alone = torch.load(sys.argv[1])
 load = AutoModelForCausalLM.from_pretrained
-for where in ({}, {"revision": "old"}, {"revision": commits[0]}, {"revision": "main", "code_revision": commits[1]}):
-    model = load("user/tiny", trust_remote_code=True, **where)
-    assert type(model).__module__.startswith("transformers_modules"), type(model)
+code = {"trust_remote_code": True}
+for where in ({}, {"revision": "old"}, {"revision": commits[0]}, {"revision": "minigpt", **code}):
+    model = load("user/tiny", **where)
+    assert type(model).__module__.startswith("transformers_modules" if code.items() <= where.items() else "transformers.")
     assert torch.equal(model(ids).logits, expected), where
     assert model.generation_config.temperature == 0.8
-    tokenizer = AutoTokenizer.from_pretrained("user/tiny", trust_remote_code=True, **where)
+    tokenizer = AutoTokenizer.from_pretrained("user/tiny", **where)
     assert tokenizer.decode(tokenizer("def f(x):\\n").input_ids) == "def f(x):\\n"
-native = load("user/tiny", revision="native", trust_remote_code=False)
-assert type(native).__name__ == "Qwen3ForCausalLM"
-assert torch.equal(native(ids).logits, expected)
+assert torch.equal(load("user/tiny", revision="minigpt", code_revision=commits[1], **code)(ids).logits, expected)
 with open(hf_hub_download("user/tiny", "README.md")) as card:
-    snippet = re.search(r"```python\\n(.*?)```", card.read(), re.DOTALL)[1]
-exec(snippet)
+    snippets = re.findall(r"```python\\n(.*?)```", card.read(), re.DOTALL)
+for snippet in snippets:
+    exec(snippet)
 
 for commit, has_model, has_tokenizer in alone:  # pushed by `push_to_hub` of model and tokenizer, in turn
     if has_model:
@@ -108,15 +128,13 @@ print("all loaded")
 def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub, tmp_path, capsys):
     folder = run_folder / "model"
     assert push(capsys, folder, "--repo-id", "user/tiny", "--revision", "old")[0] == 0
-    code, out, err = push(capsys, folder, "--repo-id", "user/tiny", "--native")
-    assert (code, err) == (0, "")
-    assert out == f"{hub.endpoint}/user/tiny\n{hub.endpoint}/user/tiny/tree/native\n"
-    assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "native") == ["Upload model", "initial commit"]
-    assert set(uploaded(hub, "user/tiny")) == MODEL
-    twin = uploaded(hub, "user/tiny", "native")
-    assert set(twin) == MODEL - CODE
-    assert twin["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert "auto_map" not in json.loads(twin["config.json"])
+    code, out, err = push(capsys, folder, "--repo-id", "user/tiny")
+    assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
+    assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "minigpt") == ["Upload model", "initial commit"]
+    card = {"README.md": uploaded(hub, "user/tiny")["README.md"]}
+    for branch in ("main", "old"):
+        assert uploaded(hub, "user/tiny", branch) == native(folder) | card
+    assert uploaded(hub, "user/tiny", "minigpt") == named(folder) | card
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for _ in range(2):
@@ -133,7 +151,7 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
             assert files >= {"tokenizer_config.json", "README.md"}
     assert sum(has_model for _, has_model, _ in alone) == 2
     ids = random_ids(2, 40)
-    commits = [hub.repository("user/tiny").branches()[branch] for branch in ("main", "old")]
+    commits = [hub.repository("user/tiny").branches()[branch] for branch in ("main", "minigpt")]
     torch.save([ids, model(ids).logits, commits, alone], tmp_path / "expected.pt")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     hugging_face = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
@@ -151,7 +169,8 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
 def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp_path):
     push_folder(run_folder / "model", "user/tiny")
     card = uploaded(hub, "user/tiny")["README.md"].decode()
-    assert '.from_pretrained("user/tiny", trust_remote_code=True)' in card
+    assert 'pipeline("text-generation", model="user/tiny")' in card
+    assert '.from_pretrained("user/tiny", revision="minigpt", trust_remote_code=True)' in card
     assert ModelCard(card).data.eval_results
     shutil.copytree(run_folder / "model", tmp_path / "model")
     mine = (tmp_path / "model" / "README.md").read_text() + "\nWritten manually.\n"
@@ -166,11 +185,17 @@ def test_only_model_files_are_uploaded_and_stale_ones_are_deleted(run_folder, hu
     for name in ("optimizer.pt", "notes.txt", ".env", "figures/secret.txt", "sub/config.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")
-    old = {"model-00001-of-00001.safetensors": b"old", "model.safetensors.index.json": b"{}", "figures/old.png": b"old"}
-    hub.put("user/tiny", {**old, "space.gguf": b"of another author", "notes.txt": b"theirs"})
+    old = {
+        "model-00001-of-00001.safetensors": b"old",
+        "model.safetensors.index.json": b"{}",
+        ".eval_results/old.yaml": b"old",
+    }
+    hub.put(
+        "user/tiny", {**old, "figures/other.png": b"theirs", "space.gguf": b"of another author", "notes.txt": b"theirs"}
+    )
     push_folder(folder, "user/tiny")
     files = uploaded(hub, "user/tiny")
-    assert set(files) == MODEL | {"space.gguf", "notes.txt"}
+    assert set(files) == MODEL | {"space.gguf", "notes.txt", "figures/other.png"}
     assert files["notes.txt"] == b"theirs"
     assert titles(hub, "user/tiny") == ["Upload model", "put", "initial commit"]
     push_folder(folder, "user/tiny")  # nothing is new: no commit
@@ -184,6 +209,7 @@ def test_files_that_would_change_how_the_model_loads_are_deleted_and_named(run_f
         "added_tokens.json": b'{"To": 400}',
         "adapter_config.json": b"{}",
         "chat_templates/other.jinja": b"x",
+        "custom_generate/generate.py": b"x",
     }
     hub.put("user/tiny", {**foreign, "notes.txt": b"theirs"})
     code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
@@ -193,9 +219,31 @@ def test_files_that_would_change_how_the_model_loads_are_deleted_and_named(run_f
         assert name in err
 
 
+def test_a_folder_that_is_replaced_during_the_upload_of_the_weights_is_not_mixed_with_the_new_one(
+    run_folder, hub, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(run_folder / "model", folder)
+    expected = {name: (folder / name).read_bytes() for name in ("generation_config.json", "tokenizer.json")}
+    hub.fail("PUT", "/lfs/", "slow", 1)
+
+    def replace():
+        while not any(request.method == "PUT" and "/lfs/" in request.path for request in list(hub.requests)):
+            threading.Event().wait(0.01)
+        for name in expected:
+            (folder / name).write_bytes(b"{}")
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    push_folder(folder, "user/tiny", checked=file_states(folder))
+    replacing.join()
+    for files in (uploaded(hub, "user/tiny"), hub.files("user/tiny", "minigpt")):
+        assert {name: files[name] for name in expected} == expected
+
+
 def test_a_failure_of_the_second_branch_names_the_branch_that_was_updated(run_folder, hub, capsys):
-    hub.fail("POST", "/commit/native", 400)
-    code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny", "--native")
+    hub.fail("POST", "/commit/minigpt", 400)
+    code, _, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
     assert code == 2
     assert re.fullmatch(
         f"minigpt push: user/tiny: the Hub answered 400.*{hub.endpoint}/user/tiny was updated before\n", err
@@ -278,7 +326,7 @@ def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, h
         ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: no such folder; give a model folder"),
         ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),
-        ([model, "--repo-id", "user/tiny", "--native", "--revision", "native"], "is the branch of the twin"),
+        ([model, "--repo-id", "user/tiny", "--revision", "minigpt"], "the branch minigpt holds the code"),
         ([model, "--repo-id", "user/../tiny"], "Repo id must"),
         ([model], "--repo-id"),
     ]
@@ -324,8 +372,8 @@ def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retr
     shutil.copytree(run_folder / "model", earlier)
     tiny_model(vocab_size=300).save_pretrained(earlier)
     push_folder(earlier, "user/tiny")
-    before, now = uploaded(hub, "user/tiny"), local(run_folder / "model")
-    now["README.md"] = before["README.md"]
+    before = uploaded(hub, "user/tiny")
+    now = native(run_folder / "model") | {"README.md": before["README.md"]}
     assert before["model.safetensors"] != now["model.safetensors"]
 
     method, path, kind, message = FAULTS[fault]
@@ -336,7 +384,7 @@ def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retr
     hub.faults.clear()
     assert uploaded(hub, "user/tiny") == (now if kind == "lost" else before)
     code, out, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
-    assert (code, out, err) == (0, f"{hub.endpoint}/user/tiny\n", "")
+    assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
     assert uploaded(hub, "user/tiny") == now
     assert titles(hub, "user/tiny") == ["Upload model", "Upload model", "initial commit"]
 
@@ -346,7 +394,7 @@ def test_temporary_failures_and_slow_answers_are_retried(run_folder, hub, capsys
     hub.fail("POST", "/preupload/", 429, times=1)
     hub.fail("POST", "/commit/", "slow")
     code, out, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
-    assert (code, out, err) == (0, f"{hub.endpoint}/user/tiny\n", "")
+    assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
     assert set(uploaded(hub, "user/tiny")) == MODEL
 
 
@@ -381,7 +429,7 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
     flags = ["--hub_model_id", "tiny", "--hub_private_repo", "true", "--hub_always_push", "true", "--license", "mit"]
     assert train(recipe_file, text_file, run, *flags) == 0
     out = capsys.readouterr().out
-    assert out.endswith(f"the model is in {run / 'model'}\n{hub.endpoint}/user/tiny\n")
+    assert out.endswith(f"the model is in {run / 'model'}\n{pushed(hub, 'user/tiny')}")
     assert hub.repository("user/tiny").private
     assert titles(hub, "user/tiny") == [
         "Upload model",
@@ -438,6 +486,9 @@ def test_missing_write_permission_is_reported_before_the_first_step(recipe_file,
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search("^minigpt train: other/tiny: the Hub answered 403 .*\n$", captured.err, re.MULTILINE)
+    flags = ("--hub_model_id", "user/tiny", "--hub_revision", "minigpt")
+    assert train(recipe_file, text_file, tmp_path / "other", *flags) == 2
+    assert "the branch minigpt holds the code" in capsys.readouterr().err
 
 
 # -- the token --------------------------------------------------------------------------------------------------------
@@ -452,7 +503,7 @@ def test_the_token_is_in_no_file_log_card_or_upload(recipe_file, text_file, hub,
     model = AutoModelForCausalLM.from_pretrained("user/tiny")
     model.push_to_hub("user/alone")
     hub.fail("POST", "/commit/", 403)
-    assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/again", "--native"]) == 2
+    assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/again"]) == 2
     hub.fail("POST", "/repos/create", 401)
     assert main(["push", str(tmp_path / "run" / "model"), "--repo-id", "user/more"]) == 2
     assert main(["train", "--hub_token", TOKEN, "--output_dir", "refused"]) == 2

@@ -1,0 +1,66 @@
+"""The files of a Space that demonstrates a model: its configuration (`README.md`), program and requirements."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import SpaceCardData
+
+APP = Path(__file__).with_name("space_app.py")
+PLACEHOLDER = '"USER/NAME"'  # in `APP`
+GRADIO = "6.31.0"
+# Files of Spaces of any SDK; those of another SDK are deleted.
+PROGRAM_FILES = ("app.py", "requirements.txt", "index.html")
+
+
+@dataclass(frozen=True)
+class Space:
+    """The content of a Space.
+
+    Args:
+        sdk: `gradio` or `static`.
+        files: Content by path, without `README.md`.
+        settings: Settings that depend on the SDK.
+    """
+
+    sdk: str
+    files: dict[str, bytes]
+    settings: dict[str, Any]
+
+    def card(self, metadata: dict[str, Any], repo_id: str) -> bytes:
+        """Return the content of `README.md`.
+
+        Args:
+            metadata: Content of `minigpt.json`.
+            repo_id: Hub id of the model.
+        """
+        data = SpaceCardData(
+            title=repo_id.partition("/")[2],
+            emoji="\N{MEMO}",
+            colorFrom="gray",
+            colorTo="indigo",
+            sdk=self.sdk,
+            **self.settings,
+            pinned=False,
+            license=metadata["license"],
+            models=[repo_id],
+            short_description="A small GPT trained with minigpt-hf",
+        )
+        link = f"https://huggingface.co/{repo_id}"
+        return f"---\n{data.to_yaml()}\n---\n\nDemo of [{repo_id}]({link}).\n".encode()
+
+
+def space_of(repo_id: str) -> Space:
+    """Return the Space of a model: a program that loads the model from the Hub.
+
+    Args:
+        repo_id: Hub id of the model.
+    """
+    app = APP.read_text(encoding="utf-8")
+    assert app.count(PLACEHOLDER) == 1
+    versions = f"torch=={torch.__version__.partition('+')[0]}\ntransformers=={transformers.__version__}\n"
+    files = {"app.py": app.replace(PLACEHOLDER, json.dumps(repo_id)).encode(), "requirements.txt": versions.encode()}
+    return Space("gradio", files, {"sdk_version": GRADIO, "app_file": "app.py"})
