@@ -77,6 +77,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
+            messages=messages_literal(metadata),
             recipe_yaml=to_yaml(metadata["recipe"]).strip(),
             **metadata,
         )
@@ -100,6 +101,24 @@ def card_for(folder: Path, place: Place, name: str | None = None) -> str:
 def location(name: str) -> str:
     """Return what the examples of a card load: the Hub id, or the current folder if the model has none."""
     return name if "/" in name else "."
+
+
+def example_messages(metadata: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the messages of the example of a model that learned conversations; empty for other models."""
+    recipe, question = metadata["recipe"], metadata["sample"]["prompt"]
+    if not recipe.get("chat"):
+        return []
+    system = [{"role": "system", "content": recipe["system"]}] if recipe.get("system") else []
+    return [*system, {"role": "user", "content": question or "Hello"}]
+
+
+def messages_literal(metadata: dict[str, Any]) -> str:
+    """Return `example_messages` as a Python literal; "" for other models."""
+    messages = [
+        f'{{"role": {literal(message["role"])}, "content": {literal(message["content"])}}}'
+        for message in example_messages(metadata)
+    ]
+    return f"[{', '.join(messages)}]" if messages else ""
 
 
 def is_fine_tuned(metadata: dict[str, Any]) -> bool:
@@ -146,6 +165,7 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         absent: Hub ids that are not linked.
     """
     data, results, prompt = metadata["data"], metadata["results"], metadata["sample"]["prompt"]
+    messages = example_messages(metadata)
     datasets = [name for name in data["datasets"] if name not in absent]
     conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
     base = base_model(metadata, absent)
@@ -161,7 +181,9 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         # Published folders contain complete weights: LoRA factors are merged, so the relation is never "adapter".
         base_model_relation="finetune" if base else None,
         co2_eq_emissions=emissions(metadata),
-        widget=[{"text": prompt}] if prompt and not CONTROL_CHARACTERS.search(prompt) else None,
+        widget=[{"messages": messages} if messages else {"text": prompt}]
+        if prompt and not CONTROL_CHARACTERS.search(f"{prompt} {messages}")
+        else None,
         eval_results=[
             EvalResult(
                 task_type="text-generation",

@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: the published model, its score, exact resuming, LoRA, and `minigpt chat`."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -83,6 +85,18 @@ def test_the_published_model_stops_at_the_end_of_an_answer_and_has_the_template(
         [{"role": "user", "content": "3 + 1"}], max_new_tokens=5
     )
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_the_examples_of_the_card_run_and_ask_a_question(chat_run, tmp_path):
+    card = (chat_run / "model" / "README.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert '"role": "user"' in first and '"role": "user"' in second and "minigpt chat ." in card
+    for example in (first, second):
+        done = subprocess.run([sys.executable, "-c", example], cwd=chat_run / "model", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    metadata = json.loads((chat_run / "model" / "minigpt.json").read_text())
+    question = {"role": "user", "content": metadata["sample"]["prompt"]}
+    assert ModelCard(card).data.to_dict()["widget"] == [{"messages": [question]}]
 
 
 def test_evaluate_reproduces_the_published_score_of_the_answers(chat_run, chats, capsys):
