@@ -1,25 +1,31 @@
 """Steps shared by all export formats: load and validate the model, limit the context, write atomically, verify."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig, Qwen3Config
 
 from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..trust import checked_folder, loading
+from ..trust import checked_folder, loading, read_metadata
 
 
-def load_model(folder: Path) -> MiniGPTForCausalLM:
+def load_model(folder: Path, or_qwen3: bool = False) -> MiniGPTForCausalLM:
     """Load the model of a MiniGPT folder in the dtype of its weights and in evaluation mode.
 
     Attention is eager: which SDPA kernel is used depends on the mask, and the kernels round differently.
+
+    Args:
+        or_qwen3: Also accept a Qwen3 folder, whose weights have the same names.
 
     Raises:
         MiniGPTError: if there is no MiniGPT model, or its weights are incomplete or not finite.
@@ -29,12 +35,17 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
             raise MiniGPTError(f"{folder}: this is a run folder; its model folder is {folder / 'model'}")
         raise MiniGPTError(f"{folder}: it has no config.json; give a model folder")
     checked_folder(str(folder))
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != MiniGPTConfig.model_type:
-        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT models can be exported")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type, options = settings.get("model_type"), {}
+    if or_qwen3 and model_type == "qwen3" and not settings.get("attention_bias"):
+        with loading(str(folder)):
+            options["config"] = _minigpt_config(folder)
+    elif model_type != MiniGPTConfig.model_type:
+        which = "MiniGPT models and Qwen3 models without biases" if or_qwen3 else "MiniGPT models"
+        raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only {which} can be exported")
     with loading(str(folder)):
         model, report = MiniGPTForCausalLM.from_pretrained(
-            folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
+            folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True, **options
         )
     with loading(str(folder), "tokenizer", "an export needs the tokenizer of the model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -47,6 +58,33 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         if not torch.isfinite(parameter).all():
             raise MiniGPTError(f"{folder}: {name} has values that are not finite; the model is not exported")
     return model.eval()
+
+
+def _minigpt_config(folder: Path) -> MiniGPTConfig:
+    """Return the configuration of a Qwen3 folder as that of its MiniGPT twin."""
+    settings = Qwen3Config.from_pretrained(folder).to_dict()
+    own = {field.name for field in fields(MiniGPTConfig)} - {"architectures", "auto_map"}
+    return MiniGPTConfig(**{name: value for name, value in settings.items() if name in own})
+
+
+def file_name(folder: Path) -> str:
+    """Return the name in `minigpt.json`, or else of the folder, reduced to characters that are safe in a file name."""
+    name = read_metadata(folder).get("name")
+    if not isinstance(name, str) or not name:
+        name = folder.resolve().name
+    return re.sub(r"[^\w.-]+", "-", name)[:100]
+
+
+def sampling_settings(settings: GenerationConfig) -> dict[str, Any]:
+    """Return temperature (0 for greedy), top_k, top_p and repetition_penalty of `generation_config.json`.
+
+    Unset options get the defaults of transformers, because those of other programs differ.
+    """
+    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    chosen = {name: getattr(settings, name) for name in defaults}
+    if not settings.do_sample:
+        chosen |= {"temperature": 0.0, "top_k": 1, "top_p": 1.0}
+    return {name: default if chosen[name] is None else chosen[name] for name, default in defaults.items()}
 
 
 def has_sliding_window(config: MiniGPTConfig) -> bool:

@@ -9,7 +9,7 @@ const PATTERNS = {
     "'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" +
       "| ?[^\\p{White_Space}\\p{L}\\p{N}]+[\\r\\n]*|\\p{White_Space}*[\\r\\n]+" +
       "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+", "gu"),
-  gpt2: new RegExp(
+  "gpt-2": new RegExp(
     "'(?:s|t|re|ve|m|ll|d)| ?\\p{L}+| ?\\p{N}+| ?[^\\p{White_Space}\\p{L}\\p{N}]+" +
       "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+", "gu"),
 };
