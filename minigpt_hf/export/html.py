@@ -265,19 +265,18 @@ def _text(metadata: Any, *path: str) -> str:
 def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[str, str]]:
     """The figures of the model card as pairs of label and value; without those that `minigpt.json` lacks."""
     formats = {
-        "validation, bits per byte": lambda: f"{metadata['results']['bits_per_byte']:.4f}",
-        "validation, nats per token": lambda: f"{metadata['results']['loss']:.4f}",
-        "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
+        "bits per byte of the validation text": lambda: f"{metadata['results']['bits_per_byte']:.3f}",
         "parameters": lambda: f"{model.num_parameters():,}",
-        "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
-        "bytes per token": lambda: f"{metadata['tokenizer']['bytes_per_token']:.2f}",
-        "training text": lambda: str(metadata["data"]["name"]),
-        "size of the text": lambda: f"{metadata['data']['train']['bytes']:,} bytes",
-        "trained on": lambda: f"{metadata['training']['tokens']:,} tokens",
+        "training tokens": lambda: f"{metadata['training']['tokens']:,}",
+        "training time": lambda: str(metadata["training"]["time"]),
+        "validation loss": lambda: f"{metadata['results']['loss']:.4f} nats per token",
+        "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
+        "training text": lambda: f"{metadata['data']['name']}, {metadata['data']['train']['bytes']:,} bytes",
         "epochs": lambda: f"{metadata['training']['tokens'] / metadata['data']['train']['tokens']:.2f}",
         "sequence length": lambda: f"{metadata['recipe']['block_size']:,} tokens",
+        "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
+        "bytes per token": lambda: f"{metadata['tokenizer']['bytes_per_token']:.2f}",
         "hardware": lambda: str(metadata["training"]["device"]),
-        "training time": lambda: str(metadata["training"]["time"]),
         "date": lambda: str(metadata["date"]),
         "license": lambda: str(metadata["license"] or "not stated"),
     }

@@ -329,7 +329,7 @@ def test_a_page_has_the_losses_samples_and_figures_of_its_run(page, run_folder):
     assert [tokens for tokens, _ in data["log"]["validation"]] == [20 * 128, 40 * 128]
     assert [tokens for tokens, _ in data["log"]["samples"]] == [0, 20 * 128, 40 * 128]
     metadata = json.loads((run_folder / "model" / "minigpt.json").read_text())
-    assert dict(data["facts"])["validation, bits per byte"] == f"{metadata['results']['bits_per_byte']:.4f}"
+    assert dict(data["facts"])["bits per byte of the validation text"] == f"{metadata['results']['bits_per_byte']:.3f}"
 
 
 def test_a_folder_without_a_run_and_metadata_of_another_program_is_exported(run_folder, tmp_path):
