@@ -54,7 +54,8 @@ function slider(label, target, name, { min, max, step, value, format = String, o
 
 function percent(p) {
   if (p >= 0.9995) return "100 %";
-  return p >= 0.1 ? `${(100 * p).toFixed(0)} %` : p >= 0.01 ? `${(100 * p).toFixed(1)} %` : `${(100 * p).toPrecision(1)} %`;
+  if (p >= 0.0995) return `${(100 * p).toFixed(0)} %`;
+  return p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : `${Number((100 * p).toPrecision(1))} %`;
 }
 
 const bits = (p) => -Math.log2(p);
@@ -85,7 +86,12 @@ function tokenDecoder() {
 class TokenList {
   constructor(node, label, onselect) {
     Object.assign(this, { node, onselect, tokens: [], selected: -1, decode: tokenDecoder() });
-    filled(node, ["tokens"], { role: "listbox", tabindex: "0", "aria-label": label, "aria-orientation": "horizontal" }, []);
+    filled(
+      node,
+      ["tokens"],
+      { role: "listbox", tabindex: "0", "aria-label": label, "aria-orientation": "horizontal" },
+      [],
+    );
     node.addEventListener("click", (event) => {
       const option = event.target.closest("[role=option]");
       if (option) this.select([...this.node.children].indexOf(option));
@@ -102,9 +108,14 @@ class TokenList {
   append(tokens) {
     for (const token of tokens) {
       const [text, label] = [this.decode(token.id), tokenLabel(token.id)];
-      const option = element("span.token", { role: "option", "aria-selected": "false", id: `${this.node.id}-${this.tokens.length}` }, text);
+      const option = element("span.token", {
+        role: "option",
+        "aria-selected": "false",
+        id: `${this.node.id}-${this.tokens.length}`,
+      });
       if (!text) option.dataset.label = label;
-      if (text.includes("\n")) option.classList.add("line-end");
+      // A visible symbol before each line end, which is not part of the text when it is copied.
+      text.split(/(\r?\n)/).forEach((part, i) => option.append(...(i % 2 ? [element("span.line-end"), part] : [part])));
       if (token.isPrompt) option.classList.add("prompt");
       if (token.p !== undefined) {
         option.style.setProperty("--heat-share", heat(token.p).toFixed(3));
@@ -139,7 +150,8 @@ class TokenList {
 // A row of a list of probabilities; `mark` is the value before an ablation, `onclick` makes it a button.
 function probabilityRow(id, p, { mark, onclick, isChosen = false, text = percent(p), share = p } = {}) {
   const bar = element("span.bar", { "--share": Math.max(0, share).toFixed(4) });
-  if (mark !== undefined) bar.append(element("span.mark", { "--share": mark.toFixed(4), title: `${percent(mark)} without ablation` }));
+  if (mark !== undefined)
+    bar.append(element("span.mark", { "--share": mark.toFixed(4), title: `${percent(mark)} without ablation` }));
   const parts = [element("span.label", {}, tokenLabel(id)), bar, element("span.number", {}, text)];
   const properties = onclick ? { type: "button", onclick } : {};
   return element(`${onclick ? "button" : "div"}.probability${isChosen ? ".chosen" : ""}`, properties, parts);
@@ -169,7 +181,10 @@ const engine = {
     const job = this.next++;
     const promise = new Promise((resolve, reject) => this.jobs.set(job, { resolve, reject, onprogress }));
     this.worker.postMessage({ type, job, ...message });
-    return Object.assign(promise.finally(() => this.jobs.delete(job)), { job });
+    return Object.assign(
+      promise.finally(() => this.jobs.delete(job)),
+      { job },
+    );
   },
 
   stop(job) {

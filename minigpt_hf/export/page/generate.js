@@ -14,25 +14,50 @@ function generateView() {
   const list = new TokenList(byId("output"), "Text, token by token", showAlternatives);
 
   byId("sampling").append(
-    slider("Temperature", sampling, "temperature",
-      { min: 0, max: 2, step: 0.05, value: initial.temperature, format: (x) => (x === 0 ? "0, greedy" : x.toFixed(2)) }),
-    slider("Top-k", sampling, "topK",
-      { min: 0, max: Math.min(200, page.config.vocab_size), step: 1, value: initial.top_k, format: (k) => (k === 0 ? "off" : k) }),
-    slider("Top-p", sampling, "topP", { min: 0.05, max: 1, step: 0.01, value: initial.top_p, format: (p) => (p === 1 ? "off" : p.toFixed(2)) }),
-    slider("Repetition penalty", sampling, "repetitionPenalty",
-      { min: 1, max: 2, step: 0.05, value: initial.repetition_penalty, format: (x) => (x === 1 ? "off" : x.toFixed(2)) }),
-    slider("New tokens", sampling, "maxNewTokens",
-      { min: 10, max: 1000, step: 10, value: 200, format: integer }),
+    slider("Temperature", sampling, "temperature", {
+      min: 0,
+      max: 2,
+      step: 0.05,
+      value: initial.temperature,
+      format: (x) => (x === 0 ? "0, greedy" : x.toFixed(2)),
+    }),
+    slider("Top-k", sampling, "topK", {
+      min: 0,
+      max: Math.min(200, page.config.vocab_size),
+      step: 1,
+      value: initial.top_k,
+      format: (k) => (k === 0 ? "off" : k),
+    }),
+    slider("Top-p", sampling, "topP", {
+      min: 0.05,
+      max: 1,
+      step: 0.01,
+      value: initial.top_p,
+      format: (p) => (p === 1 ? "off" : p.toFixed(2)),
+    }),
+    slider("Repetition penalty", sampling, "repetitionPenalty", {
+      min: 1,
+      max: 2,
+      step: 0.05,
+      value: initial.repetition_penalty,
+      format: (x) => (x === 1 ? "off" : x.toFixed(2)),
+    }),
+    slider("New tokens", sampling, "maxNewTokens", { min: 10, max: 1000, step: 10, value: 200, format: integer }),
   );
   prompt.value = page.prompt;
 
   byId("modes").hidden = !chat;
   byId("no-chat").hidden = !page.hasTemplate || Boolean(chat);
-  for (const [id, value] of [["mode-continue", false], ["mode-chat", true]]) {
+  for (const [id, value] of [
+    ["mode-continue", false],
+    ["mode-chat", true],
+  ]) {
     byId(id).addEventListener("change", () => {
       isChat = value;
       prompt.value = isChat ? "" : page.prompt;
+      prompt.placeholder = isChat ? "" : "Empty: a new document";
       byId("prompt-label").textContent = isChat ? "Your message" : "Prompt";
+      byId("text-column").append(...(isChat ? ["result", "composer"] : ["composer", "result"]).map(byId)); // a reply is above
       reset();
     });
   }
@@ -56,7 +81,8 @@ function generateView() {
 
   // The earlier turns of the conversation, as plain text.
   function showConversation() {
-    const turn = ({ role, content }) => element(`div.turn.${role === "user" ? "user" : "reply"}`, {}, element("span.role", {}, role), content);
+    const turn = ({ role, content }) =>
+      element(`div.turn.${role === "user" ? "user" : "reply"}`, {}, element("span.role", {}, role), content);
     byId("conversation").replaceChildren(...messages.map(turn));
   }
 
@@ -65,7 +91,11 @@ function generateView() {
     const text = prompt.value;
     if (isChat) {
       const reply = tokenizer.decode(list.tokens.filter((token) => !token.isPrompt).map((token) => token.id));
-      const conversation = [...messages, ...(list.tokens.length ? [{ role: "assistant", content: reply }] : []), { role: "user", content: text }];
+      const conversation = [
+        ...messages,
+        ...(list.tokens.length ? [{ role: "assistant", content: reply }] : []),
+        { role: "user", content: text },
+      ];
       try {
         clearError();
         promptIds = chatPrompt(tokenizer, chat, conversation);
@@ -89,24 +119,31 @@ function generateView() {
   function continueText(randomSeed) {
     const ids = [...promptIds, ...list.tokens.filter((token) => !token.isPrompt).map((token) => token.id)];
     byId("alternatives").hidden = true;
-    const running = engine.run("generate", { ids, options: { ...sampling, seed: randomSeed } }, ({ tokens, tokensPerSecond }) => {
-      if (job !== running.job) return;
-      const isAtEnd = list.node.scrollTop + list.node.clientHeight > list.node.scrollHeight - 40;
-      list.append(tokens);
-      if (isAtEnd) list.node.scrollTop = list.node.scrollHeight;
-      showState(speed(tokensPerSecond));
-    });
+    const running = engine.run(
+      "generate",
+      { ids, options: { ...sampling, seed: randomSeed } },
+      ({ tokens, tokensPerSecond }) => {
+        if (job !== running.job) return;
+        const isAtEnd = list.node.scrollTop + list.node.clientHeight > list.node.scrollHeight - 40;
+        list.append(tokens);
+        if (isAtEnd) list.node.scrollTop = list.node.scrollHeight;
+        showState(speed(tokensPerSecond));
+      },
+    );
     job = running.job;
     showState();
-    return running.then(({ stopped, tokensPerSecond }) => {
-      if (job !== running.job) return;
-      job = null;
-      showState(`${stopped ? "Stopped. " : "Finished. "}${speed(tokensPerSecond)}`);
-    }, (error) => {
-      job = null;
-      showState();
-      reportError(error);
-    });
+    return running.then(
+      ({ stopped, tokensPerSecond }) => {
+        if (job !== running.job) return;
+        job = null;
+        showState(`${stopped ? "Stopped. " : "Finished. "}${speed(tokensPerSecond)}`);
+      },
+      (error) => {
+        job = null;
+        showState();
+        reportError(error);
+      },
+    );
   }
 
   function speed(tokensPerSecond) {
@@ -120,17 +157,29 @@ function generateView() {
     const panel = byId("alternatives");
     panel.hidden = false;
     if (!token.top) {
-      panel.replaceChildren(element("p.note", {}, `“${tokenLabel(token.id)}” (id ${token.id}) is part of the prompt; the model did not choose it.`));
+      panel.replaceChildren(
+        element(
+          "p.note",
+          {},
+          `“${tokenLabel(token.id)}” (id ${token.id}) is part of the prompt; the model did not choose it.`,
+        ),
+      );
       return;
     }
-    const rows = token.top.map(([id, p]) => probabilityRow(id, p, {
-      isChosen: id === token.id,
-      onclick: () => continueFrom(index, id, p, token.top),
-    }));
+    const rows = token.top.map(([id, p]) =>
+      probabilityRow(id, p, {
+        isChosen: id === token.id,
+        onclick: () => continueFrom(index, id, p, token.top),
+      }),
+    );
     if (!token.top.some(([id]) => id === token.id)) rows.push(probabilityRow(token.id, token.p, { isChosen: true }));
     panel.replaceChildren(
       element("h3", {}, `Token ${index + 1}: “${tokenLabel(token.id)}”`),
-      element("p.note", {}, `${percent(token.p)}, ${bits(token.p).toFixed(2)} bits. Choose a token to continue the text from it.`),
+      element(
+        "p.note",
+        {},
+        `${percent(token.p)}, ${bits(token.p).toFixed(2)} bits. Choose a token to continue the text from it.`,
+      ),
       element("div.probabilities", {}, rows),
     );
   }

@@ -2,7 +2,7 @@
 /* MiniGPT in JavaScript, without dependencies: token ids in, logits of the next token out, and sampling.
 
 This is the model of `modeling_minigpt.py` for a single sequence, in the same order: norm, rotary embedding, attention,
-feed-forward network, layers, logits; then sampling and the chat format. A matrix is a flat array in row-major order, stored
+feed-forward network, layers, logits; then sampling. A matrix is a flat array in row-major order, stored
 as [outputs, inputs] like the weights of `nn.Linear`; the configuration is that of `config.json`.
 
 Shapes in the comments:
@@ -16,7 +16,12 @@ Shapes in the comments:
 function matmul(out, x, weight, length, inputs, outputs) {
   for (let o = 0; o < outputs; o++) {
     for (let t = 0; t < length; t++) {
-      let a = 0, b = 0, c = 0, d = 0, w = o * inputs, i = t * inputs;
+      let a = 0,
+        b = 0,
+        c = 0,
+        d = 0,
+        w = o * inputs,
+        i = t * inputs;
       const end = i + inputs;
       for (; i + 3 < end; i += 4, w += 4) {
         a += x[i] * weight[w];
@@ -93,7 +98,13 @@ class Cache {
 const CHUNK = 64; // tokens per pass through the layers, which bounds the memory for long prompts
 
 // Number of elements per token of each intermediate result.
-function bufferSizes({ hidden_size: H, intermediate_size: F, num_attention_heads: N, num_key_value_heads: K, head_dim: D }) {
+function bufferSizes({
+  hidden_size: H,
+  intermediate_size: F,
+  num_attention_heads: N,
+  num_key_value_heads: K,
+  head_dim: D,
+}) {
   return { x: H, normed: H, output: H, q: N * D, k: K * D, v: K * D, mixed: N * D, gate: F, up: F };
 }
 
@@ -237,7 +248,9 @@ function distribution(logits, { temperature = 1, topK = 0, topP = 1, repetitionP
   }
   softmax(scores);
   if (topP < 1) {
-    const order = Array.from(scores.keys()).filter((i) => scores[i] > 0).sort((a, b) => scores[b] - scores[a]);
+    const order = Array.from(scores.keys())
+      .filter((i) => scores[i] > 0)
+      .sort((a, b) => scores[b] - scores[a]);
     let total = 0;
     for (const i of order) {
       const isKept = total < topP;
@@ -274,7 +287,10 @@ function draw(probabilities, random) {
 function* generate(model, ids, { seed = 0, maxNewTokens = Infinity, stop = [], ...options } = {}) {
   const [cache, random, all] = [new Cache(model.config), randomNumbers(seed), [...ids]];
   const isUnlimited = cache.layers.every((layer) => layer.window < Infinity);
-  const end = Math.min(ids.length + maxNewTokens, isUnlimited ? Infinity : model.config.max_position_embeddings);
+  const context = isUnlimited ? Infinity : model.config.max_position_embeddings;
+  if (ids.length >= context)
+    throw new Error(`the text has ${ids.length} tokens, and the model supports ${context}; shorten it`);
+  const end = Math.min(ids.length + maxNewTokens, context);
   for (let next = ids; all.length < end; next = all.slice(-1)) {
     const logits = model.forward(next, cache);
     const id = draw(distribution(logits, options, all), random);
@@ -284,14 +300,6 @@ function* generate(model, ids, { seed = 0, maxNewTokens = Infinity, stop = [], .
   }
 }
 
-// The ids of a conversation in ChatML, up to the reply: <|im_start|>role, line end, content, <|im_end|>, line end, …
-function chatPrompt(tokenizer, { start, end, system }, messages) {
-  const hasSystem = system === null || messages[0]?.role === "system";
-  const all = hasSystem ? messages : [{ role: "system", content: system }, ...messages];
-  const turn = ({ role, content }) => [start, ...tokenizer.encode(`${role}\n${content}`), end, ...tokenizer.encode("\n")];
-  return [...all.flatMap(turn), start, ...tokenizer.encode("assistant\n")];
-}
-
 if (typeof module !== "undefined") {
-  module.exports = { Cache, GPT, matmul, softmax, distribution, randomNumbers, draw, generate, chatPrompt };
+  module.exports = { Cache, GPT, matmul, softmax, distribution, randomNumbers, draw, generate };
 }

@@ -4,20 +4,39 @@
 The module is assembled here, byte by byte, from the instructions below; the format is that of the WebAssembly specification.
 Where WebAssembly is not available, `createBackend` returns the JavaScript version. */
 
-const I32 = 0x7f, F32 = 0x7d, V128 = 0x7b, NONE = 0x40;
+const I32 = 0x7f,
+  F32 = 0x7d,
+  V128 = 0x7b,
+  NONE = 0x40;
 const get = (local) => [0x20, local];
 const set = (local) => [0x21, local];
 const i32 = (value) => [0x41, ...leb(value, true)];
 const [ADD, MULTIPLY, AND, LESS, EQUALS_ZERO] = [[0x6a], [0x6c], [0x71], [0x49], [0x45]]; // of i32
 const [F32_ADD, F32_MULTIPLY, F32_LOAD, F32_STORE] = [[0x92], [0x94], [0x2a, 2, 0], [0x38, 2, 0]];
-const [V_ADD, V_MULTIPLY] = [[0xfd, 0xe4, 0x01], [0xfd, 0xe6, 0x01]]; // f32x4
+const [V_ADD, V_MULTIPLY] = [
+  [0xfd, 0xe4, 0x01],
+  [0xfd, 0xe6, 0x01],
+]; // f32x4
 const V_ZERO = [0xfd, 0x0c, ...new Array(16).fill(0)];
 const vLoad = (offset) => [0xfd, 0x00, 0, offset];
 const lane = (index) => [0xfd, 0x1f, index];
 const increase = (local, amount) => [...get(local), ...amount, ...ADD, ...set(local)];
 // block { loop { if not condition: leave the block; body; repeat } }
-const whileLoop = (condition, ...body) =>
-  [0x02, NONE, 0x03, NONE, ...condition, ...EQUALS_ZERO, 0x0d, 1, ...body.flat(), 0x0c, 0, 0x0b, 0x0b];
+const whileLoop = (condition, ...body) => [
+  0x02,
+  NONE,
+  0x03,
+  NONE,
+  ...condition,
+  ...EQUALS_ZERO,
+  0x0d,
+  1,
+  ...body.flat(),
+  0x0c,
+  0,
+  0x0b,
+  0x0b,
+];
 
 // Integers in LEB128: seven bits per byte, the lowest first.
 function leb(value, signed = false) {
@@ -44,9 +63,11 @@ function assemble() {
   const product = (i) => [...get(A + i), ...factors(vLoad(16 * i)), ...V_MULTIPLY, ...V_ADD, ...set(A + i)];
   const advance = (bytes) => [...increase(XP, i32(bytes)), ...increase(WP, i32(bytes))];
   const times4 = (count) => [...count, ...i32(4), ...MULTIPLY];
-  const body = whileLoop([...get(O), ...get(OUTPUTS), ...LESS],
+  const body = whileLoop(
+    [...get(O), ...get(OUTPUTS), ...LESS],
     [...i32(0), ...set(T), ...get(X), ...set(XP)],
-    whileLoop([...get(T), ...get(LENGTH), ...LESS],
+    whileLoop(
+      [...get(T), ...get(LENGTH), ...LESS],
       [...get(WEIGHT), ...set(WP)],
       [0, 1, 2, 3].flatMap((i) => [...V_ZERO, ...set(A + i)]),
       [...get(XP), ...times4([...get(INPUTS), ...i32(-16), ...AND]), ...ADD, ...set(END)],
@@ -55,17 +76,26 @@ function assemble() {
       [...get(A), ...lane(0), ...get(A), ...lane(1), ...F32_ADD],
       [...get(A), ...lane(2), ...get(A), ...lane(3), ...F32_ADD, ...F32_ADD, ...set(SUM)],
       increase(END, times4([...get(INPUTS), ...i32(15), ...AND])),
-      whileLoop([...get(XP), ...get(END), ...LESS],
-        [...get(SUM), ...factors(F32_LOAD), ...F32_MULTIPLY, ...F32_ADD, ...set(SUM)], advance(4)),
+      whileLoop(
+        [...get(XP), ...get(END), ...LESS],
+        [...get(SUM), ...factors(F32_LOAD), ...F32_MULTIPLY, ...F32_ADD, ...set(SUM)],
+        advance(4),
+      ),
       [...get(OUT), ...times4([...get(T), ...get(OUTPUTS), ...MULTIPLY, ...get(O), ...ADD]), ...ADD],
       [...get(SUM), ...F32_STORE],
-      increase(T, i32(1))),
+      increase(T, i32(1)),
+    ),
     increase(WEIGHT, times4(get(INPUTS))),
-    increase(O, i32(1)));
+    increase(O, i32(1)),
+  );
   const vector = (items) => [...leb(items.length), ...items.flat()];
   const section = (id, content) => [id, ...leb(content.length), ...content];
   const text = (name) => vector([...new TextEncoder().encode(name)]);
-  const locals = vector([[5, I32], [1, F32], [4, V128]]); // O to END, SUM, A to A + 3
+  const locals = vector([
+    [5, I32],
+    [1, F32],
+    [4, V128],
+  ]); // O to END, SUM, A to A + 3
   const code = [...locals, ...body, 0x0b];
   return Uint8Array.from([
     ...[0x00, 0x61, 0x73, 0x6d, 1, 0, 0, 0], // "\0asm", version 1

@@ -1,5 +1,5 @@
 "use strict";
-/* Text <-> token ids: byte-level BPE, bytes or characters, as defined by the `tokenizer.json` of the model.
+/* Text <-> token ids: byte-level BPE, bytes or characters, as defined by the `tokenizer.json` of the model; conversations.
 
 Special tokens in a text, such as <|endoftext|>, are ordinary text, as during training. */
 
@@ -8,10 +8,14 @@ const PATTERNS = {
   qwen2: new RegExp(
     "'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" +
       "| ?[^\\p{White_Space}\\p{L}\\p{N}]+[\\r\\n]*|\\p{White_Space}*[\\r\\n]+" +
-      "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+", "gu"),
+      "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",
+    "gu",
+  ),
   "gpt-2": new RegExp(
     "'(?:s|t|re|ve|m|ll|d)| ?\\p{L}+| ?\\p{N}+| ?[^\\p{White_Space}\\p{L}\\p{N}]+" +
-      "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+", "gu"),
+      "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",
+    "gu",
+  ),
 };
 
 // Byte-level BPE writes each byte as a printable character: its own if it has one, otherwise U+0100, U+0101, …
@@ -83,7 +87,9 @@ class Tokenizer {
   bytes(id) {
     const characters = Array.from(this.tokens[id] ?? "");
     const isByteLevel = this.kind === "bpe" && characters.every((character) => BYTE_OF.has(character));
-    return isByteLevel ? Uint8Array.from(characters, (c) => BYTE_OF.get(c)) : new TextEncoder().encode(this.tokens[id] ?? "");
+    return isByteLevel
+      ? Uint8Array.from(characters, (c) => BYTE_OF.get(c))
+      : new TextEncoder().encode(this.tokens[id] ?? "");
   }
 
   // The text of ids without special tokens; invalid UTF-8 becomes U+FFFD.
@@ -93,4 +99,17 @@ class Tokenizer {
   }
 }
 
-if (typeof module !== "undefined") module.exports = { Tokenizer };
+// The ids of a conversation in ChatML, up to the reply: <|im_start|>role, line end, content, <|im_end|>, line end, …
+function chatPrompt(tokenizer, { start, end, system }, messages) {
+  const hasSystem = system === null || messages[0]?.role === "system";
+  const all = hasSystem ? messages : [{ role: "system", content: system }, ...messages];
+  const turn = ({ role, content }) => [
+    start,
+    ...tokenizer.encode(`${role}\n${content}`),
+    end,
+    ...tokenizer.encode("\n"),
+  ];
+  return [...all.flatMap(turn), start, ...tokenizer.encode("assistant\n")];
+}
+
+if (typeof module !== "undefined") module.exports = { Tokenizer, chatPrompt };

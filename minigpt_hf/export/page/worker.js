@@ -7,10 +7,11 @@ const running = new Set(); // jobs
 let data, model;
 
 const channel = new MessageChannel();
-const pause = () => new Promise((resolve) => {
-  channel.port1.onmessage = resolve;
-  channel.port2.postMessage(null);
-});
+const pause = () =>
+  new Promise((resolve) => {
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(null);
+  });
 
 // The `count` most probable tokens as [id, probability].
 function top(probabilities, count) {
@@ -39,7 +40,8 @@ const jobs = {
   async generate({ job, ids, options }) {
     let [tokens, sent, total] = [[], performance.now(), 0];
     const start = performance.now();
-    const flush = () => postMessage({ job, type: "tokens", tokens, tokensPerSecond: (1000 * total) / (performance.now() - start) });
+    const tokensPerSecond = () => (1000 * total) / (performance.now() - start || 1);
+    const flush = () => postMessage({ job, type: "tokens", tokens, tokensPerSecond: tokensPerSecond() });
     for (const { id, logits } of generate(model, ids, { stop: data.stop, ...options })) {
       const probabilities = softmax(Float64Array.from(logits));
       tokens.push({ id, p: probabilities[id], top: top(probabilities, TOP) });
@@ -51,7 +53,7 @@ const jobs = {
       if (!running.has(job)) break;
     }
     if (tokens.length) flush();
-    return { stopped: !running.has(job), tokensPerSecond: (1000 * total) / (performance.now() - start) };
+    return { stopped: !running.has(job), tokensPerSecond: tokensPerSecond() };
   },
 
   // Everything that the view "Look inside" shows: T tokens, L layers, N heads.
@@ -72,18 +74,23 @@ const jobs = {
     });
     const norm = (stage, t, before) => {
       let sum = 0;
-      for (let i = t * H; i < (t + 1) * H; i++) sum += (residual[stage][i] - (before ? residual[stage - 1][i] : 0)) ** 2;
+      for (let i = t * H; i < (t + 1) * H; i++)
+        sum += (residual[stage][i] - (before ? residual[stage - 1][i] : 0)) ** 2;
       return Math.sqrt(sum);
     };
     const positions = [...Array(T).keys()];
     return {
-      ids, attention, logits,
+      ids,
+      attention,
+      logits,
       norms: residual.map((_, stage) => positions.map((t) => norm(stage, t, false))),
       updates: residual.map((_, stage) => positions.map((t) => norm(stage, t, stage > 0))),
-      lens: Array.from({ length: L + 1 }, (_, layer) => positions.map((t) => {
-        const x = residual[2 * layer].slice(t * H, (t + 1) * H);
-        return top(softmax(Float64Array.from(model.unembed(x))), 5);
-      })),
+      lens: Array.from({ length: L + 1 }, (_, layer) =>
+        positions.map((t) => {
+          const x = residual[2 * layer].slice(t * H, (t + 1) * H);
+          return top(softmax(Float64Array.from(model.unembed(x))), 5);
+        }),
+      ),
     };
   },
 
@@ -109,7 +116,7 @@ const jobs = {
     const [inputs, losses] = [[data.bos, ...ids.slice(0, -1)], []];
     const window = isUnlimited ? Infinity : data.config.max_position_embeddings;
     let cache = new Cache(data.config);
-    for (let start = 0; start < inputs.length; ) {
+    for (let start = 0; start < inputs.length;) {
       if (cache.length >= window) cache = new Cache(data.config);
       const part = inputs.slice(start, start + Math.min(CHUNK, window - cache.length));
       const observe = {
