@@ -32,6 +32,7 @@ BENCHMARKS = {
     "generate": "generation throughput in tokens/s, compared with Qwen3, nanoGPT's sampler and memory bandwidth",
     "busy": "training speed next to one and three busy loops per core, by OpenMP policy",
     "attention": "attention of the positional heads before and after training",
+    "page": "generation throughput of the exported HTML page in headless Chromium",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 

@@ -389,7 +389,10 @@ def test_a_tokenizer_that_cannot_be_represented_is_rejected(tmp_path):
     lower, words = byte_tokenizer(), byte_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    cases = [(lower, "it has the normalizer Lowercase"), (words, "it is neither byte-level BPE as in Qwen2 or GPT-2 nor")]
+    cases = [
+        (lower, "it has the normalizer Lowercase"),
+        (words, "it is neither byte-level BPE as in Qwen2 or GPT-2 nor"),
+    ]
     for i, (tokenizer, reason) in enumerate(cases):
         message = f"the tokenizer cannot be represented in the page: {reason}.*; use `--to native`"
         (tmp_path / str(i)).mkdir()

@@ -47,7 +47,7 @@ function slider(label, target, name, { min, max, step, value, format = String, o
     onchange();
   });
   update();
-  return element("label.slider", {}, element("span", {}, label), output, input);
+  return element("label.slider", {}, element("span", {}, label), input, output); // a label names its first control
 }
 
 // -- numbers and tokens ------------------------------------------------------------------------------------------------
