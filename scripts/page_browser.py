@@ -57,17 +57,22 @@ def show_attention(page: Any) -> None:
 
 
 def main() -> None:
-    """Save a picture of the view "Look inside"."""
+    """Save a picture of the attention of a generated text."""
+    from PIL import Image
+
     parser = argparse.ArgumentParser(description="Save a picture of an exported page.")
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
     with chromium() as browser:
-        page = open_page(browser, args.page, viewport={"width": 1240, "height": 860}, color_scheme="light")
+        page = open_page(browser, args.page, viewport={"width": 1160, "height": 1200}, color_scheme="light")
         show_attention(page)
-        page.locator(".stage >> nth=1").evaluate("(stage) => scrollTo(0, stage.offsetTop - 48)")
-        page.wait_for_timeout(300)
-        page.screenshot(path=args.picture)
+        page.locator("#heads .head").nth(1).click()
+        page.wait_for_timeout(300)  # the small matrices are drawn in the next frame
+        box = page.locator(".stage", has=page.locator("#heads")).bounding_box()
+        box |= {"x": 0, "width": 1160}
+        page.screenshot(path=args.picture, full_page=True, clip=box)
+    Image.open(args.picture).convert("RGB").quantize(64).save(args.picture, optimize=True)  # a third of the size
 
 
 if __name__ == "__main__":

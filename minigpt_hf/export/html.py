@@ -211,7 +211,8 @@ def _verify(file: Path, weights: Weights) -> None:
     tensors = json.loads(blocks["data"])["tensors"]
     verify({tensor["name"] for tensor in tensors} == set(expected), "the page has exactly the weights of the model")
     for tensor in tensors:
-        offset, step = tensor["offset"], np.float32(1)
+        offset: int = tensor["offset"]
+        step: Any = np.float32(1)
         if tensor["dtype"] == "int8":
             step = np.frombuffer(content, "<f4", tensor["shape"][0], offset)[:, None]
             offset += step.nbytes

@@ -5,8 +5,9 @@ const vm = require("vm");
 
 const html = fs.readFileSync(process.argv[2], "utf8");
 const block = (id) => html.match(new RegExp(`<script[^>]* id="${id}">([^]*?)</script>`))[1];
-const names = "Tokenizer, Cache, GPT, distribution, randomNumbers, draw, generate, chatPrompt, decodeWeights, createBackend, matmul";
-const code = ["tokenizer", "gpt", "weights", "kernel"].map((name) => block(`code-${name}`)).join("\n");
+const names =
+  "Tokenizer, chatPrompt, Cache, GPT, matmul, distribution, randomNumbers, draw, generate, decodeWeights, createBackend, headScores, headLabel";
+const code = ["tokenizer", "gpt", "weights", "kernel", "heads"].map((name) => block(`code-${name}`)).join("\n");
 const page = vm.runInThisContext(`(() => { ${code}\nreturn { ${names} }; })()`);
 const data = JSON.parse(block("data"));
 const tokenizer = new page.Tokenizer(data.tokenizer);
@@ -55,6 +56,10 @@ const requests = {
     const [random, counts] = [page.randomNumbers(0), probabilities.map(() => 0)];
     for (let i = 0; i < draws; i++) counts[page.draw(probabilities, random)]++;
     return counts.map((count) => count / draws);
+  },
+  head: ({ weights, ids }) => {
+    const scores = page.headScores(weights.flat(), ids);
+    return [page.headLabel(scores), scores[0].score];
   },
   chat: ({ messages }) => page.chatPrompt(tokenizer, data.chat, messages),
 };
