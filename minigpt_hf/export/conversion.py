@@ -18,6 +18,8 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import checked_folder, loading, read_metadata
 
+QWEN3_EXTRAS = ("attention_bias", "quantization_config")  # settings of Qwen3 that MiniGPT lacks
+
 
 def load_model(folder: Path, or_qwen3: bool = False) -> MiniGPTForCausalLM:
     """Load the model of a MiniGPT folder in the dtype of its weights and in evaluation mode.
@@ -37,11 +39,11 @@ def load_model(folder: Path, or_qwen3: bool = False) -> MiniGPTForCausalLM:
     checked_folder(str(folder))
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model_type, options = settings.get("model_type"), {}
-    if or_qwen3 and model_type == "qwen3" and not settings.get("attention_bias"):
+    if or_qwen3 and model_type == "qwen3" and not {name for name in QWEN3_EXTRAS if settings.get(name)}:
         with loading(str(folder)):
             options["config"] = _minigpt_config(folder)
     elif model_type != MiniGPTConfig.model_type:
-        which = "MiniGPT models and Qwen3 models without biases" if or_qwen3 else "MiniGPT models"
+        which = "MiniGPT models and Qwen3 models without biases and quantization" if or_qwen3 else "MiniGPT models"
         raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only {which} can be exported")
     with loading(str(folder)):
         model, report = MiniGPTForCausalLM.from_pretrained(

@@ -31,7 +31,7 @@ from ..trust import read_metadata
 from .conversion import atomic_folder, check_context, file_name, load_model, sampling_settings, verify
 from .html_document import document
 from .html_tokenizer import chat_format, page_tokenizer
-from .native import comparison_ids
+from .native import comparison_ids, comparison_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def export_html(folder: Path, out: Path, dtype: str | None = None, context: int 
             "log": _log(folder),
         }
         file = unfinished / f"{file_name(folder)}.html"
-        file.write_text(document(data, weights.content), encoding="utf-8")
+        file.write_text(document(data, weights.content), encoding="utf-8", newline="\n")
         _verify(file, weights)
     logger.info(
         f"weights in {weights.dtype}: the logits differ by at most {weights.difference:.1e}, and {weights.equal} of "
@@ -196,8 +196,7 @@ def _deviation(model: MiniGPTForCausalLM, rounded: MiniGPTForCausalLM) -> tuple[
     with torch.no_grad():
         difference = float((model(ids).logits - rounded(ids).logits).abs().max())
     equal = 0
-    for i in range(PROMPTS):
-        prompt = ids[:, i : 2 * i + 1]
+    for prompt in comparison_prompts(ids, PROMPTS):
         options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": NEW_TOKENS}
         equal += torch.equal(model.generate(prompt, **options), rounded.generate(prompt, **options))
     return difference, equal
@@ -306,4 +305,4 @@ def _log(folder: Path) -> dict[str, list]:
         elif "sample" in row:
             log["samples"].append([tokens, row["sample"]])
     log["samples"] = list(dict(log["samples"]).items())  # one per step: the last of a resumed run
-    return {name: rows[:: -(-len(rows) // LOG_ROWS) or 1] for name, rows in log.items()}
+    return {name: rows[:: -1 - len(rows) // LOG_ROWS][::-1] for name, rows in log.items()}  # with the last row

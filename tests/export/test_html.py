@@ -390,6 +390,20 @@ def test_a_qwen3_folder_is_exported(tmp_path):
         np.testing.assert_allclose(logits, qwen3(torch.arange(40)[None]).logits[0].numpy(), atol=1e-4, rtol=0)
 
 
+def test_a_model_with_a_very_short_context_is_exported(tmp_path):
+    page = exported_page(tiny_model(vocab_size=258, max_position_embeddings=6), byte_tokenizer(), tmp_path)
+    assert '"max_position_embeddings": 6' in page.read_text()
+
+
+def test_a_long_log_is_thinned_out_and_keeps_its_last_row(run_folder, tmp_path):
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    rows = [{"step": i, "tokens": 10 * i, "loss": 5.0} for i in range(1, 2501)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = module._log(tmp_path / "model")["train"]
+    assert 500 < len(losses) <= 1000
+    assert losses[-1] == [25_000, 5.0]
+
+
 # -- what is rejected -------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +457,6 @@ def test_a_folder_of_another_model_type_is_rejected(run_folder, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     with pytest.raises(
-        ValueError, match="model type is 'llama'; only MiniGPT models and Qwen3 models without biases can be"
+        ValueError, match="model type is 'llama'; only MiniGPT models and Qwen3 models without biases and"
     ):
         export_html(tmp_path / "model", tmp_path / "out")

@@ -5,6 +5,8 @@ Skipped where Chromium or Playwright is not installed; `make browser-test` insta
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.html import export_html
 from minigpt_hf.publish.model_folder import save_model_files
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 from tests.export.page_runner import exported_page, greedy
 from tests.export.test_html import chat_tokenizer
 
@@ -310,3 +312,22 @@ def test_without_webassembly_the_page_uses_javascript(browser, file, tmp_path):
     page.click("#generate")
     finished(page)
     page.context.close()
+
+
+def test_the_benchmark_reports_the_speed():
+    argv = [
+        sys.executable,
+        ROOT / "scripts" / "benchmark.py",
+        "page",
+        "--tiny",
+        "--tokens",
+        "20",
+        "--repeats",
+        "1",
+        "--json",
+    ]
+    done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["page"]
+    assert row["model"] == "tiny"
+    assert int(row["tokens/s"].replace(",", "")) > 0

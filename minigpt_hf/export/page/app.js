@@ -254,6 +254,7 @@ function startPage(loaded) {
     theme.textContent = `Theme: ${next}`;
     views.inside.redraw();
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => views.inside.redraw());
   loaded.then(({ backend, milliseconds }) => {
     byId("status").textContent = `ready in ${Math.round(milliseconds)} ms, ${backend}`;
     document.body.dataset.ready = backend;

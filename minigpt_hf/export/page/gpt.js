@@ -199,9 +199,12 @@ class GPT {
     const weights = new Float32Array(last - first + 1);
     for (let s = first; s <= last; s++) {
       const row = (s % capacity) * width + offset;
-      let score = 0;
-      for (let d = 0; d < D; d++) score += query[d] * keys[row + d];
-      weights[s - first] = score / Math.sqrt(D);
+      let [even, odd] = [0, 0]; // two sums, as in `matmul`
+      for (let d = 0; d < D; d += 2) {
+        even += query[d] * keys[row + d];
+        odd += query[d + 1] * keys[row + d + 1];
+      }
+      weights[s - first] = (even + odd) / Math.sqrt(D);
     }
     softmax(weights);
     out.fill(0);

@@ -48,7 +48,7 @@ function insideView() {
     byId("inside-note").textContent =
       kept.length < ids.length ? `The last ${LONGEST_TEXT} of ${integer(ids.length)} tokens. ${note}` : note;
     list.set(kept.map((id) => ({ id })));
-    state.position = Math.min(kept.length - 1, state.position || kept.length - 1);
+    state.position = kept.length - 1;
     intact = null;
     return update(kept);
   }
@@ -442,7 +442,6 @@ function insideView() {
     const ids = views.generate.currentIds();
     if (!ids.length) return false;
     text.value = tokenizer.decode(ids.slice(-LONGEST_TEXT)).replace(/^\ufffd+/, "");
-    state.position = 0;
     analyse(ids);
     return true;
   }
