@@ -98,13 +98,8 @@ class Cache {
 const CHUNK = 64; // tokens per pass through the layers, which bounds the memory for long prompts
 
 // Number of elements per token of each intermediate result.
-function bufferSizes({
-  hidden_size: H,
-  intermediate_size: F,
-  num_attention_heads: N,
-  num_key_value_heads: K,
-  head_dim: D,
-}) {
+function bufferSizes(config) {
+  const { hidden_size: H, intermediate_size: F, num_attention_heads: N, num_key_value_heads: K, head_dim: D } = config;
   return { x: H, normed: H, output: H, q: N * D, k: K * D, v: K * D, mixed: N * D, gate: F, up: F };
 }
 
@@ -199,7 +194,8 @@ class GPT {
     const weights = new Float32Array(last - first + 1);
     for (let s = first; s <= last; s++) {
       const row = (s % capacity) * width + offset;
-      let [even, odd] = [0, 0]; // two sums, as in `matmul`
+      let even = 0; // two sums, as in `matmul`
+      let odd = 0;
       for (let d = 0; d < D; d += 2) {
         even += query[d] * keys[row + d];
         odd += query[d + 1] * keys[row + d + 1];
