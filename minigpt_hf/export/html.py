@@ -195,10 +195,17 @@ def _deviation(model: MiniGPTForCausalLM, rounded: MiniGPTForCausalLM) -> tuple[
     ids = comparison_ids(model.config)
     with torch.no_grad():
         difference = float((model(ids).logits - rounded(ids).logits).abs().max())
-    equal = 0
-    for prompt in comparison_prompts(ids, PROMPTS):
-        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": NEW_TOKENS}
-        equal += torch.equal(model.generate(prompt, **options), rounded.generate(prompt, **options))
+    prompts = comparison_prompts(ids, PROMPTS)
+    inputs = torch.zeros(PROMPTS, max(prompt.shape[1] for prompt in prompts), dtype=torch.long)
+    mask = torch.zeros_like(inputs)
+    for row, prompt in enumerate(prompts):  # padded on the left
+        inputs[row, inputs.shape[1] - prompt.shape[1] :] = prompt
+        mask[row, inputs.shape[1] - prompt.shape[1] :] = 1
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    texts = [each.generate(inputs, **options) for each in (model, rounded)]
+    longest = max(text.shape[1] for text in texts)  # one may end earlier
+    expected, found = (torch.nn.functional.pad(text, (0, longest - text.shape[1])) for text in texts)
+    equal = int((expected == found).all(dim=1).sum())
     return difference, equal
 
 

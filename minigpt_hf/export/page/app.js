@@ -235,7 +235,7 @@ function startPage(loaded) {
   const heads = config.num_attention_heads * config.num_hidden_layers;
   byId("summary").textContent =
     `${integer(page.parameters)} parameters · ${config.num_hidden_layers} layers · ${heads} attention heads · ` +
-    `${integer(config.vocab_size)} tokens · runs in this page, offline`;
+    `vocabulary of ${integer(config.vocab_size)} tokens · runs in this page, offline`;
   for (const tab of tabs) {
     tab.addEventListener("click", () => showTab(tab));
     tab.addEventListener("keydown", (event) => {
