@@ -12,6 +12,7 @@ import base64
 import copy
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,11 +306,10 @@ def _log(folder: Path) -> dict[str, list]:
     tokens = 0  # rows of samples have none
     for row in read_log(run.log):
         tokens = row["tokens"] if type(row.get("tokens")) is int else tokens
-        if isinstance(row.get("eval_loss"), float):
-            log["validation"].append([tokens, row["eval_loss"]])
-        elif isinstance(row.get("loss"), float):
-            log["train"].append([tokens, row["loss"]])
-        elif "sample" in row:
+        for key, name in (("eval_loss", "validation"), ("loss", "train")):
+            if isinstance(row.get(key), float) and math.isfinite(row[key]):
+                log[name].append([tokens, row[key]])
+        if "sample" in row:
             log["samples"].append([tokens, row["sample"]])
     log["samples"] = list(dict(log["samples"]).items())  # one per step: the last of a resumed run
     return {name: rows[:: -1 - len(rows) // LOG_ROWS][::-1] for name, rows in log.items()}  # with the last row

@@ -244,6 +244,20 @@ def test_a_conversation_is_continued_in_the_chat_layout(browser, tmp_path):
     next(pages, None)
 
 
+def test_without_a_bos_token_a_text_is_required_and_its_first_token_is_not_scored(browser, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    opened = next(pages := watched(browser, exported_page(tiny_model(vocab_size=258), tokenizer, tmp_path)))
+    opened.click("#generate")
+    expect(opened.locator("#error")).to_have_text("the model has no token that starts a text; enter a text")
+    opened.click("#tab-provenance")
+    opened.fill("#score-text", "abc")
+    opened.click("#score")
+    expect(opened.locator("#score-result")).to_contain_text("2 tokens", timeout=60_000)
+    assert opened.inner_text("#scored") == "bc"
+    next(pages, None)
+
+
 # -- attacks ----------------------------------------------------------------------------------------------------------
 
 

@@ -201,10 +201,11 @@ function clearError() {
   byId("error").hidden = true;
 }
 
-// The ids of a text, or null if the tokenizer does not know a character, which is reported.
+// The ids of a text, or of the BOS token for an empty one; null if there are none, which is reported.
 function encoded(text) {
   try {
     clearError();
+    if (text === "" && page.bos === null) throw new Error("the model has no token that starts a text; enter a text");
     return text === "" ? [page.bos] : tokenizer.encode(text);
   } catch (error) {
     reportError(error);
@@ -231,6 +232,7 @@ function showTab(tab) {
 function startPage(loaded) {
   const { config } = page;
   document.title = page.name;
+  byId("version").textContent = page.version;
   byId("name").textContent = page.name;
   const heads = config.num_attention_heads * config.num_hidden_layers;
   byId("summary").textContent =

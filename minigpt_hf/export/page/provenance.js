@@ -29,11 +29,12 @@ function provenanceView() {
 
   function drawChart() {
     const points = [...log.train, ...log.validation];
-    byId("chart").hidden = points.length < 2;
-    if (points.length < 2) return;
+    const longest = Math.max(0, ...points.map(([x]) => x));
+    byId("chart").hidden = points.length < 2 || longest === 0;
+    if (byId("chart").hidden) return;
     const width = Math.max(320, byId("chart").clientWidth);
     const [height, left, bottom, top, right] = [280, 36, 34, 14, 72];
-    const [longest, losses] = [Math.max(...points.map(([x]) => x)), points.map(([, y]) => y)];
+    const losses = points.map(([, y]) => y);
     // Losses before the first tenth of the run are far above the others and would flatten the curve.
     const later = points.filter(([x]) => x > longest / 10).map(([, y]) => y);
     const [low, high] = [Math.min(...losses), Math.min(Math.max(...losses), Math.max(...later) * 1.25)];
@@ -135,11 +136,12 @@ function provenanceView() {
     job = running.job;
     byId("score").textContent = "Stop";
     try {
-      const { losses } = await running;
-      const scored = ids.slice(0, losses.length).map((id, i) => ({ id, p: Math.exp(-losses[i]) }));
+      const { labels, losses } = await running;
+      if (!losses.length) throw new Error("the text is too short to be scored");
+      const scored = losses.map((loss, i) => ({ id: labels[i], p: Math.exp(-loss) }));
       list.set(scored);
       const total = losses.reduce((sum, loss) => sum + loss, 0) / Math.LN2;
-      const bytes = ids.slice(0, losses.length).reduce((sum, id) => sum + tokenizer.bytes(id).length, 0);
+      const bytes = scored.reduce((sum, { id }) => sum + tokenizer.bytes(id).length, 0);
       byId("score-result").textContent =
         `${(total / bytes).toFixed(3)} bits per byte · ${(total / losses.length).toFixed(3)} bits per token · ${integer(losses.length)} tokens`;
     } catch (error) {

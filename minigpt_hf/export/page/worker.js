@@ -109,11 +109,13 @@ const jobs = {
     return { id, neighbours: top(similarity, 8) };
   },
 
-  /* Negative log-likelihood of each token in nats, after the BOS token. Without a sliding window in every layer, a text beyond
+  /* Negative log-likelihood of each token in nats, after the BOS token, if there is one. Without a sliding window in every layer, a text beyond
      the context is scored in windows; each starts with the last token of the previous one. */
   async score({ job, ids }) {
     const isUnlimited = data.config.layer_types.every((type) => type === "sliding_attention");
-    const [inputs, losses] = [[data.bos, ...ids.slice(0, -1)], []];
+    const inputs = [...(data.bos === null ? [] : [data.bos]), ...ids.slice(0, -1)];
+    const labels = ids.slice(ids.length - inputs.length);
+    const losses = [];
     const window = isUnlimited ? Infinity : data.config.max_position_embeddings;
     let cache = new Cache(data.config);
     for (let start = 0; start < inputs.length;) {
@@ -123,16 +125,16 @@ const jobs = {
         logits: (_, logits) => {
           const maximum = logits.reduce((a, b) => Math.max(a, b));
           const sum = logits.reduce((total, logit) => total + Math.exp(logit - maximum), 0);
-          losses.push(Math.log(sum) + maximum - logits[ids[losses.length]]);
+          losses.push(Math.log(sum) + maximum - logits[labels[losses.length]]);
         },
       };
       model.forward(part, cache, { observe });
       start += part.length;
       postMessage({ job, type: "progress", share: start / inputs.length });
       await pause();
-      if (!running.has(job)) return { ids, losses, stopped: true };
+      if (!running.has(job)) return { labels, losses };
     }
-    return { ids, losses, stopped: false };
+    return { labels, losses };
   },
 };
 
