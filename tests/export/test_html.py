@@ -179,7 +179,7 @@ def test_generation_stops_at_a_stop_token_and_at_the_end_of_the_context(tmp_path
 
 
 def pattern(kind: str, ids: list[int]) -> list[list[float]]:
-    """Attention weights [T, T] of a head with one behaviour; where it does not apply, all weight is on the token itself."""
+    """Attention weights [T, T] of a head with one behavior; where it does not apply, all weight is on the token itself."""
     weights = np.zeros((len(ids), len(ids)))
     for t, token in enumerate(ids):
         earlier = [s + 1 for s in range(t - 1) if ids[s] == token]
@@ -197,7 +197,7 @@ def pattern(kind: str, ids: list[int]) -> list[list[float]]:
 
 @needs_node
 @pytest.mark.parametrize("kind", ["current token", "previous token", "3 back", "first token", "induction", "mixed"])
-def test_a_head_is_labelled_by_what_it_attends_to(kind, page):
+def test_a_head_is_labeled_by_what_it_attends_to(kind, page):
     ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
     ((label, score),) = ask(page, {"request": "head", "weights": pattern(kind, ids), "ids": ids})
     assert label == kind

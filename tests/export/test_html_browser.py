@@ -222,8 +222,8 @@ def test_every_control_has_a_name_and_no_text_is_cut_off_at_three_sizes(browser,
                 named = control.evaluate(
                     "(node) => node.ariaLabel || node.textContent || node.labels?.[0]?.textContent"
                 )
-                labelled = control.get_attribute("aria-labelledby")
-                assert (named or labelled or "").strip(), control.evaluate("(node) => node.outerHTML")
+                labeled = control.get_attribute("aria-labelledby")
+                assert (named or labeled or "").strip(), control.evaluate("(node) => node.outerHTML")
         page.context.close()
     assert len(list(tmp_path.glob("*.png"))) == 9
 

@@ -10,7 +10,7 @@ The first queries are excluded, because they have few keys to choose from. */
 
 const LONGEST_DISTANCE = 8;
 const FIRST_QUERY = 4;
-const CLEAR = 0.4; // below this score, the behaviour is called mixed
+const CLEAR = 0.4; // below this score, the behavior is called mixed
 
 function headScores(weights, ids) {
   const T = ids.length;

@@ -87,7 +87,7 @@ function insideView() {
     );
     slider.setAttribute("aria-valuetext", `token ${position + 1}, ${tokenLabel(current.ids[position])}`);
     byId("position-number").textContent = `Token ${position + 1} of ${current.ids.length}`;
-    showNeighbours();
+    showNeighbors();
     showHead();
     showResidual();
     showLens();
@@ -96,13 +96,13 @@ function insideView() {
 
   // -- stages ----------------------------------------------------------------------------------------------------------
 
-  async function showNeighbours() {
+  async function showNeighbors() {
     const id = current.ids[state.position];
-    const { id: shown, neighbours } = await engine.run("neighbours", { id });
+    const { id: shown, neighbors } = await engine.run("neighbors", { id });
     if (shown !== current.ids[state.position]) return;
-    byId("neighbours-title").textContent = `Nearest to “${tokenLabel(id)}” (id ${id})`;
-    byId("neighbours").replaceChildren(
-      ...neighbours.map(([other, cosine]) => probabilityRow(other, cosine, { text: cosine.toFixed(2) })),
+    byId("neighbors-title").textContent = `Nearest to “${tokenLabel(id)}” (id ${id})`;
+    byId("neighbors").replaceChildren(
+      ...neighbors.map(([other, cosine]) => probabilityRow(other, cosine, { text: cosine.toFixed(2) })),
     );
   }
 
@@ -111,7 +111,7 @@ function insideView() {
     return result.attention.subarray((layer * N + head) * size, (layer * N + head + 1) * size);
   };
 
-  // Draws weights [T, T] with the colour of the text; small weights stay visible through the square root.
+  // Draws weights [T, T] with the color of the text; small weights stay visible through the square root.
   function drawMatrix(canvas, weights, T) {
     canvas.width = canvas.height = T;
     const [red, green, blue] = getComputedStyle(canvas)
@@ -144,7 +144,7 @@ function insideView() {
             },
           },
           canvas,
-          element("span.behaviour", {}, isAblated ? "ablated" : headLabel(scores)),
+          element("span.behavior", {}, isAblated ? "ablated" : headLabel(scores)),
           element("span.score", {}, scores[0].score.toFixed(2)),
         );
         requestAnimationFrame(() => drawMatrix(canvas, weights, current.ids.length));

@@ -95,7 +95,7 @@ const jobs = {
   },
 
   // The tokens whose embeddings have the largest cosine similarity.
-  neighbours({ id }) {
+  neighbors({ id }) {
     const [H, embedding] = [data.config.hidden_size, model.weights["model.embed_tokens.weight"]];
     const similarity = new Float64Array(data.config.vocab_size);
     for (let other = 0; other < similarity.length; other++) {
@@ -106,7 +106,7 @@ const jobs = {
       }
       similarity[other] = other === id || a * b === 0 ? -1 : dot / Math.sqrt(a * b);
     }
-    return { id, neighbours: top(similarity, 8) };
+    return { id, neighbors: top(similarity, 8) };
   },
 
   /* Negative log-likelihood of each token in nats, after the BOS token, if there is one. Without a sliding window in every layer, a text beyond
