@@ -105,6 +105,18 @@ def test_added_tokens_that_are_not_special_are_matched_in_text(tmp_path):
 
 
 @needs_node
+def test_text_is_normalized_to_nfc_if_the_tokenizer_does_so(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    expected = [tokenizer(text).input_ids for text in strings()]
+    assert expected != [byte_tokenizer()(text).input_ids for text in strings()]
+    page = exported_page(tiny_model(vocab_size=258), tokenizer, tmp_path)
+    ids = ask(page, {"request": "encode", "texts": strings()})[0]
+    special = [i for i, text in enumerate(strings()) if "<|" in text]  # ordinary text in the page
+    assert [ids[i] for i in range(200) if i not in special] == [expected[i] for i in range(200) if i not in special]
+
+
+@needs_node
 def test_an_unknown_character_is_named(tmp_path):
     tokenizer = TOKENIZERS["characters"]()
     page = exported_page(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path)
