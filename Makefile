@@ -4,11 +4,14 @@ BIN := .venv/bin
 SAMPLE ?= 100
 SEED ?= 0
 
-.PHONY: demo test test-slow lint docs-check torture compat conformance mutants neighbours neighbours-quick install
+.PHONY: demo test test-slow browser-test lint docs-check torture compat conformance mutants neighbours neighbours-quick install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
 	$(BIN)/minigpt generate runs/demo/model --prompt "def __init__(self" --max_new_tokens 150 --seed 1
+	@test -f runs/demo/demo.html || { $(BIN)/minigpt export runs/demo/model --to html --output_dir runs/demo/page \
+		&& mv runs/demo/page/demo.html runs/demo && rmdir runs/demo/page; }
+	@echo "open runs/demo/demo.html in a browser to generate text and to look inside the model"
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -16,6 +19,12 @@ test: install
 # Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README.
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# The exported page under node and in headless Chromium, which apt installs if it is missing.
+browser-test: install
+	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium nodejs; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest tests/export/test_html.py tests/export/test_html_browser.py
 
 # Kill a training run 100 times, mostly during a save, and compare the final state bit for bit with an uninterrupted run.
 torture: install

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "busy": "training speed next to one and three busy loops per core, by OpenMP policy",
     "chat": "fine-tuning on packed conversations, compared with TRL's padded batches",
     "attention": "attention of the positional heads before and after training",
+    "page": "generation throughput of the exported HTML page in headless Chromium",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 

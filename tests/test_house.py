@@ -42,7 +42,10 @@ MAY_IMPORT = {
     "inference": {"data.chat_format", "data.tokenizer", "trust"},
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
     "publish": {"atomic", "model", "trust"},
-    "export": {"atomic", "data", "model", "publish.card", "publish.model_folder", "trust", "inference"},
+    "export": {
+        *("__version__", "atomic", "data", "inference", "model", "publish.card", "publish.model_folder"),
+        *("training.run_folder", "trust"),
+    },
     "integrations": {"atomic", "data", "publish.model_folder"},
     "doctor": set(),
     "api": EVERYTHING,
@@ -133,6 +136,7 @@ def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp
     (wheel,) = tmp_path.glob("minigpt_hf-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"py.typed", "publish/model_card.md", "training/recipes/demo.yaml", "model/modeling_minigpt.py"}
+    expected |= {"export/page/index.html", "export/page/gpt.js", "export/page/style.css"}
     assert {"minigpt_cli.py", *(f"minigpt_hf/{name}" for name in expected)} <= names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
 

@@ -33,6 +33,7 @@ FORMATS = {
     "native": ExportFormat("Qwen3 of transformers, weights unchanged"),
     "gguf": ExportFormat("llama.cpp and Ollama", ("float32", "float16", "bfloat16", "q8_0")),
     "onnx": ExportFormat("onnxruntime and transformers.js", ("float32",)),
+    "html": ExportFormat("a page for browsers", ("float32", "float16", "int8")),
 }
 
 

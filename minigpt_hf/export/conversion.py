@@ -1,11 +1,13 @@
 """Steps shared by all export formats: check the output folder, load and validate the model, limit the context, verify."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from ..atomic import check_links, check_new_folder
 from ..data.tokenizer import tokenizer_mismatch
@@ -29,9 +31,12 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
             raise MiniGPTError(f"{folder}: this is a run folder; its model folder is {folder / 'model'}")
         raise MiniGPTError(f"{folder}: it has no config.json; give a model folder")
     checked_folder(str(folder))
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = settings.get("model_type")
     if model_type not in (MiniGPTConfig.model_type, "qwen3"):
         raise MiniGPTError(f"{folder}: its model type is {model_type!r}; only MiniGPT and Qwen3 models can be exported")
+    if settings.get("quantization_config"):
+        raise MiniGPTError(f"{folder}: its weights are quantized; export the model before quantization")
     with loading(str(folder)):
         model, report = MiniGPTForCausalLM.from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
@@ -47,6 +52,26 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         if not torch.isfinite(parameter).all():
             raise MiniGPTError(f"{folder}: {name} has values that are not finite; the model is not exported")
     return model.eval()
+
+
+def file_name(folder: Path) -> str:
+    """Return the name in `minigpt.json`, or else of the folder, reduced to characters that are safe in a file name."""
+    name = read_metadata(folder).get("name")
+    if not isinstance(name, str) or not name:
+        name = folder.resolve().name
+    return re.sub(r"[^\w.-]+", "-", name)[:100]
+
+
+def sampling_settings(settings: GenerationConfig) -> dict[str, Any]:
+    """Return temperature (0 for greedy), top_k, top_p and repetition_penalty of `generation_config.json`.
+
+    Unset options get the defaults of transformers, because those of other programs differ.
+    """
+    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    chosen = {name: getattr(settings, name) for name in defaults}
+    if not settings.do_sample:
+        chosen |= {"temperature": 0.0, "top_k": 1, "top_p": 1.0}
+    return {name: default if chosen[name] is None else chosen[name] for name, default in defaults.items()}
 
 
 def has_sliding_window(config: MiniGPTConfig) -> bool:

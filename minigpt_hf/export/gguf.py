@@ -9,7 +9,6 @@ into blocks of 32 weights, and float16 rejects weights beyond its range.
 """
 
 import json
-import re
 from pathlib import Path
 
 import gguf
@@ -32,13 +31,14 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
-from ..trust import read_metadata
 from .conversion import (
     check_context,
     check_output,
+    file_name,
     has_sliding_window,
     load_model,
     longest_full_context,
+    sampling_settings,
     verify,
     write_card,
 )
@@ -78,7 +78,7 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
     vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
     eos_token_id = _eos_token_id(folder, model, tokenizer)
     context = context or model.config.max_position_embeddings
-    name = _name(folder)
+    name = file_name(folder)
     with new_folder(out) as unfinished:
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
         _write(file, name, model, tokenizer, vocabulary, eos_token_id, dtype, context)
@@ -93,16 +93,9 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
 
 
 def modelfile(gguf_name: str, settings: GenerationConfig, stop: str, context: int) -> str:
-    """Return the input of `ollama create NAME -f Modelfile`: a plain prompt, and the sampling of `generation_config.json`.
-
-    Unset options get the defaults of transformers, because those of Ollama differ.
-    """
-    chosen = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    if not settings.do_sample:
-        chosen = {"temperature": 0.0, "top_k": 1, "top_p": 1.0}
-    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
-    chosen["repeat_penalty"] = settings.repetition_penalty
-    sampling = {name: defaults[name] if chosen[name] is None else chosen[name] for name in defaults}
+    """Return the input of `ollama create NAME -f Modelfile`: a plain prompt, and the sampling of `generation_config.json`."""
+    sampling = sampling_settings(settings)
+    sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
     lines = [f"FROM ./{gguf_name}", 'TEMPLATE """{{ .Prompt }}"""', f"PARAMETER num_ctx {context}"]
     lines += [f"PARAMETER {name} {value}" for name, value in sampling.items()]
     return "\n".join([*lines, f"PARAMETER stop {json.dumps(stop)}"]) + "\n"
@@ -260,11 +253,3 @@ def _read_vocabulary(file: Path) -> Vocabulary:
     return Vocabulary(
         contents["pre"], contents["tokens"], list(map(gguf.TokenType, contents["token_type"])), contents["merges"]
     )
-
-
-def _name(folder: Path) -> str:
-    """Return the name in `minigpt.json`, or else of the folder, reduced to characters that are safe in a file name."""
-    name = read_metadata(folder).get("name")
-    if not isinstance(name, str) or not name:
-        name = folder.resolve().name
-    return re.sub(r"[^\w.-]+", "-", name)

@@ -15,19 +15,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from gguf import TokenType
-from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from ..errors import MiniGPTError
+from .tokenizer_kinds import BYTE_LEVEL, CHARACTERS, PRE_TOKENIZERS, bpe_obstacle, pre_tokenizer_name, serialized
 
-BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-# llama.cpp's name -> equivalent pre-tokenizer. Others, such as `gpt-4o`, are similar but not equivalent.
-PRE_TOKENIZERS = {
-    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"), BYTE_LEVEL]),
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-}
-CHARACTERS = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
 # llama.cpp treats tokens with names such as `<eos>`, `[EOT]`, `_<EOT>` as special, even if the file marks them as normal.
 SPECIAL_NAME = re.compile(r"_?[<\[].*[A-Za-z].*[>\[\]]")
 # llama.cpp requires at least one merge. These two bytes do not occur in UTF-8.
@@ -75,7 +67,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
             raise _unsupported(f"its token {token['content']!r} includes adjacent white space (lstrip, single_word …)")
     if model["type"] == "BPE":
         pre, tokens, merges = _byte_level_bpe(model, settings["pre_tokenizer"])
-    elif model["type"] == "WordLevel" and settings["pre_tokenizer"] == _serialized(CHARACTERS):
+    elif model["type"] == "WordLevel" and settings["pre_tokenizer"] == serialized(CHARACTERS):
         if model["unk_token"] in model["vocab"]:
             raise _unsupported(f"it encodes unknown characters as {model['unk_token']!r}, llama.cpp drops them")
         pre, tokens, merges = _characters(model, {token["content"] for token in added})
@@ -98,15 +90,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
 
 def _byte_level_bpe(model: dict, words: dict | None) -> tuple[str, dict[str, int], list[str]]:
     """Return llama.cpp's name of the pre-tokenizer, the ids by token, and the merges."""
-    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model[name]:
-            raise _unsupported(f"its BPE model has {name} {model[name]!r}")
-    for name in ("fuse_unk", "byte_fallback", "ignore_merges"):
-        if model[name]:
-            raise _unsupported(f"its BPE model has {name}")
-    for pre, known in PRE_TOKENIZERS.items():
-        if _normalized(words) == _normalized(_serialized(known)):
-            return pre, model["vocab"], [" ".join(pair) for pair in model["merges"]]
+    if obstacle := bpe_obstacle(model):
+        raise _unsupported(obstacle)
+    if pre := pre_tokenizer_name(words):
+        return pre, model["vocab"], [" ".join(pair) for pair in model["merges"]]
     raise _unsupported(f"its pre-tokenizer is not one of {', '.join(PRE_TOKENIZERS)}")
 
 
@@ -145,21 +132,6 @@ def encoded(text: str, vocabulary: Vocabulary) -> list[int | None]:
     ranks = {merge: i for i, merge in enumerate(vocabulary.merges)}
     words = [word for word, _ in PRE_TOKENIZERS[vocabulary.pre].pre_tokenize_str(text)]
     return [ids.get(part) for word in words for part in merged(word, ranks)]
-
-
-def _serialized(pre_tokenizer: pre_tokenizers.PreTokenizer) -> dict:
-    """Return the content of `tokenizer.json` for a pre-tokenizer."""
-    return json.loads(pre_tokenizer.__getstate__())
-
-
-def _normalized(serialized: dict | None) -> dict | None:
-    """Remove `trim_offsets`, which does not affect token ids."""
-    if serialized is None:
-        return None
-    steps = [_normalized(step) for step in serialized.get("pretokenizers", [])]
-    return {name: value for name, value in serialized.items() if name not in ("trim_offsets", "pretokenizers")} | {
-        "steps": steps
-    }
 
 
 def _unsupported(reason: str) -> MiniGPTError:

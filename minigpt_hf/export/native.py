@@ -91,5 +91,11 @@ def comparison_ids(config: MiniGPTConfig, context: int | None = None) -> torch.T
     return torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
+def comparison_prompts(ids: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Return prompts of 1, 2, 3, … of the token ids [1, T], each starting at another token; shorter ones for a small T."""
+    length = ids.shape[1]
+    return [ids[:, i % length : 2 * i + 1] if 2 * i < length else ids[:, i % length :] for i in range(count)]
+
+
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
 from .conversion import check_context, check_output, load_model, verify, write_card
-from .native import comparison_ids
+from .native import comparison_ids, comparison_prompts
 from .onnx_runner import Runner, cache_names
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
@@ -189,8 +189,7 @@ def _verify(folder: Path, model: MiniGPTForCausalLM) -> None:
         f"its logits equal the model's within {TOLERANCE} (maximum difference {difference:.1e})",
     )
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": list(runner.eos_token_ids) or None}
-    for i in range(PROMPTS):
-        prompt = ids[:, i : 2 * i + 1]  # 1, 2, 3, … tokens
+    for i, prompt in enumerate(comparison_prompts(ids, PROMPTS)):
         expected_ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
             0, prompt.shape[1] :
         ].tolist()

@@ -38,8 +38,15 @@ def test_the_commands_of_the_page_run(runs, capsys):
         if "onnx" not in words:
             assert main([word.replace("65", "33") for word in words[1:]]) == 0, capsys.readouterr().err
             ran.append(words[words.index("--to") + 1])
-    assert sorted(set(ran)) == ["gguf", "native"]
-    assert {path.name for path in runs.joinpath("bard").iterdir()} == {"model", "native", "mlx", "gguf", "small"}
+    assert sorted(set(ran)) == ["gguf", "html", "native"]
+    assert {path.name for path in runs.joinpath("bard").iterdir()} == {
+        "model",
+        "native",
+        "mlx",
+        "gguf",
+        "small",
+        "page",
+    }
 
 
 def test_the_output_states_the_folder_what_was_verified_and_the_maximum_context(runs, capsys):
@@ -121,7 +128,7 @@ def test_a_missing_optional_package_is_named(to, missing, runs, capsys, monkeypa
 
 def test_the_command_line_offers_every_registered_format_and_dtype():
     actions = {action.dest: action for action in parser()._actions}
-    assert list(actions["to"].choices) == list(FORMATS) == ["native", "gguf", "onnx"]
+    assert list(actions["to"].choices) == list(FORMATS) == ["native", "gguf", "onnx", "html"]
     assert set(actions["dtype"].choices) == {dtype for each in FORMATS.values() for dtype in each.dtypes}
     assert all(f"{name}: {each.help}" in actions["to"].help for name, each in FORMATS.items())
 

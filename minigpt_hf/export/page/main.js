@@ -1,0 +1,6 @@
+"use strict";
+const loaded = engine.start();
+views.generate = generateView();
+views.inside = insideView();
+views.provenance = provenanceView();
+startPage(loaded);
