@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "output": set(),
     "trust": {"data.hub_access", "doctor"},
     "data": {"atomic", "trust"},
-    "inference": {"data.tokenizer", "trust"},
+    "inference": {"data.encoding", "data.tokenizer", "trust"},
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
     "publish": {"atomic", "export.native", "model", "trust"},
     "export": {"atomic", "data", "model", "publish.model_folder", "trust", "inference"},

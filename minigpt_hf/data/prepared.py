@@ -246,7 +246,7 @@ def prepare(
         cache_dir: Root of the cache, for tokenizers and streams.
         block_size: Length of an evaluation window in tokens; a sample of the validation split consists of windows.
         validation_characters: Number of characters of the validation split to score, sampled from all its documents.
-        num_proc: Number of encoding processes; default: one per core.
+        num_proc: Number of encoding threads; default: one per core, at most 16.
         max_tokens: Maximum number of training tokens; see `build_stream`.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenizer import unknown_character_error
+from ..data.encoding import unknown_character_error
 from ..errors import MiniGPTError
 
 DEFAULT_WINDOW = 2048  # tokens, for a model whose configuration does not limit the sequence length
