@@ -1,8 +1,8 @@
 """Documents in a fixed order, read from disk or from the network on demand.
 
 A document is a text file or a row of a table. `Documents` can be iterated any number of times and yields text in parts of at
-most `PART_CHARACTERS` characters, so a corpus may exceed memory. Text files are read through
-`datasets.IterableDataset.from_generator`; tables are memory-mapped `datasets.Dataset`s.
+most `PART_CHARACTERS` characters, so a corpus may exceed memory. Text files are read in chunks; tables are memory-mapped
+`datasets.Dataset`s.
 """
 
 import codecs
@@ -12,7 +12,8 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import datasets
@@ -26,6 +27,7 @@ from .reading import Decoding, DecodingStatistics, changed_file_error, content_s
 logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
+BLOCK_DOCUMENTS = 100_000  # arrays of all documents are computed for this many at a time
 # Minimum number of excerpts in a sample, so that no single passage of a long document dominates a score.
 MIN_EXCERPTS = 20
 
@@ -187,14 +189,19 @@ class IndexedDocuments(Documents):
 
 def document_batches(index: np.ndarray) -> Iterator[np.ndarray]:
     """Divide an index into batches of at most `PART_CHARACTERS` characters, or of one longer document."""
-    lengths, position = index["end"] - index["begin"], 0
+    position, size = 0, BLOCK_DOCUMENTS
     while position < len(index):
-        stop, remaining = position + 1, PART_CHARACTERS - lengths[position]
-        while stop < len(index) and lengths[stop] <= remaining:
-            remaining -= lengths[stop]
-            stop += 1
-        yield index[position:stop]
-        position = stop
+        block = index[position : position + size]
+        ends = np.cumsum(block["end"] - block["begin"])
+        start = before = 0
+        while start < len(block):
+            stop = max(start + 1, int(np.searchsorted(ends, before + PART_CHARACTERS, side="right")))
+            if stop == len(block) and position + stop < len(index):
+                break  # this batch may continue in the next block
+            yield block[start:stop]
+            start, before = stop, int(ends[stop - 1])
+        position += start
+        size = size if start else 2 * size
 
 
 def without_empty(index: np.ndarray, kind: str) -> np.ndarray:
@@ -282,11 +289,31 @@ class TextFiles:
         Raises:
             UnreadableFileError: if the content of a file no longer has the hash in the index.
         """
-        kwargs = {"files": self, "index": index, "every": every}
-        last = None
-        for row in datasets.IterableDataset.from_generator(_read_parts, gen_kwargs=kwargs):
-            yield row["document"] != last, row["text"]
-            last = row["document"]
+        number = 0  # of the batch, or of the part of a long document
+        for batch in document_batches(index):
+            is_long = len(batch) == 1 and batch["end"][0] - batch["begin"][0] > PART_CHARACTERS
+            if is_long or number % every == 0:
+                last = None
+                for document, text in self._read_excerpts(batch):
+                    if number % every == 0:
+                        yield document != last, text
+                        last = document
+                    number += is_long
+            number += not is_long
+
+    def _read_excerpts(self, batch: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield (position in the batch, text) of each part. Files are read completely, to verify their hashes."""
+        entries = zip(range(len(batch)), *(batch[name].tolist() for name in ("row", "begin", "end")), strict=True)
+        for row, group in groupby(entries, key=itemgetter(1)):
+            excerpts, path, digest, position = list(group), self.paths[row], hashlib.sha256(), 0
+            for text in text_chunks(path, self.name(path), self.decoding, PART_CHARACTERS):
+                digest.update(self.encode(path, text))
+                for number, _, begin, end in excerpts:
+                    if found := text[max(begin - position, 0) : max(end - position, 0)]:
+                        yield number, found
+                position += len(text)
+            if digest.digest() != batch["digest"][excerpts[0][0]].tobytes():
+                raise changed_file_error(self.name(path))
 
     def documents(self) -> IndexedDocuments:
         """Index all files; those without text are omitted.
@@ -343,34 +370,6 @@ class TextFiles:
     def _subject(self, paths: list[str], singular_verb: str, plural_verb: str) -> str:
         first = printable(self.name(paths[0]))
         return f"{first} {singular_verb}" if len(paths) == 1 else f"{len(paths):,} files ({first}, …) {plural_verb}"
-
-
-def _read_parts(files: TextFiles, index: np.ndarray, every: int) -> Iterator[dict]:
-    """Yield {"document": position in the index, "text": part}; see `TextFiles.parts`."""
-    position = number = 0
-    for batch in document_batches(index):
-        is_long = len(batch) == 1 and batch["end"][0] - batch["begin"][0] > PART_CHARACTERS
-        for excerpts in np.split(batch, np.flatnonzero(np.diff(batch["row"])) + 1):  # one file, which is read once
-            if is_long or number % every == 0:
-                for offset, text in _read_excerpts(files, excerpts):
-                    if number % every == 0:
-                        yield {"document": position + offset, "text": text}
-                    number += is_long
-            position += len(excerpts)
-        number += not is_long
-
-
-def _read_excerpts(files: TextFiles, excerpts: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Yield (position in `excerpts`, text) for the excerpts of one file. Reads the complete file to verify its hash."""
-    path, digest, position = files.paths[excerpts["row"][0]], hashlib.sha256(), 0
-    for text in text_chunks(path, files.name(path), files.decoding, PART_CHARACTERS):
-        digest.update(files.encode(path, text))
-        for number, (begin, end) in enumerate(zip(excerpts["begin"].tolist(), excerpts["end"].tolist(), strict=True)):
-            if found := text[max(begin - position, 0) : max(end - position, 0)]:
-                yield number, found
-        position += len(text)
-    if digest.digest() != excerpts["digest"][0].tobytes():
-        raise changed_file_error(files.name(path))
 
 
 # -- streams and mixtures ---------------------------------------------------------------------------------------------

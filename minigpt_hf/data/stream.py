@@ -220,11 +220,14 @@ class EncodedBatch:
         """Encode chunks of documents."""
         starts_document = np.array([starts for starts, _ in chunks], dtype=bool)
         encoded = encoder.encode_batch([text for _, text in chunks])
-        separator = np.array([bos], dtype=np.uint32)
-        parts = [(separator, ids) if starts else (ids,) for starts, ids in zip(starts_document, encoded, strict=True)]
+        separator = np.array([bos], dtype=dtype)
+        parts = [
+            (separator, ids.astype(dtype)) if starts else (ids.astype(dtype),)
+            for starts, ids in zip(starts_document, encoded, strict=True)
+        ]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64) + starts_document
         ends = np.cumsum(lengths)
-        tokens = np.concatenate([np.empty(0, np.uint32), *chain.from_iterable(parts)]).astype(dtype)
+        tokens = np.concatenate([np.empty(0, dtype), *chain.from_iterable(parts)])
         return cls(chunks, tokens, ends, (ends - lengths)[starts_document])
 
 
@@ -254,7 +257,8 @@ def _encoder_for(documents: Documents, tokenizer_json: str) -> tuple[Encoder, It
         characters += len(chunk[1])
         if characters >= COMPARED_CHARACTERS:
             break
-    return fastest_encoder(tokenizer_json, [text for _, text in first]), chain(first, chunks)
+    compared = [text[:COMPARED_CHARACTERS] for _, text in first]  # a chunk that is one word may be longer
+    return fastest_encoder(tokenizer_json, compared), chain(first, chunks)
 
 
 def _encode(

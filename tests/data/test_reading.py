@@ -6,6 +6,8 @@ import json
 import logging
 import lzma
 import os
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -167,6 +169,22 @@ def test_every_byte_is_preserved(compression, tmp_path, monkeypatch):
         file = tmp_path / f"{padding}.txt{compression}"
         file.write_bytes(COMPRESS[compression](data) if compression else data)
         assert "".join(texts_of(file)).encode() == data
+
+
+@pytest.mark.parametrize("size", [8, 13, 40])
+def test_chunks_end_after_the_last_line_end_before_a_character_that_is_not_white_space(size, tmp_path):
+    source = random.Random(size)
+    for _ in range(200):
+        text = "".join(source.choices(["a", "b", " ", "\n", "\r\n", "\n\n", "\t", "\x1c", "é"], k=150))
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        chunks = list(reading.text_chunks(str(tmp_path / "a.txt"), "a.txt", Decoding(), size))
+        assert "".join(chunks) == text
+        position = 0
+        for chunk in chunks[:-1]:
+            window = text[position : position + size]
+            ends = [match.end() for match in re.finditer(r"\n(?=\S)", window) if match.start() >= size - size // 2]
+            assert len(chunk) == (ends[-1] if ends else size)
+            position += len(chunk)
 
 
 def test_standard_input_and_file_descriptors_are_read_byte_for_byte(tmp_path, monkeypatch):
