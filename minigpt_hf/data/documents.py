@@ -18,16 +18,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UnreadableFileError
+from .arrays import BLOCK, blocks, selected, stored
 from .cache import cached
 from .reading import Decoding, DecodingStatistics, changed_file_error, content_sha256, decoded, printable, text_chunks
 
 logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
-BLOCK_DOCUMENTS = 100_000  # arrays of all documents are computed for this many at a time
 # Minimum number of excerpts in a sample, so that no single passage of a long document dominates a score.
 MIN_EXCERPTS = 20
 
@@ -92,60 +93,73 @@ class IndexedDocuments(Documents):
 
     Args:
         source: Where the text is read from.
-        index: Entries of `INDEX_DTYPE`, one per document or excerpt.
+        index: Entries of `INDEX_DTYPE`, one per document or excerpt; memory-mapped if there are many.
+        folder: Folder for temporary files of memory-mapped arrays.
     """
 
     source: "TableRows | TextFiles"
     index: np.ndarray
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def characters(self) -> int:
-        return int((self.index["end"] - self.index["begin"]).sum())
+        return sum(int((block["end"] - block["begin"]).sum()) for block in blocks(self.index))
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in ("begin", "end", "digest"):
-            digest.update(np.ascontiguousarray(self.index[name]).tobytes())
+            for block in blocks(self.index):
+                digest.update(np.ascontiguousarray(block[name]).tobytes())
         return digest.hexdigest()
 
     @property
     def keys(self) -> np.ndarray:
         """The first 64 bits of the SHA-256 of each document, uint64; equal for copies."""
-        return np.ascontiguousarray(self.index["digest"]).view(">u8").reshape(-1, 4)[:, 0]
-
-    @property
-    def digests(self) -> list[bytes]:
-        """The SHA-256 of each complete document."""
-        return [digest.tobytes() for digest in self.index["digest"]]
+        first = (np.ascontiguousarray(block["digest"]).view(">u8")[::4] for block in blocks(self.index))
+        return stored(first, len(self.index), np.dtype(np.uint64), self.folder)
 
     def select(self, positions: np.ndarray) -> "IndexedDocuments":
         """Return some of the documents, given their positions or a boolean mask."""
-        return replace(self, index=self.index[positions])
+        return replace(self, index=selected(self.index, positions, self.folder))
 
     def split(self, characters: int) -> tuple["IndexedDocuments", "IndexedDocuments"]:
         """Return the first `characters` characters and the rest; a document may be divided between both."""
         if characters <= 0:
             return self.select(np.arange(0)), self
-        ends = np.cumsum(self.index["end"] - self.index["begin"])
-        last = int(np.searchsorted(ends, characters))
-        if last == len(ends):
+        last = before = 0  # of the documents before `last`, the number of characters
+        for block in blocks(self.index):
+            ends = before + np.cumsum(block["end"] - block["begin"])
+            position = int(np.searchsorted(ends, characters))
+            last += position
+            if position < len(block):
+                break
+            before = int(ends[-1])
+        else:
             return self, self.select(np.arange(0))
-        head, tail = self.index[: last + 1].copy(), self.index[last:].copy()
-        excess = int(ends[last]) - characters
-        head["end"][-1] -= excess
-        tail["begin"][0] = head["end"][-1]
-        return replace(self, index=head), replace(self, index=tail if excess else tail[1:])
+        excess = int(ends[position]) - characters
+        divided = self.index[last : last + 1].copy()
+        head = chain(blocks(self.index[:last]), [_with(divided, end=divided["end"] - excess)])
+        tail = chain([_with(divided, begin=divided["end"] - excess)][: excess > 0], blocks(self.index[last + 1 :]))
+        lengths = last + 1, len(self.index) - last - (not excess)
+        first, second = (
+            replace(self, index=stored(parts, length, INDEX_DTYPE, self.folder))
+            for parts, length in zip((head, tail), lengths, strict=True)
+        )
+        return first, second
 
     def head(self, characters: int) -> "IndexedDocuments":
         return self.split(characters)[0]
 
     @property
     def number_of_documents(self) -> int:
-        return len(np.unique(self.index["row"]))
+        is_used = np.zeros(1 + max((int(block["row"].max()) for block in blocks(self.index)), default=-1), dtype=bool)
+        for block in blocks(self.index):
+            is_used[block["row"]] = True
+        return int(np.count_nonzero(is_used))
 
     def sample(self, characters: int, window: int) -> "IndexedDocuments":
         """Take the same share of every document, rounded to complete windows.
@@ -189,9 +203,9 @@ class IndexedDocuments(Documents):
 
 def document_batches(index: np.ndarray) -> Iterator[np.ndarray]:
     """Divide an index into batches of at most `PART_CHARACTERS` characters, or of one longer document."""
-    position, size = 0, BLOCK_DOCUMENTS
+    position, size = 0, BLOCK
     while position < len(index):
-        block = index[position : position + size]
+        block = np.asarray(index[position : position + size])  # iterating a `memmap` is slow
         ends = np.cumsum(block["end"] - block["begin"])
         start = before = 0
         while start < len(block):
@@ -204,11 +218,21 @@ def document_batches(index: np.ndarray) -> Iterator[np.ndarray]:
         size = size if start else 2 * size
 
 
-def without_empty(index: np.ndarray, kind: str) -> np.ndarray:
+def _with(entry: np.ndarray, **values: np.ndarray) -> np.ndarray:
+    """Return a copy of an entry of an index with other values."""
+    entry = entry.copy()
+    for name, value in values.items():
+        entry[name] = value
+    return entry
+
+
+def without_empty(documents: IndexedDocuments, kind: str) -> IndexedDocuments:
     """Remove documents without text, and log their number."""
-    if empty := int((index["end"] == 0).sum()):
-        logger.info("%s of %s %s have no text and are skipped", f"{empty:,}", f"{len(index):,}", kind)
-    return index[index["end"] > 0]
+    has_text = np.concatenate([np.empty(0, bool), *(block["end"] > 0 for block in blocks(documents.index))])
+    if not (empty := len(has_text) - int(np.count_nonzero(has_text))):
+        return documents
+    logger.info("%s of %s %s have no text and are skipped", f"{empty:,}", f"{len(has_text):,}", kind)
+    return documents.select(has_text)
 
 
 # -- rows of a table --------------------------------------------------------------------------------------------------
@@ -228,26 +252,38 @@ class TableRows:
         """
         table = self.rows.with_format("arrow")
         for batch in islice(document_batches(index), 0, None, every):
-            for entry, text in zip(batch, table[batch["row"]]["text"].to_pylist(), strict=True):
-                for begin in range(entry["begin"], entry["end"], PART_CHARACTERS):
-                    yield begin == entry["begin"], text[begin : min(begin + PART_CHARACTERS, entry["end"])]
+            rows = batch["row"]
+            first, last = int(rows.min()), int(rows.max())
+            if last - first < 2 * len(rows):  # reading a range is faster than reading single rows
+                column = table[first : last + 1]["text"].take(pa.array(rows - first))
+            else:
+                column = table[rows]["text"]
+            for begin, end, text in zip(
+                batch["begin"].tolist(), batch["end"].tolist(), column.to_pylist(), strict=True
+            ):
+                for start in range(begin, end, PART_CHARACTERS):
+                    yield start == begin, text[start : min(start + PART_CHARACTERS, end)]
 
     def documents(self, cache_dir: Path) -> IndexedDocuments:
         """Index all rows; those without text are omitted."""
-        return IndexedDocuments(self, without_empty(_cached_index(self.rows, cache_dir), "rows"))
+        return without_empty(IndexedDocuments(self, _cached_index(self.rows, cache_dir), cache_dir), "rows")
 
 
-def _index_rows(rows: datasets.Dataset) -> np.ndarray:
-    digests, lengths = [], []
+def _write_index(file: Path, rows: datasets.Dataset) -> None:
+    if not len(rows):  # an empty file cannot be mapped
+        np.save(file, np.zeros(0, INDEX_DTYPE))
+        return
+    index = np.lib.format.open_memmap(file, "w+", INDEX_DTYPE, (len(rows),))
+    position = 0
     for table in rows.with_format("arrow").iter(10_000):
         column = table["text"]
-        lengths.append(pc.fill_null(pc.utf8_length(column), 0).to_numpy())
-        digests += [hashlib.sha256(text.as_buffer()).digest() if text.is_valid else bytes(32) for text in column]
-    index = np.zeros(len(rows), dtype=INDEX_DTYPE)
-    index["row"] = np.arange(len(rows))
-    index["end"] = np.concatenate(lengths) if lengths else 0
-    index["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
-    return index
+        digests = [hashlib.sha256(text.as_buffer()).digest() if text.is_valid else bytes(32) for text in column]
+        block = index[position : position + len(column)]
+        block["row"] = np.arange(position, position + len(column))
+        block["end"] = pc.fill_null(pc.utf8_length(column), 0).to_numpy()
+        block["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
+        position += len(column)
+    index.flush()
 
 
 def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
@@ -257,8 +293,8 @@ def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
         digest.update(content_sha256(file["filename"], file["filename"]).encode())
     return cached(
         cache_dir / "documents" / digest.hexdigest()[:32],
-        lambda folder: np.save(folder / "index.npy", _index_rows(rows)),
-        lambda folder: np.load(folder / "index.npy"),
+        lambda folder: _write_index(folder / "index.npy", rows),
+        lambda folder: np.load(folder / "index.npy", mmap_mode="r" if len(rows) else None),
         cache_dir,
         "index of documents",
     )
@@ -330,7 +366,7 @@ class TextFiles:
                 length += len(text)
             index[position] = (position, 0, length, digest.digest())
         self._report(statistics)
-        return IndexedDocuments(self, without_empty(index, "files"))
+        return without_empty(IndexedDocuments(self, index), "files")
 
     def name(self, path: str) -> str:
         return self.names.get(path, path)

@@ -52,7 +52,7 @@ def test_every_document_contributes_the_same_share(tmp_path):
 def test_batches_are_as_large_as_possible(block, monkeypatch):
     """Compared with adding one document at a time, whatever the number of documents that are inspected at once."""
     monkeypatch.setattr("minigpt_hf.data.documents.PART_CHARACTERS", 100)
-    monkeypatch.setattr("minigpt_hf.data.documents.BLOCK_DOCUMENTS", block)
+    monkeypatch.setattr("minigpt_hf.data.documents.BLOCK", block)
     lengths = random.Random(block)
     for number in (0, 1, 7, 60):
         index = np.zeros(number, INDEX_DTYPE)
