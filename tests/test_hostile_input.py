@@ -703,16 +703,17 @@ def test_a_special_token_in_a_prompt_is_treated_as_text_as_in_training(run_folde
 
     folder = run_folder / "model"
     model, tokenizer = minigpt_hf.load(folder)
-    encode = Encoder(tokenizer.backend_tokenizer.to_str())
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    encode = lambda prompt: encoder(prompt).tolist()  # noqa: E731
     for prompt in ("<|endoftext|>", "a<|endoftext|>b<|pad|>", "def "):
         ids = encode_prompt(tokenizer, prompt).input_ids[0].tolist()
-        assert ids == encode(prompt).tolist()
+        assert ids == encode(prompt)
         assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
     special = encode_prompt(tokenizer, "<|endoftext|>", special_tokens=True).input_ids.tolist()
     assert special == [[tokenizer.bos_token_id]] == encode_prompt(tokenizer, "").input_ids.tolist()
 
     prompt, options = "<|endoftext|>def", {"max_new_tokens": 4, "do_sample": False}
-    expected = model.generate(torch.tensor([encode(prompt).tolist()]), **options)
+    expected = model.generate(torch.tensor([encode(prompt)]), **options)
     assert minigpt_hf.generate(folder, prompt, **options) == [tokenizer.decode(expected[0], skip_special_tokens=True)]
     assert minigpt_hf.generate(folder, prompt, **options)[0].startswith(prompt)
     argv = ["generate", str(folder), "--max_new_tokens", "4", "--do_sample", "false"]
