@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UnreadableFileError
 from .arrays import BLOCK, blocks, selected, stored
 from .cache import cached
 from .reading import Decoding, DecodingStatistics, changed_file_error, content_sha256, decoded, printable, text_chunks
@@ -342,8 +341,7 @@ class TextFiles:
         entries = zip(range(len(batch)), *(batch[name].tolist() for name in ("row", "begin", "end")), strict=True)
         for row, group in groupby(entries, key=itemgetter(1)):
             excerpts, path, digest, position = list(group), self.paths[row], hashlib.sha256(), 0
-            for text in text_chunks(path, self.name(path), self.decoding, PART_CHARACTERS):
-                digest.update(self.encode(path, text))
+            for text in text_chunks(path, self.name(path), self.decoding, PART_CHARACTERS, digest):
                 for number, _, begin, end in excerpts:
                     if found := text[max(begin - position, 0) : max(end - position, 0)]:
                         yield number, found
@@ -361,8 +359,7 @@ class TextFiles:
         for position, path in enumerate(self.paths):
             statistics.append(DecodingStatistics())
             digest, length = hashlib.sha256(), 0
-            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, statistics[-1]):
-                digest.update(self.encode(path, text))
+            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, statistics[-1], digest):
                 length += len(text)
             index[position] = (position, 0, length, digest.digest())
         self._report(statistics)
@@ -370,16 +367,6 @@ class TextFiles:
 
     def name(self, path: str) -> str:
         return self.names.get(path, path)
-
-    def encode(self, path: str, text: str) -> bytes:
-        """Return the UTF-8 encoding of decoded text."""
-        try:
-            return text.encode()
-        except UnicodeEncodeError as error:  # some codecs, such as `unicode_escape`, produce lone surrogates
-            raise UnreadableFileError(
-                f"{printable(self.name(path))}: contains U+{ord(text[error.start]):04X}, a lone surrogate, which is not a "
-                "character; specify another encoding or exclude this file"
-            ) from error
 
     def _report(self, statistics: list[DecodingStatistics]) -> None:
         """Log byte order marks, zero characters and converted line ends."""

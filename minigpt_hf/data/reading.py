@@ -90,6 +90,11 @@ class Decoding:
     errors: str = "strict"
     newline: str = "preserve"
 
+    @property
+    def preserves_bytes(self) -> bool:
+        """Whether the UTF-8 encoding of the text is the content of the file."""
+        return (codecs.lookup(self.encoding).name, self.errors, self.newline) == ("utf-8", "strict", "preserve")
+
 
 def changed_file_error(name: str) -> UnreadableFileError:
     """Return the error for a file whose content has changed since it was indexed."""
@@ -206,12 +211,18 @@ class DecodingStatistics:
 
 
 def decoded(
-    path: str, name: str, decoding: Decoding, size: int, statistics: DecodingStatistics | None = None
+    path: str,
+    name: str,
+    decoding: Decoding,
+    size: int,
+    statistics: DecodingStatistics | None = None,
+    digest: "hashlib._Hash | None" = None,
 ) -> Iterator[str]:
     """Yield the text of a file, decoding `size` bytes at a time.
 
     Args:
         statistics: Updated in place.
+        digest: Updated with the UTF-8 encoding of the text.
 
     Raises:
         UnreadableFileError: naming the byte and its position, if the file cannot be decoded.
@@ -219,6 +230,7 @@ def decoded(
     decoder = codecs.getincrementaldecoder(decoding.encoding)(decoding.errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True) if decoding.newline == "universal" else None
     statistics = statistics or DecodingStatistics()
+    preserves_bytes = decoding.preserves_bytes
     consumed, is_last, is_first = 0, False, True
     source = byte_chunks(path, name, size)
     while not is_last:
@@ -240,19 +252,38 @@ def decoded(
         if newlines is not None:
             statistics.newlines_converted += text.count("\r")
             text = newlines.decode(text, is_last)
+        if digest is not None:
+            digest.update(chunk if preserves_bytes else _utf8(text, name))
         if text:
             if is_first:
                 statistics.byte_order_mark = text.startswith(BYTE_ORDER_MARK)
                 is_first = False
-            statistics.zeros += text.count("\0")
+            statistics.zeros += chunk.count(b"\0") if preserves_bytes else text.count("\0")
             yield text
 
 
-def text_chunks(path: str, name: str, decoding: Decoding, size: int) -> Iterator[str]:
-    """Yield the text of a file in chunks of at most `size` characters, which end after a line end if there is one nearby."""
+def _utf8(text: str, name: str) -> bytes:
+    """Return the UTF-8 encoding of decoded text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # some codecs, such as `unicode_escape`, produce lone surrogates
+        raise UnreadableFileError(
+            f"{printable(name)}: contains U+{ord(text[error.start]):04X}, a lone surrogate, which is not a "
+            "character; specify another encoding or exclude this file"
+        ) from error
+
+
+def text_chunks(
+    path: str, name: str, decoding: Decoding, size: int, digest: "hashlib._Hash | None" = None
+) -> Iterator[str]:
+    """Yield the text of a file in chunks of at most `size` characters, which end after a line end if there is one nearby.
+
+    Args:
+        digest: Updated with the UTF-8 encoding of the text.
+    """
     pending: list[str] = []
     length = 0
-    for text in decoded(path, name, decoding, max(1, size // 4)):
+    for text in decoded(path, name, decoding, max(1, size // 4), digest=digest):
         pending.append(text)
         length += len(text)
         while length > size:

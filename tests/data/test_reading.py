@@ -1,6 +1,7 @@
 """Files are found by their literal names and read byte for byte; skipped files are reported; the cache is never stale."""
 
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -185,6 +186,24 @@ def test_chunks_end_after_the_last_line_end_before_a_character_that_is_not_white
             ends = [match.end() for match in re.finditer(r"\n(?=\S)", window) if match.start() >= size - size // 2]
             assert len(chunk) == (ends[-1] if ends else size)
             position += len(chunk)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+@pytest.mark.parametrize("newline", ["preserve", "universal"])
+def test_the_digest_of_a_file_is_that_of_its_text_in_utf_8(encoding, errors, newline, tmp_path):
+    """Bytes are hashed without encoding the text again if they are the same; chunks divide characters."""
+    text = "a\r\nb\0é\r" * 40 if encoding == "latin-1" else "\ufeffa\r\nb\0é€😀\r" * 40
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    for size in (1, 2, 3, 7, 1000):
+        digest, statistics = hashlib.sha256(), reading.DecodingStatistics()
+        decoding = Decoding(encoding, errors, newline)
+        chunks = reading.decoded(str(tmp_path / "a.txt"), "a.txt", decoding, size, statistics, digest)
+        read = "".join(chunks)
+        assert digest.digest() == hashlib.sha256(read.encode()).digest()
+        assert statistics.zeros == read.count("\0") == 40
+        found = texts_of(tmp_path / "a.txt", encoding=encoding, encoding_errors=errors, newline=newline)
+        assert found == [read]
 
 
 def test_standard_input_and_file_descriptors_are_read_byte_for_byte(tmp_path, monkeypatch):
