@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import benchmark
+import datasets
 import pytest
 import torch
 import yaml
@@ -199,15 +200,29 @@ def test_group_texts_concatenates_texts_and_splits_them_into_sequences():
     assert sequences["input_ids"] == sequences["labels"] == [list(range(i, i + 64)) for i in (0, 64, 128)]
 
 
-def test_both_pipelines_tokenize_the_complete_text(tmp_path):
-    megabytes = data.write_text(tmp_path / "text", "four score and seven years ago\n" * 40, 0.004)
-    size = sum(file.stat().st_size for file in (tmp_path / "text").iterdir())
-    assert size == round(megabytes * 1e6) >= 4000
-    files = len(list((tmp_path / "text").iterdir()))
-    ours = data.minigpt_pipeline(tmp_path / "text", byte_tokenizer(), tmp_path / "cache", 1)
-    assert ours == size + files  # one token per byte and one BOS token per document
-    theirs = data.run_clm_pipeline(tmp_path / "text", byte_tokenizer(), tmp_path / "cache", 1)
+def test_the_data_benchmark_tokenizes_the_same_text_in_every_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    lines, size = ["four score\n", "and seven years ago\n"], 4000
+    tokens = {}
+    for name, file_bytes, files in (("one file", size, 1), ("files", 500, 8), ("one line", None, 1)):
+        data.write_files(tmp_path / name, lines, size, file_bytes)
+        written = list((tmp_path / name).rglob("*.txt"))
+        assert (len(written), sum(file.stat().st_size for file in written)) == (files, size)
+        tokens[name] = data.stream_of(tmp_path, tmp_path / "cache", name, byte_tokenizer(), 1)
+        assert tokens[name] == size + files  # bytes, and the token before each document
+    theirs = data.run_clm(tmp_path, tmp_path / "cache", "one file", byte_tokenizer(), 1)
     assert size - 2 * data.BLOCK_SIZE < theirs <= size
+
+
+def test_ratios_of_the_data_benchmark_are_those_within_a_round():
+    """Medians of 2, 4 and 9 times the throughput; the machine is slower in later rounds."""
+    case = {"megabytes": 1.0, "seconds": 1.0, "cpu_seconds": 1.0, "peak_megabytes": 5.0}
+    rounds = [
+        {"run_clm": {**case, "seconds": slow}, "one file": {**case, "megabytes": 2.0, "seconds": 2 * slow / ratio}}
+        for slow, ratio in ((1, 2), (5, 9), (10, 4))
+    ]
+    row = data.row("one file", rounds)
+    assert (row["ratio_by_time"], row["ratio_by_CPU_time"], row["seconds"], row["peak_MB"]) == (4.0, 2.0, 1.11, 5)
 
 
 def test_fixed_offset_sequences_are_the_same_in_every_epoch(tmp_path):

@@ -698,12 +698,13 @@ def test_control_characters_in_a_prompt_are_text(prompt, run_folder, capfd):
 
 
 def test_a_special_token_in_a_prompt_is_treated_as_text_as_in_training(run_folder, monkeypatch, capfd):
-    from minigpt_hf.data.tokenizer import Encoder
+    from minigpt_hf.data.encoding import Encoder
     from minigpt_hf.inference.generation import encode_prompt
 
     folder = run_folder / "model"
     model, tokenizer = minigpt_hf.load(folder)
-    encode = Encoder(tokenizer.backend_tokenizer.to_str())
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    encode = lambda prompt: encoder(prompt).tolist()  # noqa: E731
     for prompt in ("<|endoftext|>", "a<|endoftext|>b<|pad|>", "def "):
         ids = encode_prompt(tokenizer, prompt).input_ids[0].tolist()
         assert ids == encode(prompt)

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "output": set(),
     "trust": {"data.hub_access", "doctor"},
     "data": {"atomic", "trust"},
-    "inference": {"data.chat_format", "data.tokenizer", "trust"},
+    "inference": {"data.chat_format", "data.encoding", "data.tokenizer", "trust"},
     "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
     "publish": {"atomic", "model", "trust"},
     "export": {

@@ -53,7 +53,7 @@ COMMON = {
         "use_cpu": "ignore accelerators",
         "bf16": "bfloat16 autocast",
         "torch_compile": "compile the model",
-        "num_proc": "processes that tokenize",
+        "num_proc": "threads that tokenize",
     },
 }
 TOKENIZE = ({*COMMON["data"]} - {"chat"}) | {"output_dir", "num_proc"}

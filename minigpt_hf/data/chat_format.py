@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import MiniGPTError
-from .tokenizer import Encoder
+from .encoding import Encoder
 
 START, END = "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

@@ -1,6 +1,6 @@
 """Split text into chunks that are encoded independently and give the same tokens as the complete text.
 
-The pre-tokenizer (`tokenizer.PATTERN`) matches runs of characters of one class: letters, single digits, punctuation (any
+The pre-tokenizer (`encoding.PATTERN`) matches runs of characters of one class: letters, single digits, punctuation (any
 character that is neither a letter, a digit nor white space), and white space. A position is a safe boundary if a match ends
 there in every text and no earlier match depends on the characters that follow:
 
@@ -12,7 +12,7 @@ there in every text and no earlier match depends on the characters that follow:
 
 The character classes below contain only characters that have the same class in every version of Unicode. Text without a safe
 boundary is a single long word, such as DNA without line ends. It can be split inside a run as well, but then the tokens of
-the parts must be merged; see `tokenizer.Encoder`.
+the parts must be merged; see `encoding.Encoder`.
 """
 
 import re

@@ -3,7 +3,7 @@
 import codecs
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 
 from ..errors import MiniGPTError
+from .arrays import blocks, lowest_distinct, stored
 from .documents import Documents, IndexedDocuments, Mixture, StreamedDocuments
 from .files import FORMATS, exists, is_url
 from .reading import NEWLINES, Decoding, printable
@@ -256,9 +257,10 @@ def _warn_if_shares_differ(corpus: Corpus, total: int | None, fraction: float) -
 def _hash_threshold(contents: list[SourceContent], fraction: float) -> Callable[[np.ndarray], np.ndarray]:
     """Return a predicate on hash keys that selects held-out documents. Streams are split by hash directly."""
     sources = [one.train for one in contents if one.validation is None and _is_split_by_hash(one.train)]
-    ranked = np.unique(np.concatenate([np.empty(0, np.uint64), *(source.keys for source in sources)]))
-    last = ranked[max(1, round(len(ranked) * fraction)) - 1] if len(ranked) else 0
-    return lambda keys: keys <= last
+    keys = (block for source in sources for block in blocks(source.keys))
+    folder = next((source.folder for source in sources), None)
+    last = lowest_distinct(stored(keys, sum(map(len, sources)), np.dtype(np.uint64), folder), fraction)
+    return lambda keys: keys <= (last or 0)
 
 
 def _is_split_by_hash(documents: Documents) -> TypeGuard[IndexedDocuments]:
@@ -292,18 +294,43 @@ def _split_one(
     return Corpus(name, train, validation, f"the last {total - boundary:,} of {total:,} characters")
 
 
+def _indexed(splits: Iterable[Documents | None]) -> dict[int, IndexedDocuments]:
+    """Return the splits of known content, by the number of their source."""
+    return {number: one for number, one in enumerate(splits) if isinstance(one, IndexedDocuments)}
+
+
+def _distinct_keys(splits: Iterable[IndexedDocuments]) -> np.ndarray:
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *(documents.keys for documents in splits)]))
+
+
+def _positions_in(documents: IndexedDocuments, keys: np.ndarray) -> np.ndarray:
+    """Return the positions of the documents whose keys are among sorted keys."""
+    found, start = [np.arange(0)], 0
+    for block in blocks(documents.keys) if len(keys) else ():
+        nearest = np.minimum(np.searchsorted(keys, block), len(keys) - 1)
+        found.append(start + np.flatnonzero(keys[nearest] == block))
+        start += len(block)
+    return np.concatenate(found)
+
+
 def _without_copies(corpora: list[Corpus], has_own_validation: list[bool]) -> list[Corpus]:
     """Remove copies of validation documents, of the same or another source, from training.
 
     A document that is divided between both splits keeps its first part in training. A dataset with its own validation split
     is left as published.
     """
-    held_out: dict[bytes, list[tuple[int, int, int]]] = {}  # SHA-256 -> (source, begin, end)
-    for number, corpus in enumerate(corpora):
-        if isinstance(corpus.validation, IndexedDocuments):
-            for digest, entry in zip(corpus.validation.digests, corpus.validation.index, strict=True):
-                held_out.setdefault(digest, []).append((number, int(entry["begin"]), int(entry["end"])))
-    keys = np.fromiter((int.from_bytes(digest[:8], "big") for digest in held_out), np.uint64, len(held_out))
+    validations = _indexed(corpus.validation for corpus in corpora)
+    held_out_keys = _distinct_keys(validations.values())
+    candidates = {
+        number: (documents, _positions_in(documents, held_out_keys))
+        for number, documents in _indexed(corpus.train for corpus in corpora).items()
+    }
+    shared = _distinct_keys(documents.select(positions) for documents, positions in candidates.values())
+    held_out: dict[bytes, list[tuple[int, int, int]]] = {}  # SHA-256 -> (source, begin, end), if a copy may exist
+    for number, documents in validations.items():
+        for entry in documents.select(_positions_in(documents, shared)).index:
+            owned = (number, int(entry["begin"]), int(entry["end"]))
+            held_out.setdefault(entry["digest"].tobytes(), []).append(owned)
     cleaned = []
     for number, corpus in enumerate(corpora):
         if not isinstance(corpus.train, IndexedDocuments):
@@ -314,7 +341,7 @@ def _without_copies(corpora: list[Corpus], has_own_validation: list[bool]) -> li
             continue
         is_copy = np.zeros(len(corpus.train), dtype=bool)
         published_copies = 0
-        for position in np.flatnonzero(np.isin(corpus.train.keys, keys)):
+        for position in candidates[number][1]:
             entry = corpus.train.index[position]
             owners = {
                 owner

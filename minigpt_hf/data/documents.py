@@ -1,8 +1,8 @@
 """Documents in a fixed order, read from disk or from the network on demand.
 
 A document is a text file or a row of a table. `Documents` can be iterated any number of times and yields text in parts of at
-most `PART_CHARACTERS` characters, so a corpus may exceed memory. Text files are read through
-`datasets.IterableDataset.from_generator`; tables are memory-mapped `datasets.Dataset`s.
+most `PART_CHARACTERS` characters, so a corpus may exceed memory. Text files are read in chunks; tables are memory-mapped
+`datasets.Dataset`s.
 """
 
 import codecs
@@ -12,14 +12,16 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UnreadableFileError
+from .arrays import BLOCK, blocks, selected, stored
 from .cache import cached
 from .reading import Decoding, DecodingStatistics, changed_file_error, content_sha256, decoded, printable, text_chunks
 
@@ -90,60 +92,73 @@ class IndexedDocuments(Documents):
 
     Args:
         source: Where the text is read from.
-        index: Entries of `INDEX_DTYPE`, one per document or excerpt.
+        index: Entries of `INDEX_DTYPE`, one per document or excerpt; memory-mapped if there are many.
+        folder: Folder for temporary files of memory-mapped arrays.
     """
 
     source: "TableRows | TextFiles"
     index: np.ndarray
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def characters(self) -> int:
-        return int((self.index["end"] - self.index["begin"]).sum())
+        return sum(int((block["end"] - block["begin"]).sum()) for block in blocks(self.index))
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in ("begin", "end", "digest"):
-            digest.update(np.ascontiguousarray(self.index[name]).tobytes())
+            for block in blocks(self.index):
+                digest.update(np.ascontiguousarray(block[name]).tobytes())
         return digest.hexdigest()
 
     @property
     def keys(self) -> np.ndarray:
         """The first 64 bits of the SHA-256 of each document, uint64; equal for copies."""
-        return np.ascontiguousarray(self.index["digest"]).view(">u8").reshape(-1, 4)[:, 0]
-
-    @property
-    def digests(self) -> list[bytes]:
-        """The SHA-256 of each complete document."""
-        return [digest.tobytes() for digest in self.index["digest"]]
+        first = (np.ascontiguousarray(block["digest"]).view(">u8")[::4] for block in blocks(self.index))
+        return stored(first, len(self.index), np.dtype(np.uint64), self.folder)
 
     def select(self, positions: np.ndarray) -> "IndexedDocuments":
         """Return some of the documents, given their positions or a boolean mask."""
-        return replace(self, index=self.index[positions])
+        return replace(self, index=selected(self.index, positions, self.folder))
 
     def split(self, characters: int) -> tuple["IndexedDocuments", "IndexedDocuments"]:
         """Return the first `characters` characters and the rest; a document may be divided between both."""
         if characters <= 0:
             return self.select(np.arange(0)), self
-        ends = np.cumsum(self.index["end"] - self.index["begin"])
-        last = int(np.searchsorted(ends, characters))
-        if last == len(ends):
+        last = before = 0  # of the documents before `last`, the number of characters
+        for block in blocks(self.index):
+            ends = before + np.cumsum(block["end"] - block["begin"])
+            position = int(np.searchsorted(ends, characters))
+            last += position
+            if position < len(block):
+                break
+            before = int(ends[-1])
+        else:
             return self, self.select(np.arange(0))
-        head, tail = self.index[: last + 1].copy(), self.index[last:].copy()
-        excess = int(ends[last]) - characters
-        head["end"][-1] -= excess
-        tail["begin"][0] = head["end"][-1]
-        return replace(self, index=head), replace(self, index=tail if excess else tail[1:])
+        excess = int(ends[position]) - characters
+        divided = self.index[last : last + 1].copy()
+        head = chain(blocks(self.index[:last]), [_with(divided, end=divided["end"] - excess)])
+        tail = chain([_with(divided, begin=divided["end"] - excess)][: excess > 0], blocks(self.index[last + 1 :]))
+        lengths = last + 1, len(self.index) - last - (not excess)
+        first, second = (
+            replace(self, index=stored(parts, length, INDEX_DTYPE, self.folder))
+            for parts, length in zip((head, tail), lengths, strict=True)
+        )
+        return first, second
 
     def head(self, characters: int) -> "IndexedDocuments":
         return self.split(characters)[0]
 
     @property
     def number_of_documents(self) -> int:
-        return len(np.unique(self.index["row"]))
+        is_used = np.zeros(1 + max((int(block["row"].max()) for block in blocks(self.index)), default=-1), dtype=bool)
+        for block in blocks(self.index):
+            is_used[block["row"]] = True
+        return int(np.count_nonzero(is_used))
 
     def sample(self, characters: int, window: int) -> "IndexedDocuments":
         """Take the same share of every document, rounded to complete windows.
@@ -187,21 +202,36 @@ class IndexedDocuments(Documents):
 
 def document_batches(index: np.ndarray) -> Iterator[np.ndarray]:
     """Divide an index into batches of at most `PART_CHARACTERS` characters, or of one longer document."""
-    lengths, position = index["end"] - index["begin"], 0
+    position, size = 0, BLOCK
     while position < len(index):
-        stop, remaining = position + 1, PART_CHARACTERS - lengths[position]
-        while stop < len(index) and lengths[stop] <= remaining:
-            remaining -= lengths[stop]
-            stop += 1
-        yield index[position:stop]
-        position = stop
+        block = np.asarray(index[position : position + size])  # iterating a `memmap` is slow
+        ends = np.cumsum(block["end"] - block["begin"])
+        start = before = 0
+        while start < len(block):
+            stop = max(start + 1, int(np.searchsorted(ends, before + PART_CHARACTERS, side="right")))
+            if stop == len(block) and position + stop < len(index):
+                break  # this batch may continue in the next block
+            yield block[start:stop]
+            start, before = stop, int(ends[stop - 1])
+        position += start
+        size = size if start else 2 * size
 
 
-def without_empty(index: np.ndarray, kind: str) -> np.ndarray:
+def _with(entry: np.ndarray, **values: np.ndarray) -> np.ndarray:
+    """Return a copy of an entry of an index with other values."""
+    entry = entry.copy()
+    for name, value in values.items():
+        entry[name] = value
+    return entry
+
+
+def without_empty(documents: IndexedDocuments, kind: str) -> IndexedDocuments:
     """Remove documents without text, and log their number."""
-    if empty := int((index["end"] == 0).sum()):
-        logger.info("%s of %s %s have no text and are skipped", f"{empty:,}", f"{len(index):,}", kind)
-    return index[index["end"] > 0]
+    has_text = np.concatenate([np.empty(0, bool), *(block["end"] > 0 for block in blocks(documents.index))])
+    if not (empty := len(has_text) - int(np.count_nonzero(has_text))):
+        return documents
+    logger.info("%s of %s %s have no text and are skipped", f"{empty:,}", f"{len(has_text):,}", kind)
+    return documents.select(has_text)
 
 
 # -- rows of a table --------------------------------------------------------------------------------------------------
@@ -221,26 +251,38 @@ class TableRows:
         """
         table = self.rows.with_format("arrow")
         for batch in islice(document_batches(index), 0, None, every):
-            for entry, text in zip(batch, table[batch["row"]]["text"].to_pylist(), strict=True):
-                for begin in range(entry["begin"], entry["end"], PART_CHARACTERS):
-                    yield begin == entry["begin"], text[begin : min(begin + PART_CHARACTERS, entry["end"])]
+            rows = batch["row"]
+            first, last = int(rows.min()), int(rows.max())
+            if last - first < 2 * len(rows):  # reading a range is faster than reading single rows
+                column = table[first : last + 1]["text"].take(pa.array(rows - first))
+            else:
+                column = table[rows]["text"]
+            for begin, end, text in zip(
+                batch["begin"].tolist(), batch["end"].tolist(), column.to_pylist(), strict=True
+            ):
+                for start in range(begin, end, PART_CHARACTERS):
+                    yield start == begin, text[start : min(start + PART_CHARACTERS, end)]
 
     def documents(self, cache_dir: Path) -> IndexedDocuments:
         """Index all rows; those without text are omitted."""
-        return IndexedDocuments(self, without_empty(_cached_index(self.rows, cache_dir), "rows"))
+        return without_empty(IndexedDocuments(self, _cached_index(self.rows, cache_dir), cache_dir), "rows")
 
 
-def _index_rows(rows: datasets.Dataset) -> np.ndarray:
-    digests, lengths = [], []
+def _write_index(file: Path, rows: datasets.Dataset) -> None:
+    if not len(rows):  # an empty file cannot be mapped
+        np.save(file, np.zeros(0, INDEX_DTYPE))
+        return
+    index = np.lib.format.open_memmap(file, "w+", INDEX_DTYPE, (len(rows),))
+    position = 0
     for table in rows.with_format("arrow").iter(10_000):
         column = table["text"]
-        lengths.append(pc.fill_null(pc.utf8_length(column), 0).to_numpy())
-        digests += [hashlib.sha256(text.as_buffer()).digest() if text.is_valid else bytes(32) for text in column]
-    index = np.zeros(len(rows), dtype=INDEX_DTYPE)
-    index["row"] = np.arange(len(rows))
-    index["end"] = np.concatenate(lengths) if lengths else 0
-    index["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
-    return index
+        digests = [hashlib.sha256(text.as_buffer()).digest() if text.is_valid else bytes(32) for text in column]
+        block = index[position : position + len(column)]
+        block["row"] = np.arange(position, position + len(column))
+        block["end"] = pc.fill_null(pc.utf8_length(column), 0).to_numpy()
+        block["digest"] = np.frombuffer(b"".join(digests), dtype="V32")
+        position += len(column)
+    index.flush()
 
 
 def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
@@ -250,8 +292,8 @@ def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
         digest.update(content_sha256(file["filename"], file["filename"]).encode())
     return cached(
         cache_dir / "documents" / digest.hexdigest()[:32],
-        lambda folder: np.save(folder / "index.npy", _index_rows(rows)),
-        lambda folder: np.load(folder / "index.npy"),
+        lambda folder: _write_index(folder / "index.npy", rows),
+        lambda folder: np.load(folder / "index.npy", mmap_mode="r" if len(rows) else None),
         cache_dir,
         "index of documents",
     )
@@ -282,11 +324,30 @@ class TextFiles:
         Raises:
             UnreadableFileError: if the content of a file no longer has the hash in the index.
         """
-        kwargs = {"files": self, "index": index, "every": every}
-        last = None
-        for row in datasets.IterableDataset.from_generator(_read_parts, gen_kwargs=kwargs):
-            yield row["document"] != last, row["text"]
-            last = row["document"]
+        number = 0  # of the batch, or of the part of a long document
+        for batch in document_batches(index):
+            is_long = len(batch) == 1 and batch["end"][0] - batch["begin"][0] > PART_CHARACTERS
+            if is_long or number % every == 0:
+                last = None
+                for document, text in self._read_excerpts(batch):
+                    if number % every == 0:
+                        yield document != last, text
+                        last = document
+                    number += is_long
+            number += not is_long
+
+    def _read_excerpts(self, batch: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield (position in the batch, text) of each part. Files are read completely, to verify their hashes."""
+        entries = zip(range(len(batch)), *(batch[name].tolist() for name in ("row", "begin", "end")), strict=True)
+        for row, group in groupby(entries, key=itemgetter(1)):
+            excerpts, path, digest, position = list(group), self.paths[row], hashlib.sha256(), 0
+            for text in text_chunks(path, self.name(path), self.decoding, PART_CHARACTERS, digest):
+                for number, _, begin, end in excerpts:
+                    if found := text[max(begin - position, 0) : max(end - position, 0)]:
+                        yield number, found
+                position += len(text)
+            if digest.digest() != batch["digest"][excerpts[0][0]].tobytes():
+                raise changed_file_error(self.name(path))
 
     def documents(self) -> IndexedDocuments:
         """Index all files; those without text are omitted.
@@ -298,25 +359,14 @@ class TextFiles:
         for position, path in enumerate(self.paths):
             statistics.append(DecodingStatistics())
             digest, length = hashlib.sha256(), 0
-            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, statistics[-1]):
-                digest.update(self.encode(path, text))
+            for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, statistics[-1], digest):
                 length += len(text)
             index[position] = (position, 0, length, digest.digest())
         self._report(statistics)
-        return IndexedDocuments(self, without_empty(index, "files"))
+        return without_empty(IndexedDocuments(self, index), "files")
 
     def name(self, path: str) -> str:
         return self.names.get(path, path)
-
-    def encode(self, path: str, text: str) -> bytes:
-        """Return the UTF-8 encoding of decoded text."""
-        try:
-            return text.encode()
-        except UnicodeEncodeError as error:  # some codecs, such as `unicode_escape`, produce lone surrogates
-            raise UnreadableFileError(
-                f"{printable(self.name(path))}: contains U+{ord(text[error.start]):04X}, a lone surrogate, which is not a "
-                "character; specify another encoding or exclude this file"
-            ) from error
 
     def _report(self, statistics: list[DecodingStatistics]) -> None:
         """Log byte order marks, zero characters and converted line ends."""
@@ -343,34 +393,6 @@ class TextFiles:
     def _subject(self, paths: list[str], singular_verb: str, plural_verb: str) -> str:
         first = printable(self.name(paths[0]))
         return f"{first} {singular_verb}" if len(paths) == 1 else f"{len(paths):,} files ({first}, …) {plural_verb}"
-
-
-def _read_parts(files: TextFiles, index: np.ndarray, every: int) -> Iterator[dict]:
-    """Yield {"document": position in the index, "text": part}; see `TextFiles.parts`."""
-    position = number = 0
-    for batch in document_batches(index):
-        is_long = len(batch) == 1 and batch["end"][0] - batch["begin"][0] > PART_CHARACTERS
-        for excerpts in np.split(batch, np.flatnonzero(np.diff(batch["row"])) + 1):  # one file, which is read once
-            if is_long or number % every == 0:
-                for offset, text in _read_excerpts(files, excerpts):
-                    if number % every == 0:
-                        yield {"document": position + offset, "text": text}
-                    number += is_long
-            position += len(excerpts)
-        number += not is_long
-
-
-def _read_excerpts(files: TextFiles, excerpts: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Yield (position in `excerpts`, text) for the excerpts of one file. Reads the complete file to verify its hash."""
-    path, digest, position = files.paths[excerpts["row"][0]], hashlib.sha256(), 0
-    for text in text_chunks(path, files.name(path), files.decoding, PART_CHARACTERS):
-        digest.update(files.encode(path, text))
-        for number, (begin, end) in enumerate(zip(excerpts["begin"].tolist(), excerpts["end"].tolist(), strict=True)):
-            if found := text[max(begin - position, 0) : max(end - position, 0)]:
-                yield number, found
-        position += len(text)
-    if digest.digest() != excerpts["digest"][0].tobytes():
-        raise changed_file_error(files.name(path))
 
 
 # -- streams and mixtures ---------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ class PreparedText:
         return text
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Write a folder atomically.
+        """Write a folder atomically. The files of token streams are hard links to those of the cache if possible.
 
         Args:
             settings: The `TEXT_SETTINGS` with which the text was prepared; see `prepared_settings`.
@@ -177,7 +177,8 @@ class PreparedText:
                 self.tokenizer.save_pretrained(content / "tokenizer")
                 for name, stream in (("train", self.train), ("validation", self.validation)):
                     if stream is not None:
-                        shutil.copytree(stream.folder, content / name, ignore=shutil.ignore_patterns(MANIFEST))
+                        ignored = shutil.ignore_patterns(MANIFEST)
+                        shutil.copytree(stream.folder, content / name, ignore=ignored, copy_function=_link_or_copy)
                 (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
                 seal(content)
         except OSError as error:
@@ -186,6 +187,14 @@ class PreparedText:
             raise OSError(
                 errno.ENOSPC, f"{folder}: no space left on this disk; free some space or specify another folder"
             ) from error
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Create a hard link, which needs no space, or a copy if the file system has none or is another one."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def is_prepared(data: str) -> bool:
@@ -238,7 +247,7 @@ def prepare(
         cache_dir: Root of the cache, for tokenizers and streams.
         block_size: Length of an evaluation window in tokens; a sample of the validation split consists of windows.
         validation_characters: Number of characters of the validation split to score, sampled from all its documents.
-        num_proc: Number of encoding processes; default: one per core.
+        num_proc: Number of encoding threads; default: one per core, at most 16.
         max_tokens: Maximum number of training tokens; see `build_stream`.
 
     Raises:

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import io
 import lzma
-import re
+import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -79,8 +79,6 @@ DECOMPRESSORS: dict[str, Callable[[str], _ByteReader]] = {
 COMPRESSED_EXTENSIONS = tuple(DECOMPRESSORS)
 NEWLINES = ("preserve", "universal")
 BYTE_ORDER_MARK = "\ufeff"
-# A chunk preferably ends after such a line end, because no word of a byte-level BPE tokenizer extends across it.
-LINE_END = re.compile(r"\n(?=\S)")
 LINE_END_SEARCH_CHARACTERS = 65_536  # before the maximum end of a chunk
 
 
@@ -91,6 +89,11 @@ class Decoding:
     encoding: str = "utf-8"
     errors: str = "strict"
     newline: str = "preserve"
+
+    @property
+    def preserves_bytes(self) -> bool:
+        """Whether the UTF-8 encoding of the text is the content of the file."""
+        return (codecs.lookup(self.encoding).name, self.errors, self.newline) == ("utf-8", "strict", "preserve")
 
 
 def changed_file_error(name: str) -> UnreadableFileError:
@@ -138,7 +141,7 @@ class _Decompressed(io.RawIOBase):
 
 def compression_of(name: str) -> str:
     """Return the compression extension: notes.txt.GZ or https://…/notes.txt.gz?x=1 -> .gz; '' if not compressed."""
-    extension = Path(urlparse(name).path if "://" in name else name).suffix.lower()
+    extension = os.path.splitext(urlparse(name).path if "://" in name else name)[1].lower()  # noqa: PTH122 (fast)
     return extension if extension in COMPRESSED_EXTENSIONS else ""
 
 
@@ -154,7 +157,7 @@ def open_bytes(path: str, name: str) -> BinaryIO:
     try:
         if compression := compression_of(name):
             return io.BufferedReader(_Decompressed(path, name, compression), buffer_size=1 << 16)
-        return Path(path).open("rb")
+        return open(path, "rb")  # noqa: PTH123 (a `Path` for each of many files takes as long as reading it)
     except OSError as error:
         raise UnreadableFileError(f"{printable(name)}: cannot be read: {error.strerror or error}") from error
 
@@ -208,12 +211,18 @@ class DecodingStatistics:
 
 
 def decoded(
-    path: str, name: str, decoding: Decoding, size: int, statistics: DecodingStatistics | None = None
+    path: str,
+    name: str,
+    decoding: Decoding,
+    size: int,
+    statistics: DecodingStatistics | None = None,
+    digest: "hashlib._Hash | None" = None,
 ) -> Iterator[str]:
     """Yield the text of a file, decoding `size` bytes at a time.
 
     Args:
         statistics: Updated in place.
+        digest: Updated with the UTF-8 encoding of the text.
 
     Raises:
         UnreadableFileError: naming the byte and its position, if the file cannot be decoded.
@@ -221,6 +230,7 @@ def decoded(
     decoder = codecs.getincrementaldecoder(decoding.encoding)(decoding.errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True) if decoding.newline == "universal" else None
     statistics = statistics or DecodingStatistics()
+    preserves_bytes = decoding.preserves_bytes
     consumed, is_last, is_first = 0, False, True
     source = byte_chunks(path, name, size)
     while not is_last:
@@ -242,23 +252,55 @@ def decoded(
         if newlines is not None:
             statistics.newlines_converted += text.count("\r")
             text = newlines.decode(text, is_last)
+        if digest is not None:
+            digest.update(chunk if preserves_bytes else _utf8(text, name))
         if text:
             if is_first:
                 statistics.byte_order_mark = text.startswith(BYTE_ORDER_MARK)
                 is_first = False
-            statistics.zeros += text.count("\0")
+            statistics.zeros += chunk.count(b"\0") if preserves_bytes else text.count("\0")
             yield text
 
 
-def text_chunks(path: str, name: str, decoding: Decoding, size: int) -> Iterator[str]:
-    """Yield the text of a file in chunks of at most `size` characters, which end after a line end if there is one nearby."""
-    rest = ""
-    for text in decoded(path, name, decoding, max(1, size // 4)):
-        rest += text
-        while len(rest) > size:
-            line_ends = list(LINE_END.finditer(rest, size - min(LINE_END_SEARCH_CHARACTERS, size // 2), size))
-            stop = line_ends[-1].end() if line_ends else size
-            yield rest[:stop]
-            rest = rest[stop:]
-    if rest:
-        yield rest
+def _utf8(text: str, name: str) -> bytes:
+    """Return the UTF-8 encoding of decoded text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # some codecs, such as `unicode_escape`, produce lone surrogates
+        raise UnreadableFileError(
+            f"{printable(name)}: contains U+{ord(text[error.start]):04X}, a lone surrogate, which is not a "
+            "character; specify another encoding or exclude this file"
+        ) from error
+
+
+def text_chunks(
+    path: str, name: str, decoding: Decoding, size: int, digest: "hashlib._Hash | None" = None
+) -> Iterator[str]:
+    """Yield the text of a file in chunks of at most `size` characters, which end after a line end if there is one nearby.
+
+    Args:
+        digest: Updated with the UTF-8 encoding of the text.
+    """
+    pending: list[str] = []
+    length = 0
+    for text in decoded(path, name, decoding, max(1, size // 4), digest=digest):
+        pending.append(text)
+        length += len(text)
+        while length > size:
+            text = "".join(pending)
+            stop = _last_line_end(text, size - min(LINE_END_SEARCH_CHARACTERS, size // 2), size)
+            yield text[:stop]
+            pending, length = [text[stop:]], length - stop
+    if length:
+        yield "".join(pending)
+
+
+def _last_line_end(text: str, first: int, last: int) -> int:
+    """Return the last position in (first, last) after a line end and before a character that is not white space.
+
+    No word of a byte-level BPE tokenizer extends across such a position. If there is none, return `last`.
+    """
+    position = text.rfind("\n", first, last - 1)
+    while position >= 0 and text[position + 1].isspace():
+        position = text.rfind("\n", first, position)
+    return position + 1 or last

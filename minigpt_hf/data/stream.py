@@ -15,19 +15,18 @@ the tokenizer, so that a stream is built only once:
 
 import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -35,12 +34,14 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
 from .documents import Documents
-from .tokenizer import Encoder, bos_token_id, tokenizer_fingerprint, vocabulary_size
+from .encoding import Encoder, fastest_encoder
+from .tokenizer import bos_token_id, tokenizer_fingerprint, vocabulary_size
 
 CHECKED_DOCUMENTS = 1000  # number of offsets for which the BOS token is checked on opening
 DOCUMENTS_PER_READ = 100_000  # number of offsets in memory
-SINGLE_PROCESS_CHARACTERS = 2_000_000  # below this length, starting processes takes longer than encoding
-CHUNKS_PER_JOB = 8
+SHORT_CHARACTERS = 2_000_000  # below this length, choosing an encoder takes longer than encoding
+COMPARED_CHARACTERS = 1_000_000  # encoded with `tokenizers` as well, to verify a faster encoder
+BATCH_CHARACTERS, BATCH_CHUNKS = 800_000, 10_000  # limits of a batch that one thread encodes
 
 
 class ArrayFile:
@@ -182,9 +183,9 @@ def build_stream(
     Args:
         documents: The text.
         cache_dir: Root of the cache; streams are stored in `streams/`.
-        num_proc: Number of encoding processes; default: one per core, at most 16. They receive chunks and results are
-            collected in order, so memory use does not depend on the size of the corpus.
-        progress: Called with the number of characters of each chunk after it has been encoded.
+        num_proc: Number of encoding threads; default: one per core, at most 16. The encoders release the interpreter lock.
+            Results are collected in order, so memory use does not depend on the size of the corpus.
+        progress: Called with the number of characters of each batch after it has been encoded.
         max_tokens: Maximum number of tokens, BOS tokens included. The last document is truncated at a character boundary;
             a document of which no token fits is omitted.
     """
@@ -217,35 +218,31 @@ def _write_stream(
     max_tokens: int | None,
 ) -> None:
     dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
-    bos = np.array([bos_token_id(tokenizer)], dtype=dtype)
+    bos = bos_token_id(tokenizer)
     limit = sys.maxsize if max_tokens is None else max_tokens
-    offsets: list[int] = []
-    written = characters = size = 0
-    with (folder / "tokens.bin").open("wb") as file:
-        for starts_document, text, ids in _encode(documents, tokenizer, dtype, num_proc):
-            room = limit - written - starts_document
-            is_last = len(ids) > room
-            if is_last:
-                text, ids = _truncate(text, room, tokenizer, dtype)
-                if not len(ids):
-                    break
-            if starts_document:
-                offsets.append(written)
-                file.write(bos.data)
-                written += 1
-            file.write(ids.data)
-            written += len(ids)
-            characters += len(text)
-            size += len(text.encode())
-            progress(len(text))
+    tokens = number = characters = size = 0
+    encoder, chunks = _encoder_for(documents, tokenizer.backend_tokenizer.to_str())
+    batches = _encode(encoder, chunks, bos, dtype, num_proc or min(16, os.cpu_count() or 1))
+    with (folder / "tokens.bin").open("wb") as ids, (folder / "documents.npy").open("wb") as offsets, closing(batches):
+        _write_header(offsets, number)
+        for batch in batches:
+            if is_last := tokens + len(batch.tokens) > limit:
+                batch = _truncate(batch, limit - tokens, encoder, bos, dtype)
+            ids.write(batch.tokens.data)
+            offsets.write((batch.starts + tokens).data)
+            tokens += len(batch.tokens)
+            number += len(batch.starts)
+            characters += sum(len(text) for _, text in batch.chunks)
+            size += sum(len(text) if text.isascii() else len(text.encode()) for _, text in batch.chunks)
+            progress(sum(len(text) for _, text in batch.chunks))
             if is_last:
                 break
-    np.save(folder / "documents.npy", np.array(offsets, dtype=np.int64))
+        _write_header(offsets, number)
     metadata = {
         "dtype": dtype.str,
-        "end_of_text": bos_token_id(tokenizer),
-        "tokens": written,
-        "documents": len(offsets),
+        "end_of_text": bos,
+        "tokens": tokens,
+        "documents": number,
         "characters": characters,
         "bytes": size,
         "fingerprint": fingerprint,
@@ -253,94 +250,106 @@ def _write_stream(
     (folder / "stream.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-def _truncate(
-    text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype
-) -> tuple[str, np.ndarray]:
-    """Return the longest beginning of a text with at most `max_tokens` tokens, and its ids."""
-    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+def _write_header(file: BinaryIO, length: int) -> None:
+    """Write the header of a .npy file of `length` offsets. Its size does not depend on `length`."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (length,)})
+
+
+Chunk = tuple[bool, str]  # (whether it starts a document, text)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Chunks and their ids.
+
+    Args:
+        chunks: The chunks.
+        tokens: Ids of all chunks, with BOS before each document.
+        ends: Position in `tokens` of the end of each chunk.
+        starts: Position in `tokens` of the BOS of each document, int64.
+    """
+
+    chunks: list[Chunk]
+    tokens: np.ndarray
+    ends: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def encode(cls, encoder: Encoder, chunks: list[Chunk], bos: int, dtype: np.dtype) -> "EncodedBatch":
+        """Encode chunks of documents."""
+        starts_document = np.array([starts for starts, _ in chunks], dtype=bool)
+        encoded = encoder.encode_batch([text for _, text in chunks])
+        separator = np.array([bos], dtype=dtype)
+        parts = [
+            (separator, ids.astype(dtype)) if starts else (ids.astype(dtype),)
+            for starts, ids in zip(starts_document, encoded, strict=True)
+        ]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64) + starts_document
+        ends = np.cumsum(lengths)
+        tokens = np.concatenate([np.empty(0, dtype), *chain.from_iterable(parts)])
+        return cls(chunks, tokens, ends, (ends - lengths)[starts_document])
+
+
+def _truncate(batch: EncodedBatch, max_tokens: int, encoder: Encoder, bos: int, dtype: np.dtype) -> EncodedBatch:
+    """Return the beginning of a batch with at most `max_tokens` tokens, which ends at a character boundary."""
+    complete = int(np.searchsorted(batch.ends, max_tokens, side="right"))
+    chunks = batch.chunks[:complete]
+    starts_document, text = batch.chunks[complete]
+    room = max_tokens - (int(batch.ends[complete - 1]) if complete else 0) - starts_document
     # The search assumes that the number of tokens grows with the text. In the rare cases where it decreases, the result is
     # valid but may be shorter than possible.
-    fit = bisect_right(range(1, len(text) + 1), max_tokens, key=lambda length: len(encoder(text[:length])))
-    return text[:fit], np.asarray(encoder(text[:fit]), dtype=dtype)
+    fit = bisect_right(range(1, len(text) + 1), room, key=lambda length: len(encoder(text[:length])))
+    if fit:
+        chunks = [*chunks, (starts_document, text[:fit])]
+    return EncodedBatch.encode(encoder, chunks, bos, dtype)
 
 
-EncodedChunk = tuple[bool, str, np.ndarray]  # (whether it starts a document, text, ids)
+def _encoder_for(documents: Documents, tokenizer_json: str) -> tuple[Encoder, Iterator[Chunk]]:
+    """Return an encoder and the chunks to encode. For a long text, the encoder is verified on the first chunks."""
+    encoder = Encoder(tokenizer_json)
+    chunks = encoder.split_into_chunks(documents.parts())
+    if documents.characters is not None and documents.characters < SHORT_CHARACTERS:
+        return encoder, chunks
+    first, characters = [], 0
+    for chunk in chunks:
+        first.append(chunk)
+        characters += len(chunk[1])
+        if characters >= COMPARED_CHARACTERS:
+            break
+    compared = [text[:COMPARED_CHARACTERS] for _, text in first]  # a chunk that is one word may be longer
+    return fastest_encoder(tokenizer_json, compared), chain(first, chunks)
 
 
 def _encode(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype, num_proc: int | None
-) -> Iterator[EncodedChunk]:
-    """Encode chunks in order; short texts in this process."""
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    chunks = Encoder(tokenizer_json).split_into_chunks(documents.parts())
-    num_proc = num_proc or min(16, os.cpu_count() or 1)
-    is_short = documents.characters is not None and documents.characters < SINGLE_PROCESS_CHARACTERS
-    if num_proc == 1 or is_short:
-        _initialize(tokenizer_json, dtype)
-        yield from ((starts_document, text, _encode_chunk(text)) for starts_document, text in chunks)
+    encoder: Encoder, chunks: Iterable[Chunk], bos: int, dtype: np.dtype, num_threads: int
+) -> Generator[EncodedBatch]:
+    """Encode chunks in order; with several threads, while at most twice as many batches are waiting."""
+    if num_threads == 1:
+        for batch in _batches(chunks):
+            yield EncodedBatch.encode(encoder, batch, bos, dtype)
         return
-    pool = ProcessPoolExecutor(num_proc, initializer=_initialize_worker, initargs=(tokenizer_json, dtype))
+    pending: deque[Future[EncodedBatch]] = deque()
+    pool = ThreadPoolExecutor(num_threads, "encoder")
     try:
-        yield from _encode_in_pool(pool, chunks, 2 * num_proc)
-    except BrokenProcessPool as error:
-        raise MiniGPTError(
-            "a tokenization process was killed, possibly because memory ran out; use fewer processes (--num_proc) or free "
-            "memory"
-        ) from error
+        for batch in _batches(chunks):
+            pending.append(pool.submit(EncodedBatch.encode, encoder, batch, bos, dtype))
+            if len(pending) >= 2 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_in_pool(
-    pool: ProcessPoolExecutor, chunks: Iterable[tuple[bool, str]], max_pending: int
-) -> Iterator[EncodedChunk]:
-    """Encode chunks in the processes of a pool and yield them in order, with at most `max_pending` jobs submitted ahead."""
-    chunks = iter(chunks)
-    pending: deque[tuple[list[tuple[bool, str]], Future[list[np.ndarray]]]] = deque()
-
-    def oldest_result() -> Iterator[EncodedChunk]:
-        batch, future = pending.popleft()
-        return ((starts, text, ids) for (starts, text), ids in zip(batch, future.result(), strict=True))
-
-    while batch := list(itertools.islice(chunks, CHUNKS_PER_JOB)):
-        pending.append((batch, pool.submit(_encode_chunks, [text for _, text in batch])))
-        if len(pending) >= max_pending:
-            yield from oldest_result()
-    while pending:
-        yield from oldest_result()
-
-
-def _initialize_worker(tokenizer_json: str, dtype: np.dtype) -> None:
-    """Initialize a process of the pool: one thread, and termination only by its parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the entire process group
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process inherits the handler of its parent
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _initialize(tokenizer_json, dtype)
-
-
-def _exit_with_parent() -> None:
-    """Exit if the parent was killed; otherwise this process would wait for jobs forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # only processes of the pool call this
-    parent.join()
-    os._exit(1)
-
-
-# Of this process, set by `_initialize`.
-_encoder: Encoder
-_dtype: np.dtype
-
-
-def _initialize(tokenizer_json: str, dtype: np.dtype) -> None:
-    """Create the encoder of this process."""
-    global _encoder, _dtype
-    _encoder, _dtype = Encoder(tokenizer_json), dtype
-
-
-def _encode_chunks(chunks: list[str]) -> list[np.ndarray]:
-    return [_encode_chunk(text) for text in chunks]
-
-
-def _encode_chunk(text: str) -> np.ndarray:
-    return np.asarray(_encoder(text), dtype=_dtype)
+def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    batch: list[Chunk] = []
+    characters = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        characters += len(chunk[1])
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_CHUNKS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

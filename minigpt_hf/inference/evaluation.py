@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat_format import IGNORE_INDEX, ChatFormat, EncodedConversations, Message
-from ..data.tokenizer import unknown_character_error
+from ..data.encoding import unknown_character_error
 from ..errors import MiniGPTError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..data.chat_format import CHAT_TEMPLATE, ChatFormat, Message
-from ..data.tokenizer import tokenizer_mismatch, unknown_character_error
+from ..data.encoding import unknown_character_error
+from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 

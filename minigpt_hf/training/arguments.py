@@ -175,7 +175,7 @@ class DataArguments:
         metadata={"help": "Cache of tokenizers and token streams; default: `minigpt` in the Hugging Face cache."},
     )
     num_proc: int | None = field(
-        default=None, metadata={"help": "Number of processes that tokenize; default: the number of cores."}
+        default=None, metadata={"help": "Number of threads that tokenize; default: the number of cores, at most 16."}
     )
 
     def __post_init__(self):

@@ -1,110 +1,181 @@
-"""Tokenization throughput, from text files to a training set on disk, compared with transformers' `run_clm.py`.
+"""Tokenization throughput and memory, from files to a training set on disk, compared with transformers' `run_clm.py`.
 
 minigpt-hf reads documents and writes one token stream. `run_clm.py` reads lines, tokenizes them with `datasets.map` and
-concatenates them into sequences with a second `map` (`group_texts`). Both use the same tokenizer, files and number of
-processes, alternate for several rounds and start with empty caches. Times exclude the start of Python and imports.
-Memory is the peak of the largest process, also measured for four times the text.
+concatenates them into sequences with a second `map` (`group_texts`). Every case is a process with an empty cache. All cases
+alternate for several rounds, and ratios are those of the throughput to `run_clm.py` on one file in the same round. Times
+exclude the start of Python and imports; CPU time is comparable if other programs use the cores. Memory is the peak of the
+process, mapped pages included.
+
+The text is the standard library, repeated with rotated lines. With MINIGPT_GIGABYTES=1 in the environment, the text of the
+first and second start has a gigabyte, and there are 200,000 files of 1 kB and a line of 100 MB.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 BLOCK_SIZE = 256
-FILE_BYTES = 500_000
+GIGABYTES = float(os.environ.get("MINIGPT_GIGABYTES", "0"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument("--data", default="stdlib", help="as in `minigpt train`; repeated up to the given size")
-    parser.add_argument("--megabytes", type=float, default=20, help="size of the text (default: 20)")
-    parser.add_argument("--num_proc", type=int, default=1, help="number of processes (default: 1)")
+    parser.add_argument("--megabytes", type=float, default=8, help="size of each text (default: 8)")
     parser.add_argument(
-        "--vocab_size", type=int, default=4096, help="vocabulary size of the byte-level BPE tokenizer (default: 4096)"
+        "--vocab_size", type=int, default=8192, help="vocabulary size of the byte-level BPE tokenizer (default: 8192)"
     )
     parser.add_argument("--repeats", type=int, default=3, help="number of rounds (default: 3)")
+    parser.add_argument("--cases", help=f"comma-separated; default: all of {', '.join(CASES)}")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Alternate both pipelines on the text, then run each once on four times the text."""
+    """Alternate all cases for several rounds."""
+    names = list(CASES) if args.cases is None else ["run_clm", *args.cases.split(",")]
     with tempfile.TemporaryDirectory() as root:
-        folder = Path(root)
-        megabytes = run_process("prepare", args.data, folder, args.megabytes, args.vocab_size)["megabytes"]
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in PIPELINES}
+        run_process("prepare", root, args.megabytes, args.vocab_size)
+        rounds = []
         for repeat in range(args.repeats):
-            for name in PIPELINES:
-                rounds[name].append(run_process(name, folder / "text-1", folder, args.num_proc))
+            rounds.append({name: run_process(name, root) for name in dict.fromkeys(names)})
             print(f"round {repeat + 1} of {args.repeats}", file=sys.stderr)
-        large = {name: run_process(name, folder / "text-4", folder, args.num_proc) for name in PIPELINES}
-    table = []
-    for name, results in rounds.items():
-        medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        row = {"pipeline": name, "MB_per_second": round(megabytes / medians["seconds"], 2)}
-        row |= {"seconds": round(medians["seconds"], 2), "cpu_seconds": round(medians["cpu_seconds"], 2)}
-        row |= {"tokens": f"{medians['tokens']:,.0f}", "peak_MB": round(medians["peak_megabytes"])}
-        table.append(row | {"peak_MB_for_4_times_the_text": round(large[name]["peak_megabytes"])})
-    pairs = list(zip(rounds["run_clm"], rounds["minigpt"], strict=True))
     return {
-        "megabytes_of_text": round(megabytes, 1),
-        "processes": args.num_proc,
-        "tokenizing": table,
-        **{
-            f"speedup_over_run_clm_by_{name}": round(statistics.median(a[key] / b[key] for a, b in pairs), 2)
-            for name, key in (("wall_time", "seconds"), ("cpu_time", "cpu_seconds"))
-        },
+        "encoders": [f"{name} {installed_version(name)}" for name in ("fastokens", "tiktoken", "tokenizers")],
+        "tokenizing": [row(name, rounds) for name in rounds[0]],
     }
 
 
+def row(name: str, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Return medians of a case, and of its ratios to `run_clm` within a round."""
+
+    def median(value: Callable[[dict[str, dict[str, float]]], float]) -> float:
+        return statistics.median(map(value, rounds))
+
+    return {
+        "case": name,
+        "MB": round(median(lambda one: one[name]["megabytes"]), 1),
+        "seconds": round(median(lambda one: one[name]["seconds"]), 2),
+        "CPU_seconds": round(median(lambda one: one[name]["cpu_seconds"]), 2),
+        **{
+            f"ratio_by_{label}": round(
+                median(
+                    lambda one, key=key: (
+                        one[name]["megabytes"] / one[name][key] / (one["run_clm"]["megabytes"] / one["run_clm"][key])
+                    )
+                ),
+                1,
+            )
+            for label, key in (("time", "seconds"), ("CPU_time", "cpu_seconds"))
+        },
+        "peak_MB": round(median(lambda one: one[name]["peak_megabytes"])),
+    }
+
+
+def installed_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
 def run_process(*arguments: Any) -> dict[str, float]:
-    """Run one measurement in a subprocess.
+    """Run one case in a subprocess.
 
     On Linux the peak memory of a child starts at that of its parent, so this process imports nothing large.
     """
     from benchmarks.process import timed
 
-    process = timed([sys.executable, "-m", "benchmarks.data", *arguments], PYTHONPATH=str(Path(__file__).parents[1]))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = timed([sys.executable, "-m", "benchmarks.data", *arguments], PYTHONPATH=path)
     return json.loads(process.output.splitlines()[-1]) | {"peak_megabytes": process.megabytes}
 
 
-def prepare(data: str, folder: Path, megabytes: float, vocab_size: int) -> dict[str, float]:
-    """Train the tokenizer and write the text in both sizes. Returns the size of the smaller one."""
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(root: Path, megabytes: float, vocab_size: int) -> None:
+    """Write the texts and train the tokenizers."""
     from minigpt_hf.data.corpus import load_corpus
-    from minigpt_hf.data.tokenizer import byte_level_bpe
+    from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer
 
-    text = "\n".join(load_corpus(data, 0.0).train)
-    byte_level_bpe([text[:2_000_000]], vocab_size).save_pretrained(folder / "tokenizer")
-    write_text(folder / "text-4", text, megabytes * 4)
-    return {"megabytes": write_text(folder / "text-1", text, megabytes)}
+    text = "\n".join(load_corpus("stdlib", 0.0).train)
+    lines = text.splitlines(keepends=True)
+    size = round(megabytes * 1e6)
+    large = max(size, round(GIGABYTES * 1e9))
+    write_files(root / "one file", lines, size, size)
+    write_files(root / "5 kB files", lines, size, 5_400)
+    write_files(root / "1 kB files", lines, max(size, round(GIGABYTES * 200e6)), 1_000)
+    write_files(root / "one line", [line.rstrip() + " " for line in lines], max(size, round(GIGABYTES * 1e8)), None)
+    write_files(root / "first start", lines, large, large)
+    for name, tokenizer in (
+        ("bpe", byte_level_bpe([text[:4_000_000]], vocab_size)),
+        ("characters", character_tokenizer([text, "file 0123456789\n"])),
+        ("bytes", byte_tokenizer()),
+    ):
+        tokenizer.save_pretrained(root / "tokenizers" / name)
 
 
-def write_text(folder: Path, text: str, megabytes: float) -> float:
-    """Write files of about half a megabyte, each with a distinct first line. Returns their total size in MB."""
+def write_files(folder: Path, lines: list[str], size: int, file_bytes: int | None) -> None:
+    """Write a text of `size` bytes.
+
+    Args:
+        file_bytes: Approximate size of a file, which has a distinct first line; None for one file without line ends.
+    """
     folder.mkdir()
-    size, number = 0, 0
-    characters = min(FILE_BYTES, len(text))
-    while size < megabytes * 1e6:
-        start = number * characters % max(1, len(text) - characters)
-        content = f"file {number}\n{text[start : start + characters]}"
-        (folder / f"{number:06}.txt").write_text(content, encoding="utf-8")
-        size, number = size + len(content.encode()), number + 1
-    return size / 1e6
+    rotated, number = rotations(lines), 0
+    while size > 0:
+        name = folder / f"{number // 1000:04}" / f"{number:06}.txt"
+        name.parent.mkdir(exist_ok=True)
+        remaining = min(size, file_bytes or size)
+        with name.open("w", encoding="utf-8") as file:
+            remaining -= file.write(f"file {number}" + " \n"[file_bytes is not None])
+            while remaining > 0:
+                line = next(rotated)[: max(remaining, 1)]
+                remaining -= len(line.encode())
+                file.write(line)
+        size -= name.stat().st_size
+        number += 1
 
 
-def minigpt_pipeline(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int:
-    """Tokenize as `minigpt train` does. Returns the number of tokens."""
+def rotations(lines: list[str]) -> Iterator[str]:
+    """Repeat lines from different starts, so that no two long passages are equal."""
+    while True:
+        for start in range(0, len(lines), 7):
+            yield from lines[start:]
+            yield from lines[:start]
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+
+def stream_of(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -> int:
+    """Tokenize as `minigpt tokenize` does, with an existing tokenizer. Returns the number of tokens."""
     from minigpt_hf.data.corpus import load_corpus
     from minigpt_hf.data.stream import build_stream
 
-    return len(build_stream(load_corpus(str(folder), 0.0).train, tokenizer, cache, num_proc))
+    return len(build_stream(load_corpus(str(root / text), 0.0, cache_dir=cache).train, tokenizer, cache, num_proc))
 
 
-def run_clm_pipeline(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -> int:
+def start(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -> int:
+    """Train the tokenizer and tokenize as `minigpt train` does, or read both from the cache of the previous case."""
+    from minigpt_hf.data.corpus import load_corpus
+    from minigpt_hf.data.prepared import prepare
+
+    corpus = load_corpus(str(root / text), 0.01, cache_dir=root / "cache")
+    prepared = prepare(
+        corpus, "bpe", 8192, root / "cache", block_size=BLOCK_SIZE, validation_characters=100_000, num_proc=num_proc
+    )
+    return len(prepared.train)
+
+
+def run_clm(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -> int:
     """Tokenize as `run_clm.py` does, with two passes of `map`. Returns the number of tokens."""
     from itertools import chain
 
@@ -119,14 +190,25 @@ def run_clm_pipeline(folder: Path, tokenizer: Any, cache: Path, num_proc: int) -
         sequences["labels"] = sequences["input_ids"].copy()
         return sequences
 
-    files = [str(file) for file in sorted(folder.iterdir())]
+    files = [str(file) for file in sorted((root / text).rglob("*.txt"))]
     lines = load_dataset("text", data_files=files, split="train", keep_linebreaks=True)
-    processes = num_proc if num_proc > 1 else None
-    tokens = lines.map(lambda rows: tokenizer(rows["text"]), batched=True, num_proc=processes, remove_columns="text")
-    return len(tokens.map(group, batched=True, num_proc=processes)) * BLOCK_SIZE
+    tokens = lines.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns="text")
+    return len(tokens.map(group, batched=True)) * BLOCK_SIZE
 
 
-PIPELINES = {"minigpt": minigpt_pipeline, "run_clm": run_clm_pipeline}
+# Name -> (function, text, tokenizer, number of threads). Cases run in this order.
+CASES: dict[str, tuple[Callable[[Path, Path, str, Any, int], int], str, str, int]] = {
+    "run_clm": (run_clm, "one file", "bpe", 1),
+    "one file": (stream_of, "one file", "bpe", 1),
+    "one file, 2 threads": (stream_of, "one file", "bpe", 2),
+    "5 kB files": (stream_of, "5 kB files", "bpe", 1),
+    "1 kB files": (stream_of, "1 kB files", "bpe", 1),
+    "one line": (stream_of, "one line", "bpe", 1),
+    "characters": (stream_of, "one file", "characters", 1),
+    "bytes": (stream_of, "one file", "bytes", 1),
+    "first start": (start, "first start", "bpe", 2),
+    "second start": (start, "first start", "bpe", 2),
+}
 
 
 def main() -> None:
@@ -135,22 +217,25 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from minigpt_hf.cli.parser import quiet
-    from minigpt_hf.data import stream  # noqa: F401 (imports are not measured)
+    from minigpt_hf.data import prepared  # noqa: F401 (imports are not measured)
 
     quiet()
-    name, *arguments = sys.argv[1:]
+    name, root = sys.argv[1], Path(sys.argv[2])
     if name == "prepare":
-        data, folder, megabytes, vocab_size = arguments
-        print(json.dumps(prepare(data, Path(folder), float(megabytes), int(vocab_size))))
+        prepare(root, float(sys.argv[3]), int(sys.argv[4]))
+        print("{}")
         return
-    text, folder, num_proc = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
+    function, text, kind, num_proc = CASES[name]
+    if name == "first start":
+        shutil.rmtree(root / "cache", ignore_errors=True)
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizers" / kind)
+    size = sum(file.stat().st_size for file in (root / text).rglob("*.txt"))
+    with tempfile.TemporaryDirectory(dir=root) as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache) / "datasets"  # no cached result is reused
-        start, cpu_start = time.perf_counter(), sum(os.times()[:4])
-        tokens = PIPELINES[name](text, tokenizer, Path(cache), num_proc)
-        result = {"seconds": time.perf_counter() - start, "cpu_seconds": sum(os.times()[:4]) - cpu_start}
-    print(json.dumps(result | {"tokens": tokens}))
+        began, cpu_began = time.perf_counter(), sum(os.times()[:4])
+        tokens = function(root, Path(cache), text, tokenizer, num_proc)
+        result = {"seconds": time.perf_counter() - began, "cpu_seconds": sum(os.times()[:4]) - cpu_began}
+    print(json.dumps(result | {"megabytes": size / 1e6, "tokens": tokens}))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_hf.data import chunking
+from minigpt_hf.data import chunking, encoding
 from minigpt_hf.data import tokenizer as module
 from minigpt_hf.data.chunking import LETTER, PUNCTUATION, split_into_chunks
-from minigpt_hf.data.tokenizer import Encoder, byte_level_bpe, byte_tokenizer, character_tokenizer
+from minigpt_hf.data.encoding import Encoder
+from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer
 from tests.conftest import ROOT
 
 # Characters of each class of the pre-tokenizer pattern, and strings at the boundaries of classes.
@@ -64,9 +65,10 @@ def small(monkeypatch):
 
     def sizes(chunk: int, long: int = 10**9, overlap: int = 8) -> None:
         monkeypatch.setattr(chunking, "CHUNK_CHARACTERS", chunk)
-        monkeypatch.setattr(module, "CHUNK_CHARACTERS", chunk)
+        monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", chunk)
+        monkeypatch.setattr(encoding, "LONG_WORD", long)
+        monkeypatch.setattr(encoding, "OVERLAP", overlap)
         monkeypatch.setattr(module, "LONG_WORD", long)
-        monkeypatch.setattr(module, "OVERLAP", overlap)
 
     return sizes
 
@@ -182,7 +184,7 @@ def test_windows_whose_tokens_differ_are_enlarged(word, overlap):
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("CHUNK_CHARACTERS", 20), ("LONG_WORD", 20), ("OVERLAP", overlap)):
-            patch.setattr(module, name, value)
+            patch.setattr(encoding, name, value)
         assert list(encoder(word)) == tokenizer(word).input_ids
 
 
@@ -210,7 +212,8 @@ def test_one_long_line_is_split_for_tokenizers_without_merges(tokenizer, small):
 
 MEASURE = """
 import random, resource, string
-from minigpt_hf.data.tokenizer import Encoder, byte_level_bpe
+from minigpt_hf.data.encoding import Encoder
+from minigpt_hf.data.tokenizer import byte_level_bpe
 
 source = random.Random(0)
 words = ["".join(source.choices(string.ascii_lowercase, k=source.randint(1, 10))) for _ in range(2000)]

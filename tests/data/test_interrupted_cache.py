@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from minigpt_hf.atomic import PREFIX
@@ -18,22 +17,23 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 
-# Delays the encoding of each chunk, and creates a file when encoding has started.
+# Delays the encoding of each batch, and creates a file when encoding has started.
 SLOW = """
 import sys, time
 from pathlib import Path
-from minigpt_hf.data import tokenizer
+from minigpt_hf.data import encoding, stream
 
 cache, slow = Path(sys.argv[1]), float(sys.argv[2])
-encode = tokenizer.Encoder.__call__
+encode = encoding.Encoder.encode_batch
+stream.BATCH_CHARACTERS = 100_000
 
-def slowly(self, text):
+def slowly(self, texts):
     if slow:
         Path(f"{cache}.began").touch()
         time.sleep(slow)
-    return encode(self, text)
+    return encode(self, texts)
 
-tokenizer.Encoder.__call__ = slowly
+encoding.Encoder.encode_batch = slowly
 """
 PREPARE = (
     SLOW
@@ -59,7 +59,7 @@ sys.exit(main(["tokenize", "--tokenizer", "bytes", "--num_proc", "2", "--cache_d
 
 @pytest.fixture(scope="module")
 def large(text, tmp_path_factory) -> Path:
-    """2.4 million characters, a tenth of them held out: enough for a process pool."""
+    """2.4 million characters, a tenth of them held out: enough for several threads."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(24):
         (folder / f"{number:02}.txt").write_text((text * 2)[number : 100_000 + number])
@@ -112,18 +112,16 @@ def test_concurrent_processes_use_one_result(large, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_no_workers_and_the_next_removes_its_files(large, expected, tmp_path):
-    """SIGKILL while two workers tokenize. The temporary directory of another running process is not removed."""
+def test_the_next_process_removes_the_files_of_a_killed_one(large, expected, tmp_path):
+    """SIGKILL while two threads tokenize. The temporary directory of another running process is not removed."""
     cache = tmp_path / "cache"
     killed = start(PREPARE, cache, 0.2, large)
     wait_for(Path(f"{cache}.began").exists)
-    workers = wait_for(lambda: psutil.Process(killed.pid).children(recursive=True))
     (dead,) = wait_for(lambda: [path for path in leftovers(cache) if not path.endswith(".lock")])
     alive = start(PREPARE, cache, 0.2, large)
     wait_for(lambda: [path for path in leftovers(cache) if not path.endswith(".lock") and path != dead])
     killed.kill()
     killed.communicate()
-    assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert result(start(PREPARE, cache, 0, large)) == expected
     assert not Path(dead).exists()
     assert result(alive) == expected  # impossible if its directory had been removed
@@ -139,32 +137,18 @@ def test_a_killed_process_leaves_no_workers_and_the_next_removes_its_files(large
     ],
     ids=str,
 )
-def test_a_signal_during_tokenization_ends_all_processes_and_leaves_no_files(number, group, large, tmp_path):
+def test_a_signal_during_tokenization_ends_the_process_and_leaves_no_files(number, group, large, tmp_path):
     """`minigpt tokenize` in its own process group; Ctrl+C is sent to the entire group."""
     flags = ["--data", large, "--output_dir", tmp_path / "prepared"]
     process = start(TOKENIZE, tmp_path / "cache", 0.2, *flags)
     wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
-    workers = psutil.Process(process.pid).children(recursive=True)
     (os.killpg if group else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("minigpt")]) == 1
-    assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert leftovers(tmp_path) == []
     assert not (tmp_path / "prepared").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_reported_in_one_line(large, tmp_path):
-    """As when the kernel runs out of memory; a `multiprocessing` pool would wait forever."""
-    process = start(PREPARE, tmp_path / "cache", 0.2, large)
-    wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
-    os.kill(wait_for(lambda: psutil.Process(process.pid).children())[-1].pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "a tokenization process was killed" in err
-    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["cache", "prepared text"])
@@ -212,7 +196,7 @@ def test_a_read_only_cache_can_be_used(text_file, recipe_file, tmp_path, capsys,
     assert "--cache_dir" in line
 
 
-def test_there_may_be_more_processes_than_chunks(large, tmp_path):
+def test_there_may_be_more_threads_than_batches(large, tmp_path):
     argv = ["tokenize", "--tokenizer", "bytes", "--data", large, "--num_proc", "16", "--cache_dir", tmp_path / "cache"]
     assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "prepared"]]) == 0
 

@@ -1,6 +1,8 @@
 """Tokenizers and token streams are cached, or saved as a folder for other machines."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -110,6 +112,26 @@ def test_a_prepared_text_is_published_and_evaluated_with_its_settings(text, reci
     assert main(["evaluate", str(run / "model"), "--data", str(original), "--split", "validation", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
     assert {name: score[name] for name in about["results"]} == about["results"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_files_of_a_stream_are_linked_or_else_copied(links, text_file, tmp_path, monkeypatch, capsys):
+    """Without links, as between two file systems."""
+
+    def fail(*arguments, **keywords):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
+    argv = ["tokenize", "--data", text_file, "--tokenizer", "bytes", "--cache_dir", tmp_path / "cache"]
+    assert main([str(word) for word in [*argv, "--output_dir", tmp_path / "prepared"]]) == 0
+    cached = {file.stat().st_ino for file in (tmp_path / "cache" / "streams").rglob("tokens.bin")}
+    files = list((tmp_path / "prepared").rglob("tokens.bin"))
+    assert len(files) == len(cached) == 2
+    assert {file.stat().st_ino in cached for file in files} == {links}
+    opened = PreparedText.open(tmp_path / "prepared", tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert len(PreparedText.open(tmp_path / "prepared", tmp_path / "cache").train) == len(opened.train)
 
 
 def test_training_on_a_text_prepared_without_validation_runs_no_evaluations(text_file, recipe_file, tmp_path, capsys):

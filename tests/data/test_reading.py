@@ -1,11 +1,14 @@
 """Files are found by their literal names and read byte for byte; skipped files are reported; the cache is never stale."""
 
 import gzip
+import hashlib
 import io
 import json
 import logging
 import lzma
 import os
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -167,6 +170,40 @@ def test_every_byte_is_preserved(compression, tmp_path, monkeypatch):
         file = tmp_path / f"{padding}.txt{compression}"
         file.write_bytes(COMPRESS[compression](data) if compression else data)
         assert "".join(texts_of(file)).encode() == data
+
+
+@pytest.mark.parametrize("size", [8, 13, 40])
+def test_chunks_end_after_the_last_line_end_before_a_character_that_is_not_white_space(size, tmp_path):
+    source = random.Random(size)
+    for _ in range(200):
+        text = "".join(source.choices(["a", "b", " ", "\n", "\r\n", "\n\n", "\t", "\x1c", "é"], k=150))
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        chunks = list(reading.text_chunks(str(tmp_path / "a.txt"), "a.txt", Decoding(), size))
+        assert "".join(chunks) == text
+        position = 0
+        for chunk in chunks[:-1]:
+            window = text[position : position + size]
+            ends = [match.end() for match in re.finditer(r"\n(?=\S)", window) if match.start() >= size - size // 2]
+            assert len(chunk) == (ends[-1] if ends else size)
+            position += len(chunk)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+@pytest.mark.parametrize("newline", ["preserve", "universal"])
+def test_the_digest_of_a_file_is_that_of_its_text_in_utf_8(encoding, errors, newline, tmp_path):
+    """Bytes are hashed without encoding the text again if they are the same; chunks divide characters."""
+    text = "a\r\nb\0é\r" * 40 if encoding == "latin-1" else "\ufeffa\r\nb\0é€😀\r" * 40
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    for size in (1, 2, 3, 7, 1000):
+        digest, statistics = hashlib.sha256(), reading.DecodingStatistics()
+        decoding = Decoding(encoding, errors, newline)
+        chunks = reading.decoded(str(tmp_path / "a.txt"), "a.txt", decoding, size, statistics, digest)
+        read = "".join(chunks)
+        assert digest.digest() == hashlib.sha256(read.encode()).digest()
+        assert statistics.zeros == read.count("\0") == 40
+        found = texts_of(tmp_path / "a.txt", encoding=encoding, encoding_errors=errors, newline=newline)
+        assert found == [read]
 
 
 def test_standard_input_and_file_descriptors_are_read_byte_for_byte(tmp_path, monkeypatch):

@@ -48,6 +48,26 @@ def test_every_document_contributes_the_same_share(tmp_path):
     assert sample.number_of_documents == documents.number_of_documents == 6
 
 
+@pytest.mark.parametrize("block", [1, 2, 5, 1000])
+def test_batches_are_as_large_as_possible(block, monkeypatch):
+    """Compared with adding one document at a time, whatever the number of documents that are inspected at once."""
+    monkeypatch.setattr("minigpt_hf.data.documents.PART_CHARACTERS", 100)
+    monkeypatch.setattr("minigpt_hf.data.documents.BLOCK", block)
+    lengths = random.Random(block)
+    for number in (0, 1, 7, 60):
+        index = np.zeros(number, INDEX_DTYPE)
+        index["row"] = range(number)
+        index["begin"] = 3
+        index["end"] = [3 + lengths.choice([1, 10, 40, 50, 99, 100, 101, 500]) for _ in range(number)]
+        expected: list[list[int]] = []
+        for row, length in zip(range(number), index["end"] - index["begin"], strict=True):
+            if expected and sum(index["end"][expected[-1]] - 3) + length <= 100:
+                expected[-1].append(row)
+            else:
+                expected.append([row])
+        assert [batch["row"].tolist() for batch in document_batches(index)] == expected
+
+
 def test_a_long_document_is_sampled_from_all_its_sections(tmp_path):
     documents, texts = corpus_of([10_000], tmp_path)
     ranges = sorted(excerpts_by_document(documents.sample(1000, WINDOW), texts)[0])

@@ -1,4 +1,4 @@
-"""A token stream contains every document in order, independent of the number of processes that encode it."""
+"""A token stream contains every document in order, independent of the number of threads that encode it."""
 
 import numpy as np
 import pytest
@@ -32,10 +32,10 @@ def test_a_stream_is_every_document_in_order_each_preceded_by_bos(corpus, tmp_pa
     assert stream.bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_several_processes_write_the_same_stream_as_one(text, tmp_path, monkeypatch):
+def test_several_threads_write_the_same_stream_as_one(text, tmp_path, monkeypatch):
     folder = write_files(tmp_path / "text", {f"{i:02}.py": text[i * 100 :] for i in range(30)})
     documents = load_corpus(folder, 0).train
-    assert documents.characters > 2_000_000  # enough for a process pool
+    assert documents.characters > 2_000_000  # enough for several threads
     tokenizer = byte_level_bpe([text], 400)
     alone = build_stream(documents, tokenizer, tmp_path / "alone", num_proc=1)
     many = build_stream(documents, tokenizer, tmp_path / "many", num_proc=2)
