@@ -191,11 +191,13 @@ def evaluate(
     from .data.documents import Mixture
     from .data.prepared import ValidationSample, report_lossy_tokenizer, warn_if_sample_is_small
     from .data.sources import has_split
-    from .inference.evaluation import evaluate_texts, longest_context
+    from .inference.evaluation import changed_arithmetic, evaluate_texts, longest_context
 
     if max_characters is not None and max_characters < 1:
         raise MiniGPTError(f"max_characters is {max_characters}: it must be at least 1")
     loaded, tokenizer = load(model, trust_remote_code)
+    if fault := changed_arithmetic(loaded.device.type):
+        logger.warning(f"torch's {fault} before evaluating: the score differs from that with the default settings")
     recipe = recipe_of(model)
 
     def given_or_as_trained(name: str, value: Any, default: Any = None) -> Any:

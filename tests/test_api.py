@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -105,6 +106,14 @@ def torch_setting(set_value, value, default):
         set_value(default)
 
 
+def precision(name: str):
+    return torch_setting(torch.set_float32_matmul_precision, name, "highest")
+
+
+def without_mkldnn():
+    return torch_setting(partial(setattr, torch.backends.mkldnn, "enabled"), False, True)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -116,6 +125,9 @@ def torch_setting(set_value, value, default):
         (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is enabled"),
         (torch.no_grad, "gradients are disabled"),
         (torch.inference_mode, "gradients are disabled"),
+        (lambda: precision("medium"), "float32 matmul precision is bf16; call torch.set_float32_matmul_precision"),
+        (lambda: precision("high"), "float32 matmul precision is tf32"),
+        (without_mkldnn, "mkldnn is disabled"),
     ],
 )
 def test_training_is_rejected_if_a_setting_of_torch_would_change_its_results(
@@ -124,6 +136,26 @@ def test_training_is_rejected_if_a_setting_of_torch_would_change_its_results(
     with setting(), pytest.raises(ValueError, match=f"torch's {message}.*before training"):
         minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run", **SHORT)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is enabled"),
+        (lambda: precision("medium"), "float32 matmul precision is bf16"),
+        (without_mkldnn, "mkldnn is disabled"),
+    ],
+)
+def test_a_setting_of_torch_under_which_a_score_cannot_be_repeated_is_reported(
+    setting, message, run_folder, text_file, caplog
+):
+    with setting():
+        minigpt_hf.evaluate(run_folder / "model", str(text_file), split="validation")
+    (line,) = [line for line in caplog.messages if line.startswith("torch's")]
+    assert message in line
+    caplog.clear()
+    minigpt_hf.evaluate(run_folder / "model", str(text_file), split="validation")
+    assert "torch's" not in caplog.text
 
 
 def test_mixed_precision_of_the_environment_that_the_settings_do_not_state_is_rejected(

@@ -51,6 +51,23 @@ class Score:
         return asdict(self)
 
 
+def changed_arithmetic(device_type: str, tf32: bool = False) -> str | None:
+    """Return the global setting of torch that changes float32 results on this kind of device, and the remedy; or None.
+
+    Args:
+        tf32: Whether TF32 was requested.
+    """
+    if torch.is_autocast_enabled(device_type):
+        return "autocast is enabled; leave its context"
+    if device_type == "cpu" and not torch.backends.mkldnn.enabled:
+        return "mkldnn is disabled; set torch.backends.mkldnn.enabled = True"
+    backend = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device_type)
+    precision = backend.matmul.fp32_precision if backend else "none"  # "none": the default, which equals "ieee"
+    if precision in ("none", "ieee") or (tf32 and precision == "tf32"):
+        return None
+    return f"float32 matmul precision is {precision}; call torch.set_float32_matmul_precision('highest')"
+
+
 def longest_context(model: PreTrainedModel) -> int:
     """Return the maximum sequence length in tokens; `DEFAULT_WINDOW` for models without one (ALiBi, state space models)."""
     return getattr(model.config, "max_position_embeddings", DEFAULT_WINDOW)

@@ -25,6 +25,7 @@ from ..errors import (
     TrainingStopped,
     UntrainedModelError,
 )
+from ..inference.evaluation import changed_arithmetic
 from ..publish.model_folder import non_finite_parameter
 from .run_folder import RunFolder
 from .schedule import learning_rate_schedule
@@ -257,10 +258,10 @@ def check_torch_settings(training: "MiniGPTTrainingArguments") -> None:
         fault = f"default dtype is {dtype}; call torch.set_default_dtype(torch.float32)"
     elif (default := torch.get_default_device().type) not in ("cpu", device):
         fault = f"default device is {default}; call torch.set_default_device(None), and leave its context"
-    elif torch.is_autocast_enabled(device):
-        fault = "autocast is enabled; leave its context"
     elif not torch.is_grad_enabled():
         fault = "gradients are disabled; leave torch.no_grad or torch.inference_mode"
+    else:  # `TrainingArguments` itself selects TF32 for these settings
+        fault = changed_arithmetic(device, tf32=device == "cuda" and bool(training.tf32 or training.torch_compile))
     if fault:
         raise MiniGPTError(f"torch's {fault} before training")
 
