@@ -84,6 +84,9 @@ def train(
 ) -> ModelFolder:
     """Train a GPT and return its model folder. An interrupted run is resumed exactly.
 
+    torch has one random state per process. Code that draws random numbers in another thread meanwhile changes dropout, so the
+    run cannot be repeated exactly.
+
     Args:
         data: Training text, see `load_corpus`. Default: that of the recipe.
         recipe: Name of a recipe, or a YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with
@@ -122,10 +125,11 @@ def _train(
     for name, value in paths.items():
         check_type(name, value, str, os.PathLike, type(None))
     named = {name: os.fspath(value) for name, value in paths.items() if value is not None}
-    arguments = parse_arguments([], **named, **overrides)
     from .training import train as run
+    from .training.safeguards import preserved_global_state
 
-    return ModelFolder(run.train(arguments))
+    with preserved_global_state():
+        return ModelFolder(run.train(parse_arguments([], **named, **overrides)))
 
 
 def evaluate(

@@ -56,6 +56,7 @@ from .resume import (
 )
 from .run_folder import RunFolder, read_log
 from .safeguards import (
+    RandomStateCheck,
     check_batches,
     check_disk_space,
     check_optimizer_and_schedule,
@@ -144,7 +145,6 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             "save_only_model is not supported: such checkpoints cannot be resumed from or verified; leave it out, and limit "
             "the disk space with --save_total_limit"
         )
-    set_seed(training.seed)
     # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:
         settings = settings.replace(**settings_of_config(pretrained_config(settings.model)))
@@ -290,6 +290,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     """
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
     data, architecture, training = settings
+    set_seed(training.seed)
     model = build_model(plan.config, architecture)
     sequences = SequenceDataset(text.train, data.block_size, training.seed)
     progress = ProgressLogger(
@@ -301,7 +302,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     )
     prompt = training.sample_prompt or ""
     samples = SampleLogger(progress, model, text.tokenizer, prompt, training.sample_tokens, stop)
-    callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences))]
+    callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences)), RandomStateCheck()]
     with rejected_settings():
         trainer = MiniGPTTrainer(
             model, training, sequences, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
