@@ -1,12 +1,14 @@
 """Positional-head initialization, seen in the attention of models that were published without training."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minigpt_hf.atomic import seal
 from minigpt_hf.cli import main
 from tests.training.conftest import go_back, train
 
@@ -86,6 +88,38 @@ def test_a_recipe_and_flags_give_the_same_model_and_another_initialization_is_an
     assert train(recipe, words, tmp_path / "stopped") == 2
     assert "positional_heads was [[1, 2], [1]]" in capsys.readouterr().err
     assert train(tmp_path / "flags" / "recipe.yaml", words, tmp_path / "stopped") == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(["1,2"], ["1"]), (["1,2"], ["none"]), (["none"], ["1,2"])], ids=["fewer", "none", "added"]
+)
+def test_heads_cannot_be_changed_on_resuming_because_they_act_at_initialization(
+    before, after, recipe, words, tmp_path, capsys
+):
+    assert train(recipe, words, tmp_path / "run", "--positional_heads", *before) == 0
+    go_back(tmp_path / "run", tmp_path / "stopped", 4)
+    capsys.readouterr()
+    for allowed in ([], ["--allow_change", "positional_heads"]):
+        assert train(recipe, words, tmp_path / "stopped", "--positional_heads", *after, *allowed) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "contains a run with another initialization (positional_heads was " in line
+        assert line.endswith("it has no effect after step 0; give the previous value, or use another folder or --fresh")
+
+
+def test_a_run_of_an_earlier_version_that_recorded_no_heads_had_none(recipe, words, tmp_path, capsys):
+    assert train(recipe, words, tmp_path / "run") == 0
+    go_back(tmp_path / "run", tmp_path / "stopped", 4)
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-2")
+    for file in [tmp_path / "stopped" / "fingerprint.json", *(tmp_path / "stopped").glob("*/fingerprint.json")]:
+        fingerprint = json.loads(file.read_text())
+        del fingerprint["positional_heads"]
+        file.write_text(json.dumps(fingerprint))
+    (tmp_path / "stopped" / "checkpoint-4" / "manifest.json").unlink()
+    seal(tmp_path / "stopped" / "checkpoint-4")
+    assert train(recipe, words, tmp_path / "stopped", "--positional_heads", "1") == 2
+    assert "positional_heads was not recorded and is [[1]]" in capsys.readouterr().err
+    assert train(recipe, words, tmp_path / "stopped") == 0
+    assert "resuming from step 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
