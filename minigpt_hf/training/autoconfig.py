@@ -26,6 +26,7 @@ from ..errors import MiniGPTError
 from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_on_main_process
 from .initialize import build_config, build_model
 from .optimizer import optimizer_factory
+from .positional_heads import fitting_positional_heads
 from .recipe import read_recipe
 from .report import device_name, duration, tokens_per_step
 from .run_folder import RunFolder
@@ -238,9 +239,10 @@ class AutoConfigurator:
         self._choose(f"for sequences of {self.data.block_size} tokens", rope_theta=float(4 * self.data.block_size))
         architecture = self.architecture
         heads = architecture.num_key_value_heads or architecture.num_attention_heads
-        distances = positional_heads(architecture.num_hidden_layers, heads)
-        self._choose("these heads attend to previous tokens from the start", positional_heads=distances)
         self._choose("allows generating texts longer than block_size", use_sliding_window=True)
+        distances = positional_heads(architecture.num_hidden_layers, heads)
+        if distances := fitting_positional_heads(distances, self.architecture, self.data.block_size):
+            self._choose("these heads attend to previous tokens from the start", positional_heads=distances)
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)
         schedule, steps = self._schedule(shape, tokens)

@@ -180,8 +180,8 @@ def checkpoint_to_resume(
     if "positional_heads" in changed:
         raise MiniGPTError(
             f"output_dir {run.path}: contains a run with another initialization "
-            f"({described({'positional_heads': changed['positional_heads']})}): it has no effect after step 0; give the previous "
-            "value, or use another folder or --fresh"
+            f"({described({'positional_heads': changed['positional_heads']})}): it has no effect after step 0; give the "
+            "previous value, or use another folder or --fresh"
         )
     known = [name for name in fingerprint if name != DESCRIPTIONS]
     for name in training.allow_change:
