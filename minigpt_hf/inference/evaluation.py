@@ -34,6 +34,7 @@ class Score:
         tokens: Number of tokens scored.
         bytes: Size of the text in UTF-8.
         documents: Number of documents that are not empty.
+        excerpts: Number of parts of these documents that were scored; equal to `documents` if they were scored entirely.
         block_size: Maximum number of input tokens in a window.
         stride: Maximum number of tokens scored in a window after the first.
     """
@@ -44,6 +45,7 @@ class Score:
     tokens: int
     bytes: int
     documents: int
+    excerpts: int
     block_size: int
     stride: int
 
@@ -80,14 +82,16 @@ def evaluate_texts(
     block_size: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
+    documents: int | None = None,
 ) -> Score:
     """Evaluate a causal LM on documents.
 
     Args:
-        texts: Documents. A string such as `<|endoftext|>` in a document is encoded as ordinary text.
+        texts: Documents or excerpts of them. A string such as `<|endoftext|>` in a document is encoded as ordinary text.
         block_size: Maximum number of input tokens in a window. Default: the maximum sequence length of the model.
         stride: Number of tokens scored in a window. Default: `block_size`.
         batch_size: Number of windows per forward pass.
+        documents: Number of documents that the texts are excerpts of. Default: the number of texts that are not empty.
 
     Raises:
         MiniGPTError: if there is no text, neither tokenizer nor model defines a BOS token, the window or the stride is
@@ -125,12 +129,12 @@ def evaluate_texts(
                 )
             yield ids
 
-    nats, tokens, documents = score_documents(model, encoded(), bos_token_id, block_size, stride, batch_size)
+    nats, tokens, excerpts = score_documents(model, encoded(), bos_token_id, block_size, stride, batch_size)
     if not math.isfinite(nats):
         raise MiniGPTError(f"the loss of the model on this text is {nats}: its weights or activations are not finite")
     if tokens == 0:
         raise MiniGPTError("there is no text to evaluate: give a text that is not empty")
-    return summarize(nats / tokens, tokens, num_bytes, documents, block_size, stride)
+    return summarize(nats / tokens, tokens, num_bytes, documents or excerpts, excerpts, block_size, stride)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -142,7 +146,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise
 
 
-def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_size: int, stride: int | None) -> Score:
+def summarize(
+    loss: float, tokens: int, num_bytes: int, documents: int, excerpts: int, block_size: int, stride: int | None
+) -> Score:
     """Compute every metric of a `Score` from the mean loss, so that a published score can be reproduced exactly.
 
     Args:
@@ -150,12 +156,15 @@ def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_si
         tokens: Number of tokens scored.
         num_bytes: Size of the text in UTF-8.
         documents: Number of documents that are not empty.
+        excerpts: Number of parts of these documents that were scored.
         block_size: Maximum number of input tokens in a window.
         stride: Number of tokens scored in a window. Default: `block_size`.
     """
     bits_per_byte = loss * tokens / math.log(2) / num_bytes
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
-    return Score(loss, perplexity, bits_per_byte, tokens, num_bytes, documents, block_size, stride or block_size)
+    return Score(
+        loss, perplexity, bits_per_byte, tokens, num_bytes, documents, excerpts, block_size, stride or block_size
+    )
 
 
 @torch.no_grad()

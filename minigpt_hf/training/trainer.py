@@ -307,7 +307,7 @@ class MiniGPTTrainer(Trainer):
         block_size = self.train_dataset.block_size
         began = time.perf_counter()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            nats, tokens, documents = score_documents(
+            nats, tokens, excerpts = score_documents(
                 self.model,
                 stream.iterate_documents(),
                 stream.bos_token_id,
@@ -319,7 +319,7 @@ class MiniGPTTrainer(Trainer):
         # float32 is precise enough for the sums of a few ranks; MPS has no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)
-        score = summarize(nats / tokens, int(tokens), stream.bytes, documents, block_size, None).to_dict()
+        score = summarize(nats / tokens, int(tokens), stream.bytes, excerpts, excerpts, block_size, None).to_dict()
         if not math.isfinite(score["loss"]):
             check_weights(self)
             fault = f"step {self.state.global_step}: the validation loss is {score['loss']}"
