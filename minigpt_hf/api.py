@@ -199,6 +199,8 @@ def evaluate(
 
     if max_characters is not None and max_characters < 1:
         raise MiniGPTError(f"max_characters is {max_characters}: it must be at least 1")
+    if validation_fraction is not None and not 0 <= validation_fraction < 1:
+        raise MiniGPTError(f"validation_fraction is {validation_fraction}: it must be in [0, 1), e.g. 0.1")
     loaded, tokenizer = load(model, trust_remote_code)
     if fault := changed_arithmetic(loaded.device.type):
         logger.warning(f"torch's {fault} before evaluating: the score differs from that with the default settings")

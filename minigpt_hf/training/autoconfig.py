@@ -207,11 +207,11 @@ class AutoConfigurator:
         block_size = 128
         while block_size > MIN_BLOCK_SIZE and len(stream) < 16 * block_size:
             block_size //= 2
-        if len(stream) <= MIN_SEQUENCES * MIN_BLOCK_SIZE:
+        if "block_size" not in self.training.given and len(stream) <= MIN_SEQUENCES * MIN_BLOCK_SIZE:
             raise MiniGPTError(
                 f"{text.name}: the training split has {len(stream):,} tokens ({stream.characters:,} characters), but more "
                 f"than {MIN_SEQUENCES * MIN_BLOCK_SIZE} tokens are required, and {MIN_RECOMMENDED_TEXT:,} characters "
-                "recommended; provide more text"
+                "recommended; provide more text, or give --block_size"
             )
         self._choose_block_size(block_size, f"the training text has {len(stream):,} tokens")
         parameters, tokens = size_for_text(stream.bytes, len(stream))
