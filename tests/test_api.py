@@ -143,6 +143,28 @@ def test_random_numbers_that_another_thread_draws_while_the_text_is_read_do_not_
     assert weights[0] == weights[1]
 
 
+def test_random_numbers_that_are_drawn_while_a_model_is_initialized_in_a_thread_are_reported(
+    recipe_file, text_file, tmp_path, monkeypatch, caplog
+):
+    real, drawn = train_module.build_model, []
+
+    def build_model(*args):
+        if not drawn:  # by the other thread, at the first call
+            drawn.append(torch.rand(1))
+        return real(*args)
+
+    def train(name: str) -> None:
+        minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / name, **SHORT)
+
+    for disturbed in (False, True):
+        if disturbed:
+            monkeypatch.setattr(train_module, "build_model", build_model)
+        thread = threading.Thread(target=train, args=[str(disturbed)])
+        thread.start()
+        thread.join()
+        assert ("drew random numbers or loaded a model while the model was initialized" in caplog.text) == disturbed
+
+
 def global_state() -> dict:
     return {
         "random": random.getstate(),

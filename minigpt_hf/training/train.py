@@ -6,6 +6,7 @@ folder, from which an interrupted run resumes.
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate.utils import gather_object
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import is_in_notebook
 
 from .. import __version__
@@ -289,9 +290,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         TrainingStopped: if the run ended early.
     """
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
-    data, architecture, training = settings
-    set_seed(training.seed)
-    model = build_model(plan.config, architecture)
+    data, training = settings.data, settings.training
+    model = initialized_model(plan)
     sequences = SequenceDataset(text.train, data.block_size, training.seed)
     progress = ProgressLogger(
         run.log,
@@ -334,6 +334,25 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         raise stopped
     check_trained(trainer)
     return trainer
+
+
+def initialized_model(plan: Plan) -> PreTrainedModel:
+    """The model to train. In a thread, a fresh one is initialized twice, to detect the use of random numbers by others."""
+
+    def build() -> PreTrainedModel:
+        set_seed(plan.settings.training.seed)
+        return build_model(plan.config, plan.settings.model)
+
+    model = build()
+    others_run = threading.current_thread() is not threading.main_thread() and not plan.settings.model.init_from
+    if others_run and any(
+        not torch.equal(*pair) for pair in zip(model.parameters(), build().parameters(), strict=True)
+    ):
+        logger.warning(
+            "another thread of this process drew random numbers or loaded a model while the model was initialized: the run "
+            "cannot be repeated exactly; train in a process of its own"
+        )
+    return model
 
 
 @contextmanager

@@ -177,7 +177,9 @@ def test_the_chosen_positional_heads_fit_the_other_settings(flags, expected, tex
 def test_a_text_of_few_tokens_is_trained_on_if_sequences_of_a_given_length_fit(tmp_path):
     (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.")
     argv = ["--data", str(tmp_path / "short.txt"), "--tokenizer", "characters", "--validation_fraction", "0"]
-    with pytest.raises(ValueError, match=r"more than 128 tokens are required.*; provide more text, or give --block_size"):
+    with pytest.raises(
+        ValueError, match=r"more than 128 tokens are required.*; provide more text, or give --block_size"
+    ):
         automatic_settings(argv, tmp_path)
     (data, _, training), _ = automatic_settings([*argv, "--block_size", "8"], tmp_path)
     assert data.block_size == 8
