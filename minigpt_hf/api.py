@@ -94,6 +94,9 @@ def train(
 ) -> ModelFolder:
     """Train a GPT and return its model folder. An interrupted run is resumed exactly.
 
+    torch has one random state per process. Code that draws random numbers in another thread meanwhile changes dropout, so the
+    run cannot be repeated exactly.
+
     Args:
         data: Training text, see `load_corpus`. Default: that of the recipe.
         recipe: Name of a recipe, or a YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with
@@ -132,10 +135,11 @@ def _train(
     for name, value in paths.items():
         check_type(name, value, str, os.PathLike, type(None))
     named = {name: os.fspath(value) for name, value in paths.items() if value is not None}
-    arguments = parse_arguments([], **named, **overrides)
     from .training import train as run
+    from .training.safeguards import preserved_global_state
 
-    return ModelFolder(run.train(arguments))
+    with preserved_global_state():
+        return ModelFolder(run.train(parse_arguments([], **named, **overrides)))
 
 
 def evaluate(
@@ -198,12 +202,16 @@ def evaluate(
 
     from .data.conversations import conversations_in
     from .data.prepared import ValidationSample, report_lossy_tokenizer, warn_if_sample_is_small
-    from .inference.evaluation import evaluate_conversations, evaluate_texts, longest_context
+    from .inference.evaluation import changed_arithmetic, evaluate_conversations, evaluate_texts, longest_context
     from .trust import checked_folder
 
     if max_characters is not None and max_characters < 1:
         raise MiniGPTError(f"max_characters is {max_characters}: it must be at least 1")
+    if validation_fraction is not None and not 0 <= validation_fraction < 1:
+        raise MiniGPTError(f"validation_fraction is {validation_fraction}: it must be in [0, 1), e.g. 0.1")
     loaded, tokenizer = load(model, trust_remote_code)
+    if fault := changed_arithmetic(loaded.device.type):
+        logger.warning(f"torch's {fault} before evaluating: the score differs from that with the default settings")
     folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
     recipe = recipe_of(folder)
 
@@ -230,7 +238,7 @@ def evaluate(
             logger.info("scored: %s", sample)
     if tokenizer.is_fast:
         report_lossy_tokenizer(tokenizer, texts)
-    score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size)
+    score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size, texts.number_of_documents)
     remedy = "give more text" if texts is whole else "raise --max_characters"
     warn_if_sample_is_small(score.tokens, score.bytes, remedy)
     return score

@@ -1,17 +1,23 @@
 """The Python interface gives the same results as the command line."""
 
+import logging
 import os
+import random
 import threading
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.training import callbacks
+from minigpt_hf.training import train as train_module
 
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "sample_tokens": 3}
 
@@ -96,6 +102,97 @@ def test_a_second_thread_cannot_train_at_the_same_time(recipe_file, text_file, t
     train("second")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_random_numbers_that_another_thread_draws_between_steps_are_reported_if_they_affect_dropout(
+    dropout, recipe_file, text_file, tmp_path, monkeypatch, caplog
+):
+    real = callbacks.ProgressLogger.on_log
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if 1 < state.global_step < 4:
+            thread = threading.Thread(target=torch.rand, args=[1])
+            thread.start()
+            thread.join()
+        return real(self, args, state, control, logs, **kwargs)
+
+    settings = {"data": text_file, "recipe": recipe_file, **SHORT, "residual_dropout": dropout}
+    minigpt_hf.train(**settings, output_dir=tmp_path / "undisturbed")
+    assert "random" not in caplog.text
+    monkeypatch.setattr(callbacks.ProgressLogger, "on_log", on_log)
+    minigpt_hf.train(**settings, output_dir=tmp_path / "disturbed")
+    reported = [line for line in caplog.messages if "drew random numbers" in line]
+    assert len(reported) == (dropout > 0)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("undisturbed", "disturbed")]
+    assert (weights[0] == weights[1]) == (dropout == 0)
+
+
+def test_random_numbers_that_another_thread_draws_while_the_text_is_read_do_not_change_the_model(
+    recipe_file, text_file, run_folder, tmp_path, monkeypatch
+):
+    real = train_module.prepare_text
+
+    def prepare_text(*args):
+        thread = threading.Thread(target=torch.manual_seed, args=[1])
+        thread.start()
+        thread.join()
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "prepare_text", prepare_text)
+    folder = minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run")
+    weights = [(path / "model.safetensors").read_bytes() for path in (folder.path, run_folder / "model")]
+    assert weights[0] == weights[1]
+
+
+def test_random_numbers_that_are_drawn_while_a_model_is_initialized_in_a_thread_are_reported(
+    recipe_file, text_file, tmp_path, monkeypatch, caplog
+):
+    real, drawn = train_module.build_model, []
+
+    def build_model(*args):
+        if not drawn:  # by the other thread, at the first call
+            drawn.append(torch.rand(1))
+        return real(*args)
+
+    def train(name: str) -> None:
+        minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / name, **SHORT)
+
+    for disturbed in (False, True):
+        if disturbed:
+            monkeypatch.setattr(train_module, "build_model", build_model)
+        thread = threading.Thread(target=train, args=[str(disturbed)])
+        thread.start()
+        thread.join()
+        assert ("drew random numbers or loaded a model while the model was initialized" in caplog.text) == disturbed
+
+
+def global_state() -> dict:
+    return {
+        "random": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "environment": dict(os.environ),
+        "verbosity": (transformers.logging.get_verbosity(), logging.getLogger("minigpt_hf").level),
+    }
+
+
+def test_training_leaves_global_settings_and_random_states_as_they_were(recipe_file, text_file, tmp_path):
+    settings = {"data": text_file, "recipe": recipe_file, **SHORT}
+    minigpt_hf.train(**settings, output_dir=tmp_path / "first")  # imports libraries, which set variables
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    before = global_state()
+    minigpt_hf.train(**settings, output_dir=tmp_path / "run", full_determinism=True, log_level="error")
+    assert global_state() == before
+
+
+def test_a_device_without_values_is_rejected(recipe_file, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    with pytest.raises(ValueError, match="ACCELERATE_TORCH_DEVICE is meta"):
+        minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run", use_cpu=False, **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
 @contextmanager
 def torch_setting(set_value, value, default):
     set_value(value)
@@ -103,6 +200,14 @@ def torch_setting(set_value, value, default):
         yield
     finally:
         set_value(default)
+
+
+def precision(name: str):
+    return torch_setting(torch.set_float32_matmul_precision, name, "highest")
+
+
+def without_mkldnn():
+    return torch_setting(partial(setattr, torch.backends.mkldnn, "enabled"), False, True)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +221,9 @@ def torch_setting(set_value, value, default):
         (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is enabled"),
         (torch.no_grad, "gradients are disabled"),
         (torch.inference_mode, "gradients are disabled"),
+        (lambda: precision("medium"), "float32 matmul precision is bf16; call torch.set_float32_matmul_precision"),
+        (lambda: precision("high"), "float32 matmul precision is tf32"),
+        (without_mkldnn, "mkldnn is disabled"),
     ],
 )
 def test_training_is_rejected_if_a_setting_of_torch_would_change_its_results(
@@ -124,6 +232,26 @@ def test_training_is_rejected_if_a_setting_of_torch_would_change_its_results(
     with setting(), pytest.raises(ValueError, match=f"torch's {message}.*before training"):
         minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run", **SHORT)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is enabled"),
+        (lambda: precision("medium"), "float32 matmul precision is bf16"),
+        (without_mkldnn, "mkldnn is disabled"),
+    ],
+)
+def test_a_setting_of_torch_under_which_a_score_cannot_be_repeated_is_reported(
+    setting, message, run_folder, text_file, caplog
+):
+    with setting():
+        minigpt_hf.evaluate(run_folder / "model", str(text_file), split="validation")
+    (line,) = [line for line in caplog.messages if line.startswith("torch's")]
+    assert message in line
+    caplog.clear()
+    minigpt_hf.evaluate(run_folder / "model", str(text_file), split="validation")
+    assert "torch's" not in caplog.text
 
 
 def test_mixed_precision_of_the_environment_that_the_settings_do_not_state_is_rejected(

@@ -448,6 +448,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["evaluate", "MODEL", "--data", "text.txt", "--split", "validation", "--validation_fraction", "0"],
             "text.txt has no validation split",
         ),
+        "an impossible split": (
+            ["evaluate", "MODEL", "--data", "text.txt", "--validation_fraction", "2"],
+            "validation_fraction is 2.0: it must be in [0, 1)",
+        ),
     },
 }
 CASES = [(group, case) for group, cases in BAD.items() for case in cases]

@@ -125,7 +125,10 @@ def compile_for_generation(
     greedy |= {"output_logits": True, "return_dict_in_generate": True}
     reference = model.generate(ids, **greedy)
 
-    model.to(torch.bfloat16)
+    for (
+        parameter
+    ) in model.parameters():  # not the buffers: rounded RoPE frequencies would shift the angles of far positions
+        parameter.data = parameter.data.to(torch.bfloat16)
     compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="max-autotune" if tune else "reduce-overhead")
     inductor_options: dict[str, Any] = {}
     if model.device.type == "cpu":

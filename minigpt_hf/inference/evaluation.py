@@ -37,6 +37,7 @@ class Score:
         tokens: Number of tokens scored.
         bytes: Size of the text in UTF-8.
         documents: Number of documents that are not empty.
+        excerpts: Number of parts of these documents that were scored; equal to `documents` if they were scored entirely.
         block_size: Maximum number of input tokens in a window.
         stride: Maximum number of tokens scored in a window after the first.
     """
@@ -47,11 +48,29 @@ class Score:
     tokens: int
     bytes: int
     documents: int
+    excerpts: int
     block_size: int
     stride: int
 
     def to_dict(self) -> dict[str, float | int]:
         return asdict(self)
+
+
+def changed_arithmetic(device_type: str, tf32: bool = False) -> str | None:
+    """Return the global setting of torch that changes float32 results on this kind of device, and the remedy; or None.
+
+    Args:
+        tf32: Whether TF32 was requested.
+    """
+    if torch.is_autocast_enabled(device_type):
+        return "autocast is enabled; leave its context"
+    if device_type == "cpu" and not torch.backends.mkldnn.enabled:
+        return "mkldnn is disabled; set torch.backends.mkldnn.enabled = True"
+    backend = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device_type)
+    precision = backend.matmul.fp32_precision if backend else "none"  # "none": the default, which equals "ieee"
+    if precision in ("none", "ieee") or (tf32 and precision == "tf32"):
+        return None
+    return f"float32 matmul precision is {precision}; call torch.set_float32_matmul_precision('highest')"
 
 
 def longest_context(model: PreTrainedModel) -> int:
@@ -66,14 +85,16 @@ def evaluate_texts(
     block_size: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
+    documents: int | None = None,
 ) -> Score:
     """Evaluate a causal LM on documents.
 
     Args:
-        texts: Documents. A string such as `<|endoftext|>` in a document is encoded as ordinary text.
+        texts: Documents or excerpts of them. A string such as `<|endoftext|>` in a document is encoded as ordinary text.
         block_size: Maximum number of input tokens in a window. Default: the maximum sequence length of the model.
         stride: Number of tokens scored in a window. Default: `block_size`.
         batch_size: Number of windows per forward pass.
+        documents: Number of documents that the texts are excerpts of. Default: the number of texts that are not empty.
 
     Raises:
         MiniGPTError: if there is no text, neither tokenizer nor model defines a BOS token, the window or the stride is
@@ -111,12 +132,12 @@ def evaluate_texts(
                 )
             yield ids
 
-    nats, tokens, documents = score_documents(model, encoded(), bos_token_id, block_size, stride, batch_size)
+    nats, tokens, excerpts = score_documents(model, encoded(), bos_token_id, block_size, stride, batch_size)
     if not math.isfinite(nats):
         raise MiniGPTError(f"the loss of the model on this text is {nats}: its weights or activations are not finite")
     if tokens == 0:
         raise MiniGPTError("there is no text to evaluate: give a text that is not empty")
-    return summarize(nats / tokens, tokens, num_bytes, documents, block_size, stride)
+    return summarize(nats / tokens, tokens, num_bytes, documents or excerpts, excerpts, block_size, stride)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -128,7 +149,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise
 
 
-def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_size: int, stride: int | None) -> Score:
+def summarize(
+    loss: float, tokens: int, num_bytes: int, documents: int, excerpts: int, block_size: int, stride: int | None
+) -> Score:
     """Compute every metric of a `Score` from the mean loss, so that a published score can be reproduced exactly.
 
     Args:
@@ -136,12 +159,15 @@ def summarize(loss: float, tokens: int, num_bytes: int, documents: int, block_si
         tokens: Number of tokens scored.
         num_bytes: Size of the text in UTF-8.
         documents: Number of documents that are not empty.
+        excerpts: Number of parts of these documents that were scored.
         block_size: Maximum number of input tokens in a window.
         stride: Number of tokens scored in a window. Default: `block_size`.
     """
     bits_per_byte = loss * tokens / math.log(2) / num_bytes
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
-    return Score(loss, perplexity, bits_per_byte, tokens, num_bytes, documents, block_size, stride or block_size)
+    return Score(
+        loss, perplexity, bits_per_byte, tokens, num_bytes, documents, excerpts, block_size, stride or block_size
+    )
 
 
 def score_documents(
@@ -249,7 +275,7 @@ def evaluate_conversations(
         raise MiniGPTError("there is no conversation to evaluate: give shorter ones, or a higher --block_size")
     if not math.isfinite(nats):
         raise MiniGPTError(f"the loss of the model is {nats}: its weights or activations are not finite")
-    return summarize(nats / tokens, tokens, encoded.answer_bytes, count, block_size, None)
+    return summarize(nats / tokens, tokens, encoded.answer_bytes, count, count, block_size, None)
 
 
 def _score(

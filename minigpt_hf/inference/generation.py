@@ -136,8 +136,10 @@ def generate(
     check_ids(model, tokenizer, inputs.input_ids)
     _warn_of_short_context(model, inputs.input_ids.shape[1], options)
     options |= extra_options(inputs.input_ids.shape[1], options)
-    # The Trainer disables the cache during training; generation needs it to be fast.
-    options = {"use_cache": True, **options, "return_dict_in_generate": False}
+    # The Trainer disables the cache during training; generation needs it to be fast. With a window of one token, the caches
+    # of transformers keep all tokens, and the text would differ.
+    use_cache = getattr(model.config, "sliding_window", None) != 1
+    options = {"use_cache": use_cache, **options, "return_dict_in_generate": False}
     try:
         sequences = model.generate(**inputs, streamer=streamer, **options)
     except MiniGPTError:

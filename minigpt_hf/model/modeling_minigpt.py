@@ -399,7 +399,8 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
 
         hidden_states = self.dropout(inputs_embeds)  # [B, T, H]
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
+        layers = self.layers[: self.config.num_hidden_layers]  # decoding with `assistant_early_exit` drafts with fewer
+        for layer, layer_type in zip(layers, self.config.layer_types, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 # Valid intervals of numbers, by setting. Others are validated where they are used.
 INTERVALS = {
     **dict.fromkeys(("block_size", "validation_characters", "num_proc", "max_tokens"), "[1, inf)"),
-    **dict.fromkeys(("sliding_window", "max_position_embeddings"), "[1, inf)"),
+    "max_position_embeddings": "[1, inf)",
+    "sliding_window": "[2, inf)",  # with a window of 1, the caches of transformers keep all tokens
     **dict.fromkeys(("max_window_layers", "lora_rank", "sample_tokens", "early_stopping_patience"), "[0, inf)"),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("gradient_accumulation_steps",), "[1, inf)"),

@@ -27,6 +27,7 @@ from ..model.modeling_minigpt import MiniGPTForCausalLM
 from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_on_main_process
 from .initialize import build_config, build_model
 from .optimizer import optimizer_factory
+from .positional_heads import fitting_positional_heads
 from .recipe import read_recipe
 from .report import device_name, duration, tokens_per_step
 from .run_folder import RunFolder
@@ -223,11 +224,11 @@ class AutoConfigurator:
         block_size = 128
         while block_size > MIN_BLOCK_SIZE and len(stream) < 16 * block_size:
             block_size //= 2
-        if len(stream) <= MIN_SEQUENCES * MIN_BLOCK_SIZE:
+        if "block_size" not in self.training.given and len(stream) <= MIN_SEQUENCES * MIN_BLOCK_SIZE:
             raise MiniGPTError(
                 f"{text.name}: the training split has {len(stream):,} tokens ({stream.characters:,} characters), but more "
                 f"than {MIN_SEQUENCES * MIN_BLOCK_SIZE} tokens are required, and {MIN_RECOMMENDED_TEXT:,} characters "
-                "recommended; provide more text"
+                "recommended; provide more text, or give --block_size"
             )
         self._choose_block_size(block_size, f"the training text has {len(stream):,} tokens")
         parameters, tokens = size_for_text(stream.bytes, len(stream))
@@ -255,9 +256,10 @@ class AutoConfigurator:
         self._choose(f"for sequences of {self.data.block_size} tokens", rope_theta=float(4 * self.data.block_size))
         architecture = self.architecture
         heads = architecture.num_key_value_heads or architecture.num_attention_heads
-        distances = positional_heads(architecture.num_hidden_layers, heads)
-        self._choose("these heads attend to previous tokens from the start", positional_heads=distances)
         self._choose("allows generating texts longer than block_size", use_sliding_window=True)
+        distances = positional_heads(architecture.num_hidden_layers, heads)
+        if distances := fitting_positional_heads(distances, self.architecture, self.data.block_size):
+            self._choose("these heads attend to previous tokens from the start", positional_heads=distances)
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)
         schedule, steps = self._schedule(shape, tokens)

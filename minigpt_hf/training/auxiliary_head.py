@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checkpoint import changed_error, load_checked
+
 NAME = "auxiliary_head"  # attribute of the model, and prefix of the parameter's name
 FILE = "auxiliary_head.pt"  # not .safetensors: some programs load every file of this type in a folder
 
@@ -68,6 +70,13 @@ def save_auxiliary_head(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_auxiliary_head(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights of the head from a checkpoint; one that was saved without a head leaves them unchanged."""
-    if (folder / FILE).is_file():
-        getattr(model, NAME).load_state_dict(torch.load(folder / FILE, weights_only=True))
+    """Load the weights of the head from a checkpoint.
+
+    Raises:
+        MiniGPTError: if they do not fit.
+    """
+    head, saved = getattr(model, NAME), load_checked(folder, FILE)
+    expected = {name: (weight.dtype, weight.shape) for name, weight in head.state_dict().items()}
+    if {name: (weight.dtype, weight.shape) for name, weight in saved.items()} != expected:
+        raise changed_error(folder, f"{FILE} has other tensors than the auxiliary head of the model")
+    head.load_state_dict(saved)

@@ -275,8 +275,9 @@ def sample(
 def preserved_random_state() -> Iterator[None]:
     """Restore the random states of Python, NumPy and torch at the end of the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python_state)

@@ -4,6 +4,8 @@
 2. *Seal.* `manifest.json` lists the size and SHA-256 of every file; each file and the directory are fsynced.
 3. *Rename.* One rename, atomic on POSIX file systems, makes it `checkpoint-N/`; the parent directory is fsynced.
 4. *Resume.* Checkpoints are verified against their manifests, newest first. An invalid one is renamed, never deleted.
+5. *Load.* Names, shapes and dtypes of the tensors are compared with those of the run: the manifest of a checkpoint that was
+   changed on purpose may be valid, and kernels of torch read tensors of a wrong shape out of bounds.
 """
 
 import json
@@ -14,8 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
 from ..atomic import MANIFEST, fsync, rename_aside, seal, sha256
+from ..errors import MiniGPTError
+from .optimizer import expected_states
 from .run_folder import CHECKPOINT, FINGERPRINT, RunFolder, read_json
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 
 @contextmanager
@@ -56,7 +66,7 @@ def verification_error(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     config = "adapter_config.json" if "adapter_config.json" in entries else "config.json"
-    if needed := {config, "trainer_state.json", "optimizer.pt", "scheduler.pt", FINGERPRINT} - set(entries):
+    if needed := {config, "trainer_state.json", OPTIMIZER, SCHEDULER, FINGERPRINT} - set(entries):
         return f"{', '.join(sorted(needed))} not in {MANIFEST}"
     name = CHECKPOINT.fullmatch(checkpoint.name)  # a copy may have any other name
     if name and (step := read_json(checkpoint / "trainer_state.json")["global_step"]) != int(name[1]):
@@ -126,3 +136,110 @@ def best_checkpoint(
     )
     step = next(valid, None)
     return None if step is None else (step, *found[step])
+
+
+# -- content ----------------------------------------------------------------------------------------------------------
+
+
+def changed_error(checkpoint: Path, fault: str) -> MiniGPTError:
+    """The error to raise if the content of a checkpoint with a valid manifest does not fit the run."""
+    return MiniGPTError(
+        f"{checkpoint}: {fault}; it was changed after it was saved; restore it, or delete it to resume from an earlier one"
+    )
+
+
+def check_tensors(checkpoint: Path, expected: dict[str, torch.Tensor], tied: set[str]) -> None:
+    """Check names, dtypes and shapes of the weights in a checkpoint; of adapters, only dtypes.
+
+    Args:
+        expected: The weights of the model. They are in float32.
+        tied: Names of weights that may be missing.
+
+    Raises:
+        MiniGPTError: for the first one that differs from that of the model.
+    """
+    names = set()
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118  # not a dictionary
+                    tensor = content.get_slice(name)
+                    dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+                    required = tuple(expected[name].shape) if name in expected else shape
+                    if (dtype, shape) != ("F32", required):
+                        difference = _difference(f"{file.name}: {name}", (dtype, shape), ("F32", required))
+                        raise changed_error(checkpoint, difference)
+                    names.add(name)
+        except SafetensorError as error:
+            raise changed_error(checkpoint, f"{file.name} cannot be read ({error})") from error
+    if (checkpoint / "adapter_config.json").is_file():
+        return
+    for verb, different in (("lack", expected.keys() - names - tied), ("have in addition", names - expected.keys())):
+        if different:
+            raise changed_error(checkpoint, f"the weights {verb} {min(different)}")
+
+
+def check_optimizer_state(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], skipped_steps: int
+) -> None:
+    """Check that the optimizer state of a checkpoint has the states that an optimizer needs, with their shapes and dtypes.
+
+    Args:
+        names: Name of each parameter.
+        skipped_steps: If there are any, parameters may have no state.
+
+    Raises:
+        MiniGPTError: if not.
+    """
+    saved = load_checked(checkpoint, OPTIMIZER)
+    if not isinstance(saved, dict) or not saved.keys() >= {"state", "param_groups"}:
+        raise changed_error(checkpoint, f"{OPTIMIZER} is not the state of an optimizer")
+    numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if [group["params"] for group in saved["param_groups"]] != numbers:
+        raise changed_error(checkpoint, f"the parameter groups of {OPTIMIZER} are not those of the model")
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for number, parameter in zip(saved_group["params"], group["params"], strict=True):
+            state, name = saved["state"].get(number, {}), names[parameter]
+            for key, shape in expected_states(optimizer, group, parameter).items():
+                # Muon creates second moments when they are first needed, e.g. after an allowed change of their decay.
+                is_optional = skipped_steps or (key == "second_moment" and not saved_group.get("second_moment_decay"))
+                if key not in state and is_optional:
+                    continue
+                if not isinstance(tensor := state.get(key), torch.Tensor):
+                    raise changed_error(checkpoint, f"{OPTIMIZER} lacks {key} of {name}")
+                found, expected = (tensor.dtype, tuple(tensor.shape)), (parameter.dtype, shape)
+                if found != expected:
+                    raise changed_error(checkpoint, _difference(f"{OPTIMIZER}: {key} of {name}", found, expected))
+
+
+def check_schedule(checkpoint: Path, step: int | None) -> None:
+    """Check that the schedule of a checkpoint is at a step; `None`: at any.
+
+    Raises:
+        MiniGPTError: if not.
+    """
+    saved = load_checked(checkpoint, SCHEDULER)
+    if not isinstance(saved, dict) or not isinstance(position := saved.get("last_epoch"), int):
+        raise changed_error(checkpoint, f"{SCHEDULER} is not the state of a schedule")
+    if step is not None and position != step:
+        raise changed_error(checkpoint, f"{SCHEDULER} is at step {position:,} instead of {step:,}")
+
+
+def load_checked(checkpoint: Path, name: str) -> Any:
+    """Load a file that `torch.save` has written; tensors are read when they are used.
+
+    Raises:
+        MiniGPTError: if it is missing or cannot be read.
+    """
+    file = checkpoint / name
+    if not file.is_file():
+        raise changed_error(checkpoint, f"{name} is missing")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of the archive, the pickle or a tensor
+        raise changed_error(checkpoint, f"{name} cannot be read ({type(error).__name__})") from error
+
+
+def _difference(name: str, found: tuple, expected: tuple) -> str:
+    (dtype, shape), (expected_dtype, expected_shape) = found, expected
+    return f"{name} is {dtype} {shape} instead of {expected_dtype} {expected_shape}".replace("torch.", "")

@@ -125,7 +125,7 @@ def fresh_config(architecture: ModelArguments, block_size: int, tokenizer: PreTr
         raise MiniGPTError(str(error.__cause__ or error)) from error
     except ValueError as error:
         raise MiniGPTError(str(error)) from error
-    check_positional_heads(parse_positional_heads(architecture.positional_heads), config, block_size)
+    check_positional_heads(architecture, block_size)
     return config
 
 

@@ -155,6 +155,19 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
+def expected_states(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the states that a parameter has after its first step; none for optimizers other than AdamW's and
+    Muon's."""
+    shape = tuple(parameter.shape)
+    if group.get("algorithm") == "muon":
+        return {"momentum_buffer": shape, "second_moment": (max(shape),)}
+    if group.get("algorithm") == "adamw" or isinstance(optimizer, torch.optim.Adam):
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    return {}
+
+
 def muon_adamw(
     model: nn.Module,
     *,

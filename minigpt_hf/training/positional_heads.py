@@ -21,11 +21,12 @@ Related: mimetic initialization (arXiv:2305.09828) and structured initialization
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..errors import MiniGPTError
-from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from .arguments import ModelArguments, parse_positional_heads
 
 EMBEDDING_CONSTANT = 2.0  # c: constant of an embedding over the standard deviation of its random part
 TEMPLATE_SHARE = 0.95  # share of the template in the mean square of a query or key, for an input of equal parts
@@ -33,30 +34,68 @@ QK_NORM_WEIGHT = 1.5  # weights of q_norm and k_norm in these layers; sharpens t
 MIN_FREQUENCY = 0.1  # radians per token; slower pairs hardly distinguish neighboring tokens and are not used
 
 
-def check_positional_heads(distances: Sequence[Sequence[int]], config: MiniGPTConfig, block_size: int) -> None:
-    """Check that a model has the heads that are to be initialized.
+MAX_OTHER_SCORE = 0.95  # of a nearer distance, relative to the score of the intended one
+
+
+def check_positional_heads(architecture: ModelArguments, block_size: int) -> None:
+    """Check that a model has the heads that are to be initialized, and that they can attend to their distances.
 
     Raises:
-        MiniGPTError: if there are more lists than layers, more distances than key heads, or a distance that does not occur
-            in training sequences of `block_size` tokens.
+        MiniGPTError: if there are more lists than layers, more distances than key heads, or a distance beyond the training
+            sequences of `block_size` tokens or the sliding window, or longer than the period of the rotary frequencies.
     """
-    if len(distances) > config.num_hidden_layers:
+    distances, layers = parse_positional_heads(architecture.positional_heads), architecture.num_hidden_layers
+    heads = architecture.num_key_value_heads or architecture.num_attention_heads
+    if len(distances) > layers:
         raise MiniGPTError(
-            f"positional_heads has {len(distances)} lists, one per layer, but num_hidden_layers is "
-            f"{config.num_hidden_layers}: omit {len(distances) - config.num_hidden_layers} of them"
+            f"positional_heads has {len(distances)} lists, one per layer, but num_hidden_layers is {layers}: omit "
+            f"{len(distances) - layers} of them"
         )
-    heads = config.num_key_value_heads
-    assert heads is not None  # set by the configuration itself
     for layer, of_layer in enumerate(distances):
         if len(of_layer) > heads:
             raise MiniGPTError(
                 f"positional_heads has {len(of_layer)} distances for layer {layer}, but it has only {heads} key heads: "
                 f"give at most {heads}"
             )
-        if max(of_layer, default=0) >= block_size:
-            raise MiniGPTError(
-                f"positional_heads has the distance {max(of_layer)}, but block_size is {block_size}: distances must be less"
-            )
+        for distance in of_layer:
+            if fault := _fault(distance, layer, architecture, block_size):
+                raise MiniGPTError(f"positional_heads has the distance {distance}, {fault}")
+
+
+def fitting_positional_heads(
+    distances: Sequence[Sequence[int]], architecture: ModelArguments, block_size: int
+) -> list[list[int]]:
+    """Omit the distances that `check_positional_heads` would reject."""
+    heads = architecture.num_key_value_heads or architecture.num_attention_heads
+    fitting = [
+        [distance for distance in of_layer[: max(0, heads)] if not _fault(distance, layer, architecture, block_size)]
+        for layer, of_layer in enumerate(distances[: max(0, architecture.num_hidden_layers)])
+    ]
+    while fitting and not fitting[-1]:
+        fitting.pop()
+    return fitting
+
+
+def _fault(distance: int, layer: int, architecture: ModelArguments, block_size: int) -> str | None:
+    """Why no head of a layer attends to the token this distance back in training; None if it can."""
+    if distance >= block_size:
+        return f"but block_size is {block_size}: distances must be less"
+    window = architecture.sliding_window
+    if architecture.use_sliding_window and window and layer >= architecture.max_window_layers and distance >= window:
+        return f"but layer {layer} has a sliding_window of {window}: distances must be less"
+    head_dim = architecture.head_dim or architecture.hidden_size // max(1, architecture.num_attention_heads)
+    if head_dim < 1:
+        return None  # `build_config` rejects the architecture
+    frequency = (architecture.rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)  # [D/2]
+    frequency = frequency[frequency >= MIN_FREQUENCY]
+    offsets = np.arange(distance) - distance  # of the nearer tokens from the intended one
+    scores = np.cos(np.outer(offsets, frequency)).sum(1) / len(frequency)
+    if (other := np.flatnonzero(scores > MAX_OTHER_SCORE)).size:
+        return (
+            f"but heads of dimension {head_dim} with rope_theta {architecture.rope_theta:g} also attend to the distance "
+            f"{other[0]}: reduce the distance, or increase head_dim"
+        )
+    return None
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from .arguments import (
     parse_positional_heads,
     setting_types,
 )
+from .positional_heads import fitting_positional_heads
 from .scaling import heads_for
 
 MAX_RECIPE_BYTES = 1 << 16
@@ -210,19 +211,19 @@ def _with_fitting_heads(settings: Settings, given: set[str]) -> Settings:
 
 
 def _with_fitting_positional_heads(settings: Settings, given: set[str]) -> Settings:
-    """Drop the positional heads of a recipe that the given number of layers or heads, or `block_size`, does not admit."""
+    """Drop the positional heads of a recipe that do not fit other settings."""
     data, model, training = settings
     if "positional_heads" in given:
         return settings  # `build_config` rejects those that do not fit
-    heads = max(1, model.num_key_value_heads or model.num_attention_heads)
     recipe = parse_positional_heads(model.positional_heads)
-    fitting = [[d for d in of_layer[:heads] if d < data.block_size] for of_layer in recipe[: model.num_hidden_layers]]
+    fitting = fitting_positional_heads(recipe, model, data.block_size)
     if fitting == recipe:
         return settings
+    window = f" and sliding_window {model.sliding_window}" if model.use_sliding_window and model.sliding_window else ""
     log_on_main_process(
         training,
-        f"positional_heads {fitting}: those of the recipe that fit {model.num_hidden_layers} layers of {heads} key heads and "
-        f"block_size {data.block_size}",
+        f"positional_heads {fitting}: those of the recipe that fit {model.num_hidden_layers} layers of "
+        f"{model.num_key_value_heads or model.num_attention_heads} key heads and block_size {data.block_size}{window}",
     )
     return settings.replace(positional_heads=fitting)
 

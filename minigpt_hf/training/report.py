@@ -98,7 +98,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
     data, _, training = settings
     step = tokens_per_step(training, data.block_size)
     power = assumed_power(training)
-    score = score_of(result, text.validation, data.block_size)
+    score = score_of(result, text, data.block_size)
     return {
         "name": result.name,
         "run": result.run,
@@ -150,13 +150,15 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
     }
 
 
-def score_of(result: TrainingResult, validation: TokenStream | None, block_size: int) -> Score | None:
+def score_of(result: TrainingResult, text: PreparedText, block_size: int) -> Score | None:
     """The validation score of the published weights, if they were evaluated and it is finite."""
+    validation = text.validation
     if validation is None or result.evaluation is None or not math.isfinite(result.evaluation["eval_loss"]):
         return None
-    tokens = validation.targets
-    loss, documents = result.evaluation["eval_loss"], len(validation.documents)
-    return summarize(loss, tokens, validation.bytes, documents, block_size, None)
+    excerpts = len(validation.documents)
+    documents = text.scored.documents if text.scored else excerpts
+    loss, tokens = result.evaluation["eval_loss"], validation.targets
+    return summarize(loss, tokens, validation.bytes, documents, excerpts, block_size, None)
 
 
 def describe_validation(text: PreparedText) -> dict[str, Any] | None:

@@ -178,6 +178,12 @@ def checkpoint_to_resume(
             f"output_dir {run.path}: contains a run with another architecture ({described(fixed)}); use another folder, or "
             "--fresh"
         )
+    if "positional_heads" in changed:
+        raise MiniGPTError(
+            f"output_dir {run.path}: contains a run with another initialization "
+            f"({described({'positional_heads': changed['positional_heads']})}): it has no effect after step 0; give the "
+            "previous value, or use another folder or --fresh"
+        )
     known = [name for name in fingerprint if name != DESCRIPTIONS]
     for name in training.allow_change:
         if name not in known:
@@ -241,7 +247,7 @@ def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedCo
         **shape,
         "init_from": content_hash(architecture.init_from) if architecture.init_from else None,
         "lora_rank": architecture.lora_rank,
-        **({"positional_heads": architecture.positional_heads} if architecture.positional_heads else {}),
+        "positional_heads": architecture.positional_heads,
         "config.rope_theta": model["rope_parameters"]["rope_theta"],
         **numeric_settings(training),
         "world_size": training.world_size,
@@ -293,8 +299,8 @@ NOT_IN_FINGERPRINT = {
     ),
 }
 
-# The effect of an earlier version that lacked a setting whose default has another effect.
-BEFORE_INTRODUCTION = {"muon_beta2": 0.0}
+# The effect of an earlier version that lacked a setting whose default has another effect, or did not record it.
+BEFORE_INTRODUCTION = {"muon_beta2": 0.0, "positional_heads": []}
 
 # Settings from which others are chosen when a run begins. They have no effect afterwards.
 BUDGET = ("minutes", "size")

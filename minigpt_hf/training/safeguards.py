@@ -1,6 +1,6 @@
 """Checks that protect a run: non-finite and exploded losses, models without training, batches and disk space.
 
-Everything here either returns without effect or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
+Everything here returns without effect, warns or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
 """
 
 import errno
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..errors import (
     DiskFullError,
@@ -29,7 +30,9 @@ from ..errors import (
     UnreadableFileError,
     UntrainedModelError,
 )
+from ..inference.evaluation import changed_arithmetic
 from ..publish.model_folder import non_finite_parameter
+from .callbacks import preserved_random_state
 from .run_folder import RunFolder
 from .schedule import learning_rate_schedule
 
@@ -235,6 +238,44 @@ def advice(trainer: "MiniGPTTrainer") -> str:
     return f"resume with {lower}"
 
 
+# -- random numbers ---------------------------------------------------------------------------------------------------
+
+
+class RandomStateCheck(TrainerCallback):
+    """Warns once if another thread of this process draws random numbers between steps, if these determine dropout.
+
+    torch has one random state per process and device. Within a step, its use by other threads cannot be distinguished from
+    that by dropout.
+    """
+
+    def __init__(self):
+        self.state: torch.Tensor | None = None  # after the previous step of this epoch
+        self.was_reported = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.state = None  # the data loader draws a seed at the beginning of an epoch
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        config = model.config
+        dropout = config.attention_dropout or config.embedding_dropout or config.residual_dropout
+        if self.state is None or self.was_reported or not (dropout or args.neftune_noise_alpha):
+            return
+        if not torch.equal(self.state, _random_state(args.device)):
+            self.was_reported = True
+            logger.warning(
+                f"step {state.global_step}: another thread of this process drew random numbers, which changes dropout: the "
+                "run cannot be repeated exactly; train in a process of its own"
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.state = _random_state(args.device)
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    """The state of the random number generator of a device."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+
+
 # -- settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +291,34 @@ def rejected_settings() -> Iterator[None]:
         raise MiniGPTError(f"these settings cannot be used: {reason}") from error
 
 
+# Environment variables that the Trainer sets for `full_determinism`.
+DETERMINISM = (
+    *("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
+    "FLASH_ATTENTION_DETERMINISTIC",
+)
+
+
+@contextmanager
+def preserved_global_state() -> Iterator[None]:
+    """Restore, at the end of the block, all random states and the global settings that the Trainer changes for
+    `full_determinism`, `tf32` and `log_level`."""
+    environment = {name: os.environ.get(name) for name in DETERMINISM}
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    precision, verbosity = torch.backends.fp32_precision, transformers.logging.get_verbosity()
+    try:
+        with preserved_random_state():
+            yield
+    finally:
+        os.environ |= {name: value for name, value in environment.items() if value is not None}
+        for name in [name for name, value in environment.items() if value is None]:
+            os.environ.pop(name, None)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        torch.backends.fp32_precision = precision
+        transformers.logging.set_verbosity(verbosity)
+
+
 def check_torch_settings(training: "MiniGPTTrainingArguments") -> None:
     """Check global settings of torch that the caller of the Python interface may have made.
 
@@ -257,14 +326,18 @@ def check_torch_settings(training: "MiniGPTTrainingArguments") -> None:
         MiniGPTError: if one of them would change the results of training, or prevent it.
     """
     device, fault = training.device.type, None
+    if device == "meta":
+        raise MiniGPTError(
+            "ACCELERATE_TORCH_DEVICE is meta: tensors on this device have no values; unset this variable"
+        )
     if (dtype := torch.get_default_dtype()) != torch.float32:
         fault = f"default dtype is {dtype}; call torch.set_default_dtype(torch.float32)"
     elif (default := torch.get_default_device().type) not in ("cpu", device):
         fault = f"default device is {default}; call torch.set_default_device(None), and leave its context"
-    elif torch.is_autocast_enabled(device):
-        fault = "autocast is enabled; leave its context"
     elif not torch.is_grad_enabled():
         fault = "gradients are disabled; leave torch.no_grad or torch.inference_mode"
+    else:  # `TrainingArguments` itself selects TF32 for these settings
+        fault = changed_arithmetic(device, tf32=device == "cuda" and bool(training.tf32 or training.torch_compile))
     if fault:
         raise MiniGPTError(f"torch's {fault} before training")
 

@@ -6,8 +6,9 @@ folder, from which an interrupted run resumes.
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate.utils import gather_object
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import is_in_notebook
 
 from .. import __version__
@@ -60,6 +61,7 @@ from .resume import (
 )
 from .run_folder import RunFolder, read_log
 from .safeguards import (
+    RandomStateCheck,
     check_batches,
     check_disk_space,
     check_optimizer_and_schedule,
@@ -148,7 +150,6 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             "save_only_model is not supported: such checkpoints cannot be resumed from or verified; leave it out, and limit "
             "the disk space with --save_total_limit"
         )
-    set_seed(training.seed)
     # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:
         settings = settings.replace(**settings_of_config(pretrained_config(settings.model)))
@@ -299,9 +300,9 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         TrainingStopped: if the run ended early.
     """
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
-    data, architecture, training = settings
+    data, training = settings.data, settings.training
     chat_format = ChatFormat(text.tokenizer) if data.chat else None
-    model = build_model(plan.config, architecture, (chat_format.start, chat_format.end) if chat_format else ())
+    model = initialized_model(plan, (chat_format.start, chat_format.end) if chat_format else ())
     sequences: SequenceDataset | ConversationDataset
     if chat_format:
         sequences = ConversationDataset(text.train, chat_format, data.block_size, training.seed)
@@ -318,7 +319,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     if data.chat:
         prompts = first_questions(text, data, training)
     samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop)
-    callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences))]
+    callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences)), RandomStateCheck()]
     with rejected_settings():
         trainer = MiniGPTTrainer(
             model, training, sequences, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
@@ -360,6 +361,28 @@ def first_questions(text: PreparedText, data: DataArguments, training: MiniGPTTr
     chat_format = ChatFormat(text.tokenizer)
     stream = text.train if text.validation is None else text.validation
     return [chat_format.question(ids, text.tokenizer) for ids in islice(stream.iterate_documents(), 3)]
+
+
+def initialized_model(plan: Plan, chat_tokens: Sequence[int]) -> PreTrainedModel:
+    """The model to train; for `chat_tokens` see `build_model`.
+
+    In a thread, a fresh one is initialized twice, to detect the use of random numbers by others.
+    """
+
+    def build() -> PreTrainedModel:
+        set_seed(plan.settings.training.seed)
+        return build_model(plan.config, plan.settings.model, chat_tokens)
+
+    model = build()
+    others_run = threading.current_thread() is not threading.main_thread() and not plan.settings.model.init_from
+    if others_run and any(
+        not torch.equal(*pair) for pair in zip(model.parameters(), build().parameters(), strict=True)
+    ):
+        logger.warning(
+            "another thread of this process drew random numbers or loaded a model while the model was initialized: the run "
+            "cannot be repeated exactly; train in a process of its own"
+        )
+    return model
 
 
 @contextmanager

@@ -45,8 +45,17 @@ from .auxiliary_head import (
     save_auxiliary_head,
     without_auxiliary_head,
 )
-from .callbacks import ProgressLogger, SampleLogger
-from .checkpoint import atomic_checkpoint, best_checkpoint, remove_old_checkpoints, staging_folder
+from .callbacks import ProgressLogger, SampleLogger, preserved_random_state
+from .checkpoint import (
+    atomic_checkpoint,
+    best_checkpoint,
+    changed_error,
+    check_optimizer_state,
+    check_schedule,
+    check_tensors,
+    remove_old_checkpoints,
+    staging_folder,
+)
 from .optimizer import optimizer_factory
 from .report import describe, training_result
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
@@ -257,6 +266,8 @@ class MiniGPTTrainer(Trainer):
             self._tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
         if self.args.load_best_model_at_end:
             self._find_best_checkpoint()
+            if self.state.best_model_checkpoint:
+                self._check_weights(Path(self.state.best_model_checkpoint))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(trial, num_train_samples, self._start_time())
@@ -311,15 +322,15 @@ class MiniGPTTrainer(Trainer):
             share = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
             texts = stream.iterate_documents()
             if isinstance(self.train_dataset, ConversationDataset):
-                nats, tokens, documents = score_conversations(self.model, texts, self.train_dataset.chat_format, *share)
+                nats, tokens, excerpts = score_conversations(self.model, texts, self.train_dataset.chat_format, *share)
             else:
-                nats, tokens, documents = score_documents(
+                nats, tokens, excerpts = score_documents(
                     self.model, texts, stream.bos_token_id, block_size, None, *share
                 )
         # float32 is precise enough for the sums of a few ranks; MPS has no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)
-        score = summarize(nats / tokens, int(tokens), stream.bytes, documents, block_size, None).to_dict()
+        score = summarize(nats / tokens, int(tokens), stream.bytes, excerpts, excerpts, block_size, None).to_dict()
         if not math.isfinite(score["loss"]):
             check_weights(self)
             fault = f"step {self.state.global_step}: the validation loss is {score['loss']}"
@@ -433,17 +444,22 @@ class MiniGPTTrainer(Trainer):
             save_auxiliary_head(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Overridden because the auxiliary head is in a separate file."""
+        """Overridden because the auxiliary head is in a separate file, and tensors of another dtype would be converted."""
+        checkpoint = Path(resume_from_checkpoint)
+        self._check_weights(checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.mtp_loss_weight:
-            load_auxiliary_head(self.model, Path(resume_from_checkpoint))
+        if self.args.mtp_loss_weight and read_json(checkpoint / FINGERPRINT).get("mtp_loss_weight"):
+            load_auxiliary_head(self.model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Overridden because allowed changes must take effect, and the Trainer restores the previous learning rates.
+        """Overridden because allowed changes must take effect, and the Trainer restores the previous learning rates without
+        checking the states.
 
         Moments and the position of the schedule come from the checkpoint, settings from the arguments.
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        if checkpoint is not None:
+            self._check_states(Path(checkpoint))
         if checkpoint is not None and self._has_another_optimizer(Path(checkpoint)):
             self._restore_schedule_position(Path(checkpoint))
         else:
@@ -456,6 +472,42 @@ class MiniGPTTrainer(Trainer):
         schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
         for group, setting, rate in zip(self.optimizer.param_groups, settings, schedule._last_lr, strict=True):
             group.update(setting, lr=rate)
+
+    def _check_weights(self, checkpoint: Path) -> None:
+        """Check the tensors of a checkpoint; tied heads and the auxiliary head are not among them.
+
+        Raises:
+            MiniGPTError: if they do not fit the model.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            check_tensors(checkpoint, without_auxiliary_head(model.state_dict()), set(model.all_tied_weights_keys))
+
+    def _check_states(self, checkpoint: Path) -> None:
+        """Check the states of optimizer, schedule and random numbers before they are loaded.
+
+        Raises:
+            MiniGPTError: if they do not fit the run.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # each rank has a part of the states
+        if not self._has_another_optimizer(checkpoint):
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            totals = self.state.stateful_callbacks.get(TOTALS, {"attributes": {"skipped_steps": 0}})
+            check_optimizer_state(checkpoint, optimizer, names, totals["attributes"]["skipped_steps"])
+        if isinstance(self.lr_scheduler, LambdaLR):  # with fp16, accelerate skips steps to find the loss scale
+            check_schedule(checkpoint, None if self.args.fp16 else self.state.global_step)
+        if read_json(checkpoint / FINGERPRINT)["world_size"] == self.args.world_size:
+            name = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+            if not (checkpoint / name).is_file():
+                raise changed_error(checkpoint, f"{name} is missing")
+            try:
+                with preserved_random_state():
+                    self._load_rng_state(str(checkpoint))
+            except Exception as error:
+                raise changed_error(checkpoint, f"{name} is not a random state ({type(error).__name__})") from error
 
     def _has_another_optimizer(self, checkpoint: Path) -> bool:
         """Whether the checkpoint holds the moments of another optimizer or of other parameters; the change was allowed."""

@@ -249,6 +249,15 @@ def test_assisted_decoding_generates_the_greedy_tokens(pair):
         assert torch.equal(generate(model, ids, assistant_model=assistant, **GREEDY), greedy_reference(model, ids))
 
 
+def test_early_exit_decoding_generates_the_greedy_tokens(pair):
+    """Self-speculative decoding: the first layers draft (arXiv:2404.16710)."""
+    for model in pair:
+        ids, layers = random_ids(1, 12), model.config.num_hidden_layers
+        assert torch.equal(generate(model, ids, assistant_early_exit=1, **GREEDY), greedy_reference(model, ids))
+        assert model.config.num_hidden_layers == layers
+        assert torch.equal(generate(model, ids, **GREEDY), greedy_reference(model, ids))
+
+
 def test_generation_continues_from_a_returned_cache(pair):
     model, _ = pair
     ids = random_ids(1, 12)

@@ -160,11 +160,23 @@ def test_the_published_score_covers_all_held_out_documents_and_evaluate_repeats_
     assert main(["evaluate", str(run / "model"), "--data", str(many_documents), "--split", "validation", "--json"]) == 0
     captured = capsys.readouterr()
     score = json.loads(captured.out)
-    assert {name: score[name] for name in ("tokens", "bytes", "documents")} == {
-        name: results[name] for name in ("tokens", "bytes", "documents")
+    assert {name: score[name] for name in ("tokens", "bytes", "documents", "excerpts")} == {
+        name: results[name] for name in ("tokens", "bytes", "documents", "excerpts")
     }
+    assert results["documents"] == 30
+    assert results["excerpts"] == validation["excerpts"] > 30
     assert {name: score[name] for name in results} == results  # to the last digit
     assert stated in captured.err
+
+
+def test_excerpts_of_one_document_count_as_one_document(run_folder, text_file, capsys):
+    flags = ["--data", str(text_file), "--max_characters", "4000"]
+    assert main(["evaluate", str(run_folder / "model"), *flags]) == 0
+    captured = capsys.readouterr()
+    assert "excerpts from 1 of 1 documents" in captured.err
+    assert "1 documents (25 excerpts), without BOS tokens" in captured.out
+    assert main(["evaluate", str(run_folder / "model"), "--data", str(text_file)]) == 0
+    assert "1 documents, without BOS tokens" in capsys.readouterr().out
 
 
 def test_a_sampled_score_is_close_to_that_of_the_complete_text(many_documents, recipe_file, tmp_path, capsys):

@@ -115,6 +115,15 @@ def test_other_caches_and_prompt_lookup_generate_the_same_tokens(options, window
     assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, **options), plain)
 
 
+def test_text_with_a_window_of_one_token_is_that_of_no_cache():
+    """The caches of transformers keep all tokens of such a layer, because they keep `keys[-window + 1:]`."""
+    model, tokenizer = tiny_model(vocab_size=258, use_sliding_window=True, sliding_window=1), byte_tokenizer()
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    ids = tokenizer("ab", return_tensors="pt").input_ids
+    expected = tokenizer.batch_decode(model.generate(ids, use_cache=False, **options), skip_special_tokens=True)
+    assert generate(model, tokenizer, "ab", **options) == expected
+
+
 def test_a_pipeline_generates_the_same_text(run_folder):
     folder = run_folder / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -130,6 +139,7 @@ def test_a_compiled_model_generates_likely_tokens_with_one_graph():
     torch._dynamo.utils.counters.clear()
     compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2, tune=False)
     assert (compiled.max_cache_len, model.dtype) == (128, torch.bfloat16)
+    assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)  # in float32
     assert 0 < compiled.max_probability_difference < 0.02
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 2, "top_k": 1, "do_sample": True}
     for prompt in ("ab", "a longer one"):

@@ -149,7 +149,7 @@ def test_durations_are_formatted_in_seconds_minutes_and_hours():
         ("rope_theta", ["inf", "1", "0.5", "nan", "0"], "500000"),
         ("rms_norm_eps", ["-1", "0", "0.1"], "1e-5"),
         ("initializer_range", ["-1", "nan", "0"], "0.05"),
-        ("sliding_window", ["0", "-1"], "1"),
+        ("sliding_window", ["0", "-1", "1"], "2"),
         ("max_position_embeddings", ["0", "-1"], "512"),
         ("max_window_layers", ["-1"], "0"),
         ("lora_rank", ["-1"], "0"),

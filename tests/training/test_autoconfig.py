@@ -158,6 +158,35 @@ def test_a_size_chooses_the_nearest_shape_and_ten_tokens_per_parameter(text_file
     assert "small text" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], [[1, 2, 3], [1, 2, 4], [1, 2]]),
+        (["--block_size", "3"], [[1, 2], [1, 2], [1, 2]]),
+        (["--block_size", "1"], []),
+        (["--sliding_window", "2", "--max_window_layers", "1"], [[1, 2, 3], [1], [1]]),
+    ],
+)
+def test_the_chosen_positional_heads_fit_the_other_settings(flags, expected, text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    argv = ["--data", str(text_file), "--num_hidden_layers", "3", "--num_attention_heads", "4", "--hidden_size", "64"]
+    (_, architecture, _), _ = automatic_settings([*argv, *flags], tmp_path)
+    assert architecture.positional_heads == expected
+    assert ("attend to previous tokens" in caplog.text) == bool(expected)
+
+
+def test_a_text_of_few_tokens_is_trained_on_if_sequences_of_a_given_length_fit(tmp_path):
+    (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.")
+    argv = ["--data", str(tmp_path / "short.txt"), "--tokenizer", "characters", "--validation_fraction", "0"]
+    with pytest.raises(
+        ValueError, match=r"more than 128 tokens are required.*; provide more text, or give --block_size"
+    ):
+        automatic_settings(argv, tmp_path)
+    (data, _, training), _ = automatic_settings([*argv, "--block_size", "8"], tmp_path)
+    assert data.block_size == 8
+    assert training.max_steps > 0
+
+
 @pytest.mark.parametrize("argv", [["--size", "0.8m"], []])
 def test_every_chosen_setting_is_logged(argv, text_file, tmp_path, caplog):
     caplog.set_level(logging.INFO, "minigpt_hf")

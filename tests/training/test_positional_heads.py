@@ -1,12 +1,14 @@
 """Positional-head initialization, seen in the attention of models that were published without training."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minigpt_hf.atomic import seal
 from minigpt_hf.cli import main
 from tests.training.conftest import go_back, train
 
@@ -89,11 +91,46 @@ def test_a_recipe_and_flags_give_the_same_model_and_another_initialization_is_an
 
 
 @pytest.mark.parametrize(
+    ("before", "after"), [(["1,2"], ["1"]), (["1,2"], ["none"]), (["none"], ["1,2"])], ids=["fewer", "none", "added"]
+)
+def test_heads_cannot_be_changed_on_resuming_because_they_act_at_initialization(
+    before, after, recipe, words, tmp_path, capsys
+):
+    assert train(recipe, words, tmp_path / "run", "--positional_heads", *before) == 0
+    go_back(tmp_path / "run", tmp_path / "stopped", 4)
+    capsys.readouterr()
+    for allowed in ([], ["--allow_change", "positional_heads"]):
+        assert train(recipe, words, tmp_path / "stopped", "--positional_heads", *after, *allowed) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "contains a run with another initialization (positional_heads was " in line
+        assert line.endswith("it has no effect after step 0; give the previous value, or use another folder or --fresh")
+
+
+def test_a_run_of_an_earlier_version_that_recorded_no_heads_had_none(recipe, words, tmp_path, capsys):
+    assert train(recipe, words, tmp_path / "run") == 0
+    go_back(tmp_path / "run", tmp_path / "stopped", 4)
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-2")
+    for file in [tmp_path / "stopped" / "fingerprint.json", *(tmp_path / "stopped").glob("*/fingerprint.json")]:
+        fingerprint = json.loads(file.read_text())
+        del fingerprint["positional_heads"]
+        file.write_text(json.dumps(fingerprint))
+    (tmp_path / "stopped" / "checkpoint-4" / "manifest.json").unlink()
+    seal(tmp_path / "stopped" / "checkpoint-4")
+    assert train(recipe, words, tmp_path / "stopped", "--positional_heads", "1") == 2
+    assert "positional_heads was not recorded and is [[1]]" in capsys.readouterr().err
+    assert train(recipe, words, tmp_path / "stopped") == 0
+    assert "resuming from step 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--num_hidden_layers", "1"], [[1, 2, 3]]),
         (["--num_key_value_heads", "2"], [[1, 2], [1, 4]]),
         (["--block_size", "4"], [[1, 2, 3], [1]]),
+        (["--block_size", "1"], []),
+        (["--use_sliding_window", "true", "--sliding_window", "4"], [[1, 2, 3], [1]]),
+        (["--use_sliding_window", "true", "--sliding_window", "2", "--max_window_layers", "1"], [[1, 2, 3], [1]]),
         (["--positional_heads", "none"], []),
         (["--num_attention_heads", "8"], [[1, 2, 3], [1, 4]]),
     ],
@@ -104,7 +141,7 @@ def test_heads_of_a_recipe_that_do_not_fit_other_settings_are_dropped_with_a_mes
     (tmp_path / "positional.yaml").write_text(f"{recipe.read_text()}positional_heads: [[1, 2, 3], [1, 4]]\n")
     assert train(tmp_path / "positional.yaml", words, tmp_path / "run", *flags, "--max_steps", "2") == 0
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["positional_heads"] == expected
-    is_adjusted = expected not in ([], [[1, 2, 3], [1, 4]])
+    is_adjusted = flags[:1] != ["--positional_heads"] and expected != [[1, 2, 3], [1, 4]]
     assert (f"positional_heads {expected}: those of the recipe that fit" in capsys.readouterr().err) == is_adjusted
 
 
@@ -116,6 +153,19 @@ def test_heads_of_a_recipe_that_do_not_fit_other_settings_are_dropped_with_a_mes
         (["1,0"], "positional_heads is ['1,0']: expected a list of distances ≥ 1 for each layer"),
         (["one"], "positional_heads is ['one']: expected a list of distances ≥ 1 for each layer"),
         (["1,20"], "positional_heads has the distance 20, but block_size is 16"),
+        (
+            ["1,9", "--use_sliding_window", "true", "--sliding_window", "9"],
+            "positional_heads has the distance 9, but layer 0 has a sliding_window of 9",
+        ),
+        (
+            ["1", "6", "--use_sliding_window", "true", "--sliding_window", "2", "--max_window_layers", "1"],
+            "positional_heads has the distance 6, but layer 1 has a sliding_window of 2",
+        ),
+        (
+            ["1,7", "--head_dim", "2"],
+            "positional_heads has the distance 7, but heads of dimension 2 with rope_theta 10000 also attend to the "
+            "distance 1",
+        ),
     ],
 )
 def test_invalid_heads_are_reported_in_one_line(given, message, recipe, words, tmp_path, capsys):
