@@ -242,7 +242,9 @@ class AutoConfigurator:
         heads = architecture.num_key_value_heads or architecture.num_attention_heads
         distances = positional_heads(architecture.num_hidden_layers, heads)
         distances = fitting_positional_heads(distances, architecture, self.data.block_size)
-        reason = "these heads attend to previous tokens from the start" if distances else "too few heads or tokens for any"
+        reason = (
+            "these heads attend to previous tokens from the start" if distances else "too few heads or tokens for any"
+        )
         self._choose(reason, positional_heads=distances)
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)
