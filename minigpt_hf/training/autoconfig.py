@@ -254,12 +254,15 @@ class AutoConfigurator:
         self._fill_in(shape.settings())
         self._log_chosen(shape.settings(), f"{self._parameters():,} parameters, {reason}")
         self._choose(f"for sequences of {self.data.block_size} tokens", rope_theta=float(4 * self.data.block_size))
+        self._choose("allows generating texts longer than block_size", use_sliding_window=True)
         architecture = self.architecture
         heads = architecture.num_key_value_heads or architecture.num_attention_heads
-        self._choose("allows generating texts longer than block_size", use_sliding_window=True)
         distances = positional_heads(architecture.num_hidden_layers, heads)
-        if distances := fitting_positional_heads(distances, self.architecture, self.data.block_size):
-            self._choose("these heads attend to previous tokens from the start", positional_heads=distances)
+        distances = fitting_positional_heads(distances, architecture, self.data.block_size)
+        reason = (
+            "these heads attend to previous tokens from the start" if distances else "too few heads or tokens for any"
+        )
+        self._choose(reason, positional_heads=distances)
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)
         schedule, steps = self._schedule(shape, tokens)

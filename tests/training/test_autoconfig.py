@@ -172,7 +172,7 @@ def test_the_chosen_positional_heads_fit_the_other_settings(flags, expected, tex
     argv = ["--data", str(text_file), "--num_hidden_layers", "3", "--num_attention_heads", "4", "--hidden_size", "64"]
     (_, architecture, _), _ = automatic_settings([*argv, *flags], tmp_path)
     assert architecture.positional_heads == expected
-    assert ("attend to previous tokens" in caplog.text) == bool(expected)
+    assert ("attend to previous tokens from the start" in caplog.text) == bool(expected)
 
 
 def test_a_text_of_few_tokens_is_trained_on_if_sequences_of_a_given_length_fit(tmp_path):
