@@ -5,7 +5,7 @@ A task is a folder that `minigpt train --data` reads:
     train.jsonl, validation.jsonl, test.jsonl    rows with `prompt` and `completion`
     README.md                                    source, license, split, counts
 
-Training reads the first, scores the second, and skips the third, which is for `minigpt evaluate --score`. The package contains
+Training reads the first, scores the second, and skips the third, which is for `minigpt evaluate --score`. The project has
 no text of a source. The same seed and source give the same files.
 """
 
