@@ -13,6 +13,7 @@ from collections.abc import Sequence
 # Each command is a module of the same name in `minigpt_hf/cli/`.
 COMMANDS = {
     "train": "train a GPT on a text and write a model folder",
+    "data": "build a task, questions and answers for training a model that answers",
     "tokenize": "tokenize a text in advance, for one or several training runs",
     "recipes": "list the recipes with model size, cost and result, or print one",
     "plot": "plot the loss curves of runs",

@@ -29,7 +29,7 @@ EVERYTHING = {
         "export",
         "integrations",
     ),
-    *("doctor", "api"),
+    *("doctor", "tasks", "api"),
 }
 # Modules and packages that each package may import. All may import `errors`.
 MAY_IMPORT = {
@@ -48,6 +48,7 @@ MAY_IMPORT = {
     },
     "integrations": {"atomic", "data", "publish.model_folder"},
     "doctor": set(),
+    "tasks": set(),
     "api": EVERYTHING,
     "cli": EVERYTHING | {"__version__"},
     "__init__": {"model", "api"},
