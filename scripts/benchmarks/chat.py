@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Alternate the candidates and compare their throughput and their loss."""
+    import numpy as np
     import torch
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chat_format = ChatFormat(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         corpus = load_corpus(args.data, 0.0, chat=True, cache_dir=Path(folder))
-        documents = corpus.train.select(slice(args.conversations))
+        documents = corpus.train.select(np.arange(min(args.conversations, len(corpus.train))))
         stream = build_conversation_stream(documents, tokenizer, args.block_size, Path(folder))
         packed = ConversationDataset(stream, chat_format, args.block_size, seed=0)
         tokens = int(packed.lengths.sum())

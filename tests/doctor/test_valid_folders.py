@@ -17,7 +17,7 @@ from minigpt_hf.publish.model_folder import REQUIRED
 from tests.conftest import ROOT
 from tests.doctor.conftest import make_twin
 
-NUM_CHECKS = 38
+NUM_CHECKS = 39
 
 
 def states(rows) -> dict[str, str]:

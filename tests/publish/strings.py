@@ -6,7 +6,8 @@ import random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minigpt_hf.data.tokenizer import END_OF_TEXT, PAD, PATTERN, byte_level_bpe, byte_tokenizer, character_tokenizer
+from minigpt_hf.data.encoding import PATTERN
+from minigpt_hf.data.tokenizer import END_OF_TEXT, PAD, byte_level_bpe, byte_tokenizer, character_tokenizer
 
 # Strings separated by ¦, which occurs in none of them.
 SCRIPTS = (

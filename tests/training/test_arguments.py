@@ -18,7 +18,7 @@ from minigpt_hf.training.train import train
 SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"finetune", "lora", "auto"}))
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"finetune", "lora", "chat", "auto"}))
 def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(name):
     data, architecture, training = parse_arguments([], recipe=name)
     assert training.output_dir == f"runs/{name}"
@@ -26,7 +26,7 @@ def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(n
     tokenizer = character_tokenizer([SHAKESPEARE_LETTERS]) if data.tokenizer == "characters" else byte_tokenizer()
     config = build_config(architecture, data.block_size, tokenizer)
     if data.tokenizer == "bpe":
-        config.vocab_size = data.vocab_size
+        config.vocab_size = data.vocab_size + (2 if data.chat else 0)  # the tokens of ChatML
     with torch.device("meta"):
         model = MiniGPTForCausalLM(config)
     notes = recipe_notes(name)
@@ -41,10 +41,14 @@ def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(n
 def test_every_recipe_takes_two_steps(name, run_folder, text_file, tmp_path):
     """With a small model and text; all other settings are those of the recipe."""
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
-    if name in ("finetune", "lora"):
+    if name in ("finetune", "lora", "chat"):
         small = {"init_from": str(run_folder / "model")}
     elif parse_arguments([], recipe=name)[0].tokenizer == "characters":
         del small["vocab_size"]
+    if name in ("chat", "task"):
+        text_file = tmp_path / "chats.jsonl"
+        rows = [{"prompt": f"{i}?", "completion": str(i)} for i in range(60)]
+        text_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = parse_arguments(
         [],
         name,
@@ -53,7 +57,7 @@ def test_every_recipe_takes_two_steps(name, run_folder, text_file, tmp_path):
         streaming=False,
         max_tokens=None,
         validation_fraction=0.1,
-        block_size=32,
+        block_size=64 if name == "chat" else 32,
         max_steps=2,
         per_device_train_batch_size=2,
         validation_characters=1000,
