@@ -32,7 +32,7 @@ def not_applicable(rows) -> set[str]:
 
 def test_a_minigpt_with_bpe_passes_every_check_including_its_remote_code(run_folder):
     rows = doctor.examine(run_folder / "model", trust_remote_code=True)
-    assert not_applicable(rows) == {"chat template", "weights index"}
+    assert not_applicable(rows) == {"chat template", "chat format", "weights index"}
 
 
 @pytest.mark.slow
@@ -47,6 +47,7 @@ def test_a_minigpt_with_a_character_tokenizer_passes(recipe_file, text_file, tmp
     assert (code, report["failed"]) == (0, 0), report
     assert not_applicable([doctor.Row(**row) for row in report["rows"]]) == {
         "chat template",
+        "chat format",
         "weights index",
         "loads without the package",
     }
@@ -56,7 +57,7 @@ def test_a_minigpt_with_a_character_tokenizer_passes(recipe_file, text_file, tmp
 def test_the_native_twin_passes_and_needs_no_code(run_folder, tmp_path):
     rows = doctor.examine(make_twin(run_folder / "model", tmp_path / "twin"))
     without_code = {"auto_map", "code", "loads with the package", "loads without the package"}
-    assert not_applicable(rows) == {"chat template", "weights index"} | without_code
+    assert not_applicable(rows) == {"chat template", "chat format", "weights index"} | without_code
 
 
 def vocabulary_and_merges(text) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -83,6 +84,7 @@ NOT_APPLICABLE_TO_OTHERS = {
     "auto_map",
     "code",
     "chat template",
+    "chat format",
     "tensors",
     "fingerprint",
     "prompts inert",
