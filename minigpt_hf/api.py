@@ -186,18 +186,17 @@ def evaluate(
     counts = {"max_characters": max_characters, "block_size": block_size, "stride": stride, "batch_size": batch_size}
     for name, count in counts.items():
         check_type(name, count, int, type(None))
-    given = (
-        validation_fraction,
-        encoding,
-        encoding_errors,
-        newline,
-        data_split,
-        text_column,
-        data_format,
-        chat,
-        system,
-    )
-    reading = dict(zip(READING, given, strict=True))
+    reading = {
+        "validation_fraction": validation_fraction,
+        "encoding": encoding,
+        "encoding_errors": encoding_errors,
+        "newline": newline,
+        "data_split": data_split,
+        "text_column": text_column,
+        "data_format": data_format,
+        "chat": chat,
+        "system": system,
+    }
     data = check_data(data, split, reading)
 
     from .data.conversations import conversations_in
@@ -227,6 +226,7 @@ def evaluate(
     if batch_size is None:  # recipes omit the default of `TrainingArguments`, 8
         batch_size = recipe.get("per_device_eval_batch_size", 8) if recipe else 16
     if chat:
+        logger.info("scored: the answers of conversations, each given the messages before it")
         return evaluate_conversations(loaded, tokenizer, conversations_in(whole), block_size, batch_size)
     texts = whole
     if max_characters is not None:

@@ -99,7 +99,7 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def execute(self, text: str) -> bool:
-        """Execute a command or answer a message. Returns whether the conversation goes on.
+        """Execute a command or answer a message. Returns whether to read another one.
 
         Raises:
             MiniGPTError: if the command is unknown, or the message cannot be answered; the conversation is unchanged.

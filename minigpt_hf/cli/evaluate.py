@@ -76,14 +76,22 @@ def run(argv: list[str]) -> None:
             score["perplexity"] = None  # JSON cannot represent infinity
         print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score, allow_nan=False))
         return
-    excerpts = f" ({score['excerpts']:,} excerpts)" if score["excerpts"] != score["documents"] else ""
+    if score["stride"] == 0:
+        scored = (
+            f"{score['tokens']:,} tokens of answers, {score['bytes']:,} bytes, {score['documents']:,} conversations"
+        )
+        windows = f"complete conversations of at most {score['block_size']} input tokens"
+    else:
+        excerpts = f" ({score['excerpts']:,} excerpts)" if score["excerpts"] != score["documents"] else ""
+        scored = f"{score['tokens']:,} tokens, {score['bytes']:,} bytes, {score['documents']:,} documents{excerpts}"
+        scored += ", without BOS tokens"
+        windows = f"{score['block_size']} input tokens, {score['stride']} scored per window"
     print(
         f"loss            {score['loss']:.4f} nats per token\n"
         f"perplexity      {score['perplexity']:.3f}\n"
         f"bits per byte   {score['bits_per_byte']:.4f}\n"
-        f"scored          {score['tokens']:,} tokens, {score['bytes']:,} bytes, {score['documents']:,} documents"
-        f"{excerpts}, without BOS tokens\n"
-        f"windows         {score['block_size']} input tokens, {score['stride']} scored per window"
+        f"scored          {scored}\n"
+        f"windows         {windows}"
     )
 
 

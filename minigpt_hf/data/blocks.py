@@ -49,6 +49,11 @@ class SequenceDataset(Dataset):
         """Number of sequences per epoch: N // T."""
         return len(self.stream) // self.block_size
 
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Number of tokens in the stream, N."""
+        return len(self.stream)
+
     def epoch_offset(self, epoch: int) -> int:
         """Position in the stream at which the sequences of an epoch start, in [0, N)."""
         return random.Random(f"shift {self.seed} {epoch}").randrange(len(self.stream))

@@ -40,6 +40,11 @@ def with_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def last_question(messages: Iterable[Message]) -> str:
+    """Return the content of the last message of a user; "" if there is none."""
+    return next((message["content"] for message in reversed([*messages]) if message["role"] == "user"), "")
+
+
 class ChatFormat:
     """Encodes conversations with a tokenizer that has the tokens of ChatML.
 
@@ -53,9 +58,13 @@ class ChatFormat:
             raise MiniGPTError(
                 f"the tokenizer has no tokens {START} and {END}: train the model with --recipe chat, or give another one"
             )
+        self.tokenizer = tokenizer
         self.start, self.end = vocabulary[START], vocabulary[END]
         self.encoder = Encoder(tokenizer.backend_tokenizer.to_str())
         self.assistant = self._text("assistant\n")
+
+    def __reduce__(self):
+        return ChatFormat, (self.tokenizer,)  # the engine of an encoder cannot be pickled
 
     def encode(self, messages: Iterable[Message], add_generation_prompt: bool = False) -> np.ndarray:
         """Return the ids of messages, those that the chat template produces for contents without special tokens.
@@ -96,18 +105,13 @@ class ChatFormat:
         change[ends[of_assistant] + 1] -= 1
         return np.cumsum(change[:-1]).astype(bool)
 
-    def question(self, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-        """Return the messages of a conversation before its first answer.
-
-        Args:
-            ids: Ids of the conversation.
-            tokenizer: Decodes them.
-        """
+    def question(self, ids: np.ndarray) -> list[Message]:
+        """Return the messages of a conversation before its first answer, given its ids; empty if it starts with an answer."""
         ids = np.asarray(ids)
         starts, ends = np.flatnonzero(ids == self.start), np.flatnonzero(ids == self.end)
         messages = []
         for start, end in zip(starts, ends, strict=True):
-            role, _, content = tokenizer.decode(ids[start + 1 : end].tolist()).partition("\n")
+            role, _, content = self.tokenizer.decode(ids[start + 1 : end].tolist()).partition("\n")
             if role == "assistant":
                 break
             messages.append({"role": role, "content": content})

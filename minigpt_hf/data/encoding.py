@@ -241,12 +241,17 @@ DIFFICULT = [
 ]
 
 
+class _ThreadLocalTokenizer(threading.local):
+    """A tokenizer of its own for each thread: the lock of the cache of a `Tokenizer` delays threads that share it."""
+
+    def __init__(self, tokenizer_json: str):  # called in each thread
+        self.tokenizer = _configured(tokenizer_json)
+
+
 def _tokenizers_engine(tokenizer_json: str) -> Engine:
-    local = threading.local()  # the lock of the cache of a `Tokenizer` delays threads that share it
+    local = _ThreadLocalTokenizer(tokenizer_json)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        if not hasattr(local, "tokenizer"):
-            local.tokenizer = _configured(tokenizer_json)
         return [np.array(_encode_text(local.tokenizer, text), dtype=np.uint32) for text in texts]
 
     return encode

@@ -47,6 +47,11 @@ class ConversationDataset(Dataset):
         return len(self.members)
 
     @property
+    def tokens_per_epoch(self) -> int:
+        """Number of positions in all sequences, padding included."""
+        return len(self) * self.block_size
+
+    @property
     def filled(self) -> float:
         """Share of positions that hold a token of a conversation."""
         return float(self.lengths.sum()) / (len(self) * self.block_size)

@@ -123,8 +123,10 @@ class TokenStream:
         metadata = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
         bos = metadata["end_of_text"]
         tokens = ArrayFile(folder / "tokens.bin", metadata["dtype"])
-        mapped = np.load(folder / "documents.npy", mmap_mode="r")  # only to read the header
-        documents = ArrayFile(folder / "documents.npy", mapped.dtype, getattr(mapped, "offset", 0))
+        with (folder / "documents.npy").open("rb") as file:
+            np.lib.format.read_magic(file)
+            _, _, dtype = np.lib.format.read_array_header_1_0(file)
+            documents = ArrayFile(folder / "documents.npy", dtype, file.tell())
         counts = (len(tokens), len(documents))
         if counts != (metadata["tokens"], metadata["documents"]):
             raise MiniGPTError(f"{counts} tokens and documents instead of {metadata['tokens'], metadata['documents']}")

@@ -68,7 +68,12 @@ def sampling_settings(settings: GenerationConfig) -> dict[str, Any]:
     Unset options get the defaults of transformers, because those of other programs differ.
     """
     defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-    chosen = {name: getattr(settings, name) for name in defaults}
+    chosen = {
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "repetition_penalty": settings.repetition_penalty,
+    }
     if not settings.do_sample:
         chosen |= {"temperature": 0.0, "top_k": 1, "top_p": 1.0}
     return {name: default if chosen[name] is None else chosen[name] for name, default in defaults.items()}

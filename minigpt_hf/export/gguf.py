@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ..atomic import new_folder
+from ..data.chat_format import CHAT_TEMPLATE
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -44,6 +45,12 @@ from .conversion import (
 )
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
 
+# The chat template in the language of Ollama (Go templates).
+CHATML = """\
+{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
 VERIFIED = "transformers reads the same weights and token ids from the GGUF file"
 
 KINDS = {
@@ -76,29 +83,36 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
     check_context(model.config, context)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
-    eos_token_id = _eos_token_id(folder, model, tokenizer)
+    stops = _stop_tokens(folder, model, tokenizer)
     context = context or model.config.max_position_embeddings
     name = file_name(folder)
     with new_folder(out) as unfinished:
         file = unfinished / f"{name}-{KINDS[dtype][0].name}.gguf"
-        _write(file, name, model, tokenizer, vocabulary, eos_token_id, dtype, context)
+        _write(file, name, model, tokenizer, vocabulary, stops, dtype, context)
         _verify(file, model, tokenizer, dtype, context)
         text = f"`{file.name}`, for llama.cpp: matrices in {dtype}, at most {context:,} tokens of context."
         write_card(folder, unfinished, "gguf", text)
-        stop = tokenizer.decode([eos_token_id])
-        (unfinished / "Modelfile").write_text(
-            modelfile(file.name, model.generation_config, stop, context), encoding="utf-8"
-        )
+        ends = [tokenizer.decode([stop]) for stop in stops]
+        is_chat = tokenizer.chat_template == CHAT_TEMPLATE
+        content = modelfile(file.name, model.generation_config, ends, context, is_chat)
+        (unfinished / "Modelfile").write_text(content, encoding="utf-8")
     return out
 
 
-def modelfile(gguf_name: str, settings: GenerationConfig, stop: str, context: int) -> str:
-    """Return the input of `ollama create NAME -f Modelfile`: a plain prompt, and the sampling of `generation_config.json`."""
+def modelfile(gguf_name: str, settings: GenerationConfig, stops: list[str], context: int, is_chat: bool) -> str:
+    """Return the input of `ollama create NAME -f Modelfile`, with the sampling of `generation_config.json`.
+
+    Args:
+        stops: Texts at which generation stops.
+        is_chat: Use ChatML instead of a plain prompt.
+    """
     sampling = sampling_settings(settings)
     sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
-    lines = [f"FROM ./{gguf_name}", 'TEMPLATE """{{ .Prompt }}"""', f"PARAMETER num_ctx {context}"]
+    template = CHATML if is_chat else "{{ .Prompt }}"
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}"""', f"PARAMETER num_ctx {context}"]
     lines += [f"PARAMETER {name} {value}" for name, value in sampling.items()]
-    return "\n".join([*lines, f"PARAMETER stop {json.dumps(stop)}"]) + "\n"
+    lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops]
+    return "\n".join(lines) + "\n"
 
 
 def _check_representable(folder: Path, config: MiniGPTConfig, context: int | None) -> None:
@@ -115,19 +129,19 @@ def _check_representable(folder: Path, config: MiniGPTConfig, context: int | Non
         raise MiniGPTError(f"{folder}: its activation is {config.hidden_act}; llama.cpp's qwen3 supports only silu")
 
 
-def _eos_token_id(folder: Path, model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token at which `generate` stops."""
+def _stop_tokens(folder: Path, model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens at which `generate` stops: one, or two, e.g. the end of an answer and of a document."""
     eos = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id]
-    for ids in eos[:2]:
-        if isinstance(ids, list) and len(ids) > 1:
-            raise MiniGPTError(f"{folder}: it has several EOS tokens {ids}; a GGUF file supports one")
-    stop = next(ids for ids in eos if ids not in (None, []))
-    stop = stop[0] if isinstance(stop, list) else stop
-    if not 0 <= stop < model.config.vocab_size:
-        raise MiniGPTError(
-            f"{folder}: its EOS token {stop} exceeds the vocabulary ({model.config.vocab_size:,} tokens)"
-        )
-    return stop
+    found = next(ids for ids in eos if ids not in (None, []))
+    stops = found if isinstance(found, list) else [found]
+    if len(stops) > 2:
+        raise MiniGPTError(f"{folder}: it has {len(stops)} EOS tokens {stops}; a GGUF file supports two")
+    for stop in stops:
+        if not 0 <= stop < model.config.vocab_size:
+            raise MiniGPTError(
+                f"{folder}: its EOS token {stop} exceeds the vocabulary ({model.config.vocab_size:,} tokens)"
+            )
+    return stops
 
 
 def _check_storable(name: str, weight: torch.Tensor, kind: Kind) -> None:
@@ -146,7 +160,7 @@ def _write(
     model: MiniGPTForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
-    eos_token_id: int,
+    stops: list[int],
     dtype: str,
     context: int,
 ) -> None:
@@ -172,7 +186,9 @@ def _write(
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
     writer.add_add_bos_token(False)
-    writer.add_eos_token_id(eos_token_id)
+    writer.add_eos_token_id(stops[0])
+    if len(stops) > 1:
+        writer.add_eot_token_id(stops[1])  # llama.cpp stops at either
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.pad_token_id is not None:

@@ -282,7 +282,7 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         "validation loss": lambda: f"{metadata['results']['loss']:.4f} nats per token",
         "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
         "training text": lambda: f"{metadata['data']['name']}, {metadata['data']['train']['bytes']:,} bytes",
-        "epochs": lambda: f"{metadata['training']['tokens'] / metadata['data']['train']['tokens']:.2f}",
+        "epochs": lambda: f"{metadata['training']['epochs']:.2f}",
         "sequence length": lambda: f"{metadata['recipe']['block_size']:,} tokens",
         "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
         "bytes per token": lambda: f"{metadata['tokenizer']['bytes_per_token']:.2f}",

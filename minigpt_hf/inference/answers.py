@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.chat_format import Message
+from ..data.chat_format import Message, last_question
 from ..errors import MiniGPTError
 from .evaluation import longest_context
 from .generation import encode_prompt
@@ -90,7 +90,7 @@ def score_answers(
     compute = METRICS[metric]()
     longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
     answers, ended = generate_answers(model, tokenizer, prompts, longest + SPARE_TOKENS, batch_size, progress)
-    questions = [next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "") for prompt in prompts]
+    questions = [last_question(prompt) for prompt in prompts]
     (frequent, _), *_ = Counter(references).most_common(1)
     trivial = {
         "question": questions,

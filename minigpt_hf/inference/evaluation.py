@@ -39,7 +39,7 @@ class Score:
         documents: Number of documents that are not empty.
         excerpts: Number of parts of these documents that were scored; equal to `documents` if they were scored entirely.
         block_size: Maximum number of input tokens in a window.
-        stride: Maximum number of tokens scored in a window after the first.
+        stride: Maximum number of tokens scored in a window after the first; 0 for conversations, which are not divided.
     """
 
     loss: float
@@ -161,13 +161,12 @@ def summarize(
         documents: Number of documents that are not empty.
         excerpts: Number of parts of these documents that were scored.
         block_size: Maximum number of input tokens in a window.
-        stride: Number of tokens scored in a window. Default: `block_size`.
+        stride: Number of tokens scored in a window; 0 for conversations. Default: `block_size`.
     """
     bits_per_byte = loss * tokens / math.log(2) / num_bytes
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
-    return Score(
-        loss, perplexity, bits_per_byte, tokens, num_bytes, documents, excerpts, block_size, stride or block_size
-    )
+    stride = block_size if stride is None else stride
+    return Score(loss, perplexity, bits_per_byte, tokens, num_bytes, documents, excerpts, block_size, stride)
 
 
 def score_documents(
@@ -275,7 +274,7 @@ def evaluate_conversations(
         raise MiniGPTError("there is no conversation to evaluate: give shorter ones, or a higher --block_size")
     if not math.isfinite(nats):
         raise MiniGPTError(f"the loss of the model is {nats}: its weights or activations are not finite")
-    return summarize(nats / tokens, tokens, encoded.answer_bytes, count, count, block_size, None)
+    return summarize(nats / tokens, tokens, encoded.answer_bytes, count, count, block_size, 0)
 
 
 def _score(

@@ -30,7 +30,8 @@ CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-# Grams of CO2 equivalent per kWh: the world average that CodeCarbon assumes for an unknown location.
+# Grams of CO2 equivalent per kWh: the world average of the IEA, which CodeCarbon assumes for an unknown location
+# (https://mlco2.github.io/codecarbon/methodology.html).
 CARBON_INTENSITY = 475
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..atomic import write_files
+from ..data.chat_format import last_question
 from ..errors import NonFiniteLossError
 from ..inference.generation import Prompt, check_ids, encode_prompt, generate
 from .report import duration
@@ -215,7 +216,7 @@ class SampleLogger(TrainerCallback):
     def prompt(self) -> str:
         """The prompt, or the first question."""
         first = self.prompts[0]
-        return first if isinstance(first, str) else first[-1]["content"]
+        return first if isinstance(first, str) else last_question(first)
 
     def _samples(self, model: PreTrainedModel) -> list[str]:
         """Generate a sample with seed 0 for each prompt."""
@@ -266,7 +267,7 @@ def sample(
     try:
         with preserved_random_state():
             (text,) = generate(model, tokenizer, prompt, seed=seed, max_new_tokens=tokens, use_cache=True, **options)
-            return text if isinstance(prompt, str) else f"{prompt[-1]['content']}\n{text}"
+            return text if isinstance(prompt, str) else f"{last_question(prompt)}\n{text}"
     finally:
         model.train(was_training)
 

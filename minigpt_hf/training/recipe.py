@@ -36,6 +36,8 @@ from .positional_heads import fitting_positional_heads
 from .scaling import heads_for
 
 MAX_RECIPE_BYTES = 1 << 16
+# Conversations are not truncated, and shape and length of training are not chosen for them.
+NOT_FOR_CHAT = {"max_tokens", "minutes", "size", "mtp_loss_weight"}
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
@@ -100,8 +102,16 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     settings = _with_settings_of_prepared_text(settings, given)
     if not model.init_from and (model.lora_rank or recipe in ("finetune", "chat")):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
-    if settings.data.chat and training.mtp_loss_weight:
-        raise MiniGPTError("mtp_loss_weight is not supported with chat: omit one of them")
+    if settings.data.chat:
+        values_of = {**vars(settings.data), **vars(training)}
+        for name in NOT_FOR_CHAT & (given | recipe_values.keys()):
+            if values_of[name]:
+                raise MiniGPTError(f"{name} is not supported with chat: omit one of them")
+        if "validation_characters" in given:
+            message = (
+                f"validation_characters {settings.data.validation_characters}: no effect, all conversations are scored"
+            )
+            log_on_main_process(training, message)
     if model.lora_rank and training.mtp_loss_weight:
         raise MiniGPTError("mtp_loss_weight is not supported with lora_rank, which freezes the model: omit one of them")
     if model.lora_rank and training.muon:

@@ -52,6 +52,7 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     planned_steps: int
+    tokens_per_epoch: int
     seconds: float
     evaluation: dict[str, Any] | None
     prompt: str
@@ -75,6 +76,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
+        tokens_per_epoch=trainer.train_dataset.tokens_per_epoch,
         seconds=progress.seconds,
         evaluation=_evaluation_of_weights(trainer, finished is not None),
         prompt=samples.prompt,
@@ -122,7 +124,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
         "tokenizer": {
             "kind": {"bpe": "byte-level BPE"}.get(text.kind, public_name(text.kind)),
             "vocab_size": vocabulary_size(text.tokenizer),
-            "bytes_per_token": text.train.bytes / (len(text.train) - len(text.train.documents)),
+            "bytes_per_token": text.train.bytes / text.train.targets,
             "opening": text.tokenizer.eos_token if text.tokenizer.bos_token is None else text.tokenizer.bos_token,
             "fingerprint": tokenizer_fingerprint(text.tokenizer),
             "lossy": text.lossy,
@@ -134,6 +136,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "planned_steps": result.planned_steps,
             "tokens_per_step": step,
             "tokens": result.steps * step,
+            "epochs": result.steps * step / result.tokens_per_epoch,
             "seconds": round(result.seconds, 1),
             "time": duration(result.seconds),
             "device": device_name(training),
@@ -158,7 +161,8 @@ def score_of(result: TrainingResult, text: PreparedText, block_size: int) -> Sco
     excerpts = len(validation.documents)
     documents = text.scored.documents if text.scored else excerpts
     loss, tokens = result.evaluation["eval_loss"], validation.targets
-    return summarize(loss, tokens, validation.bytes, documents, excerpts, block_size, None)
+    stride = None if text.scored is None or text.scored.window else 0
+    return summarize(loss, tokens, validation.bytes, documents, excerpts, block_size, stride)
 
 
 def describe_validation(text: PreparedText) -> dict[str, Any] | None:
@@ -183,6 +187,7 @@ def describe_stream(stream: TokenStream) -> dict[str, Any]:
         "characters": stream.characters,
         "bytes": stream.bytes,
         "tokens": len(stream),
+        "targets": stream.targets,
         "fingerprint": stream.fingerprint,
     }
 
@@ -234,10 +239,9 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
     remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
-    sequences, epoch = trainer.train_dataset, len(stream)
+    sequences = trainer.train_dataset
     content = f"{stream.characters:,} characters -> {len(stream):,} tokens of {stream.bytes / len(stream):.2f} bytes"
     if isinstance(sequences, ConversationDataset):
-        epoch = len(sequences) * sequences.block_size
         content = (
             f"{len(stream.documents):,} conversations, {stream.targets:,} of {len(stream):,} tokens in answers -> "
             f"{len(sequences):,} sequences, {sequences.filled:.0%} full"
@@ -250,7 +254,7 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         f"width {model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}"
         f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
-        f"{steps * step / epoch:.2f} epochs\n"
+        f"{steps * step / sequences.tokens_per_epoch:.2f} epochs\n"
         f"time          about {duration(seconds)}{remaining}, without evaluations"
     )
 

@@ -360,7 +360,7 @@ def first_questions(text: PreparedText, data: DataArguments, training: MiniGPTTr
         return [[*system, {"role": "user", "content": training.sample_prompt}]]
     chat_format = ChatFormat(text.tokenizer)
     stream = text.train if text.validation is None else text.validation
-    return [chat_format.question(ids, text.tokenizer) for ids in islice(stream.iterate_documents(), 3)]
+    return [chat_format.question(ids) for ids in islice(stream.iterate_documents(), 3)]
 
 
 def initialized_model(plan: Plan, chat_tokens: Sequence[int]) -> PreTrainedModel:

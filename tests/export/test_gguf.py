@@ -1,6 +1,7 @@
 """GGUF: transformers reads the model's weights and tokens from the file; what the format cannot represent is rejected."""
 
 import json
+import re
 import shutil
 
 import gguf
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from minigpt_hf.data.chat_format import CHAT_TEMPLATE, with_chat_tokens
 from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer, character_tokenizer
 from minigpt_hf.export import gguf as module
 from minigpt_hf.export.gguf import export_gguf
@@ -114,6 +116,28 @@ def test_the_end_of_text_is_the_token_at_which_generate_stops(folder, tmp_path):
     (file,) = out.glob("*.gguf")
     assert gguf.GGUFReader(file).fields["tokenizer.ggml.eos_token_id"].contents() == 66
     assert (out / "Modelfile").read_text().splitlines()[-1] == 'PARAMETER stop "@"'
+
+
+def test_a_chat_model_has_both_stop_tokens_its_template_and_chatml_in_the_modelfile(tmp_path):
+    tokenizer = with_chat_tokens(byte_tokenizer())
+    end, separator = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=end)
+    model.generation_config.eos_token_id = [end, separator]
+    save_model_files(model, tokenizer, tmp_path / "model")
+    out = export_gguf(tmp_path / "model", tmp_path / "out")
+    (file,) = out.glob("*.gguf")
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == end
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == separator
+    assert fields["tokenizer.chat_template"].contents() == CHAT_TEMPLATE
+    content = (out / "Modelfile").read_text()
+    assert content.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n')
+    # The Go template with one message is the chat template with it.
+    template = re.search(r'TEMPLATE """(.*?)"""', content, re.DOTALL)[1]
+    filled = template.replace("{{ range .Messages }}", "").replace("{{ end }}", "")
+    filled = filled.replace("{{ .Role }}", "user").replace("{{ .Content }}", "Hi")
+    question = [{"role": "user", "content": "Hi"}]
+    assert filled == tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
 
 
 def test_a_folder_without_a_generation_config_is_exported(folder, tmp_path):
@@ -253,7 +277,7 @@ def test_sliding_windows_are_rejected_and_the_remedy_works(run_folder, tmp_path)
     [
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, None, r"scaled \(linear\)"),
         ({"hidden_act": "gelu"}, None, "its activation is gelu"),
-        ({"eos_token_id": [0, 5]}, None, r"several EOS tokens \[0, 5\]"),
+        ({"eos_token_id": [0, 5, 7]}, None, r"it has 3 EOS tokens \[0, 5, 7\]"),
         ({"head_dim": 12}, "q8_0", r"o_proj\.weight has rows of 48 weights, which do not divide into the blocks of 32"),
         ({}, "float16", "embed_tokens.weight has weights beyond 65,504"),
         ({}, "float64", "--dtype float64: GGUF supports float32, float16, bfloat16, q8_0"),

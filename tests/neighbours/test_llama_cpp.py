@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.cli import main
+from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
+from minigpt_hf.data.tokenizer import byte_level_bpe
 from minigpt_hf.export import gguf_vocabulary
 from minigpt_hf.export.gguf import export_gguf
 from minigpt_hf.publish.model_folder import save_model_files
@@ -81,6 +83,7 @@ def test_200_strings_have_the_same_ids(make_tokenizer, tmp_path):
 def test_a_wrong_pre_tokenizer_changes_ids(tmp_path, monkeypatch):
     """Shows that the test above detects a file that differs only in the name of the pre-tokenizer."""
     monkeypatch.setattr(gguf_vocabulary, "pre_tokenizer_name", lambda words: "llama-bpe")
+    monkeypatch.setitem(gguf_vocabulary.PRE_TOKENIZERS, "llama-bpe", gguf_vocabulary.PRE_TOKENIZERS["qwen2"])
     assert len(differing(adversarial_tokenizer(), tmp_path)) > 5
 
 
@@ -129,3 +132,23 @@ def test_llama_cpp_ignores_the_sliding_window(trained, exported, text):
         difference = (torch.tensor(llama.scores[: len(ids)]) - model(torch.tensor([ids])).logits[0]).abs().amax(dim=1)
     assert difference[: BLOCK_SIZE + 1].max() <= 1e-4
     assert difference[BLOCK_SIZE + 1 :].max() > 0.1
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_model_is_prompted_with_its_template_and_stops_at_both_tokens(tmp_path):
+    tokenizer = with_chat_tokens(byte_level_bpe([" ".join(strings())], 600))
+    chat_format = ChatFormat(tokenizer)
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=chat_format.end)
+    model.generation_config.eos_token_id = [chat_format.end, tokenizer.bos_token_id]
+    save_model_files(model, tokenizer, tmp_path / "model")
+    engine = load_gguf(export_gguf(tmp_path / "model", tmp_path / "out"))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+        engine.metadata["tokenizer.chat_template"], eos_token="", bos_token=""
+    )
+    text = formatter(messages=messages).prompt
+    assert engine.tokenize(text.encode(), add_bos=False, special=True) == chat_format.encode(messages, True).tolist()
+    vocabulary = llama_cpp.llama_model_get_vocab(engine.model)
+    assert all(llama_cpp.llama_vocab_is_eog(vocabulary, stop) for stop in (chat_format.end, tokenizer.bos_token_id))

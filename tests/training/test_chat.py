@@ -1,6 +1,8 @@
 """Fine-tuning on conversations: the published model, its score, exact resuming, LoRA, and `minigpt chat`."""
 
 import json
+import os
+import pickle
 import re
 import shutil
 import signal
@@ -16,7 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import minigpt_hf
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
-from minigpt_hf.data.chat_format import CHAT_TEMPLATE
+from minigpt_hf.data.chat_format import CHAT_TEMPLATE, ChatFormat, with_chat_tokens
+from minigpt_hf.data.conversations import build_conversation_stream
+from minigpt_hf.data.corpus import load_corpus
+from minigpt_hf.data.packing import ConversationDataset
+from minigpt_hf.errors import MiniGPTError
 from tests.conftest import ROOT
 
 from .conftest import assert_equal, rows, state_of
@@ -203,6 +209,100 @@ def test_settings_that_do_not_fit_are_rejected(flags, message, run_folder, chats
     ]
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["assistant", "system"])
+def test_conversations_that_start_with_an_answer_are_trained_on_and_published(first, tmp_path):
+    """They have no question that could be shown in a sample."""
+    start = [{"role": "system", "content": "Add."}] if first == "system" else []
+    messages = [*start, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": messages, "i": i}) + "\n" for i in range(30)))
+    flags = ["--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--vocab_size", "300"]
+    flags += ["--positional_heads", "none", "--validation_fraction", "0", "--output_dir", str(tmp_path / "run")]
+    argv = [
+        "train",
+        "--recipe",
+        "task",
+        "--use_cpu",
+        "--max_steps",
+        "2",
+        "--data",
+        str(tmp_path / "chats.jsonl"),
+        *flags,
+    ]
+    assert main([*argv, "--per_device_train_batch_size", "1", "--block_size", "64"]) == 0
+    sample = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["sample"]
+    assert sample["prompt"] == "" and len(sample["texts"]) == 3
+    assert '"content": "Hello"' in (tmp_path / "run" / "model" / "README.md").read_text()  # a question for the example
+
+
+@pytest.mark.parametrize("name, value", [("max_tokens", 5), ("minutes", 1), ("size", "10k")])
+def test_settings_without_an_effect_on_conversations_are_rejected(name, value, chats, tmp_path):
+    recipe = None if name in ("minutes", "size") else "task"
+    with pytest.raises(MiniGPTError, match=f"{name} is not supported with chat"):
+        minigpt_hf.train(chats, recipe, chat=True, output_dir=tmp_path / "run", **{name: value})
+
+
+def test_all_held_out_conversations_are_scored(chats, run_folder, tmp_path, caplog):
+    fine_tune(run_folder, chats, tmp_path / "run", "--validation_characters", "10")
+    assert "validation_characters 10: no effect, all conversations are scored" in caplog.text
+    assert json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"]["documents"] == 6
+
+
+def test_other_processes_load_the_same_sequences(chats, run_folder, tmp_path):
+    """Data loader workers that are not forked receive the data set as a pickle."""
+    tokenizer = with_chat_tokens(AutoTokenizer.from_pretrained(run_folder / "model"))
+    corpus = load_corpus(str(chats), 0.0, chat=True, cache_dir=tmp_path)
+    stream = build_conversation_stream(corpus.train, tokenizer, 64, tmp_path)
+    dataset = ConversationDataset(stream, ChatFormat(tokenizer), 64, seed=0)
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert len(copied) == len(dataset)
+    for index in range(len(dataset)):
+        one, other = dataset[0, index], copied[0, index]
+        assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_the_card_counts_the_tokens_and_bytes_of_answers(chat_run):
+    metadata = json.loads((chat_run / "model" / "minigpt.json").read_text())
+    train = metadata["data"]["train"]
+    assert metadata["tokenizer"]["bytes_per_token"] == train["bytes"] / train["targets"]
+    card = (chat_run / "model" / "README.md").read_text()
+    assert f"| training | {train['documents']} | {train['characters']} | {train['bytes']} " in card.replace(",", "")
+    text = (chat_run / "log.jsonl").read_text().splitlines()
+    epoch = next(json.loads(line)["epoch"] for line in text if "train_loss" in line)
+    assert metadata["training"]["epochs"] == pytest.approx(epoch, rel=0.05)  # the last batch may be smaller
+
+
+def test_evaluate_says_what_it_scores(chat_run, chats, capsys):
+    assert main(["evaluate", str(chat_run / "model"), "--data", str(chats)]) == 0
+    out = capsys.readouterr().out
+    assert "tokens of answers" in out and "60 conversations" in out and "complete conversations of at most 64" in out
+    assert "per window" not in out
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run_folder, chats, tmp_path):
+    """With half the batch each: equal losses within float32 rounding, and the score of one process."""
+    argv = ["--init_from", str(run_folder / "model"), "--data", str(chats), *FLAGS, *STEPS]
+    runs = {}
+    for processes, batch in ((1, "4"), (2, "2")):
+        runs[processes] = tmp_path / str(processes)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        command = [*launcher, str(ROOT / "scripts" / "train.py"), *argv, "--output_dir", str(runs[processes])]
+        done = subprocess.run(
+            [*command, "--per_device_train_batch_size", batch],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = rows(runs[1]), rows(runs[2])
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+    scores = [json.loads((runs[n] / "model" / "minigpt.json").read_text())["results"] for n in (1, 2)]
+    assert scores[0]["tokens"] == scores[1]["tokens"] and scores[0]["loss"] == pytest.approx(
+        scores[1]["loss"], rel=1e-3
+    )
 
 
 # -- minigpt chat -----------------------------------------------------------------------------------------------------
