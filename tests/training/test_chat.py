@@ -23,58 +23,9 @@ from minigpt_hf.data.conversations import build_conversation_stream
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.packing import ConversationDataset
 from minigpt_hf.errors import MiniGPTError
-from tests.conftest import ROOT
+from tests.conftest import CHAT_FLAGS, ROOT, fine_tune
 
 from .conftest import assert_equal, rows, state_of
-
-FLAGS = [
-    "--recipe",
-    "chat",
-    "--use_cpu",
-    "--block_size",
-    "64",
-    "--per_device_train_batch_size",
-    "2",
-    "--warmup_steps",
-    "2",
-]
-STEPS = [
-    "--max_steps",
-    "8",
-    "--save_steps",
-    "2",
-    "--eval_steps",
-    "4",
-    "--logging_steps",
-    "1",
-    "--save_total_limit",
-    "9",
-]
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    """60 additions, each followed by thanks."""
-    file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    with file.open("w") as lines:
-        for i in range(60):
-            contents = [f"{i} + 1", str(i + 1), "Thanks", "Bye."]
-            roles = ["user", "assistant"] * 2
-            messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-            lines.write(json.dumps({"messages": messages}) + "\n")
-    return file
-
-
-@pytest.fixture(scope="module")
-def chat_run(run_folder, chats, tmp_path_factory):
-    """A base model, fine-tuned for 8 steps with dropout."""
-    return fine_tune(run_folder, chats, tmp_path_factory.mktemp("runs") / "chat", "--residual_dropout", "0.1")
-
-
-def fine_tune(base, chats, folder, *flags):
-    argv = ["train", *FLAGS, *STEPS, "--init_from", base / "model", "--data", chats, "--output_dir", folder, *flags]
-    assert main([str(word) for word in argv]) == 0
-    return folder
 
 
 def test_the_published_model_stops_at_the_end_of_an_answer_and_has_the_template(chat_run, run_folder):
@@ -283,7 +234,7 @@ def test_evaluate_says_what_it_scores(chat_run, chats, capsys):
 @pytest.mark.slow
 def test_two_processes_train_as_one(run_folder, chats, tmp_path):
     """With half the batch each: equal losses within float32 rounding, and the score of one process."""
-    argv = ["--init_from", str(run_folder / "model"), "--data", str(chats), *FLAGS, *STEPS]
+    argv = ["--init_from", str(run_folder / "model"), "--data", str(chats), *CHAT_FLAGS]
     runs = {}
     for processes, batch in ((1, "4"), (2, "2")):
         runs[processes] = tmp_path / str(processes)
