@@ -123,6 +123,45 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
     assert len(metadata["sample"]["texts"]) == 1 and metadata["sample"]["texts"][0].startswith("1 + 1\n")
 
 
+@pytest.mark.parametrize("kind, size", [("bpe", 300), ("characters", None), ("bytes", 260)])
+def test_reserved_tokens_are_used_later_without_a_larger_vocabulary(kind, size, recipe_file, text, chats, tmp_path):
+    text += "0123456789"  # of the conversations
+    (tmp_path / "text.txt").write_text(text)
+    argv = ["train", "--recipe", recipe_file, "--data", tmp_path / "text.txt", "--tokenizer", kind, "--chat_tokens"]
+    assert main([*map(str, argv), "--max_steps", "2", "--output_dir", str(tmp_path / "base")]) == 0
+    base = AutoTokenizer.from_pretrained(tmp_path / "base" / "model")
+    size = size or 4 + len({*text})
+    assert len(base) == size and {"<|im_start|>", "<|im_end|>"} <= {*base.all_special_tokens}
+    assert base.eos_token == "<|endoftext|>" and base.chat_template is None
+    assert doctor.failures(doctor.examine(tmp_path / "base" / "model")) == []
+
+    run = fine_tune(tmp_path / "base", chats, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer.get_vocab() == base.get_vocab() and tokenizer.eos_token == "<|im_end|>"
+    weights = load_file(run / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(weights) == AutoModelForCausalLM.from_pretrained(run / "model").config.vocab_size == size
+
+
+def test_a_prepared_text_reserves_the_tokens(recipe_file, text_file, tmp_path, capsys):
+    argv = ["--recipe", str(recipe_file), "--max_steps", "2"]
+    prepared = ["--data", str(text_file), "--chat_tokens", "--output_dir", str(tmp_path / "text")]
+    assert main(["tokenize", *argv, *prepared]) == 0
+    train = ["train", *argv, "--data", str(tmp_path / "text"), "--output_dir", str(tmp_path / "run")]
+    assert main(train) == 0
+    assert "<|im_end|>" in AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab()
+    assert main([*train, "--chat_tokens", "false", "--fresh"]) == 2
+    assert "was prepared with chat_tokens True" in capsys.readouterr().err
+
+
+def test_a_vocabulary_without_space_for_the_reserved_tokens_is_an_error(recipe_file, text_file, tmp_path, capsys):
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run", "--chat_tokens"]
+    assert main([*map(str, argv), "--vocab_size", "259"]) == 2
+    assert "needs at least 260 (4 special tokens and 256 bytes)" in capsys.readouterr().err
+    argv = ["train", "--init_from", "user/base", "--data", text_file, "--output_dir", tmp_path / "run", "--chat_tokens"]
+    assert main([*map(str, argv)]) == 2
+    assert "chat_tokens is determined by the model of init_from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--no_muon"], ["--no_muon", "--lora_rank", "2"]])
 def test_only_lora_leaves_the_other_embeddings_unchanged(flags, run_folder, chats, tmp_path):
     run = fine_tune(run_folder, chats, tmp_path / "run", *flags)
