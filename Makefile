@@ -46,6 +46,7 @@ mutants: install
 
 # Test a trained model folder with third-party programs. The environments and the folder are stored in .neighbours/.
 neighbours: .neighbours/venv/installed .neighbours/vllm/installed .neighbours/npm/installed
+	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium; }
 	.neighbours/venv/bin/python -m pytest tests/neighbours
 
 # The subset of these tests that needs only .venv.

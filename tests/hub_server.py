@@ -150,6 +150,8 @@ ROUTES = [
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_put"),
     ("GET", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_get"),
 ]
+# Programs in browsers may read every response.
+CORS = {f"Access-Control-{name}": "*" for name in ("Allow-Origin", "Allow-Headers", "Expose-Headers")}
 # Routes that require a token.
 WRITES = {"create", "branch", "preupload", "commit", "lfs_batch", "whoami", "create_collection", "add_to_collection"}
 
@@ -175,12 +177,12 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **CORS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do
+    do_GET = do_HEAD = do_POST = do_PUT = do_OPTIONS = do
 
     def log_message(self, *args) -> None:
         """Do not log: `HubServer.requests` records every request."""
@@ -189,6 +191,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if isinstance(fault, int):
                 raise HubError(fault, message=f"injected fault {fault}")
+            if method == "OPTIONS":  # a browser asks before it sends a request to another origin
+                return 204, b"", {}
             if site := re.match(r"([\w-]+)\.static\.localhost(:|$)", self.headers["Host"] or ""):
                 return self.static_site(site[1], path)
             for route_method, pattern, name in ROUTES:
