@@ -20,11 +20,11 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# The exported page under node and in headless Chromium, which apt installs if it is missing.
+# The exported page, from a file and from a Space, under node and in headless Chromium, which apt installs if it is missing.
 browser-test: install
 	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium nodejs; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(BIN)/python -m pytest tests/export/test_html.py tests/export/test_html_browser.py
+	$(BIN)/python -m pytest tests/export/test_html.py tests/export/test_html_browser.py tests/publish/test_space_browser.py
 
 # Kill a training run 100 times, mostly during a save, and compare the final state bit for bit with an uninterrupted run.
 torture: install
@@ -46,6 +46,7 @@ mutants: install
 
 # Test a trained model folder with third-party programs. The environments and the folder are stored in .neighbours/.
 neighbours: .neighbours/venv/installed .neighbours/vllm/installed .neighbours/npm/installed
+	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium; }
 	.neighbours/venv/bin/python -m pytest tests/neighbours
 
 # The subset of these tests that needs only .venv.

@@ -34,14 +34,15 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def open_page(browser: Any, file: Path, **options: Any) -> Any:
-    """Open a page by its path, without network, and return it when the model is ready.
+def open_page(browser: Any, address: Path | str, **options: Any) -> Any:
+    """Open a page and return it when the model is ready.
 
     Args:
+        address: A path, which is opened without network, or a URL.
         options: Of `browser.new_context`, e.g. `viewport` and `color_scheme`.
     """
-    page = browser.new_context(offline=True, **options).new_page()
-    page.goto(file.resolve().as_uri())
+    page = browser.new_context(offline=isinstance(address, Path), **options).new_page()
+    page.goto(address.resolve().as_uri() if isinstance(address, Path) else address)
     page.wait_for_selector(READY, timeout=60_000)
     return page
 

@@ -16,6 +16,7 @@ import yaml
 
 # Files stored with LFS, identified by their SHA-256 (a subset of the Hub's rules).
 LFS = re.compile(r"\.(safetensors|bin|pt|gguf|onnx|parquet|arrow|zip)$")
+LARGE = 10_000_000  # bytes; larger files are stored with LFS, whatever their name
 LICENSES = {"mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "gpl-3.0", "unknown", "other"}  # a subset
 
 

@@ -4,7 +4,8 @@ Serves unmodified clients (`huggingface_hub`, `transformers`, `datasets`) throug
 stored as files (`hub_repository.py`). Unknown requests get status 404. Faults can be injected.
 
 As on the Hub, LFS files are served by a redirect to another origin (`localhost`; the API is at `127.0.0.1`), which must
-never receive a token. There is one user, `user`, with the token `TOKEN`. Tests use the fixture `hub`:
+never receive a token, and each static Space has an origin of its own (`USER-NAME.static.localhost`). There is one user,
+`user`, with the token `TOKEN`. Tests use the fixture `hub`:
 
     def test(hub):
         hub.put("user/plays", {"train.txt": b"To be"}, repo_type="datasets")  # commit without a client
@@ -15,6 +16,7 @@ never receive a token. There is one user, `user`, with the token `TOKEN`. Tests 
 import base64
 import hashlib
 import json
+import mimetypes
 import re
 import socket
 import threading
@@ -25,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .hub_repository import LFS, HubError, Repository, model_card_errors, space_card_errors
+from .hub_repository import LARGE, LFS, HubError, Repository, model_card_errors, space_card_errors
 
 TOKEN = "hf_" + "ThisTokenIsFalse" * 2  # split, so that a search for the token does not match this file
 Response = tuple[int, bytes, dict[str, str]]  # status, body, headers
@@ -117,6 +119,14 @@ class HubServer:
         entries = self.repository(repo_id, repo_type).read(revision)["files"]
         return {path: (self.root / "blobs" / entry["oid"]).read_bytes() for path, entry in entries.items()}
 
+    def static_site(self, repo_id: str) -> str:
+        """Return the URL of a static Space, which browsers resolve to loopback; Python does not."""
+        return f"http://{subdomain(repo_id)}.static.localhost:{self.http.server_port}/"
+
+
+def subdomain(repo_id: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", repo_id.lower())
+
 
 API = r"/api/(?P<type>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)"
 WEB = r"/(?:(?P<type>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)"
@@ -140,6 +150,8 @@ ROUTES = [
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_put"),
     ("GET", r"/lfs/(?P<oid>[0-9a-f]{64})", "storage_get"),
 ]
+# Programs in browsers may read every response.
+CORS = {f"Access-Control-{name}": "*" for name in ("Allow-Origin", "Allow-Headers", "Expose-Headers")}
 # Routes that require a token.
 WRITES = {"create", "branch", "preupload", "commit", "lfs_batch", "whoami", "create_collection", "add_to_collection"}
 
@@ -165,12 +177,12 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **CORS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do
+    do_GET = do_HEAD = do_POST = do_PUT = do_OPTIONS = do
 
     def log_message(self, *args) -> None:
         """Do not log: `HubServer.requests` records every request."""
@@ -179,6 +191,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if isinstance(fault, int):
                 raise HubError(fault, message=f"injected fault {fault}")
+            if method == "OPTIONS":  # a browser asks before it sends a request to another origin
+                return 204, b"", {}
+            if site := re.match(r"([\w-]+)\.static\.localhost(:|$)", self.headers["Host"] or ""):
+                return self.static_site(site[1], path)
             for route_method, pattern, name in ROUTES:
                 if method == route_method and (match := re.fullmatch(pattern, path)):
                     self.params = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
@@ -340,16 +356,28 @@ class Handler(BaseHTTPRequestHandler):
             return 416, b"", {"Content-Range": f"bytes */{len(body)}"}
         return 206, body[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(body)}"}
 
+    def static_site(self, name: str, path: str) -> Response:
+        """Serve a file of a public static Space; `index.html` is the file of a folder."""
+        for folder in (self.hub.root / "spaces").glob("*/*"):
+            repo_id = folder.relative_to(self.hub.root / "spaces").as_posix()
+            if subdomain(repo_id) == name and not self.hub.repository(repo_id, "spaces").private:
+                files = self.hub.files(repo_id, repo_type="spaces")
+                path = unquote(path).removeprefix("/") or "index.html"
+                if b"\nsdk: static\n" in files.get("README.md", b"") and path in files:
+                    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+                    return 200, files[path], {"Content-Type": kind}
+        raise HubError(404, message=f"no such file: {name}{path}")
+
     # -- uploads ------------------------------------------------------------------------------------------------------
 
     def preupload(self):
         present = self.repository.read(self.params["rev"])["files"]
 
-        def plan(path: str) -> dict:
-            mode = "lfs" if LFS.search(path) else "regular"
+        def plan(path: str, size: int) -> dict:
+            mode = "lfs" if LFS.search(path) or size > LARGE else "regular"
             return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": present.get(path, {}).get("oid")}
 
-        return {"files": [plan(file["path"]) for file in json.loads(self.body)["files"]]}
+        return {"files": [plan(file["path"], file["size"]) for file in json.loads(self.body)["files"]]}
 
     def lfs_batch(self):
         def plan(blob: dict) -> dict:

@@ -27,7 +27,8 @@ def parser() -> Parser:
         nargs="?",
         const="",
         metavar="USER/NAME",
-        help="also create a Space with a demo (default: with the name of the model)",
+        help="also create a Space with a demo: a page that runs the model in the browser, or a program if the model does "
+        "not fit into a page (default: with the name of the model)",
     )
     parser.add_argument(
         "--collection", help="also add the model to this collection: its slug, or a title; created if it does not exist"
@@ -43,6 +44,7 @@ def run(argv: list[str]) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     from ..doctor import examine, failures
+    from ..export.html import demo_page
     from ..publish.push import check_complete, check_revision, file_states, push_folder
 
     quiet()
@@ -64,5 +66,6 @@ def run(argv: list[str]) -> None:
         raise MiniGPTError(
             f"{folder}: not uploaded, checks failed: {faults}; `minigpt doctor {folder}` prints the remedies"
         )
-    urls = push_folder(folder, args.repo_id, args.revision, args.private, checked, space, args.collection)
+    page = None if space is None else demo_page(folder, args.repo_id)
+    urls = push_folder(folder, args.repo_id, args.revision, args.private, checked, space, page, args.collection)
     print(*urls, sep="\n")

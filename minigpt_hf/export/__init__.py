@@ -59,6 +59,7 @@ def export_model(folder: Path, out: Path, to: str, dtype: str | None = None, con
     try:
         module = import_module(f".{to}", __name__)
     except ModuleNotFoundError as error:
-        raise MiniGPTError(f"--to {to} needs {error.name}, which is not installed: pip install {error.name}") from error
+        package = (error.name or "").partition(".")[0]
+        raise MiniGPTError(f"--to {to} needs {package}, which is not installed: pip install {package}") from error
     getattr(module, f"export_{to}")(folder, out, dtype, context)
     return module.VERIFIED

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..atomic import new_folder
@@ -32,7 +32,7 @@ from ..training.run_folder import RunFolder, read_log
 from ..trust import read_metadata
 from .conversion import check_context, check_output, file_name, load_model, sampling_settings, verify
 from .html_document import document
-from .html_tokenizer import chat_format, page_tokenizer
+from .html_tokenizer import NotInPage, chat_format, page_tokenizer
 from .native import comparison_ids, comparison_prompts
 
 logger = logging.getLogger(__name__)
@@ -61,72 +61,138 @@ def export_html(folder: Path, out: Path, dtype: str | None = None, context: int 
 
     Args:
         dtype: `float32`, `float16` or `int8`, for the matrices. Default: `float16` if it leaves the greedy continuations of
-            all prompts unchanged, otherwise `float32`.
+            all prompts unchanged or `float32` weights would be too large, otherwise `float32`.
         context: Maximum context in tokens. Default: that of the model.
 
     Raises:
         MiniGPTError: if the page cannot represent the model, its weights are too large, or `out` exists.
     """
     check_output(out, folder)
+    try:
+        source = _source(folder)
+    except NotInPage as error:
+        raise MiniGPTError(f"{error}; use `--to native`") from error
+    check_context(source.model.config, context)
+    if source.lacks_chat:
+        logger.warning(f"{folder}: its chat template is not ChatML; the page continues text and offers no chat")
+    page = _page(source, dtype, context)
+    with new_folder(out) as unfinished:
+        (unfinished / f"{file_name(folder)}.html").write_text(page, encoding="utf-8", newline="\n")
+    return out
+
+
+def demo_page(folder: Path, name: str) -> str | None:
+    """Return the page of a model for its Space, or None, with the reason in the log, if it has none.
+
+    Args:
+        name: Hub id of the model, which the page shows.
+    """
+    try:
+        source = _source(folder)
+        if (size := _megabytes(source.model, "float16")) > MAX_MEGABYTES:
+            raise NotInPage(f"its weights need {size:,.0f} MB in float16, and a page holds at most {MAX_MEGABYTES} MB")
+        if source.lacks_chat:
+            raise NotInPage("its chat template is not ChatML")
+    except NotInPage as error:
+        logger.warning(f"the Space runs a program on a server instead of a page: {error}")
+        return None
+    return _page(source, name=name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that the page can represent.
+
+    Args:
+        tokenizer: Loaded tokenizer.
+        vocabulary: The tokenizer as data of the page.
+        chat: The chat template as data of the page; None if there is none, or if it is not ChatML.
+    """
+
+    folder: Path
+    model: MiniGPTForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: dict[str, Any]
+    chat: dict[str, Any] | None
+
+    @property
+    def lacks_chat(self) -> bool:
+        """Whether the model has a chat template that the page cannot represent."""
+        return self.tokenizer.chat_template is not None and self.chat is None
+
+
+def _source(folder: Path) -> Source:
+    """Load a model.
+
+    Raises:
+        NotInPage: if the page cannot represent it.
+        MiniGPTError: if it cannot be loaded.
+    """
     model = load_model(folder).float()
-    config, metadata = model.config, read_metadata(folder)
+    config = model.config
     assert config.rope_parameters is not None  # `PreTrainedConfig` sets the default
     if (kind := config.rope_parameters["rope_type"]) != "default":
-        raise MiniGPTError(
-            f"{folder}: its RoPE is scaled ({kind}); the page supports only unscaled RoPE; use `--to native`"
-        )
+        raise NotInPage(f"{folder}: its RoPE is scaled ({kind}); the page supports only unscaled RoPE")
     if config.hidden_act != "silu":
-        raise MiniGPTError(f"{folder}: its activation is {config.hidden_act}; the page supports only silu")
-    check_context(config, context)
+        raise NotInPage(f"{folder}: its activation is {config.hidden_act}; the page supports only silu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    vocabulary, chat = page_tokenizer(tokenizer, config.vocab_size), chat_format(tokenizer)
-    if tokenizer.chat_template is not None and chat is None:
-        logger.warning(f"{folder}: its chat template is not ChatML; the page continues text and offers no chat")
+    vocabulary = page_tokenizer(tokenizer, config.vocab_size)
+    return Source(folder, model, tokenizer, vocabulary, chat_format(tokenizer))
+
+
+def _page(source: Source, dtype: str | None = None, context: int | None = None, name: str | None = None) -> str:
+    """Return the page, after verifying it.
+
+    Args:
+        name: Name of the model. Default: that in the metadata, or of the folder.
+    """
+    folder, model, metadata = source.folder, source.model, read_metadata(source.folder)
     _check_size(folder, model, dtype or "int8")
-    with new_folder(out) as unfinished:
-        weights = _weights(model, dtype)
-        _check_size(folder, model, weights.dtype)
-        data = {
-            "name": _text(metadata, "name") or folder.resolve().name,
-            "version": __version__,
-            "parameters": model.num_parameters(),
-            "config": _settings(model, context),
-            "tokenizer": vocabulary,
-            "chat": chat,
-            "hasTemplate": tokenizer.chat_template is not None,
-            "bos": bos_token_id(tokenizer),
-            "stop": _stop_ids(model, chat),
-            "sampling": sampling_settings(model.generation_config),
-            "prompt": _text(metadata, "sample", "prompt"),
-            "tensors": weights.tensors,
-            "storage": {
-                "dtype": weights.dtype,
-                "bytes": len(weights.content),
-                "difference": weights.difference,
-                "equal": weights.equal,
-                "prompts": PROMPTS,
-            },
-            "stages": _stages(),
-            "facts": _facts(metadata, model),
-            "log": _log(folder),
-        }
-        file = unfinished / f"{file_name(folder)}.html"
-        file.write_text(document(data, weights.content), encoding="utf-8", newline="\n")
-        _verify(file, weights)
+    weights = _weights(model, dtype)
+    _check_size(folder, model, weights.dtype)
+    data = {
+        "name": name or _text(metadata, "name") or folder.resolve().name,
+        "version": __version__,
+        "parameters": model.num_parameters(),
+        "config": _settings(model, context),
+        "tokenizer": source.vocabulary,
+        "chat": source.chat,
+        "hasTemplate": source.tokenizer.chat_template is not None,
+        "bos": bos_token_id(source.tokenizer),
+        "stop": _stop_ids(model, source.chat),
+        "sampling": sampling_settings(model.generation_config),
+        "prompt": _text(metadata, "sample", "prompt"),
+        "tensors": weights.tensors,
+        "storage": {
+            "dtype": weights.dtype,
+            "bytes": len(weights.content),
+            "difference": weights.difference,
+            "equal": weights.equal,
+            "prompts": PROMPTS,
+        },
+        "stages": _stages(),
+        "facts": _facts(metadata, model),
+        "log": _log(folder),
+    }
+    page = document(data, weights.content)
+    _verify(page, weights)
     logger.info(
         f"weights in {weights.dtype}: the logits differ by at most {weights.difference:.1e}, and {weights.equal} of "
         f"{PROMPTS} greedy continuations are equal"
     )
-    return out
+    return page
+
+
+def _megabytes(model: MiniGPTForCausalLM, dtype: str) -> float:
+    return model.num_parameters() * np.dtype(NUMPY_TYPES[dtype]).itemsize / 1e6
 
 
 def _check_size(folder: Path, model: MiniGPTForCausalLM, dtype: str) -> None:
-    megabytes = {name: model.num_parameters() * np.dtype(kind).itemsize / 1e6 for name, kind in NUMPY_TYPES.items()}
-    if megabytes[dtype] > MAX_MEGABYTES:
-        smaller = [name for name, size in megabytes.items() if size <= MAX_MEGABYTES]
+    if (size := _megabytes(model, dtype)) > MAX_MEGABYTES:
+        smaller = [name for name in NUMPY_TYPES if _megabytes(model, name) <= MAX_MEGABYTES]
         remedy = f"use --dtype {' or '.join(smaller)}" if smaller else "use `--to native`, `gguf` or `onnx`"
         raise MiniGPTError(
-            f"{folder}: its weights need {megabytes[dtype]:,.0f} MB in {dtype}, and a page holds at most "
+            f"{folder}: its weights need {size:,.0f} MB in {dtype}, and a page holds at most "
             f"{MAX_MEGABYTES} MB; {remedy}"
         )
 
@@ -156,14 +222,18 @@ class Weights:
 
 
 def _weights(model: MiniGPTForCausalLM, dtype: str | None) -> Weights:
-    """Convert the weights to `dtype`, by default to float16 if no greedy continuation changes, otherwise to float32."""
+    """Convert the weights to `dtype`.
+
+    The default is float16 if no greedy continuation changes, or if float32 would be too large, otherwise float32.
+    """
     largest = max(float(weight.detach().abs().max()) for weight in model.parameters())
     fits = largest <= torch.finfo(torch.float16).max
     if dtype == "float16" and not fits:
         raise MiniGPTError(f"a weight of {largest:.3g} exceeds 65,504, the largest float16: choose another --dtype")
     if dtype is None:
         half = _converted(model, "float16") if fits else None
-        return half if half is not None and half.equal == PROMPTS else _converted(model, "float32")
+        is_needed = _megabytes(model, "float32") > MAX_MEGABYTES
+        return half if half is not None and (half.equal == PROMPTS or is_needed) else _converted(model, "float32")
     return _converted(model, dtype)
 
 
@@ -212,9 +282,8 @@ def _deviation(model: MiniGPTForCausalLM, rounded: MiniGPTForCausalLM) -> tuple[
     return difference, equal
 
 
-def _verify(file: Path, weights: Weights) -> None:
+def _verify(page: str, weights: Weights) -> None:
     """Read the weights back from the page and compare them with those that were compared with the model."""
-    page = file.read_text(encoding="utf-8")
     blocks = dict(re.findall(r'<script type="[^"]*" id="(data|weights)">(.*?)</script>', page, re.DOTALL))
     content, expected = base64.b64decode(blocks["weights"]), dict(weights.model.named_parameters())
     tensors = json.loads(blocks["data"])["tensors"]

@@ -23,6 +23,10 @@ TEMPLATE_NODES = (
 GROWING = (nodes.Add, nodes.Concat)
 
 
+class NotInPage(MiniGPTError):
+    """The page cannot represent a model or its tokenizer."""
+
+
 def page_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
     """Return the arguments of the constructor of `Tokenizer` in `page/tokenizer.js`.
 
@@ -30,7 +34,7 @@ def page_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, A
         rows: Number of embeddings of the model.
 
     Raises:
-        MiniGPTError: if the page would not encode and decode every text to the same token ids and back.
+        NotInPage: if the page would not encode and decode every text to the same token ids and back.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = settings["model"], settings["added_tokens"]
@@ -130,5 +134,5 @@ def _is_bounded(template: str) -> bool:
     return len(template) < 100_000 and is_bounded(tree, False)
 
 
-def _unsupported(reason: str) -> MiniGPTError:
-    return MiniGPTError(f"the tokenizer cannot be represented in the page: {reason}; use `--to native` or `--to onnx`")
+def _unsupported(reason: str) -> NotInPage:
+    return NotInPage(f"the tokenizer cannot be represented in the page: {reason}")

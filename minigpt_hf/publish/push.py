@@ -35,7 +35,7 @@ from ..model.native import qwen3_settings
 from ..trust import read_metadata
 from .card import Place, base_model, card_for
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
-from .space import PROGRAM_FILES, space_of
+from .space import PROGRAM_FILES, Space, space_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def push_folder(
     private: bool = False,
     checked: dict[Path, tuple[int, ...]] | None = None,
     space: str | None = None,
+    page: str | None = None,
     collection: str | None = None,
 ) -> list[str]:
     """Upload a model folder: its native twin, and, next to `main`, the folder itself as branch `minigpt`.
@@ -83,7 +84,8 @@ def push_folder(
         revision: Branch; created if it does not exist. Default: `main`.
         private: Create a private repository.
         checked: Result of `file_states` before the folder was checked; nothing is uploaded if a file has changed since.
-        space: USER/NAME of a Space that demonstrates the model; created if it does not exist.
+        space: USER/NAME of a Space that demonstrates the model; created if it does not exist, private if the model is.
+        page: HTML that runs the model in a browser, the content of the Space. Default: a program that loads the model.
         collection: Title of a collection of the user, created if it does not exist, or the slug of an existing one, to which
             the model and its Space are added.
 
@@ -98,16 +100,19 @@ def push_folder(
     check_revision(revision)
     repo_id = open_repository(repo_id, private)
     if space is not None:
-        space = open_repository(space, private, space_of(repo_id).sdk)
+        with hub_errors(repo_id):
+            private = private or bool(HfApi().model_info(repo_id).private)  # a page contains the weights
+        content = space_of(repo_id, page)
+        space = open_repository(space, private, content.sdk)
         check_space(space, repo_id)
     urls = commit_folder(folder, repo_id, revision, space=space, checked=checked)
     if space is not None:
         with naming(urls):
-            urls.append(commit_space(read_metadata(folder), repo_id, space))
+            urls.append(commit_space(content, read_metadata(folder), repo_id, space))
     if collection is not None:
         with naming(urls):
             urls.append(add_to_collection(collection, repo_id, space, private))
-    if private and space is not None:
+    if private and space is not None and page is None:
         logger.warning("%s reads the private model with a token: store one as its secret HF_TOKEN", space)
     return urls
 
@@ -186,9 +191,8 @@ def commit_folder(
     return urls
 
 
-def commit_space(metadata: dict[str, Any], repo_id: str, space: str) -> str:
+def commit_space(content: Space, metadata: dict[str, Any], repo_id: str, space: str) -> str:
     """Update a Space to the demo of a model in one commit, and return its URL."""
-    content = space_of(repo_id)
     files: dict[str, Path | bytes] = {"README.md": content.card(metadata, repo_id), **content.files}
     return _commit(files, space, "main", "Upload demo", repo_type="space")
 

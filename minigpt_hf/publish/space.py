@@ -1,4 +1,4 @@
-"""The files of a Space that demonstrates a model: its configuration (`README.md`), program and requirements."""
+"""The files of a Space that demonstrates a model: its configuration (`README.md`), and a page or a program."""
 
 import json
 from dataclasses import dataclass
@@ -53,12 +53,15 @@ class Space:
         return f"---\n{data.to_yaml()}\n---\n\nDemo of [{repo_id}]({link}).\n".encode()
 
 
-def space_of(repo_id: str) -> Space:
-    """Return the Space of a model: a program that loads the model from the Hub.
+def space_of(repo_id: str, page: str | None = None) -> Space:
+    """Return the Space of a model: its page, or else a program that loads the model from the Hub.
 
     Args:
         repo_id: Hub id of the model.
+        page: HTML that runs the model in a browser.
     """
+    if page is not None:
+        return Space("static", {"index.html": page.encode()}, {"app_file": "index.html"})
     app = APP.read_text(encoding="utf-8")
     assert app.count(PLACEHOLDER) == 1
     versions = f"torch=={torch.__version__.partition('+')[0]}\ntransformers=={transformers.__version__}\n"

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+from functools import cache
 
 import pytest
 import yaml
@@ -9,25 +11,46 @@ from huggingface_hub import HfApi, SpaceCard
 
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
+from minigpt_hf.export import html
 from minigpt_hf.publish.space import GRADIO
+from tests import hub_server
 from tests.conftest import ROOT
+
+demo_page = cache(html.demo_page)  # measuring the rounded weights takes most of the time of a push
+TEMPLATE = (  # an answer follows "assistant:" and ends with the EOS token
+    "{% for message in messages %}{{ message.role }}:{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+PAGE = {"index.html"}
+PROGRAM = {"app.py", "requirements.txt"}
+MEASURED = r"weights in float\d\d: the logits differ by at most \S+, and \d+ of 20 greedy continuations are equal\n"
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Check files only, and retry without pauses."""
+    """Check files only, measure each page once, and retry without pauses."""
     monkeypatch.setattr(doctor, "examine", doctor.examine_files)
+    monkeypatch.setattr(html, "demo_page", demo_page)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+@pytest.fixture(scope="session")
+def with_template(run_folder, tmp_path_factory):
+    """A model folder with a chat template that the page cannot represent."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(run_folder / "model", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
 def push(run_folder, capsys):
     """Run `minigpt push` of a model folder as `user/tiny`; return exit code, output and errors."""
 
-    def push(*flags: str) -> tuple[int, str, str]:
-        code = main(["push", str(run_folder / "model"), "--repo-id", "user/tiny", *flags])
+    def push(*flags: str, folder=run_folder / "model") -> tuple[int, str, str]:
+        code = main(["push", str(folder), "--repo-id", "user/tiny", *flags])
         captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, captured.out, re.sub(MEASURED, "", captured.err)
 
     return push
 
@@ -36,22 +59,73 @@ def model_urls(hub) -> str:
     return f"{hub.endpoint}/user/tiny\n{hub.endpoint}/user/tiny/tree/minigpt\n"
 
 
+def demo(hub, name: str = "user/tiny") -> dict[str, bytes]:
+    """The files of a Space, without those that every Space has."""
+    files = hub.files(name, repo_type="spaces")
+    return {path: content for path, content in files.items() if path not in (".gitattributes", "README.md")}
+
+
+def titles(hub, name: str) -> list[str]:
+    return [commit["title"] for commit in hub.repository(name, "spaces").history()]
+
+
 @pytest.mark.parametrize(("flags", "name"), [(["--space"], "user/tiny"), (["--space", "demo"], "user/demo")])
-def test_a_space_is_created_in_the_same_command_and_linked_from_the_card(flags, name, push, hub):
+def test_a_space_with_the_page_is_created_in_the_same_command_and_linked_from_the_card(
+    flags, name, push, hub, run_folder
+):
     code, out, err = push(*flags)
     assert (code, out, err) == (0, f"{model_urls(hub)}{hub.endpoint}/spaces/{name}\n", "")
-    files = hub.files(name, repo_type="spaces")
-    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert demo(hub, name) == {"index.html": demo_page(run_folder / "model", "user/tiny").encode()}
+    assert b'"name": "user/tiny"' in demo(hub, name)["index.html"]
     card = SpaceCard.load(name)
+    card.validate()  # asks the Hub
+    assert (card.data.sdk, card.data.app_file, card.data.models) == ("static", "index.html", ["user/tiny"])
+    assert f"https://huggingface.co/spaces/{name}" in hub.files("user/tiny")["README.md"].decode()
+    assert push(*flags)[0] == 0  # updates the existing Space; nothing is new, so there is no commit
+    assert titles(hub, name) == ["Upload demo", "initial commit"]
+
+
+def test_a_model_that_does_not_fit_into_a_page_gets_a_program(push, hub, with_template):
+    code, out, err = push("--space", folder=with_template)
+    assert (code, out) == (0, f"{model_urls(hub)}{hub.endpoint}/spaces/user/tiny\n")
+    assert err == "the Space runs a program on a server instead of a page: its chat template is not ChatML\n"
+    files = demo(hub)
+    assert set(files) == PROGRAM
+    card = SpaceCard.load("user/tiny")
     card.validate()  # asks the Hub
     assert (card.data.sdk, card.data.sdk_version, card.data.app_file) == ("gradio", GRADIO, "app.py")
     assert card.data.models == ["user/tiny"]
     ast.parse(files["app.py"])
     assert files["app.py"].count(b'\nMODEL = "user/tiny"\n') == 1
     assert re.fullmatch(r"torch==[\d.]+\ntransformers==[\d.]+\n", files["requirements.txt"].decode())
-    assert f"https://huggingface.co/spaces/{name}" in hub.files("user/tiny")["README.md"].decode()
-    assert push(*flags)[0] == 0  # updates the existing Space; nothing is new, so there is no commit
-    assert [commit["title"] for commit in hub.repository(name, "spaces").history()] == ["Upload demo", "initial commit"]
+    assert push("--space", folder=with_template)[0] == 0
+    assert titles(hub, "user/tiny") == ["Upload demo", "initial commit"]
+
+
+@pytest.mark.parametrize(("bytes_per_parameter", "files"), [(1.9, PROGRAM), (2.1, PAGE)])
+def test_the_page_needs_weights_below_the_limit_in_float16(
+    bytes_per_parameter, files, push, hub, run_folder, monkeypatch
+):
+    """Below four bytes per parameter, float16 is used even if it changes a greedy continuation."""
+    weights = (run_folder / "model" / "model.safetensors").stat().st_size / 4e6  # MB with one byte per parameter
+    monkeypatch.setattr(html, "MAX_MEGABYTES", round(bytes_per_parameter * weights, 4))
+    monkeypatch.setattr(html, "demo_page", demo_page.__wrapped__)
+    code, _, err = push("--space")
+    assert code == 0
+    assert set(demo(hub)) == files
+    if files == PROGRAM:
+        pattern = (
+            "the Space runs a program on a server .*: its weights need .* MB in float16, and a page holds at most .*\n"
+        )
+        assert re.fullmatch(pattern, err)
+
+
+def test_page_and_program_replace_each_other_in_one_commit(push, hub, with_template, run_folder):
+    for folder, files in ((with_template, PROGRAM), (run_folder / "model", PAGE), (with_template, PROGRAM)):
+        assert push("--space", folder=folder)[0] == 0
+        assert set(demo(hub)) == files
+        assert SpaceCard.load("user/tiny").data.sdk == ("static" if files == PAGE else "gradio")
+    assert titles(hub, "user/tiny") == ["Upload demo"] * 3 + ["initial commit"]
 
 
 def test_a_later_push_without_the_flag_keeps_the_link_to_the_space_of_the_same_name(push, hub):
@@ -85,11 +159,16 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["page", "program"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_reported_in_one_line_and_leaves_the_space_as_it_was(fault, push, hub):
+def test_a_fault_is_reported_in_one_line_and_leaves_the_space_as_it_was(
+    fault, kind, push, hub, run_folder, with_template
+):
+    folder = run_folder / "model" if kind == "page" else with_template
     method, path, effect = FAULTS[fault]
     hub.fail(method, path, effect)
-    code, out, err = push("--space")
+    code, out, err = push("--space", folder=folder)
+    err = re.sub("the Space runs a program .*\n", "", err)
     assert (code, out, err.count("\n")) == (2, "", 1)
     if "created" in fault:
         with pytest.raises(Exception, match="does not exist"):
@@ -98,15 +177,48 @@ def test_a_fault_is_reported_in_one_line_and_leaves_the_space_as_it_was(fault, p
         assert f"{hub.endpoint}/user/tiny was updated before" in err
         assert set(hub.files("user/tiny", repo_type="spaces")) == {".gitattributes"}
     hub.faults.clear()
+    assert push("--space", folder=folder)[0] == 0
+    assert set(demo(hub)) == (PAGE if kind == "page" else PROGRAM)
+
+
+@pytest.mark.parametrize("effect", [500, "disconnect"])
+def test_a_large_page_is_uploaded_to_the_storage_before_its_commit(effect, push, hub, monkeypatch):
+    """As weights are; the Space is not changed if that fails, and the model is complete."""
+    monkeypatch.setattr(hub_server, "LARGE", 10_000)
+    assert push()[0] == 0
+    hub.fail("PUT", "/lfs/", effect)
+    code, out, err = push("--space")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{hub.endpoint}/user/tiny was updated before" in err
+    assert demo(hub) == {}
+    assert "model.safetensors" in hub.files("user/tiny")
+    hub.faults.clear()
     assert push("--space")[0] == 0
-    assert "app.py" in hub.files("user/tiny", repo_type="spaces")
+    assert hub.repository("user/tiny", "spaces").read("main")["files"]["index.html"]["lfs"]
 
 
-def test_a_private_model_has_a_private_space_and_the_missing_token_is_reported(push, hub):
-    code, _, err = push("--space", "--private")
-    assert code == 0
+@pytest.mark.parametrize("flags", [["--space", "--private"], ["--space"]])
+def test_the_space_of_a_private_model_is_private_and_contains_its_page(flags, push, hub):
+    """Also if the repository existed and the flag is not repeated: the page contains the weights."""
+    assert push("--private")[0] == 0
+    assert push(*flags)[::2] == (0, "")
     assert hub.repository("user/tiny", "spaces").private
-    assert err == "user/tiny reads the private model with a token: store one as its secret HF_TOKEN\n"
+    assert set(demo(hub)) == PAGE
+
+
+def test_a_program_that_reads_a_private_model_needs_a_token(push, hub, with_template):
+    code, _, err = push("--space", "--private", folder=with_template)
+    assert code == 0
+    assert err.endswith("user/tiny reads the private model with a token: store one as its secret HF_TOKEN\n")
+
+
+def test_the_page_of_a_private_model_is_not_written_to_a_public_space(push, hub):
+    hub.put("user/demo", {"README.md": b"---\nmodels: [user/tiny]\n---\n"}, repo_type="spaces")
+    assert push("--private")[0] == 0
+    code, out, err = push("--space", "demo")
+    assert (code, out) == (2, "")
+    assert err.startswith("minigpt push: user/demo: exists and is public: ")
+    assert set(demo(hub, "user/demo")) == set()
 
 
 def test_model_and_space_are_added_to_a_collection_by_title_and_by_slug(push, hub):
@@ -140,8 +252,8 @@ def test_the_pinned_version_of_gradio_is_the_tested_one():
     assert f"gradio=={GRADIO}\n" in requirements
 
 
-def test_the_metadata_is_yaml_that_quotes_the_version(push, hub):
+def test_the_metadata_is_yaml_that_quotes_the_version(push, hub, with_template):
     """Unquoted, a version such as 6.10 would be read as the number 6.1."""
-    assert push("--space")[0] == 0
+    assert push("--space", folder=with_template)[0] == 0
     text = hub.files("user/tiny", repo_type="spaces")["README.md"].decode()
     assert isinstance(yaml.safe_load(text.split("---")[1])["sdk_version"], str)
