@@ -35,6 +35,7 @@ INTERVALS = {
     "max_position_embeddings": "[1, inf)",
     "sliding_window": "[2, inf)",  # with a window of 1, the caches of transformers keep all tokens
     **dict.fromkeys(("max_window_layers", "lora_rank", "sample_tokens", "early_stopping_patience"), "[0, inf)"),
+    "logits_chunk_size": "[0, inf)",
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("gradient_accumulation_steps",), "[1, inf)"),
     **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "eval_delay", "warmup_steps"), "[0, inf)"),
@@ -340,6 +341,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
             "the next one; the weight falls linearly to 0, and the head is not published. 0: none."
         },
     )
+    logits_chunk_size: int = field(
+        default=0,
+        metadata={
+            "help": "Number of tokens whose logits and loss are computed at a time, which saves memory with large "
+            "vocabularies; 0: all."
+        },
+    )
     sample_prompt: str | None = field(
         default=None,
         metadata={
@@ -461,6 +469,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
         for name in ("fsdp", "deepspeed", "label_smoothing_factor"):
             if self.mtp_loss_weight and getattr(self, name):
                 raise MiniGPTError(f"mtp_loss_weight is not supported with {name}: omit one of them")
+        for name in ("fsdp", "deepspeed", "label_smoothing_factor", "fp16"):  # fp16: the gradients are not yet scaled
+            if self.logits_chunk_size and getattr(self, name):
+                raise MiniGPTError(f"logits_chunk_size is not supported with {name}: omit one of them")
         if self.ignore_data_skip:
             raise MiniGPTError(
                 "ignore_data_skip is not supported: the position in the data is computed, so resuming reads no data that "

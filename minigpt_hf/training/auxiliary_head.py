@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint import changed_error, load_checked
+from .chunked_loss import chunked_cross_entropy
 
 NAME = "auxiliary_head"  # attribute of the model, and prefix of the parameter's name
 FILE = "auxiliary_head.pt"  # not .safetensors: some programs load every file of this type in a folder
@@ -48,6 +49,7 @@ def add_auxiliary_loss(
     shift_labels: torch.Tensor,
     weight: float,
     scale: float | torch.Tensor,
+    chunk_size: int = 0,
 ) -> torch.Tensor:
     """Add the gradient of the auxiliary loss to a loss, whose value is unchanged, bit for bit.
 
@@ -57,10 +59,14 @@ def add_auxiliary_loss(
         shift_labels: [B, T], the next tokens; -100 is ignored.
         weight: Weight of the auxiliary loss.
         scale: Factor of the sum over tokens, as in `loss`: the reciprocal of the number of tokens in the step.
+        chunk_size: Number of tokens whose logits are computed at a time; 0 for all.
     """
-    logits = getattr(model, NAME)(hidden_states[:, :-1])  # [B, T - 1, V]
-    labels = shift_labels[:, 1:]  # [B, T - 1]: the tokens after the next ones
-    auxiliary = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") * scale
+    states, labels = hidden_states[:, :-1], shift_labels[:, 1:]  # [B, T - 1, H], and the tokens after the next ones
+    if chunk_size:
+        auxiliary = chunked_cross_entropy(states, getattr(model, NAME).weight, labels, scale, chunk_size)
+    else:
+        logits = getattr(model, NAME)(states)  # [B, T - 1, V]
+        auxiliary = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") * scale
     return loss + weight * (auxiliary - auxiliary.detach())
 
 

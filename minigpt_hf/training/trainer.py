@@ -56,6 +56,7 @@ from .checkpoint import (
     remove_old_checkpoints,
     staging_folder,
 )
+from .chunked_loss import chunked_cross_entropy
 from .optimizer import optimizer_factory
 from .report import describe, training_result
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
@@ -354,17 +355,26 @@ class MiniGPTTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Overridden to add the auxiliary loss of multi-token prediction, and because the Trainer's label smoothing shifts
-        labels itself and so ignores `shift_labels`."""
-        if self.args.mtp_loss_weight:
-            inputs = {**inputs, "output_hidden_states": True}
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            labels, weight = inputs["shift_labels"], self.args.mtp_loss_weight
-            weight *= 1 - self.state.global_step / self.state.max_steps
-            num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        """Overridden to compute the loss in chunks, to add the auxiliary loss of multi-token prediction, and because the
+        Trainer's label smoothing shifts labels itself and so ignores `shift_labels`."""
+        chunk_size, weight = self.args.logits_chunk_size, self.args.mtp_loss_weight
+        if chunk_size or weight:
+            labels = inputs["shift_labels"]
+            num_items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
             averages = num_items_in_batch is not None and self.args.average_tokens_across_devices
             scale = (self.accelerator.num_processes if averages else 1) / num_items
-            loss = add_auxiliary_loss(loss, self.model, outputs.hidden_states[-1], labels, weight, scale)
+            inputs = {**inputs, "output_hidden_states": True}
+            if chunk_size:  # the model computes the logits of the last position only
+                others = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+                outputs = model(**others, logits_to_keep=1)
+                head = self.model.get_output_embeddings().weight
+                loss = chunked_cross_entropy(outputs.hidden_states[-1], head, labels, scale, chunk_size)
+            else:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if weight:
+                weight *= 1 - self.state.global_step / self.state.max_steps
+                states = outputs.hidden_states[-1]
+                loss = add_auxiliary_loss(loss, self.model, states, labels, weight, scale, chunk_size)
             return (loss, outputs) if return_outputs else loss
         if self.label_smoother is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
