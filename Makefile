@@ -16,8 +16,8 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README.
-test-slow: install
+# Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README, notebooks.
+test-slow: .venv/slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The exported page, from a file and from a Space, under node and in headless Chromium, which apt installs if it is missing.
@@ -63,6 +63,10 @@ lint: install
 	$(BIN)/mypy
 
 install: .venv/installed
+
+.venv/slow: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks]'
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
