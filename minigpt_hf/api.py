@@ -251,6 +251,7 @@ def score_answers(
     *,
     split: Literal["all", "train", "validation"] = "all",
     batch_size: int | None = None,
+    save: bool = False,
     trust_remote_code: bool = False,
     **reading: Any,
 ) -> "tuple[AnswerScore, list[dict[str, str]]]":
@@ -262,6 +263,7 @@ def score_answers(
         metric: `exact`, `chrf`, `bleu` or `rouge`; see `inference.answers`.
         split: Part of the conversations, divided as in training.
         batch_size: Answers that are generated together. Default: 32.
+        save: Add the score to `minigpt.json` and the card of the model folder; if that is not possible, the reason is logged.
         trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
         reading: `validation_fraction`, `encoding`, …, `system`, as in `evaluate`.
 
@@ -282,12 +284,23 @@ def score_answers(
     from tqdm.auto import tqdm
 
     from .data.conversations import conversations_in
+    from .data.corpus import public_name
     from .inference.answers import score_answers
+    from .publish.model_folder import save_score
 
     loaded, tokenizer = load(model, trust_remote_code)
     documents = read_part(data, split, recipe_of(model), reading)
     with tqdm(total=documents.number_of_documents, desc="answering", delay=2, leave=False) as bar:
-        return score_answers(loaded, tokenizer, conversations_in(documents), metric, batch_size or 32, bar.update)
+        result = score_answers(loaded, tokenizer, conversations_in(documents), metric, batch_size or 32, bar.update)
+    if save:
+        identity = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
+        try:
+            save_score(Path(model), {"data": identity, **result[0].to_dict()})
+        except (MiniGPTError, OSError) as error:  # the result of a long computation is returned
+            logger.warning("the score is not saved: %s", error)
+        else:
+            logger.info("saved in minigpt.json and README.md of %s", model)
+    return result
 
 
 def generate(

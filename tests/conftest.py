@@ -13,6 +13,7 @@ os.environ["HF_ENDPOINT"] = HUB.endpoint
 
 import argparse
 import gc
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -47,6 +48,13 @@ sample_tokens: 10
 sample_prompt: "def "
 use_cpu: true
 """
+
+
+# A fine-tuning run on conversations.
+CHAT_FLAGS = (
+    "--recipe chat --use_cpu --block_size 64 --per_device_train_batch_size 2 --warmup_steps 2 "
+    "--max_steps 8 --save_steps 2 --eval_steps 4 --logging_steps 1 --save_total_limit 9"
+).split()
 
 
 def pytest_configure():
@@ -141,4 +149,30 @@ def run_folder(text_file, recipe_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(folder)]
     assert main(argv) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """60 additions, each followed by thanks."""
+    file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    with file.open("w") as lines:
+        for i in range(60):
+            contents = [f"{i} + 1", str(i + 1), "Thanks", "Bye."]
+            roles = ["user", "assistant"] * 2
+            messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def chat_run(run_folder, chats, tmp_path_factory) -> Path:
+    """`run_folder`, fine-tuned for 8 steps with dropout."""
+    return fine_tune(run_folder, chats, tmp_path_factory.mktemp("runs") / "chat", "--residual_dropout", "0.1")
+
+
+def fine_tune(base: Path, chats: Path, folder: Path, *flags) -> Path:
+    """Fine-tune the model of a run folder on conversations; return the new run folder."""
+    argv = ["train", *CHAT_FLAGS, "--init_from", base / "model", "--data", chats, "--output_dir", folder, *flags]
+    assert main([str(word) for word in argv]) == 0
     return folder

@@ -52,6 +52,11 @@ def parser() -> Parser:
         help="with --chat: generate the last answer of each conversation and compare it with the given one",
     )
     parser.add_argument("--answers", help="with --score: JSON Lines file for questions, references and answers")
+    parser.add_argument(
+        "--no_save",
+        action="store_true",
+        help="with --score: do not add the score to minigpt.json and the card of the model folder",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="execute Python code of the model repository")
     return parser
@@ -60,12 +65,13 @@ def parser() -> Parser:
 def run(argv: list[str]) -> None:
     """Score the text and print the result."""
     settings = vars(parser().parse_args(argv))
-    as_json, metric, answers = (settings.pop(name) for name in ("json", "score", "answers"))
+    as_json, metric, answers, no_save = (settings.pop(name) for name in ("json", "score", "answers", "no_save"))
     if metric is not None:
-        _score_answers(settings, metric, answers, as_json)
+        _score_answers(settings, metric, answers, as_json, save=not no_save)
         return
-    if answers is not None:
-        raise MiniGPTError("--answers requires --score")
+    for flag, given in (("--answers", answers is not None), ("--no_save", no_save)):
+        if given:
+            raise MiniGPTError(f"{flag} requires --score")
 
     from .. import api
 
@@ -95,13 +101,13 @@ def run(argv: list[str]) -> None:
     )
 
 
-def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_json: bool) -> None:
-    """Generate and score answers, print the result, and write the answers to a file."""
+def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_json: bool, save: bool) -> None:
+    """Generate and score answers, save and print the result, and write the answers to a file."""
     from .. import api
 
     quiet()
     score, rows = api.score_answers(
-        **{name: value for name, value in settings.items() if value is not None}, metric=metric
+        **{name: value for name, value in settings.items() if value is not None}, metric=metric, save=save
     )
     if file is not None:
         Path(file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

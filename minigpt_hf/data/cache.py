@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # A file can change twice within one tick of the file system's clock, so states more recent than this are not stored.
 TICK_SECONDS = 2
+# Of an entry with a file of at least this size, the state is stored when it is created: it is hashed once a tick has passed.
+RECORDED_BYTES = 100_000_000
 ANNOUNCED_BYTES = 1_000_000_000  # hashing this much takes a second or more and is logged
 
 
@@ -59,7 +61,7 @@ def cached(
             content = temporary / "content"
             content.mkdir()
             write(content)
-            seal(content)
+            states = _seal_and_record(content)
             while not publish(content, directory):
                 with suppress(OSError, ValueError, KeyError, TypeError):
                     if verification_error(directory, cache_dir) is None:
@@ -69,7 +71,21 @@ def cached(
                 shutil.rmtree(temporary / "damaged", ignore_errors=True)
     except OSError as error:
         raise _with_remedy(error, cache_dir, what) from error
+    if states:
+        _write_record(_record_of(directory, cache_dir), states)
     return read(directory)
+
+
+def _seal_and_record(content: Path) -> dict[str, list]:
+    """Seal a directory. Returns the states of its files if one is large, so that the next process does not hash them."""
+    files = [file for file in content.rglob("*") if file.is_file()]
+    is_large = max((file.stat().st_size for file in files), default=0) >= RECORDED_BYTES
+    if is_large:
+        changed = max(file.stat().st_ctime for file in files)
+        time.sleep(min(max(0, changed + TICK_SECONDS - time.time()), TICK_SECONDS))
+    before = {file.relative_to(content).as_posix(): _times(file) for file in files}
+    seal(content)
+    return {name: [entry["sha256"], *before[name]] for name, entry in read_manifest(content).items() if is_large}
 
 
 def _with_remedy(error: OSError, cache_dir: Path, what: str) -> OSError:
@@ -88,7 +104,7 @@ def _with_remedy(error: OSError, cache_dir: Path, what: str) -> OSError:
 
 def verification_error(directory: Path, cache_dir: Path) -> str | None:
     """Verify a sealed directory against its manifest; return a description of the first error, or None."""
-    record = cache_dir / "verified" / f"{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]}.json"
+    record = _record_of(directory, cache_dir)
     try:
         entries = read_manifest(directory)
         sizes = {name: (directory / name).stat().st_size for name in entries}
@@ -119,9 +135,17 @@ def verification_error(directory: Path, cache_dir: Path) -> str | None:
     return None
 
 
+def _record_of(directory: Path, cache_dir: Path) -> Path:
+    return cache_dir / "verified" / f"{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]}.json"
+
+
 def _state(file: Path, entry: dict) -> list:
+    return [entry["sha256"], *_times(file)]
+
+
+def _times(file: Path) -> list[int]:
     status = file.stat()
-    return [entry["sha256"], status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _read_record(record: Path) -> dict[str, list]:

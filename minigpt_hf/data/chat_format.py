@@ -29,12 +29,18 @@ IGNORE_INDEX = -100  # label of tokens that have no loss
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 
 
+def with_reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Add the tokens of ChatML to a tokenizer that lacks them, without using them."""
+    missing = [token for token in (START, END) if token not in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"additional_special_tokens": missing} if missing else {})
+    return tokenizer
+
+
 def with_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Add the tokens of ChatML to a tokenizer that lacks them, and set the chat template and the EOS token `<|im_end|>`."""
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token  # continues to separate documents
-    missing = [token for token in (START, END) if token not in tokenizer.get_vocab()]
-    tokenizer.add_special_tokens({"additional_special_tokens": missing} if missing else {})
+    with_reserved_tokens(tokenizer)
     tokenizer.eos_token = END
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

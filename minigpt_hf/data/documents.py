@@ -7,11 +7,13 @@ most `PART_CHARACTERS` characters, so a corpus may exceed memory. Text files are
 
 import codecs
 import hashlib
+import json
 import logging
+import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -23,11 +25,22 @@ import pyarrow.compute as pc
 
 from .arrays import BLOCK, blocks, selected, stored
 from .cache import cached
-from .reading import Decoding, DecodingStatistics, changed_file_error, content_sha256, decoded, printable, text_chunks
+from .reading import (
+    Decoding,
+    DecodingStatistics,
+    changed_file_error,
+    compression_of,
+    content_sha256,
+    decoded,
+    printable,
+    text_chunks,
+)
 
 logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
+CACHED_BYTES = 1 << 26  # the index of uncompressed text files is cached if they have at least this size in total
+TEXT_INDEX_VERSION = 1  # of its format
 # Minimum number of excerpts in a sample, so that no single passage of a long document dominates a score.
 MIN_EXCERPTS = 20
 
@@ -75,6 +88,26 @@ class Documents(ABC):
     def evenly_spaced(self, characters: int) -> Iterator[str]:
         """Yield parts with about `characters` characters in total, evenly spaced over the text where the source allows it."""
         return (text for _, text in self.head(characters).parts())
+
+    def position_of(self, character: str) -> str | None:
+        """Return where a character occurs first, by reading the text; None if it does not occur."""
+        number, characters = -1, 0
+        for starts_document, text in self.parts():
+            if starts_document:
+                number, characters = number + 1, 0
+            if (found := text.find(character)) >= 0:
+                return self._describe(number, characters + found)
+            characters += len(text)
+        return None
+
+    def _describe(self, number: int, character: int) -> str:
+        """Describe a position for messages.
+
+        Args:
+            number: Number of the document, from 0.
+            character: Offset in it.
+        """
+        return f"document {number + 1:,}, character {character + 1:,}"
 
     def __iter__(self) -> Iterator[str]:
         document: list[str] | None = None
@@ -196,6 +229,10 @@ class IndexedDocuments(Documents):
     def parts(self) -> Iterator[tuple[bool, str]]:
         return self.source.parts(self.index, 1)
 
+    def _describe(self, number: int, character: int) -> str:
+        entry = self.index[number]
+        return f"{self.source.describe(int(entry['row']))}, character {int(entry['begin']) + character + 1:,}"
+
     def evenly_spaced(self, characters: int) -> Iterator[str]:
         return (text for _, text in self.source.parts(self.index, -(-self.characters // characters)))
 
@@ -262,6 +299,10 @@ class TableRows:
             ):
                 for start in range(begin, end, PART_CHARACTERS):
                     yield start == begin, text[start : min(start + PART_CHARACTERS, end)]
+
+    def describe(self, row: int) -> str:
+        """Describe a document for messages."""
+        return f"row {row + 1:,}"
 
     def documents(self, cache_dir: Path) -> IndexedDocuments:
         """Index all rows; those without text are omitted."""
@@ -349,12 +390,35 @@ class TextFiles:
             if digest.digest() != batch["digest"][excerpts[0][0]].tobytes():
                 raise changed_file_error(self.name(path))
 
-    def documents(self) -> IndexedDocuments:
+    def documents(self, cache_dir: Path) -> IndexedDocuments:
         """Index all files; those without text are omitted.
+
+        The index of large files is cached under the SHA-256 of their content, because hashing is faster than decoding.
 
         Raises:
             UnreadableFileError: if a file cannot be decoded; see `reading`.
         """
+        if any(compression_of(self.name(path)) for path in self.paths) or self._size < CACHED_BYTES:
+            index, statistics = self._indexed()
+        else:
+            digests = [content_sha256(path, self.name(path)) for path in self.paths]
+            content = json.dumps([TEXT_INDEX_VERSION, asdict(self.decoding), digests])
+            index, statistics = cached(
+                cache_dir / "documents" / hashlib.sha256(content.encode()).hexdigest()[:32],
+                lambda folder: self._write_index(folder, digests),
+                _read_text_index,
+                cache_dir,
+                "index of text files",
+            )
+        self._report(statistics)
+        return without_empty(IndexedDocuments(self, index), "files")
+
+    @property
+    def _size(self) -> int:
+        """Total size of the files in bytes; 0 for those that cannot be read, which is reported when they are opened."""
+        return sum(os.path.getsize(path) for path in self.paths if os.path.exists(path))  # noqa: PTH110, PTH202 (fast)
+
+    def _indexed(self) -> tuple[np.ndarray, list[DecodingStatistics]]:
         index, statistics = np.zeros(len(self.paths), dtype=INDEX_DTYPE), []
         for position, path in enumerate(self.paths):
             statistics.append(DecodingStatistics())
@@ -362,8 +426,20 @@ class TextFiles:
             for text in decoded(path, self.name(path), self.decoding, PART_CHARACTERS, statistics[-1], digest):
                 length += len(text)
             index[position] = (position, 0, length, digest.digest())
-        self._report(statistics)
-        return without_empty(IndexedDocuments(self, index), "files")
+        return index, statistics
+
+    def _write_index(self, folder: Path, digests: list[str]) -> None:
+        index, statistics = self._indexed()
+        for path, digest, entry in zip(self.paths, digests, index, strict=True):
+            is_same = entry["digest"].tobytes().hex() == digest if self.decoding.preserves_bytes else None
+            if not (content_sha256(path, self.name(path)) == digest if is_same is None else is_same):
+                raise changed_file_error(self.name(path))
+        np.save(folder / "index.npy", index)
+        (folder / "statistics.json").write_text(json.dumps([asdict(one) for one in statistics]), encoding="utf-8")
+
+    def describe(self, row: int) -> str:
+        """Describe a document for messages."""
+        return printable(self.name(self.paths[row]))
 
     def name(self, path: str) -> str:
         return self.names.get(path, path)
@@ -393,6 +469,11 @@ class TextFiles:
     def _subject(self, paths: list[str], singular_verb: str, plural_verb: str) -> str:
         first = printable(self.name(paths[0]))
         return f"{first} {singular_verb}" if len(paths) == 1 else f"{len(paths):,} files ({first}, …) {plural_verb}"
+
+
+def _read_text_index(folder: Path) -> tuple[np.ndarray, list[DecodingStatistics]]:
+    statistics = json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
+    return np.load(folder / "index.npy"), [DecodingStatistics(**one) for one in statistics]
 
 
 # -- streams and mixtures ---------------------------------------------------------------------------------------------
@@ -494,6 +575,11 @@ class Mixture(Documents):
     def number_of_documents(self) -> int | None:
         numbers = _all_known(component.number_of_documents for component in self.components)
         return None if numbers is None else sum(numbers)
+
+    def position_of(self, character: str) -> str | None:
+        if self.characters is None:  # interleaved
+            return super().position_of(character)
+        return next(filter(None, (component.position_of(character) for component in self.components)), None)
 
     def sample(self, characters: int, window: int) -> "Mixture":
         samples = [

@@ -370,7 +370,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def unknown_character_error(text: str, vocabulary: Container[str], what: str) -> MiniGPTError | None:
+class UnknownCharacterError(MiniGPTError):
+    """A text has a character that the tokenizer does not know, `character`."""
+
+    def __init__(self, message: str, character: str):
+        super().__init__(message)
+        self.character = character
+
+
+def unknown_character_error(text: str, vocabulary: Container[str], what: str) -> UnknownCharacterError | None:
     """Return the error for the first character of a text that a character tokenizer does not know; None if it knows all.
 
     Args:
@@ -378,9 +386,10 @@ def unknown_character_error(text: str, vocabulary: Container[str], what: str) ->
     """
     for character in text:
         if character not in vocabulary:
-            return MiniGPTError(
+            return UnknownCharacterError(
                 f"{what} has a character that the tokenizer does not know: {character!r} (U+{ord(character):04X}); remove "
-                "it, or train with `--tokenizer bpe` or `bytes`, which encode every character"
+                "it, or train with `--tokenizer bpe` or `bytes`, which encode every character",
+                character,
             )
     return None
 

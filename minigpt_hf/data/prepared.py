@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from ..atomic import MANIFEST, new_folder, seal
 from ..errors import MiniGPTError
 from .cache import cached, verification_error
-from .chat_format import with_chat_tokens
+from .chat_format import END, START, with_chat_tokens, with_reserved_tokens
 from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
 from .documents import Documents
@@ -59,7 +59,7 @@ REMEDY = "create it again with `minigpt tokenize`"
 # scored also depends on the window length, see `ValidationSample`.)
 TEXT_SETTINGS = (
     *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
-    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size"),
+    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size", "chat_tokens"),
 )
 
 
@@ -209,7 +209,7 @@ def prepared_settings(folder: Path) -> dict[str, Any]:
         MiniGPTError: if they cannot be read or have another version of the format.
     """
     try:
-        settings = _read_metadata(folder)["settings"]
+        settings = {"chat_tokens": False, **_read_metadata(folder)["settings"]}  # a later setting
         return {name: settings[name] for name in TEXT_SETTINGS}
     except (KeyError, TypeError) as error:
         raise MiniGPTError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
@@ -237,6 +237,7 @@ def prepare(
     validation_characters: int,
     num_proc: int | None = None,
     max_tokens: int | None = None,
+    chat_tokens: bool = False,
 ) -> PreparedText:
     """Train or load a tokenizer and encode a corpus with it.
 
@@ -249,11 +250,15 @@ def prepare(
         validation_characters: Number of characters of the validation split to score, sampled from all its documents.
         num_proc: Number of encoding threads; default: one per core, at most 16.
         max_tokens: Maximum number of training tokens; see `build_stream`.
+        chat_tokens: Reserve the tokens of ChatML, which count towards `vocab_size`.
 
     Raises:
         MiniGPTError: if no text is left to train on, or none is held out.
     """
-    chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir)
+    reserved = len((START, END)) if chat_tokens else 0
+    chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir, reserved=reserved)
+    if chat_tokens:
+        chosen = with_reserved_tokens(chosen)
     lossy = None if tokenizer in ("bpe", "characters", "bytes") else report_lossy_tokenizer(chosen, corpus.train)
     with tqdm(
         total=corpus.train.characters, desc="tokenizing", unit=" characters", unit_scale=True, delay=2, leave=False
@@ -291,7 +296,13 @@ def prepare(
 
 
 def prepare_conversations(
-    corpus: Corpus, tokenizer: str, vocab_size: int, cache_dir: Path, *, block_size: int
+    corpus: Corpus,
+    tokenizer: str,
+    vocab_size: int,
+    cache_dir: Path,
+    *,
+    block_size: int,
+    chat_tokens: bool = False,
 ) -> PreparedText:
     """Encode conversations with a tokenizer, to which the tokens of ChatML are added.
 
@@ -301,11 +312,13 @@ def prepare_conversations(
         vocab_size: Maximum vocabulary size of `bpe`.
         cache_dir: Root of the cache.
         block_size: Conversations with more input tokens are omitted, which is logged.
+        chat_tokens: The tokens of ChatML count towards `vocab_size`.
 
     Raises:
         MiniGPTError: if no conversation is left to train on, or none is held out.
     """
-    chosen = with_chat_tokens(make_tokenizer(corpus, tokenizer, vocab_size, cache_dir, contents_of))
+    reserved = len((START, END)) if chat_tokens else 0
+    chosen = with_chat_tokens(make_tokenizer(corpus, tokenizer, vocab_size, cache_dir, contents_of, reserved))
 
     def encode(documents: Documents, split: str) -> TokenStream:
         total = documents.number_of_documents
@@ -373,18 +386,20 @@ def make_tokenizer(
     vocab_size: int,
     cache_dir: Path,
     texts_of: Callable[[Documents], Iterator[str]] | None = None,
+    reserved: int = 0,
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer on the training split, or load an existing one.
 
     Args:
         texts_of: Returns the texts in documents that are not plain text. Default: for plain text.
+        reserved: Part of `vocab_size` that is left for special tokens to be added.
     """
     if tokenizer == "bytes":
         return byte_tokenizer()
     if tokenizer == "bpe":
         sample = texts_of or (lambda documents: documents.evenly_spaced(BPE_CHARACTERS))
-        train = lambda: byte_level_bpe(sample(corpus.train), vocab_size)  # noqa: E731
-        return _cached_tokenizer(cache_dir, train, f"bpe {vocab_size}", corpus.train)
+        train = lambda: byte_level_bpe(sample(corpus.train), vocab_size, reserved)  # noqa: E731
+        return _cached_tokenizer(cache_dir, train, f"bpe {vocab_size - reserved}", corpus.train)
     if tokenizer == "characters":
         # Characters of the validation split are included: without ids they could not be scored, and the existence of a
         # character reveals next to nothing about the validation text.

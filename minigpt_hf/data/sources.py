@@ -242,7 +242,7 @@ class Source:
         if data_format == "text":
             if self.text_column:
                 logger.warning("--text_column %s has no effect: %s is text", self.text_column, printable(self.data))
-            return TextFiles(tuple(files), self.decoding, self.names).documents()
+            return TextFiles(tuple(files), self.decoding, self.names).documents(self.cache_dir)
         if self.decoding.newline != "preserve":
             name = self.names.get(files[0], files[0])
             logger.warning("--newline has no effect on tables such as %s", printable(name))

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
 from .documents import Documents
-from .encoding import Encoder, fastest_encoder
+from .encoding import Encoder, UnknownCharacterError, fastest_encoder
 from .tokenizer import bos_token_id, tokenizer_fingerprint, vocabulary_size
 
 CHECKED_DOCUMENTS = 1000  # number of offsets for which the BOS token is checked on opening
@@ -196,7 +196,7 @@ def build_stream(
         fingerprint += f"-at-most-{max_tokens}"
     return cached(
         cache_dir / "streams" / fingerprint,
-        lambda folder: _write_stream(folder, fingerprint, documents, tokenizer, num_proc, progress, max_tokens),
+        lambda folder: write_stream(folder, fingerprint, documents, tokenizer, num_proc, progress, max_tokens),
         TokenStream.open,
         cache_dir,
         "token stream",
@@ -208,6 +208,28 @@ def stream_fingerprint(documents: Documents, tokenizer: PreTrainedTokenizerBase)
     bos = bos_token_id(tokenizer)
     suffix = "" if bos == tokenizer.eos_token_id else f"-{bos}"
     return f"{documents.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}{suffix}"
+
+
+def write_stream(
+    folder: Path,
+    fingerprint: str,
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int | None = None,
+    progress: Callable[[int], None] = lambda characters: None,
+    max_tokens: int | None = None,
+) -> None:
+    """Write the files of a stream into an existing folder; for the arguments see `build_stream`.
+
+    Raises:
+        UnknownCharacterError: stating its position, if a character has no id.
+    """
+    try:
+        _write_stream(folder, fingerprint, documents, tokenizer, num_proc, progress, max_tokens)
+    except UnknownCharacterError as error:
+        if (position := documents.position_of(error.character)) is None:
+            raise
+        raise UnknownCharacterError(f"{position}: {error}", error.character) from error
 
 
 def _write_stream(

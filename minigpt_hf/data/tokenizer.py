@@ -29,24 +29,26 @@ SAMPLE_CHARACTERS = 1000  # length of a sample of a long word
 MAX_SAMPLES = 1000  # of all long words; training time grows more than linearly with the length of a word
 
 
-def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, reserved: int = 0) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer.
 
     Args:
         vocab_size: 2 special tokens, 256 bytes, and merges. The vocabulary is smaller if the text has too few pairs that
             occur twice.
+        reserved: Part of `vocab_size` that is left for special tokens to be added.
 
     Raises:
-        MiniGPTError: if `vocab_size` is smaller than 258.
+        MiniGPTError: if `vocab_size` is smaller than 258 + `reserved`.
     """
-    minimum = 2 + len(pre_tokenizers.ByteLevel.alphabet())
+    special = 2 + reserved
+    minimum = special + len(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < minimum:
         raise MiniGPTError(
-            f"vocab_size is {vocab_size}: byte-level BPE needs at least {minimum} (2 special tokens and 256 bytes)"
+            f"vocab_size is {vocab_size}: byte-level BPE needs at least {minimum} ({special} special tokens and 256 bytes)"
         )
     tokenizer = _byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - reserved,
         min_frequency=2,
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

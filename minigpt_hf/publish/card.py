@@ -35,6 +35,11 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CARBON_INTENSITY = 475
 
 
+# Scores of generated answers: what they are called, and their identifiers on the Hub (https://hf.co/metrics).
+SCORE_NAMES = {"exact": "exact match", "chrf": "chrF", "bleu": "BLEU", "rouge": "ROUGE-L"}
+HUB_METRICS = {"exact": "exact_match", "chrf": "chrf", "bleu": "bleu", "rouge": "rouge"}
+
+
 @dataclass(frozen=True)
 class Place:
     """What a card says about the repository or folder that it describes.
@@ -63,6 +68,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
+    environment.filters["score"] = score_value
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     place = place or Place(native="/" in metadata["name"])
     return (
@@ -80,7 +86,8 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
             messages=messages_literal(metadata),
             recipe_yaml=to_yaml(metadata["recipe"]).strip(),
-            **metadata,
+            score_names=SCORE_NAMES,
+            **{"scores": [], **metadata},
         )
         + "\n"
     )
@@ -165,11 +172,10 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
     Args:
         absent: Hub ids that are not linked.
     """
-    data, results, prompt = metadata["data"], metadata["results"], metadata["sample"]["prompt"]
-    messages = example_messages(metadata)
-    datasets = [name for name in data["datasets"] if name not in absent]
-    conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
+    prompt, messages = metadata["sample"]["prompt"], example_messages(metadata)
+    datasets = [name for name in metadata["data"]["datasets"] if name not in absent]
     base = base_model(metadata, absent)
+    results = [*validation_results(metadata, datasets[0] if len(datasets) == 1 else "text"), *score_results(metadata)]
     return ModelCardData(
         model_name=metadata["name"] if results else None,  # required by `eval_results`, and written only with them
         language=metadata["language"] or None,
@@ -185,23 +191,53 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         widget=[{"messages": messages} if messages else {"text": prompt}]
         if prompt and not CONTROL_CHARACTERS.search(f"{prompt} {messages}")
         else None,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=datasets[0] if len(datasets) == 1 else "text",
-                dataset_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, data['name'])}, validation split",
-                dataset_split="validation",
-                dataset_args={"split": data["cut"]},
-                metric_type=name,
-                metric_name=f"{name.replace('_', ' ')}, each token scored once",
-                metric_value=round(results[name], 4),
-                metric_args=conditions,
-            )
-            for name in ("bits_per_byte", "perplexity", "loss")
-            if results
-        ]
-        or None,
+        eval_results=results or None,
     )
+
+
+def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:
+    """Return the validation score in the schema of the Hub; empty if there is none."""
+    data, results = metadata["data"], metadata["results"]
+    conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_type,
+            dataset_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, data['name'])}, validation split",
+            dataset_split="validation",
+            dataset_args={"split": data["cut"]},
+            metric_type=name,
+            metric_name=f"{name.replace('_', ' ')}, each token scored once",
+            metric_value=round(results[name], 4),
+            metric_args=conditions,
+        )
+        for name in ("bits_per_byte", "perplexity", "loss")
+        if results
+    ]
+
+
+def score_results(metadata: dict[str, Any]) -> list[EvalResult]:
+    """Return the scores of generated answers in the schema of the Hub. The fingerprint of the data is its revision."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=CONTROL_CHARACTERS.sub(REPLACEMENT, score["data"]["name"]),
+            dataset_split=None if score["data"]["split"] == "all" else score["data"]["split"],
+            dataset_revision=score["data"]["fingerprint"],
+            metric_type=HUB_METRICS[score["metric"]],
+            metric_name=f"{SCORE_NAMES[score['metric']]} of generated answers",
+            metric_value=round(score["score"], 4),
+            metric_args={name: round(score[name], 4) for name in ("low", "high", "ended", "answers")}
+            | {"baselines": {name: round(value, 4) for name, value in score["baselines"].items()}},
+        )
+        for score in metadata.get("scores", [])
+    ]
+
+
+def score_value(value: float, metric: str) -> str:
+    """Format a score: 0.998 becomes "99.8 %" for `exact`; 63.21 becomes "63.2" for `chrf`; ROUGE-L has three decimals."""
+    return f"{100 * value:.1f} %" if metric == "exact" else f"{value:.3f}" if metric == "rouge" else f"{value:.1f}"
 
 
 def code(text: str) -> str:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..atomic import fsync
+from ..atomic import fsync, write_files
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..trust import weight_files
+from ..trust import read_metadata, weight_files
 from .card import render_card
 
 logger = logging.getLogger(__name__)
@@ -171,8 +172,50 @@ def write_metadata(folder: Path, metadata: dict[str, Any], config: MiniGPTConfig
     """
     from .figures import draw_learning, draw_training  # imports matplotlib
 
-    (folder / "minigpt.json").write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "minigpt.json").write_text(_json(metadata), encoding="utf-8")
     (folder / "figures").mkdir()
     draw_learning(log, folder / "figures" / "loss.png")
     draw_training(log, folder / "figures" / "training.png")
     (folder / "README.md").write_text(render_card(metadata, config), encoding="utf-8")
+
+
+def save_score(folder: Path, score: dict[str, Any]) -> None:
+    """Add a score of generated answers to the metadata and the card of a model folder.
+
+    It replaces a score of the same data and metric. Each file is replaced atomically. A card that has been edited, or was
+    written by another version of the package, is left unchanged, which is logged.
+
+    Args:
+        score: An entry of `scores` in `minigpt.json`: an `AnswerScore` and the identity of its data.
+
+    Raises:
+        MiniGPTError: if `folder` is not a model folder, or its metadata are malformed.
+    """
+    if missing := [name for name in (*CODE, "README.md", "minigpt.json") if not (folder / name).is_file()]:
+        raise MiniGPTError(f"{folder} is not a model folder, {missing[0]} is missing")
+    metadata, card = read_metadata(folder), (folder / "README.md").read_text(encoding="utf-8")
+    config = MiniGPTConfig.from_pretrained(folder)
+    try:
+        scores = {_identity(each): each for each in (*metadata.get("scores", []), score)}
+        updated = {**metadata, "scores": [*scores.values()]}
+        old_card, new_card = render_card(metadata, config), render_card(updated, config)
+    except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise MiniGPTError(f"{folder}: minigpt.json is malformed ({reason}); restore it from its source") from error
+    contents = {folder / "minigpt.json": _json(updated)}
+    # Equal to the new card: the process was killed after the first of the two files had been replaced.
+    if card in (old_card, new_card):
+        contents = {folder / "README.md": new_card, **contents}
+    else:
+        logger.warning(
+            f"{folder / 'README.md'}: has been edited and is left unchanged; the score is in minigpt.json only"
+        )
+    write_files(contents)
+
+
+def _identity(score: dict[str, Any]) -> tuple[str, str]:
+    return score["metric"], score["data"]["fingerprint"]
+
+
+def _json(metadata: dict[str, Any]) -> str:
+    return json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"

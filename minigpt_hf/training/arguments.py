@@ -170,6 +170,13 @@ class DataArguments:
     vocab_size: int = field(
         default=4096, metadata={"help": "Maximum vocabulary size of `bpe`; other tokenizers have a fixed one."}
     )
+    chat_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Reserve the tokens of ChatML in the tokenizer of a text, so that the recipe chat later neither extends "
+            "the tokenizer nor resizes the embeddings."
+        },
+    )
     block_size: int = field(default=256, metadata={"help": "Number of tokens in a training sequence."})
     cache_dir: str | None = field(
         default=None,

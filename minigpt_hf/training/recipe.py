@@ -96,7 +96,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             raise MiniGPTError(
                 "minutes and size determine the architecture, which init_from determines as well: omit one of them"
             )
-        if fixed := sorted(given & (ARCHITECTURE_SETTINGS | {"tokenizer", "vocab_size"})):
+        if fixed := sorted(given & (ARCHITECTURE_SETTINGS | {"tokenizer", "vocab_size", "chat_tokens"})):
             raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
         settings = settings.replace(tokenizer=model.init_from)
     settings = _with_settings_of_prepared_text(settings, given)

@@ -211,7 +211,14 @@ def prepare_text(
         cache_dir=cache_dir,
     )
     if data.chat:
-        return prepare_conversations(corpus, data.tokenizer, data.vocab_size, cache_dir, block_size=data.block_size)
+        return prepare_conversations(
+            corpus,
+            data.tokenizer,
+            data.vocab_size,
+            cache_dir,
+            block_size=data.block_size,
+            chat_tokens=data.chat_tokens,
+        )
     if world_size > 1:
         check_length(corpus, data)
     if choose_tokenizer is not None:
@@ -225,6 +232,7 @@ def prepare_text(
         validation_characters=data.validation_characters,
         num_proc=data.num_proc,
         max_tokens=data.max_tokens,
+        chat_tokens=data.chat_tokens,
     )
 
 

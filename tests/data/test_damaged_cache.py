@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import minigpt_hf.atomic
+import minigpt_hf.data.cache
 from minigpt_hf.cli import main
+from minigpt_hf.data import documents
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.prepared import PreparedText, prepare
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
+from minigpt_hf.errors import MiniGPTError
 
 
 def flip(file: Path, position: int) -> None:
@@ -246,3 +250,63 @@ def test_a_stream_of_another_tokenizer_is_an_error_although_sums_are_correct(
     seal(folder)
     assert trained(recipe_file, folder, tmp_path / "run") == 2
     assert "train/ was not encoded with tokenizer/" in capsys.readouterr().err
+
+
+def test_the_cached_index_of_a_large_text_is_not_used_for_other_content(text, tmp_path, monkeypatch):
+    """Of the same name, size and modification time, including one that does not decode."""
+    monkeypatch.setattr(documents, "CACHED_BYTES", 1000)
+    file, cache = tmp_path / "text.txt", tmp_path / "cache"
+    file.write_text(text)
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    first = load_corpus(str(file), 0, cache_dir=cache).train
+    assert len(list((cache / "documents").iterdir())) == 1
+    changed = ("é" + text[2:]).encode()
+    file.write_bytes(changed)
+    os.utime(file, ns=times)
+    second = load_corpus(str(file), 0, cache_dir=cache).train
+    assert "".join(second) == changed.decode()
+    assert (first.fingerprint == second.fingerprint, second.characters) == (False, len(text) - 1)
+    assert load_corpus(str(file), 0, newline="universal", cache_dir=cache).train.characters == len(text) - 1
+    file.write_bytes(b"\xff" + changed[1:])
+    os.utime(file, ns=times)
+    with pytest.raises(MiniGPTError, match="not utf-8 text: byte 0xff at position 0"):
+        load_corpus(str(file), 0, cache_dir=cache)
+
+
+@pytest.mark.parametrize("settings", [{}, {"newline": "universal"}, {"encoding": "latin-1"}, {"encoding": "utf-16"}])
+def test_the_cached_index_of_a_large_text_equals_the_computed_one(settings, text, tmp_path, monkeypatch, caplog):
+    """Also what is logged: byte order marks, zero characters and converted line ends."""
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    folder, cache = tmp_path / "text", tmp_path / "cache"
+    folder.mkdir()
+    for number, one in enumerate([text, "\ufeffa\r\nb", "\0", ""]):
+        (folder / f"{number}.txt").write_bytes(one.encode(settings.get("encoding", "utf-8"), "ignore"))
+
+    def read() -> tuple:
+        caplog.clear()
+        read = load_corpus(str(folder), 0, cache_dir=cache, **settings).train
+        return read.index.tolist(), list(read), caplog.messages
+
+    computed = read()
+    monkeypatch.setattr(documents, "CACHED_BYTES", 1000)
+    first, second = read(), read()
+    assert first == second == computed
+    assert len(list((cache / "documents").iterdir())) == 1
+
+
+def test_a_large_stream_is_hashed_once(text_file, tmp_path, monkeypatch):
+    """Its state is stored when it is written, and a change after that is found."""
+    hashed = []
+    real = minigpt_hf.atomic.sha256
+    for module in (minigpt_hf.atomic, minigpt_hf.data.cache):
+        monkeypatch.setattr(module, "sha256", lambda file: hashed.append(file.name) or real(file))
+    monkeypatch.setattr(minigpt_hf.data.cache, "RECORDED_BYTES", 1000)
+    monkeypatch.setattr(minigpt_hf.data.cache, "TICK_SECONDS", 0.2)
+    first = prepared(text_file, tmp_path / "cache", "bytes")
+    expected = content(first)
+    assert hashed.count("tokens.bin") == 2
+    prepared(text_file, tmp_path / "cache", "bytes")
+    assert hashed.count("tokens.bin") == 2
+    flip(first.train.folder / "tokens.bin", 100)
+    repaired = prepared(text_file, tmp_path / "cache", "bytes")
+    assert content(repaired) == expected

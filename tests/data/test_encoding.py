@@ -19,6 +19,7 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.encoding import DIFFICULT, FAST_ENGINES, Encoder, difficult_texts, fastest_encoder
 from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_level_bpe, byte_tokenizer, character_tokenizer
+from minigpt_hf.errors import MiniGPTError
 from tests.data.test_corpus import write_files
 
 ENGINES = [
@@ -253,3 +254,23 @@ def test_offsets_are_stored_as_numpy_stores_an_array(kind, trained, tmp_path):
     built = build_stream(load_corpus(folder, 0).train, tokenizer, tmp_path / "cache")
     np.save(tmp_path / "expected.npy", np.flatnonzero(built.tokens[:] == 0))
     assert (built.folder / "documents.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+@pytest.mark.parametrize("kind", ["text", "table", "mixture"])
+def test_the_error_for_an_unknown_character_states_its_document_and_position(kind, num_proc, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BATCH_CHARACTERS", 1000)
+    texts = ["abc" * 50_000, "cba", "ab" * 1000 + "é" + "abcé", "é"]
+    folder = write_files(tmp_path / "text", {f"{number}.txt": one for number, one in enumerate(texts)})
+    position = f"{folder}/2.txt, character 2,001"
+    if kind == "table":
+        folder = str(tmp_path / "rows.jsonl")
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+        position = "row 3, character 2,001"
+    if kind == "mixture":
+        write_files(tmp_path / "more", {"a.txt": "abc" * 60_000})
+        folder = f"{tmp_path / 'more'}:0.5,{folder}:0.5"
+    documents = load_corpus(folder, 0, cache_dir=tmp_path / "cache").train
+    message = f"{position}: the text has a character that the tokenizer does not know: 'é' (U+00E9); remove it"
+    with pytest.raises(MiniGPTError, match=f"^{re.escape(message)}"):
+        build_stream(documents, character_tokenizer(["abc"]), tmp_path / "cache", num_proc)

@@ -23,58 +23,9 @@ from minigpt_hf.data.conversations import build_conversation_stream
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.packing import ConversationDataset
 from minigpt_hf.errors import MiniGPTError
-from tests.conftest import ROOT
+from tests.conftest import CHAT_FLAGS, ROOT, fine_tune
 
 from .conftest import assert_equal, rows, state_of
-
-FLAGS = [
-    "--recipe",
-    "chat",
-    "--use_cpu",
-    "--block_size",
-    "64",
-    "--per_device_train_batch_size",
-    "2",
-    "--warmup_steps",
-    "2",
-]
-STEPS = [
-    "--max_steps",
-    "8",
-    "--save_steps",
-    "2",
-    "--eval_steps",
-    "4",
-    "--logging_steps",
-    "1",
-    "--save_total_limit",
-    "9",
-]
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    """60 additions, each followed by thanks."""
-    file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    with file.open("w") as lines:
-        for i in range(60):
-            contents = [f"{i} + 1", str(i + 1), "Thanks", "Bye."]
-            roles = ["user", "assistant"] * 2
-            messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-            lines.write(json.dumps({"messages": messages}) + "\n")
-    return file
-
-
-@pytest.fixture(scope="module")
-def chat_run(run_folder, chats, tmp_path_factory):
-    """A base model, fine-tuned for 8 steps with dropout."""
-    return fine_tune(run_folder, chats, tmp_path_factory.mktemp("runs") / "chat", "--residual_dropout", "0.1")
-
-
-def fine_tune(base, chats, folder, *flags):
-    argv = ["train", *FLAGS, *STEPS, "--init_from", base / "model", "--data", chats, "--output_dir", folder, *flags]
-    assert main([str(word) for word in argv]) == 0
-    return folder
 
 
 def test_the_published_model_stops_at_the_end_of_an_answer_and_has_the_template(chat_run, run_folder):
@@ -170,6 +121,45 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
         != without.loss
     )
     assert len(metadata["sample"]["texts"]) == 1 and metadata["sample"]["texts"][0].startswith("1 + 1\n")
+
+
+@pytest.mark.parametrize("kind, size", [("bpe", 300), ("characters", None), ("bytes", 260)])
+def test_reserved_tokens_are_used_later_without_a_larger_vocabulary(kind, size, recipe_file, text, chats, tmp_path):
+    text += "0123456789"  # of the conversations
+    (tmp_path / "text.txt").write_text(text)
+    argv = ["train", "--recipe", recipe_file, "--data", tmp_path / "text.txt", "--tokenizer", kind, "--chat_tokens"]
+    assert main([*map(str, argv), "--max_steps", "2", "--output_dir", str(tmp_path / "base")]) == 0
+    base = AutoTokenizer.from_pretrained(tmp_path / "base" / "model")
+    size = size or 4 + len({*text})
+    assert len(base) == size and {"<|im_start|>", "<|im_end|>"} <= {*base.all_special_tokens}
+    assert base.eos_token == "<|endoftext|>" and base.chat_template is None
+    assert doctor.failures(doctor.examine(tmp_path / "base" / "model")) == []
+
+    run = fine_tune(tmp_path / "base", chats, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer.get_vocab() == base.get_vocab() and tokenizer.eos_token == "<|im_end|>"
+    weights = load_file(run / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(weights) == AutoModelForCausalLM.from_pretrained(run / "model").config.vocab_size == size
+
+
+def test_a_prepared_text_reserves_the_tokens(recipe_file, text_file, tmp_path, capsys):
+    argv = ["--recipe", str(recipe_file), "--max_steps", "2"]
+    prepared = ["--data", str(text_file), "--chat_tokens", "--output_dir", str(tmp_path / "text")]
+    assert main(["tokenize", *argv, *prepared]) == 0
+    train = ["train", *argv, "--data", str(tmp_path / "text"), "--output_dir", str(tmp_path / "run")]
+    assert main(train) == 0
+    assert "<|im_end|>" in AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab()
+    assert main([*train, "--chat_tokens", "false", "--fresh"]) == 2
+    assert "was prepared with chat_tokens True" in capsys.readouterr().err
+
+
+def test_a_vocabulary_without_space_for_the_reserved_tokens_is_an_error(recipe_file, text_file, tmp_path, capsys):
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run", "--chat_tokens"]
+    assert main([*map(str, argv), "--vocab_size", "259"]) == 2
+    assert "needs at least 260 (4 special tokens and 256 bytes)" in capsys.readouterr().err
+    argv = ["train", "--init_from", "user/base", "--data", text_file, "--output_dir", tmp_path / "run", "--chat_tokens"]
+    assert main([*map(str, argv)]) == 2
+    assert "chat_tokens is determined by the model of init_from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--no_muon"], ["--no_muon", "--lora_rank", "2"]])
@@ -283,7 +273,7 @@ def test_evaluate_says_what_it_scores(chat_run, chats, capsys):
 @pytest.mark.slow
 def test_two_processes_train_as_one(run_folder, chats, tmp_path):
     """With half the batch each: equal losses within float32 rounding, and the score of one process."""
-    argv = ["--init_from", str(run_folder / "model"), "--data", str(chats), *FLAGS, *STEPS]
+    argv = ["--init_from", str(run_folder / "model"), "--data", str(chats), *CHAT_FLAGS]
     runs = {}
     for processes, batch in ((1, "4"), (2, "2")):
         runs[processes] = tmp_path / str(processes)

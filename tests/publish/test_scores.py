@@ -1,0 +1,133 @@
+"""Scores of generated answers in the metadata and the card of a model folder."""
+
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+import minigpt_hf
+from minigpt_hf import doctor
+from minigpt_hf.cli import main
+from minigpt_hf.export.native import export_native
+
+
+@pytest.fixture
+def folder(chat_run, tmp_path):
+    """A copy of a model folder whose model answers questions."""
+    return shutil.copytree(chat_run / "model", tmp_path / "model")
+
+
+@pytest.fixture
+def questions(chats, tmp_path):
+    """The first 12 conversations."""
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(chats.read_text().splitlines(keepends=True)[:12]))
+    return file
+
+
+def evaluate(folder, data, *flags, metric="exact") -> int:
+    return main(["evaluate", str(folder), "--data", str(data), "--score", metric, *flags])
+
+
+def scores_of(folder) -> list[dict]:
+    return json.loads((folder / "minigpt.json").read_text())["scores"]
+
+
+def content(folder) -> dict:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_score_is_in_the_metadata_the_card_and_its_model_index(folder, questions, capsys):
+    before = content(folder)
+    assert evaluate(folder, questions) == 0
+    assert f"saved in minigpt.json and README.md of {folder}" in capsys.readouterr().err
+    after = content(folder)
+    assert before.keys() == after.keys()
+    assert {str(file) for file in after if after[file] != before[file]} == {"README.md", "minigpt.json"}
+
+    expected, _ = minigpt_hf.score_answers(folder, questions, "exact")
+    (stored,) = scores_of(folder)
+    data = stored.pop("data")
+    assert stored == expected.to_dict()
+    assert (data["name"], data["split"], len(data["fingerprint"])) == ("test.jsonl", "all", 64)
+
+    card = ModelCard((folder / "README.md").read_text())
+    (row,) = (line for line in card.text.splitlines() if line.startswith("| exact match "))
+    assert f"`test.jsonl`, `{data['fingerprint'][:16]}`" in row and "| 12 |" in row
+    values = [100 * value for value in (expected.score, expected.low, expected.high, expected.ended)]
+    assert all(f" {value:.1f} %" in row for value in values)
+    assert f"{100 * max(expected.baselines.values()):.1f} % (" in row
+    (result,) = (result for result in card.data.eval_results if result.metric_type == "exact_match")
+    assert (result.metric_value, result.dataset_name) == (round(expected.score, 4), "test.jsonl")
+    assert result.dataset_revision == data["fingerprint"]
+    assert result.metric_args["answers"] == 12 and {*result.metric_args["baselines"]} == {*expected.baselines}
+    assert {"loss", "perplexity", "bits_per_byte"} < {result.metric_type for result in card.data.eval_results}
+    assert doctor.failures(doctor.examine(folder)) == []
+
+
+def test_a_score_replaces_that_of_the_same_data_and_metric_only(folder, questions, chats, tmp_path):
+    pytest.importorskip("rouge_score")
+    assert evaluate(folder, questions) == evaluate(folder, questions, metric="rouge") == 0
+    before = scores_of(folder)
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    (tmp_path / "renamed.json").write_text(json.dumps(rows))  # the same conversations
+    assert evaluate(folder, tmp_path / "renamed.json") == 0
+    before[0]["data"]["name"] = "renamed.json"
+    assert scores_of(folder) == before
+    assert evaluate(folder, chats, "--split", "validation") == 0
+    assert scores_of(folder)[:2] == before
+    assert [score["data"]["split"] for score in scores_of(folder)] == ["all", "all", "validation"]
+    card = (folder / "README.md").read_text()
+    assert card.count("\n| exact match |") == 2 and card.count("\n| ROUGE-L |") == 1
+    results = ModelCard(card).data.eval_results
+    named = {(result.dataset_name, result.dataset_split, result.metric_type) for result in results}
+    assert {("renamed.json", None, "rouge"), ("chats.jsonl", "validation", "exact_match")} < named
+
+
+def test_no_save_leaves_the_folder_unchanged(folder, questions, capsys):
+    before = content(folder)
+    assert evaluate(folder, questions, "--no_save") == 0
+    assert content(folder) == before
+    assert main(["evaluate", str(folder), "--data", str(questions), "--no_save"]) == 2
+    assert "--no_save requires --score" in capsys.readouterr().err
+
+
+def test_an_edited_card_is_not_changed(folder, questions, caplog):
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nBy hand.\n")
+    before = card.read_bytes()
+    assert evaluate(folder, questions) == 0
+    assert card.read_bytes() == before and len(scores_of(folder)) == 1
+    assert "README.md: has been edited and is left unchanged" in caplog.text
+
+
+def test_after_a_kill_between_the_two_files_the_same_command_completes_them(folder, questions):
+    before = (folder / "minigpt.json").read_bytes()
+    assert evaluate(folder, questions) == 0
+    complete = content(folder)
+    (folder / "minigpt.json").write_bytes(before)
+    assert evaluate(folder, questions) == 0
+    assert content(folder) == complete
+
+
+def test_a_native_twin_names_the_score_and_is_not_changed(folder, questions, capsys):
+    assert evaluate(folder, questions) == 0
+    twin = export_native(folder, folder.parent / "twin")
+    assert "\n| exact match |" in (twin / "README.md").read_text()
+    before = content(twin)
+    assert evaluate(twin, questions) == 0
+    printed = capsys.readouterr()
+    assert "ended by the model" in printed.out and "the score is not saved" in printed.err
+    assert content(twin) == before
+
+
+@pytest.mark.parametrize("scores", [1, [1], [{"metric": "exact"}]])
+def test_malformed_scores_are_reported_and_the_new_score_is_printed(scores, folder, questions, capsys):
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    (folder / "minigpt.json").write_text(json.dumps({**metadata, "scores": scores}))
+    before = content(folder)
+    assert evaluate(folder, questions) == 0
+    printed = capsys.readouterr()
+    assert "ended by the model" in printed.out and "minigpt.json is malformed" in printed.err
+    assert content(folder) == before
