@@ -4,7 +4,8 @@ BIN := .venv/bin
 SAMPLE ?= 100
 SEED ?= 0
 
-.PHONY: demo test test-slow browser-test lint docs-check torture compat conformance mutants neighbours neighbours-quick install
+.PHONY: demo test test-slow browser-test lint docs-check site release torture compat conformance mutants neighbours \
+	neighbours-quick install
 
 demo: install
 	@test -f runs/demo/model/model.safetensors || $(BIN)/minigpt train --recipe demo --output_dir runs/demo
@@ -16,8 +17,8 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README.
-test-slow: install
+# Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README, notebooks.
+test-slow: .venv/slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The exported page, from a file and from a Space, under node and in headless Chromium, which apt installs if it is missing.
@@ -57,12 +58,24 @@ neighbours-quick: install
 docs-check:
 	@folder=$$(mktemp -d) && git clone --quiet . $$folder && $(MAKE) --directory $$folder demo test && rm -rf $$folder
 
+# The documentation site, in site/.
+site: .venv/slow
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Build wheel and sdist in dist/, check them, and install each alone in a new environment of every Python on this machine.
+release: .venv/slow
+	$(BIN)/python scripts/release.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 install: .venv/installed
+
+.venv/slow: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,release,site]'
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

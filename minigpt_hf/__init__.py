@@ -24,7 +24,7 @@ from .model.modeling_minigpt import (
     MiniGPTModel,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("minigpt", MiniGPTConfig)
 for auto_class, model_class in (

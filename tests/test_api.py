@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 import minigpt_hf
@@ -268,20 +267,3 @@ def test_mixed_precision_of_the_environment_that_the_settings_do_not_state_is_re
 def test_an_invalid_seed_is_a_value_error(seed, run_folder):
     with pytest.raises(ValueError, match=r"seed is .*: an integer from 0 to 4294967295"):
         minigpt_hf.generate(run_folder / "model", seed=seed)
-
-
-def test_a_notebook_shows_a_progress_bar(recipe_file, text_file, tmp_path, monkeypatch, capsys):
-    shown = []
-
-    class Bar(tqdm):
-        def close(self):
-            shown.append((self.n, self.total, self.postfix))
-            super().close()
-
-    monkeypatch.setattr(callbacks, "tqdm", Bar)
-    monkeypatch.setattr("minigpt_hf.training.train.is_in_notebook", lambda: True)
-    minigpt_hf.train(data=str(text_file), recipe=str(recipe_file), output_dir=tmp_path / "run", **SHORT)
-    out = capsys.readouterr().out
-    assert "validation loss" in out
-    assert "tokens/s" not in out
-    assert any(n == total == 4 and "bits/byte" in postfix for n, total, postfix in shown)

@@ -104,6 +104,16 @@ def test_every_command_of_chat_runs_in_order(tmp_path, monkeypatch, capsys):
     exec(snippet, {})
 
 
+@pytest.mark.slow
+def test_every_command_and_snippet_for_coding_agents_runs(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
+    document = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    assert run_in_order(commands(document), capsys, SMALL) == 4
+    (snippet,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    exec(snippet.replace("max_steps=300", "max_steps=2, sample_tokens=5, use_cpu=True"), {})
+
+
 def test_generated_documents_are_up_to_date(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
     docs = runpy.run_path(str(ROOT / "scripts" / "docs.py"))

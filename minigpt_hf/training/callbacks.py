@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..atomic import write_files
@@ -41,15 +40,15 @@ class ProgressLogger(TrainerCallback):
         file: `log.jsonl`.
         tokens_per_step: Tokens in an optimizer step, over all processes.
         tokens_per_byte: Of the training text; converts the loss to bits per byte.
-        with_bar: Show a progress bar instead of the lines about training steps (notebooks).
+        with_lines: Print the lines. Not in notebooks, where transformers shows a table of the losses.
         quiet: Print nothing.
     """
 
     def __init__(
-        self, file: Path, tokens_per_step: int, tokens_per_byte: float, with_bar: bool = False, quiet: bool = False
+        self, file: Path, tokens_per_step: int, tokens_per_byte: float, with_lines: bool = True, quiet: bool = False
     ):
         self.file = file
-        self.with_bar = with_bar and not quiet
+        self.with_lines = with_lines
         self.quiet = quiet
         self.tokens_per_step = tokens_per_step
         self.tokens_per_byte = tokens_per_byte
@@ -67,8 +66,6 @@ class ProgressLogger(TrainerCallback):
         self.busy = 0.0  # seconds of training steps since the last log, without evaluation, saving and sampling
         self.all_busy = 0.0  # the same since training began
         self.mark = None
-        show = self.with_bar and state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step") if show else None
 
     @property
     def seconds(self) -> float:
@@ -82,8 +79,6 @@ class ProgressLogger(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
         self.busy, self.mark = self.busy + now - self.mark, now
-        if self.bar is not None:
-            self.bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = None
@@ -97,21 +92,18 @@ class ProgressLogger(TrainerCallback):
         step = state.global_step
         row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **logs}
         position = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        line = None
         if "eval_loss" in logs:
-            self.print(
-                f"{position}   validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
-                f"   {logs['eval_bits_per_byte']:.3f} bits/byte"
-            )
+            line = f"validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
+            line += f"   {logs['eval_bits_per_byte']:.3f} bits/byte"
         elif "loss" in logs:
             row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
             row["tokens_per_second"] = round((step - self.last_step) * self.tokens_per_step / self.busy, 1)
             left = self._seconds_left(step, state.max_steps)
             line = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
-            line += f"   {row['tokens_per_second']:,.0f} tokens/s"
-            if self.bar is not None:
-                self.bar.set_postfix_str(line)
-            else:
-                self.print(f"{position}   {line}   {duration(left)} left")
+            line += f"   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left"
+        if line is not None and self.with_lines:
+            self.print(f"{position}   {line}")
         append_to_log(self.file, row)
 
     def _seconds_left(self, step: int, max_steps: int) -> float:
@@ -121,10 +113,6 @@ class ProgressLogger(TrainerCallback):
         other = (time.perf_counter() - self.began - self.all_busy) / (step - self.first_step)
         self.last_step, self.busy = step, 0.0
         return (per_step + other) * (max_steps - step)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
 
 
 class SampleLogger(TrainerCallback):

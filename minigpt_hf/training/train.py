@@ -320,7 +320,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         run.log,
         tokens_per_step(training, data.block_size),
         (text.train.targets if data.chat else len(text.train)) / text.train.bytes,
-        with_bar=is_in_notebook(),
+        with_lines=not is_in_notebook(),
         quiet=not shows_progress(training),
     )
     prompts: list[Prompt] = [training.sample_prompt or ""]
@@ -328,6 +328,10 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         prompts = first_questions(text, data, training)
     samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop)
     callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences)), RandomStateCheck()]
+    if is_in_notebook() and not progress.quiet:
+        from transformers.utils.notebook import NotebookProgressCallback  # needs IPython
+
+        callbacks.append(NotebookProgressCallback())  # a bar, and a table of training and validation losses
     with rejected_settings():
         trainer = MiniGPTTrainer(
             model, training, sequences, text.validation, text.tokenizer, callbacks, plan.fingerprint, settings, text
