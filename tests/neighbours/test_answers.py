@@ -1,9 +1,11 @@
 """A model that answers, in other programs: it is prompted with its template, and its answers end by themselves.
 
-`transformers serve` with the OpenAI client, which is what Open WebUI uses. llama.cpp: `test_llama_cpp.py`.
+`transformers serve` with the OpenAI client, which is what Open WebUI uses, and vLLM. llama.cpp: `test_llama_cpp.py`.
 """
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.export.native import export_native
+from tests.neighbours.conftest import CACHE
 from tests.neighbours.server import serving
 
 WORDS = "red green blue white black one two three four five six seven eight nine ten".split()
@@ -58,3 +61,17 @@ def test_answers_of_transformers_serve_end_by_themselves(kind, answering, expect
         pieces = [*client.chat.completions.create(**options, temperature=0, stream=True)]
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == answer
         assert [piece.choices[0].finish_reason for piece in pieces if piece.choices][-1] == "stop"
+
+
+@pytest.mark.skipif(not (CACHE / "vllm").is_dir(), reason="vLLM is not installed: make neighbours")
+def test_answers_of_vllm_end_by_themselves(answering, expected, tmp_path):
+    twin = export_native(answering, tmp_path / "native")
+    (tmp_path / "prompts.json").write_text(json.dumps([*expected]))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    env |= {"VLLM_NO_USAGE_STATS": "1"}
+    script, python = Path(__file__).with_name("vllm_writes.py"), CACHE / "vllm" / "bin" / "python"
+    argv = [python, script, twin, tmp_path / "prompts.json", tmp_path / "out.json", "--chat", "--tokens", str(LIMIT)]
+    process = subprocess.run(argv, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=900)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    assert json.loads((tmp_path / "out.json").read_text())["tokens"] == [*expected.values()]
