@@ -21,11 +21,12 @@ test: install
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# The exported page, from a file and from a Space, under node and in headless Chromium, which apt installs if it is missing.
+# The exported page, from a file and from a Space, under node, and both pages in headless Chromium, which apt installs if missing.
 browser-test: install
 	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium nodejs; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(BIN)/python -m pytest tests/export/test_html.py tests/export/test_html_browser.py tests/publish/test_space_browser.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser,web]'
+	$(BIN)/python -m pytest tests/export/test_html.py tests/export/test_html_browser.py tests/publish/test_space_browser.py \
+		tests/test_chat_web.py
 
 # Kill a training run 100 times, mostly during a save, and compare the final state bit for bit with an uninterrupted run.
 torture: install

@@ -19,7 +19,7 @@ COMMANDS = {
     "plot": "plot the loss curves of runs",
     "evaluate": "score a text with a causal LM: loss, perplexity, bits per byte",
     "generate": "generate text with a causal LM",
-    "chat": "talk with a model in the terminal",
+    "chat": "talk with a model in the terminal or in a browser",
     "export": "convert a model folder to the format of another program",
     "doctor": "check a model folder: completeness, consistency, pickles, secrets, loading",
     "import": "convert a nanoGPT checkpoint to a GPT-2 folder",

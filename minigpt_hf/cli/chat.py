@@ -1,4 +1,4 @@
-"""`minigpt chat`: a conversation with a model in the terminal."""
+"""`minigpt chat`: a conversation with a model in the terminal or, with `--web`, in a browser."""
 
 import json
 import signal
@@ -21,6 +21,8 @@ HELP = """\
 /exit           end, as Ctrl-D does; Ctrl-C stops an answer
 //              start of a message that begins with a slash"""
 
+FORGOTTEN = "{} earlier questions no longer fit into the context and are forgotten"
+
 
 def parser() -> Parser:
     """The arguments of the command, without the options of `GenerationConfig`."""
@@ -32,6 +34,9 @@ def parser() -> Parser:
     parser.add_argument("model", help="model folder or Hub id; a model without a chat template continues each text")
     parser.add_argument("--system", help="system message (default: that of the training)")
     parser.add_argument("--seed", type=int, help="seed of sampling")
+    parser.add_argument("--web", action="store_true", help="serve a page for browsers instead (extra `web`: Gradio)")
+    parser.add_argument("--host", help="with --web: address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, help="with --web: port (default: the first free one from 7860 on)")
     parser.add_argument("--trust_remote_code", action="store_true", help="execute Python code of the model repository")
     return parser
 
@@ -45,6 +50,12 @@ def run(argv: list[str]) -> None:
             "num_return_sequences and num_beams are not supported: one answer is printed as it is generated"
         )
 
+    for flag, value in (("--host", args.host), ("--port", args.port)):
+        if value is not None and not args.web:
+            raise MiniGPTError(f"{flag} requires --web")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise MiniGPTError(f"--port {args.port}: a number from 1 to 65535 is required")
+
     from transformers import set_seed
 
     from ..api import recipe_of
@@ -53,6 +64,14 @@ def run(argv: list[str]) -> None:
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
     system = recipe_of(args.model).get("system") if args.system is None else args.system
+    if args.web:
+        from ..trust import read_metadata
+        from .chat_web import serve
+
+        name = read_metadata(args.model).get("name") or args.model
+        host = args.host or "127.0.0.1"
+        serve(model, tokenizer, name, system, args.seed, options, host, args.port)
+        return
     if args.seed is not None:
         set_seed(args.seed)
     if not tokenizer.chat_template:
@@ -132,26 +151,16 @@ class Chat:
                 printer = TextPrinter(self.tokenizer, text)
                 generate(self.model, self.tokenizer, text, streamer=printer, extra_options=stopping, **self.options)
             return
-        messages = self._fitting([*self.messages, {"role": "user", "content": text}])
+        messages = [*self.messages, {"role": "user", "content": text}]
+        messages, forgotten = fitting(self.model, self.tokenizer, messages, self.options.get("max_new_tokens", 1))
+        if forgotten:
+            print(f"({FORGOTTEN.format(forgotten)})", file=sys.stderr)
         with _stoppable() as stopping:
             printer = TextPrinter(self.tokenizer, "")
             (answer,) = generate(
                 self.model, self.tokenizer, messages, streamer=printer, extra_options=stopping, **self.options
             )
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-
-    def _fitting(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """Forget the oldest questions and answers that leave no space in the context, and report it."""
-        from ..inference.evaluation import longest_context
-        from ..inference.generation import encode_prompt
-
-        start, forgotten = int(messages[0]["role"] == "system"), 0
-        space = longest_context(self.model) - self.options.get("max_new_tokens", 1)
-        while len(messages) > start + 2 and encode_prompt(self.tokenizer, messages).input_ids.shape[1] > max(space, 1):
-            messages, forgotten = messages[:start] + messages[start + 2 :], forgotten + 1
-        if forgotten:
-            print(f"({forgotten} earlier questions no longer fit into the context and are forgotten)", file=sys.stderr)
-        return messages
 
     def save(self, name: str) -> None:
         if not name:
@@ -163,10 +172,24 @@ class Chat:
         print(f"appended to {name}", file=sys.stderr)
 
 
+def fitting(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], new_tokens: int
+) -> tuple[list[dict[str, str]], int]:
+    """Return messages without the oldest questions and answers that leave no space in the context, and their number."""
+    from ..inference.evaluation import longest_context
+    from ..inference.generation import encode_prompt
+
+    start, forgotten = int(messages[0]["role"] == "system"), 0
+    space = longest_context(model) - new_tokens
+    while len(messages) > start + 2 and encode_prompt(tokenizer, messages).input_ids.shape[1] > max(space, 1):
+        messages, forgotten = messages[:start] + messages[start + 2 :], forgotten + 1
+    return messages, forgotten
+
+
 @contextmanager
 def _stoppable() -> Iterator[Any]:
     """Stop generation at the next token on Ctrl-C. Provides the `extra_options` of `generate`."""
-    import torch
+    from .streaming import stopping_when
 
     stopped = False
 
@@ -174,11 +197,8 @@ def _stoppable() -> Iterator[Any]:
         nonlocal stopped
         stopped = True
 
-    def is_stopped(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), stopped, device=input_ids.device)
-
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield lambda prompt_tokens, options: {"stopping_criteria": [is_stopped]}
+        yield stopping_when(lambda: stopped)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,20 +1,13 @@
 """`transformers serve` and the OpenAI client: concurrent completions and chat completions, also streamed."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
-from openai import OpenAI
 
 from minigpt_hf.export.native import export_native
+from tests.neighbours.server import serving
 
 TOKENS = 12
 # ChatML. For models of type `qwen3`, the server extracts the reply from this format, unless the tokenizer defines another.
@@ -36,30 +29,8 @@ def folder(request, trained, tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder):
     """Client of a server that does not import this package and runs the code of the folder, if there is any."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    argv = [Path(sys.executable).with_name("transformers"), "serve", folder, "--port", str(port), "--device", "cpu"]
-    argv += ["--host", "127.0.0.1", *(["--trust-remote-code"] if (folder / "modeling_minigpt.py").is_file() else [])]
-    env = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "OMP_NUM_THREADS": "1"}
-    with (folder.parent / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            argv, env=env, cwd=folder.parent, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
-    deadline = time.monotonic() + 300
-    while True:
-        assert server.poll() is None, (folder.parent / "server.log").read_text()
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/health") as response:
-                assert response.status == 200
-            break
-        except URLError:
-            assert time.monotonic() < deadline, (folder.parent / "server.log").read_text()
-            time.sleep(1)
-    yield client
-    server.terminate()
-    server.wait(timeout=30)
+    with serving(folder) as client:
+        yield client
 
 
 def chat(prompt: str) -> str:

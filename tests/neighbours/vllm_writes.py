@@ -1,8 +1,9 @@
 """Generate greedily with vLLM; run by the Python interpreter of a separate environment.
 
-Reads prompts as lists of token ids, and saves the generated ids, the model class and the number of workers.
+Reads prompts as lists of token ids, or with --chat as questions, and saves the generated ids, the model class and the number
+of workers.
 
-    python vllm_writes.py FOLDER PROMPTS.json OUT.json --tokens N --tensor_parallel_size N [--trust_remote_code]
+    python vllm_writes.py FOLDER PROMPTS.json OUT.json --tokens N [--chat] [--tensor_parallel_size N] [--trust_remote_code]
 """
 
 import argparse
@@ -18,7 +19,8 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--tensor_parallel_size", type=int)
+    parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--trust_remote_code", action="store_true")
     arguments = parser.parse_args()
     engine = LLM(
@@ -29,8 +31,14 @@ def main() -> None:
         max_model_len=256,
         enforce_eager=True,
     )
-    prompts = [{"prompt_token_ids": ids} for ids in json.loads(arguments.prompts.read_text())]
-    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=arguments.tokens))
+    prompts, sampling = (
+        json.loads(arguments.prompts.read_text()),
+        SamplingParams(temperature=0, max_tokens=arguments.tokens),
+    )
+    if arguments.chat:
+        outputs = engine.chat([[{"role": "user", "content": prompt}] for prompt in prompts], sampling)
+    else:
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     model = engine.llm_engine.vllm_config.model_config
     model_class, _ = model.registry.resolve_model_cls(model.architectures, model_config=model)
     results = {

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -268,6 +269,27 @@ def test_evaluate_says_what_it_scores(chat_run, chats, capsys):
     out = capsys.readouterr().out
     assert "tokens of answers" in out and "60 conversations" in out and "complete conversations of at most 64" in out
     assert "per window" not in out
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_ends_as_an_uninterrupted_one(chat_run, run_folder, chats, tmp_path):
+    """SIGKILL before the first checkpoint, while it is written, and after the third."""
+    run = tmp_path / "run"
+    argv = [sys.executable, "-m", "minigpt_hf.cli", "train", *CHAT_FLAGS, "--residual_dropout", "0.1"]
+    argv += ["--init_from", run_folder / "model", "--data", chats, "--output_dir", run]
+    for event in ("log.jsonl", ".unfinished*", "checkpoint-6"):
+        known = {*run.glob(event)}
+        with subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+            while process.poll() is None and {*run.glob(event)} <= known:
+                time.sleep(0.001)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert not (run / "model").exists()
+    assert subprocess.run(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+    assert rows(run) == rows(chat_run)
+    assert_equal(state_of(run / "checkpoint-8"), state_of(chat_run / "checkpoint-8"))
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (run, chat_run)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
