@@ -28,6 +28,7 @@ from ..data.tokenizer import bos_token_id
 from ..errors import MiniGPTError
 from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..publish.card import has_copying
 from ..training.run_folder import RunFolder, read_log
 from ..trust import read_metadata
 from .conversion import check_context, check_output, file_name, load_model, sampling_settings, verify
@@ -56,13 +57,20 @@ STAGES = {
 }
 
 
-def export_html(folder: Path, out: Path, dtype: str | None = None, context: int | None = None) -> Path:
+def export_html(
+    folder: Path,
+    out: Path,
+    dtype: str | None = None,
+    context: int | None = None,
+    samples: list[dict[str, Any]] | None = None,
+) -> Path:
     """Write the page to the folder `out` atomically, and return `out`.
 
     Args:
         dtype: `float32`, `float16` or `int8`, for the matrices. Default: `float16` if it leaves the greedy continuations of
             all prompts unchanged, otherwise `float32`.
         context: Maximum context in tokens. Default: that of the model.
+        samples: Samples with the passages of the training text that they share, see `inference.copying.CopiedSample`.
 
     Raises:
         MiniGPTError: if the page cannot represent the model, its weights are too large, or `out` exists.
@@ -108,6 +116,8 @@ def export_html(folder: Path, out: Path, dtype: str | None = None, context: int 
             },
             "stages": _stages(),
             "facts": _facts(metadata, model),
+            "copying": _copying(metadata),
+            "samples": samples,
             "log": _log(folder),
         }
         file = unfinished / f"{file_name(folder)}.html"
@@ -297,6 +307,35 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             continue
     return facts
+
+
+def _copying(metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of verbatim copying in the card as rows, and the longest stretch of each sample; None without them."""
+    try:
+        if not has_copying(metadata):
+            return None
+        copying = metadata["copying"]
+        parts = {"samples": copying["samples"], "held-out text": copying["held_out"]}
+        rows = []
+        for name, part in parts.items():
+            if part is not None:
+                shares = [f"{100 * share:.1f} %" for share in part["shares"].values()]
+                rows.append([name, f"{part['tokens']:,}", f"{part['longest']:,}", *shares])
+        return {
+            "header": [
+                "",
+                "tokens",
+                "longest stretch",
+                *(f"{number} or more" for number in copying["samples"]["shares"]),
+            ],
+            "rows": rows,
+            "stretches": [
+                {"text": str(each["text"]), "length": f"{each['tokens']:,} of {each['of_tokens']:,} tokens"}
+                for each in copying["stretches"]
+            ],
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):  # absent, or written by another program
+        return None
 
 
 def _log(folder: Path) -> dict[str, list]:

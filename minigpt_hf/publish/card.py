@@ -75,6 +75,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             is_fine_tuned=is_fine_tuned(metadata),
             base_model=base_model(metadata, place.absent),
             emissions=emissions(metadata),
+            has_copying=has_copying(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -202,6 +203,15 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         ]
         or None,
     )
+
+
+def has_copying(metadata: dict[str, Any]) -> bool:
+    """Whether there are figures of verbatim copying, of a sample that is as long as the shortest stretch they count."""
+    copying: dict[str, Any] = metadata.get("copying") or {}
+    if not copying:
+        return False
+    longest_sample = max(stretch["of_tokens"] for stretch in copying["stretches"])
+    return longest_sample >= min(map(int, copying["samples"]["shares"]))
 
 
 def code(text: str) -> str:

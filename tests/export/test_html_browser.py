@@ -15,12 +15,13 @@ from page_browser import EXECUTABLE, chromium, open_page, show_attention
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minigpt_hf.api import copied_samples
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.html import export_html
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import ROOT, tiny_model
 from tests.export.page_runner import exported_page, greedy
-from tests.export.test_html import chat_tokenizer
+from tests.export.test_html import chat_tokenizer, copy_with_samples
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser-test").expect
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test")
@@ -208,6 +209,30 @@ def test_the_views_and_their_controls_work_by_keyboard(opened):
     assert opened.evaluate("document.documentElement.dataset.theme") == "light"
 
 
+def test_a_head_is_ablated_while_another_text_is_analysed(opened):
+    show_attention(opened)
+    opened.evaluate("['use-generated', 'ablate'].forEach((id) => byId(id).click())")
+    expect(opened.locator("#ablation-effect")).to_contain_text("bits per token", timeout=60_000)
+
+
+def test_the_passage_of_a_token_is_shown_by_keyboard(browser, run_folder, text_file, text, tmp_path):
+    folder = copy_with_samples(run_folder, ["def "], [f"def {text[3000:3200]}"], tmp_path / "model")
+    samples = [sample.to_dict() for sample in copied_samples(folder, text_file)]
+    (file,) = export_html(folder, tmp_path / "out", samples=samples).iterdir()
+    opened = next(pages := watched(browser, file))
+    opened.click("#tab-provenance")
+    expect(opened.locator("#copied-0")).to_have_text(f"def {text[3000:3200]}", use_inner_text=True)
+    opened.focus("#copied-0")
+    opened.keyboard.press("Home")
+    expect(opened.locator(".passage")).to_have_text("Given to the model.")
+    opened.keyboard.press("End")
+    for _ in range(9):
+        opened.keyboard.press("ArrowLeft")
+    expect(opened.locator(".passage")).to_contain_text("tokens in document 1 of the training text")
+    assert opened.locator(".passage mark").text_content() in text[3000:3200]
+    next(pages, None)
+
+
 def test_every_control_has_a_name_and_no_text_is_cut_off_at_three_sizes(browser, file, tmp_path):
     """The pictures remain in the temporary folder of pytest, to be looked at."""
     for name, (width, height) in SIZES.items():
@@ -270,6 +295,9 @@ def test_text_of_a_hostile_folder_never_becomes_markup(browser, run_folder, tmp_
     save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, folder)
     metadata = json.loads((run_folder / "model" / "minigpt.json").read_text())
     hostile = {"name": ATTACK, "license": ATTACK, "date": ATTACK, "sample": {"prompt": ATTACK}}
+    stretches = [{"tokens": 8, "text": ATTACK, "of_tokens": 9}]
+    figures = {"tokens": 9, "longest": 8, "shares": {"8": 0.5}}
+    hostile["copying"] = {"samples": figures, "held_out": None, "stretches": stretches}
     for part in ("data", "tokenizer", "training"):
         hostile[part] = {key: ATTACK if isinstance(value, str) else value for key, value in metadata[part].items()}
     (folder / "minigpt.json").write_text(json.dumps({**metadata, **hostile}))
@@ -287,6 +315,8 @@ def test_text_of_a_hostile_folder_never_becomes_markup(browser, run_folder, tmp_
     expect(opened.locator("#heads .head")).not_to_have_count(0, timeout=60_000)
     opened.click("#tab-provenance")
     assert opened.inner_text("#sample") == ATTACK
+    assert opened.locator("#copied").inner_text().endswith(ATTACK)
+    assert "50.0 %" in opened.locator("#copying-figures").inner_text()
     opened.click("#score")
     expect(opened.locator("#score-result")).to_contain_text("bits per byte", timeout=60_000)
     assert opened.locator("img, iframe, object, embed").count() == 0

@@ -82,7 +82,7 @@ function tokenDecoder() {
 }
 
 /* Text as a list of selectable tokens, with one tab stop: arrow keys, Home and End move the selection.
-   A token: { id, p (probability, or undefined), isPrompt }. */
+   A token: { id, p (probability, or undefined), isPrompt }, or { id, share (shading from 0 to 1), note }. */
 class TokenList {
   constructor(node, label, onselect) {
     Object.assign(this, { node, onselect, tokens: [], selected: -1, decode: tokenDecoder() });
@@ -120,6 +120,9 @@ class TokenList {
       if (token.p !== undefined) {
         option.style.setProperty("--heat-share", heat(token.p).toFixed(3));
         option.title = `${label}   ${percent(token.p)}   ${bits(token.p).toFixed(2)} bits`;
+      } else if (token.share !== undefined) {
+        option.style.setProperty("--heat-share", token.share.toFixed(3));
+        option.title = `${label}   ${token.note}`;
       } else {
         option.title = `${label}   id ${token.id}`;
       }

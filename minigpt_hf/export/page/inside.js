@@ -10,6 +10,7 @@ function insideView() {
   const { hidden_size: H, intermediate_size: F, vocab_size: V } = page.config;
   const state = { position: 0, layer: 0, head: 0, ablated: new Set(), temperature: 1, topK: 0, topP: 1 };
   let [intact, current, run] = [null, null, 0];
+  let [ids, analysed] = [[], null]; // of the text, and of the results, which are older while the text is analysed
   const text = byId("inside-text");
   const list = new TokenList(byId("inside-tokens"), "Tokens of the text", select);
 
@@ -43,23 +44,22 @@ function insideView() {
 
   // -- analysis --------------------------------------------------------------------------------------------------------
 
-  function analyse(ids, note = "") {
-    const kept = ids.slice(-LONGEST_TEXT);
+  function analyse(all, note = "") {
+    ids = all.slice(-LONGEST_TEXT);
     byId("inside-note").textContent =
-      kept.length < ids.length ? `The last ${LONGEST_TEXT} of ${integer(ids.length)} tokens. ${note}` : note;
-    list.set(kept.map((id) => ({ id })));
-    state.position = kept.length - 1;
-    intact = null;
-    return update(kept);
+      ids.length < all.length ? `The last ${LONGEST_TEXT} of ${integer(all.length)} tokens. ${note}` : note;
+    list.set(ids.map((id) => ({ id })));
+    state.position = ids.length - 1;
+    return update();
   }
 
-  async function update(ids = intact.ids) {
+  async function update() {
     const number = ++run; // results of earlier texts are discarded
     try {
-      const whole = intact ?? (await engine.run("inspect", { ids, ablated: [] }));
+      const whole = analysed === ids ? intact : await engine.run("inspect", { ids, ablated: [] });
       const changed = state.ablated.size ? await engine.run("inspect", { ids, ablated: [...state.ablated] }) : whole;
       if (number !== run) return;
-      [intact, current] = [whole, changed];
+      [intact, current, analysed] = [whole, changed, ids];
       byId("inside-stages").hidden = false;
       showHeads();
       select(Math.min(state.position, ids.length - 1));
@@ -405,8 +405,8 @@ function insideView() {
   text.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      const ids = encoded(text.value);
-      if (ids) analyse(ids);
+      const entered = encoded(text.value);
+      if (entered) analyse(entered);
     }, 300);
   });
   byId("use-generated").addEventListener("click", useGenerated);

@@ -2,6 +2,7 @@
 /* The view "Provenance": the figures of the model card, the losses and samples of the run, and the surprisal of any text. */
 
 const HEADLINE = 4; // figures shown large
+const LONG_PASSAGE = 32; // tokens of a passage that is shaded fully
 
 function provenanceView() {
   const { facts, log, storage } = page;
@@ -115,6 +116,71 @@ function provenanceView() {
     slider.max = log.samples.length - 1;
     slider.addEventListener("input", () => showSample(Number(slider.value)));
     slider.value = slider.max;
+  }
+
+  // -- verbatim copying --------------------------------------------------------------------------------------------------
+
+  const { copying, samples } = page;
+  byId("copying").hidden = !copying && !samples;
+  byId("copying-figures").parentNode.hidden = !copying;
+  if (copying) {
+    byId("copying-figures").append(
+      element("thead", {}, element("tr", {}, copying.header.map((cell) => element("th", { scope: "col" }, cell)))),
+      element(
+        "tbody",
+        {},
+        copying.rows.map(([name, ...cells]) =>
+          element("tr", {}, [element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))]),
+        ),
+      ),
+    );
+  }
+  byId("copying-note").textContent = samples
+    ? `Each token is shaded by the length of the longest shared passage that contains it, fully from ${LONG_PASSAGE} tokens on; ` +
+      "select one to see the passage in the training text."
+    : "The longest stretch of each sample:";
+  if (samples) byId("copied").append(...samples.flatMap(copiedSample));
+  else if (copying) {
+    byId("copied").append(
+      ...copying.stretches.flatMap(({ text, length }, i) => [
+        element("h3", {}, `Sample ${i + 1}: ${length}`),
+        element("div.sample", {}, text),
+      ]),
+    );
+  }
+
+  // A sample as a list of tokens, and below it the passage that contains the selected one.
+  function copiedSample({ given, ids, passages }, number) {
+    const longest = ids.map((_, i) =>
+      passages
+        .filter(({ start, tokens }) => start <= i && i < start + tokens)
+        .reduce((best, passage) => (best === null || passage.tokens > best.tokens ? passage : best), null),
+    );
+    const [box, source] = [element("div", { id: `copied-${number}` }), element("div.passage", { role: "status" })];
+    const title = `Sample ${number + 1}`;
+    const list = new TokenList(box, `${title}, shaded by the length of shared passages`, (index, { passage }) =>
+      source.replaceChildren(...(passage ? shownPassage(passage) : [element("p.note", {}, noPassage(index))])),
+    );
+    const prompt = given === "" ? [] : tokenizer.encode(given);
+    const noPassage = (index) =>
+      index < prompt.length ? "Given to the model." : "In no passage of 8 tokens or more that the training text contains.";
+    list.set([
+      ...prompt.map((id) => ({ id, isPrompt: true })),
+      ...ids.map((id, i) => ({
+        id,
+        passage: longest[i],
+        share: longest[i] ? Math.min(1, longest[i].tokens / LONG_PASSAGE) : 0,
+        note: longest[i] ? `in a passage of ${longest[i].tokens} tokens` : "in no shared passage",
+      })),
+    ]);
+    return [element("h3", {}, title), box, source];
+  }
+
+  function shownPassage({ document: number, tokens, before, text, after }) {
+    return [
+      element("p.note", {}, `${integer(tokens)} tokens in document ${integer(number)} of the training text, where they occur first:`),
+      element("blockquote", {}, before, element("mark", {}, text), after),
+    ];
   }
 
   // -- surprisal -------------------------------------------------------------------------------------------------------
