@@ -90,6 +90,8 @@ def export_html(
     vocabulary, chat = page_tokenizer(tokenizer, config.vocab_size), chat_format(tokenizer)
     if tokenizer.chat_template is not None and chat is None:
         logger.warning(f"{folder}: its chat template is not ChatML; the page continues text and offers no chat")
+    if chat is not None and chat["system"] is None:
+        chat["system"] = _text(metadata, "recipe", "system") or None  # of all training conversations without one
     _check_size(folder, model, dtype or "int8")
     with new_folder(out) as unfinished:
         weights = _weights(model, dtype)
@@ -291,7 +293,7 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         "training time": lambda: str(metadata["training"]["time"]),
         "validation loss": lambda: f"{metadata['results']['loss']:.4f} nats per token",
         "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
-        "training text": lambda: f"{metadata['data']['name']}, {metadata['data']['train']['bytes']:,} bytes",
+        "training text": lambda: f"{metadata['data']['name']}, {_size_of_text(metadata)}",
         "epochs": lambda: f"{metadata['training']['epochs']:.2f}",
         "sequence length": lambda: f"{metadata['recipe']['block_size']:,} tokens",
         "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
@@ -307,6 +309,13 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             continue
     return facts
+
+
+def _size_of_text(metadata: dict[str, Any]) -> str:
+    train = metadata["data"]["train"]
+    if metadata["recipe"].get("chat"):
+        return f"{train['documents']:,} conversations"
+    return f"{train['bytes']:,} bytes"
 
 
 def _copying(metadata: dict[str, Any]) -> dict[str, Any] | None:

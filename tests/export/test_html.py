@@ -428,6 +428,14 @@ def test_sources_that_cannot_be_embedded_are_rejected(run_folder, text_file, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_the_system_message_of_training_is_that_of_the_page(tmp_path):
+    tokenizer = chat_tokenizer()
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "minigpt.json").write_text('{"recipe": {"chat": true, "system": "Be brief."}}')
+    (page,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
+    assert data_of(page)["chat"]["system"] == "Be brief."
+
+
 def test_a_folder_without_a_run_and_metadata_of_another_program_is_exported(run_folder, tmp_path):
     shutil.copytree(run_folder / "model", tmp_path / "model")
     (tmp_path / "model" / "minigpt.json").write_text(

@@ -55,7 +55,8 @@ function slider(label, target, name, { min, max, step, value, format = String, o
 function percent(p) {
   if (p >= 0.9995) return "100 %";
   if (p >= 0.0995) return `${(100 * p).toFixed(0)} %`;
-  return p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : `${Number((100 * p).toPrecision(1))} %`;
+  if (p < 0.000095) return "< 0.01 %";
+  return p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : `${(100 * p).toFixed(2)} %`;
 }
 
 const bits = (p) => -Math.log2(p);

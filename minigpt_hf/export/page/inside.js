@@ -285,7 +285,7 @@ function insideView() {
       return element(
         `td${isRight ? ".right" : ""}${t === state.position ? ".selected" : ""}`,
         { "--share": p.toFixed(3), title: `${tokenLabel(id)} ${percent(p)}`, onclick: () => select(t) },
-        tokenLabel(id).slice(0, 8),
+        tokenLabel(id).slice(0, 10),
       );
     };
     const name = (layer) => (layer === 0 ? "embedding" : `layer ${layer}`);
@@ -299,7 +299,7 @@ function insideView() {
         ),
       );
     byId("lens").replaceChildren(
-      header("token", (t) => tokenLabel(current.ids[t]).slice(0, 8)),
+      header("token", (t) => tokenLabel(current.ids[t]).slice(0, 10)),
       ...current.lens.map((_, layer) =>
         element(
           "tr",
@@ -308,7 +308,7 @@ function insideView() {
           Array.from({ length: T }, (_, t) => cell(layer, t)),
         ),
       ),
-      header("next", (t) => (t + 1 < T ? tokenLabel(current.ids[t + 1]).slice(0, 8) : "?")),
+      header("next", (t) => (t + 1 < T ? tokenLabel(current.ids[t + 1]).slice(0, 10) : "?")),
     );
     const box = byId("lens-box");
     const column = byId("lens").querySelector("tr").children[state.position + 1];
@@ -405,7 +405,7 @@ function insideView() {
   text.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      const entered = encoded(text.value);
+      const entered = views.generate.idsOf(text.value);
       if (entered) analyse(entered);
     }, 300);
   });
@@ -439,19 +439,23 @@ function insideView() {
   );
 
   function useGenerated() {
-    const ids = views.generate.currentIds();
-    if (!ids.length) return false;
-    text.value = tokenizer.decode(ids.slice(-LONGEST_TEXT)).replace(/^\ufffd+/, "");
-    analyse(ids);
+    const generated = views.generate.currentIds();
+    if (!generated.length) return false;
+    text.value = views.generate.isChat()
+      ? views.generate.lastQuestion()
+      : tokenizer.decode(generated.slice(-LONGEST_TEXT)).replace(/^\ufffd+/, "");
+    analyse(generated);
     return true;
   }
 
   return {
     show() {
+      const isChat = views.generate.isChat();
+      byId("inside-label").textContent = isChat ? "Question" : "Text";
       if (current || useGenerated()) return;
-      text.value = page.log.samples.at(-1)?.[1].slice(0, 48) || page.prompt || "";
-      const ids = encoded(text.value);
-      if (ids) analyse(ids);
+      text.value = (!isChat && page.log.samples.at(-1)?.[1].slice(0, 48)) || page.prompt || "";
+      const entered = views.generate.idsOf(text.value);
+      if (entered) analyse(entered);
     },
     redraw() {
       if (!current) return;
