@@ -1,11 +1,14 @@
 """Verbatim matches in a token stream, compared with a search of all places and with hand-made cases."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt_hf.data.matching import MIN_LENGTH, find_matches
+from minigpt_hf.data.stream import ArrayFile
 
 
 def longest_match(stream: list[int], sequence: list[int], start: int) -> int:
@@ -135,6 +138,19 @@ def test_ids_of_a_large_vocabulary_are_distinguished():
     for shift, expected in ((0, 20), (2**31, 0)):
         (match,) = find_matches(stream, [np.arange(2**32 - 40, 2**32 - 20, dtype=np.int64) - shift])
         assert match.longest == expected
+
+
+def test_memory_does_not_depend_on_the_length_of_the_stream(tmp_path):
+    sequences = [np.arange(100) % 7, np.arange(300)]
+    peaks = []
+    for tokens in (10**6, 10**7):
+        np.resize(np.arange(1000, dtype="<u2"), tokens).tofile(tmp_path / "tokens.bin")
+        stream = ArrayFile(tmp_path / "tokens.bin", "<u2")
+        tracemalloc.start()
+        assert [match.longest for match in find_matches(stream, sequences)] == [7, 300]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.01 * peaks[0] < 20e6
 
 
 def test_progress_counts_each_token_once():
