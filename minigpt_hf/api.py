@@ -335,9 +335,10 @@ def measure_copying(
     from .trust import checked_folder
 
     check_type("model", model, str, os.PathLike)
-    recipe = recipe_of(checked_folder(os.fspath(model), trust_remote_code))  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    recipe = recipe_of(folder)
     reading = _reading_of(data, recipe, reading)
-    tokenizer, train, validation = training_text(model, os.fspath(data), recipe, reading)
+    tokenizer, train, validation = training_text(folder, os.fspath(data), recipe, reading)
     loaded, _ = load(model, trust_remote_code)
     prompts: list[Any] = [recipe.get("sample_prompt") or ""] * samples
     if reading["chat"]:
@@ -508,7 +509,8 @@ def training_text(
         reading: Settings by name, see `READING`.
 
     Returns:
-        The tokenizer of the model, the training split, and a sample of the validation split, if there is one.
+        The tokenizer of the model, the training split, and a sample of the validation split, if there is one. A training
+        split other than that of the model is logged.
 
     Raises:
         MiniGPTError: if the text cannot be read, or was prepared with another tokenizer.
@@ -531,6 +533,7 @@ def training_text(
                 f"{data}: was prepared with another tokenizer than that of {model}; give the text that the model was "
                 "trained on"
             )
+        _warn_if_other_text(model, data, text.train)
         return tokenizer, text.train, text.validation
     corpus = read_corpus(data, recipe, reading)
     block_size = recipe.get("block_size") or BLOCK_SIZE
@@ -542,6 +545,7 @@ def training_text(
             return build_stream(documents, tokenizer, CACHE, progress=bar.update, max_tokens=max_tokens)
 
     train = encode(corpus.train, recipe.get("max_tokens"))
+    _warn_if_other_text(model, data, train)
     if corpus.validation is None:
         return tokenizer, train, None
     held_out = corpus.validation
@@ -549,6 +553,21 @@ def training_text(
         window = max(1, round(block_size * train.characters / max(1, len(train) - len(train.documents))))
         held_out = held_out.sample(recipe.get("validation_characters") or HELD_OUT_CHARACTERS, window)
     return tokenizer, train, encode(held_out)
+
+
+def _warn_if_other_text(model: str | os.PathLike, data: str, train: "TokenStream") -> None:
+    """Log if the metadata of a model state another training split."""
+    from .trust import read_metadata
+
+    known: Any = read_metadata(model)
+    for key in ("data", "train", "fingerprint"):
+        known = known.get(key) if isinstance(known, dict) else None
+    if isinstance(known, str) and known != train.fingerprint:
+        logger.warning(
+            "%s: its training split is not the one that %s was trained on, so the figures and passages are those of another "
+            "text",
+            *(data, model),
+        )
 
 
 def check_type(name: str, value: Any, *types: type) -> None:

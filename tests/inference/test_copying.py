@@ -193,6 +193,14 @@ def test_flags_that_do_not_apply_are_named(flags, message, run_folder, text_file
     assert message in capsys.readouterr().err
 
 
+def test_another_text_than_that_of_training_is_reported(run_folder, text_file, text, tmp_path, caplog):
+    (tmp_path / "other.py").write_text(text.replace("argparse", "optparse"))
+    for file, warns in ((text_file, False), (tmp_path / "other.py", True)):
+        caplog.clear()
+        minigpt_hf.measure_copying(run_folder / "model", file, samples=1)
+        assert ("its training split is not the one that" in caplog.text) == warns
+
+
 def test_without_held_out_text_there_is_no_baseline(run_folder, text_file):
     copying = minigpt_hf.measure_copying(run_folder / "model", text_file, validation_fraction=0.0, samples=1)
     assert copying.held_out is None and copying.samples.tokens > 0
