@@ -19,8 +19,11 @@ from .errors import MiniGPTError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .data.corpus import Corpus
     from .data.documents import Documents
+    from .data.stream import TokenStream
     from .inference.answers import AnswerScore
+    from .inference.copying import CopiedSample, Copying
     from .inference.evaluation import Score
 
 
@@ -31,6 +34,8 @@ SPLITS = ("all", "train", "validation")
 
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
+# Of a model without a recipe: tokens of a sample and of a window, and characters of held-out text to read.
+SAMPLE_TOKENS, BLOCK_SIZE, HELD_OUT_CHARACTERS = 200, 1024, 1_000_000
 # How a text is read, as in `load_corpus`: names and types of the keywords of `evaluate`.
 READING: dict[str, tuple[type, ...]] = {
     "validation_fraction": (int, float),
@@ -38,11 +43,13 @@ READING: dict[str, tuple[type, ...]] = {
     "chat": (bool,),
     "system": (str,),
 }
+NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(READING)
 # Settings of a model's recipe that `evaluate` uses, and their types.
 EVALUATION_SETTINGS = {
-    ("validation_characters", "block_size", "per_device_eval_batch_size"): int,
+    ("validation_characters", "block_size", "per_device_eval_batch_size", "max_tokens", "sample_tokens"): int,
     ("validation_fraction",): int | float,
     ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system"): str,
+    ("sample_prompt",): str,
     ("chat",): bool,
 }
 
@@ -303,6 +310,86 @@ def score_answers(
     return result
 
 
+def measure_copying(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    *,
+    samples: int = 3,
+    sample_tokens: int | None = None,
+    trust_remote_code: bool = False,
+    **reading: Any,
+) -> "Copying":
+    """Generate samples and measure how much of them occurs verbatim in the training text.
+
+    Args:
+        model: A model folder or Hub id.
+        data: The training text, see `load_corpus`, or a folder written by `minigpt tokenize`. Samples are compared with its
+            training split; its validation split is the baseline.
+        samples: Number of samples, with the seeds 0, 1, …, from the prompt and at the temperature of training; of a model
+            that learned conversations, the answers to the first held-out questions.
+        sample_tokens: Maximum number of tokens of a sample. Default: as in training, or 200.
+        trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
+        reading: `validation_fraction`, `encoding`, …, `system`, as in `evaluate`.
+
+    Raises:
+        MiniGPTError: if the model or the text cannot be loaded, or the text was prepared with another tokenizer.
+    """
+    check_type("samples", samples, int)
+    check_type("sample_tokens", sample_tokens, int, type(None))
+    for name, count in (("samples", samples), ("sample_tokens", sample_tokens)):
+        if count is not None and count < 1:
+            raise MiniGPTError(f"{name} is {count}: it must be at least 1")
+
+    from tqdm.auto import tqdm
+
+    from .data.chat_format import ChatFormat
+    from .inference.copying import encode_samples, measure_copying
+    from .training.callbacks import given_text, sample
+    from .trust import checked_folder
+
+    check_type("model", model, str, os.PathLike)
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    recipe = recipe_of(folder)
+    reading = _reading_of(data, recipe, reading)
+    tokenizer, train, validation = training_text(folder, os.fspath(data), recipe, reading)
+    loaded, _ = load(model, trust_remote_code)
+    prompts: list[Any] = [recipe.get("sample_prompt") or ""] * samples
+    if reading["chat"]:
+        held_out = train if validation is None else validation
+        prompts = ChatFormat(tokenizer).questions(held_out.iterate_documents(), samples)
+    length = sample_tokens or recipe.get("sample_tokens") or SAMPLE_TOKENS
+    texts = []
+    for seed, prompt in enumerate(tqdm(prompts, desc="sampling", delay=2, leave=False)):
+        texts.append((given_text(prompt), sample(loaded, tokenizer, prompt, length, seed)))
+    is_chat = bool(reading["chat"])
+    return measure_copying(tokenizer, encode_samples(tokenizer, texts, is_chat), train, validation, is_chat)
+
+
+def copied_samples(model: str | os.PathLike, data: str | os.PathLike, **reading: Any) -> "list[CopiedSample]":
+    """Find the passages of the training text that the samples of a model card share with it.
+
+    Args:
+        model: A model folder with `minigpt.json`.
+        data, reading: See `measure_copying`.
+
+    Raises:
+        MiniGPTError: if the folder has no samples, or the text cannot be loaded.
+    """
+    from .inference.copying import copied_samples
+    from .trust import read_metadata
+
+    card: Any = read_metadata(model).get("sample")
+    card = card if isinstance(card, dict) else {}
+    texts, given = (card[name] if isinstance(card.get(name), list) else [] for name in ("texts", "given"))
+    if not texts or len(texts) != len(given):
+        raise MiniGPTError(f"{model}: its minigpt.json has no samples whose passages could be found in a training text")
+    recipe = recipe_of(model)
+    reading = _reading_of(data, recipe, reading)
+    tokenizer, train, _ = training_text(model, os.fspath(data), recipe, reading)
+    samples = [(str(start), str(text)) for start, text in zip(given, texts, strict=True)]
+    return copied_samples(tokenizer, samples, train, bool(reading["chat"]))
+
+
 def generate(
     model: str | os.PathLike,
     prompt: str = "",
@@ -384,20 +471,9 @@ def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, 
     Raises:
         MiniGPTError: if the text cannot be read, or there is no validation split.
     """
-    from .data.corpus import load_corpus
     from .data.documents import Mixture
-    from .data.sources import has_split
 
-    values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
-    values = {name: value for name, value in values.items() if value is not None}
-    data_split = values.pop("data_split", None)
-    if reading["data_split"] is None and data_split and not has_split(data, data_split):
-        data_split = None
-    if split == "all":
-        values["validation_fraction"] = 0.0
-    if not values.get("chat") and reading["system"] is None:
-        values.pop("system", None)
-    corpus = load_corpus(data, split=data_split, **values)
+    corpus = read_corpus(data, recipe, reading | ({"validation_fraction": 0.0} if split == "all" else {}))
     whole = corpus.validation if split == "validation" else corpus.train
     if split == "all" and corpus.unused is not None:
         whole = Mixture.joined([corpus.train, corpus.unused])
@@ -405,6 +481,106 @@ def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, 
     if whole is None or whole.characters == 0:
         raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
     return whole
+
+
+def read_corpus(data: str, recipe: dict[str, Any], reading: dict[str, Any]) -> "Corpus":
+    """Read a text or conversations, divided as in the training of a model; for the arguments see `read_part`.
+
+    Raises:
+        MiniGPTError: if the text cannot be read.
+    """
+    from .data.corpus import load_corpus
+    from .data.sources import has_split
+
+    values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    data_split = values.pop("data_split", None)
+    if reading["data_split"] is None and data_split and not has_split(data, data_split):
+        data_split = None
+    if not values.get("chat") and reading["system"] is None:
+        values.pop("system", None)
+    return load_corpus(data, split=data_split, **values)
+
+
+def _reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Check settings for reading a text, and add those that are not given; `chat` is that of the recipe by default."""
+    if unknown := given.keys() - READING:
+        raise MiniGPTError(f"{min(unknown)} does not apply to verbatim copying: omit it")
+    reading = NOTHING_GIVEN | given
+    check_data(data, "all", reading)
+    return reading | {"chat": recipe.get("chat") if reading["chat"] is None else reading["chat"]}
+
+
+def training_text(
+    model: str | os.PathLike, data: str, recipe: dict[str, Any], reading: dict[str, Any]
+) -> "tuple[PreTrainedTokenizerBase, TokenStream, TokenStream | None]":
+    """Encode a training text as the training of a model did, in the cache; of the same text, the cached streams are used.
+
+    Args:
+        data: The text, or a folder written by `minigpt tokenize`.
+        recipe: Of the model.
+        reading: Settings by name, see `READING`.
+
+    Returns:
+        The tokenizer of the model, the training split, and a sample of the validation split, if there is one. A training
+        split other than that of the model is logged.
+
+    Raises:
+        MiniGPTError: if the text cannot be read, or was prepared with another tokenizer.
+    """
+    from tqdm.auto import tqdm
+
+    from .data.conversations import build_conversation_stream
+    from .data.corpus import CACHE
+    from .data.prepared import PreparedText, is_prepared
+    from .data.stream import build_stream
+    from .data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(os.fspath(model))
+    if is_prepared(data):
+        if given := sorted(name for name, value in reading.items() if value is not None and value != recipe.get(name)):
+            raise MiniGPTError(f"{data}: is a prepared text, which stores how it was read: omit {given[0]}")
+        text = PreparedText.open(Path(data))
+        if tokenizer_fingerprint(text.tokenizer) != tokenizer_fingerprint(tokenizer):
+            raise MiniGPTError(
+                f"{data}: was prepared with another tokenizer than that of {model}; give the text that the model was "
+                "trained on"
+            )
+        _warn_if_other_text(model, data, text.train)
+        return tokenizer, text.train, text.validation
+    corpus = read_corpus(data, recipe, reading)
+    block_size = recipe.get("block_size") or BLOCK_SIZE
+
+    def encode(documents: "Documents", max_tokens: int | None = None) -> "TokenStream":
+        with tqdm(total=documents.characters, desc="tokenizing", unit_scale=True, delay=2, leave=False) as bar:
+            if reading["chat"]:
+                return build_conversation_stream(documents, tokenizer, block_size, CACHE)
+            return build_stream(documents, tokenizer, CACHE, progress=bar.update, max_tokens=max_tokens)
+
+    train = encode(corpus.train, recipe.get("max_tokens"))
+    _warn_if_other_text(model, data, train)
+    if corpus.validation is None:
+        return tokenizer, train, None
+    held_out = corpus.validation
+    if not reading["chat"]:
+        window = max(1, round(block_size * train.characters / max(1, len(train) - len(train.documents))))
+        held_out = held_out.sample(recipe.get("validation_characters") or HELD_OUT_CHARACTERS, window)
+    return tokenizer, train, encode(held_out)
+
+
+def _warn_if_other_text(model: str | os.PathLike, data: str, train: "TokenStream") -> None:
+    """Log if the metadata of a model state another training split."""
+    from .trust import read_metadata
+
+    known: Any = read_metadata(model)
+    for key in ("data", "train", "fingerprint"):
+        known = known.get(key) if isinstance(known, dict) else None
+    if isinstance(known, str) and known != train.fingerprint:
+        logger.warning(
+            "%s: its training split is not the one that %s was trained on, so the figures and passages are those of another "
+            "text",
+            *(data, model),
+        )
 
 
 def check_type(name: str, value: Any, *types: type) -> None:

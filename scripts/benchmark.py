@@ -34,6 +34,7 @@ BENCHMARKS = {
     "chat": "fine-tuning on packed conversations, compared with TRL's padded batches",
     "attention": "attention of the positional heads before and after training",
     "page": "generation throughput of the exported HTML page in headless Chromium",
+    "copying": "time and memory to find verbatim copies in token streams of increasing length",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 

@@ -298,3 +298,12 @@ def test_the_chat_benchmark_counts_the_tokens_of_conversations_and_starts_at_the
     encoded = [chat_format.encode(messages_of(row)) for row in rows[:20]]
     assert result["tokens"] == sum(len(ids) - 2 for ids in encoded)
     assert result["training"][0]["rows"] == "packed" and result["training"][0]["loss_before_training"] > 0
+
+
+def test_the_copying_benchmark_searches_the_text_repeated_to_each_length(text_file, capsys):
+    argv = ["copying", "--data", str(text_file), "--tokenizers", "bytes", "--tokens", "50000", "150000", "--json"]
+    assert benchmark.main(argv) == 0
+    short, long = json.loads(capsys.readouterr().out)["copying"]
+    assert (short["tokens"], long["tokens"]) == ("50,000", "150,000")
+    assert 0 < short["longest"] <= long["longest"]
+    assert short["peak MB"] > 0 and short["CPU seconds"] > 0

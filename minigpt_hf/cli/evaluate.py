@@ -57,6 +57,16 @@ def parser() -> Parser:
         action="store_true",
         help="with --score: do not add the score to minigpt.json and the card of the model folder",
     )
+    parser.add_argument(
+        "--copying",
+        action="store_true",
+        help="generate samples and measure how much of them occurs verbatim in the training split of the data; the baseline "
+        "is text of the validation split",
+    )
+    parser.add_argument("--samples", type=int, help="with --copying: number of samples (default: 3)")
+    parser.add_argument(
+        "--sample_tokens", type=int, help="with --copying: maximum length of a sample (default: as in training, or 200)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="execute Python code of the model repository")
     return parser
@@ -66,6 +76,15 @@ def run(argv: list[str]) -> None:
     """Score the text and print the result."""
     settings = vars(parser().parse_args(argv))
     as_json, metric, answers, no_save = (settings.pop(name) for name in ("json", "score", "answers", "no_save"))
+    of_copying = {name: settings.pop(name) for name in ("samples", "sample_tokens")}
+    if settings.pop("copying"):
+        if metric is not None or answers is not None:
+            raise MiniGPTError("--copying and --score are different measurements: give one of them")
+        _measure_copying(settings, of_copying, as_json)
+        return
+    for name, value in of_copying.items():
+        if value is not None:
+            raise MiniGPTError(f"--{name} requires --copying")
     if metric is not None:
         _score_answers(settings, metric, answers, as_json, save=not no_save)
         return
@@ -119,3 +138,36 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
     for name, value in score.baselines.items():
         print(f"  {name:<22}{show(value)}")
     print(f"ended by the model      {score.ended:.1%} of {score.answers:,} answers")
+
+
+def _measure_copying(settings: dict[str, Any], of_copying: dict[str, Any], as_json: bool) -> None:
+    """Generate samples, compare them with the training text, and print the result."""
+    from .. import api
+
+    if settings.pop("split") != "all":
+        raise MiniGPTError(
+            "--copying compares with the training split and takes its baseline from the validation split: omit --split"
+        )
+    given = {name: value for name, value in (settings | of_copying).items() if value is not None}
+    quiet()
+    result = api.measure_copying(**given)
+    if as_json:
+        print(json.dumps({name: settings[name] for name in ("model", "data")} | result.to_dict()))
+        return
+    columns = {"samples": result.samples}
+    if result.held_out is not None:
+        columns["held-out text"] = result.held_out
+    rows = [
+        ("tokens", [f"{each.tokens:,}" for each in columns.values()]),
+        ("longest stretch", [f"{each.longest:,} tokens" for each in columns.values()]),
+        *(
+            (f"in stretches of {number} tokens or more", [f"{each.shares[number]:.1%}" for each in columns.values()])
+            for number in result.samples.shares
+        ),
+    ]
+    print(f"found verbatim in the training text, {result.training_tokens:,} tokens")
+    for name, cells in [("", list(columns)), *rows]:
+        print(f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells))
+    print("\nlongest stretch of each sample")
+    for number, stretch in enumerate(result.stretches, 1):
+        print(f"{number:>4}  {stretch.tokens:,} of {stretch.of_tokens:,} tokens  {stretch.text!r}")

@@ -2,7 +2,9 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
+from ..errors import MiniGPTError
 from ..export import FORMATS, export_model
 from .parser import Parser, quiet, raising_on_sigterm
 
@@ -25,6 +27,12 @@ def parser() -> Parser:
         type=int,
         help="maximum context in tokens, for programs without sliding-window attention; at most the window of the model",
     )
+    parser.add_argument(
+        "--with_sources",
+        metavar="TEXT",
+        help="with --to html: training text, given as in `minigpt train --data`; its passages that occur in the samples of "
+        "the card are embedded in the page",
+    )
     return parser
 
 
@@ -35,8 +43,19 @@ def run(argv: list[str]) -> None:
     out = args.output_dir or folder.resolve().with_name(f"{folder.resolve().name}-{args.to}")
     quiet()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that these models do not use
+    if args.with_sources is not None and args.to != "html":
+        raise MiniGPTError(
+            f"--with_sources embeds passages in a page, which --to {args.to} does not write: use --to html"
+        )
+    options: dict[str, Any] = {}
     with raising_on_sigterm():
-        verified = export_model(folder, out, args.to, args.dtype, args.context)
+        if args.with_sources is not None:
+            from ..api import copied_samples
+            from ..export.conversion import check_output
+
+            check_output(out, folder)
+            options["samples"] = [sample.to_dict() for sample in copied_samples(folder, args.with_sources)]
+        verified = export_model(folder, out, args.to, args.dtype, args.context, **options)
     print(f"the export is in {out}\nverified: {verified}")
     if args.context:
         print(f"maximum context: {args.context} tokens")

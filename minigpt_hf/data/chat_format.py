@@ -11,6 +11,7 @@ message is encoded as text, so a string such as `<|im_end|>` in it never becomes
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,10 @@ class ChatFormat:
                 break
             messages.append({"role": role, "content": content})
         return messages
+
+    def questions(self, conversations: Iterable[np.ndarray], number: int) -> list[Any]:
+        """Return `question` of each of the first `number` conversations."""
+        return [self.question(ids) for ids in islice(conversations, number)]
 
     def _text(self, text: str) -> np.ndarray:
         return np.asarray(self.encoder(text), dtype=np.int64)

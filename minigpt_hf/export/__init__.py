@@ -37,7 +37,9 @@ FORMATS = {
 }
 
 
-def export_model(folder: Path, out: Path, to: str, dtype: str | None = None, context: int | None = None) -> str:
+def export_model(
+    folder: Path, out: Path, to: str, dtype: str | None = None, context: int | None = None, **options: object
+) -> str:
     """Export a model folder, and return what has been verified about the result.
 
     Args:
@@ -46,6 +48,7 @@ def export_model(folder: Path, out: Path, to: str, dtype: str | None = None, con
         to: Key of `FORMATS`.
         dtype: Precision of the matrices. Default: that of the weights.
         context: Maximum context in tokens, for programs without sliding windows.
+        options: Further arguments of `export_NAME`.
 
     Raises:
         MiniGPTError: if the format, its options or the model are not supported, a package is missing, or `out` exists.
@@ -61,5 +64,5 @@ def export_model(folder: Path, out: Path, to: str, dtype: str | None = None, con
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise MiniGPTError(f"--to {to} needs {package}, which is not installed: pip install {package}") from error
-    getattr(module, f"export_{to}")(folder, out, dtype, context)
+    getattr(module, f"export_{to}")(folder, out, dtype, context, **options)
     return module.VERIFIED

@@ -28,6 +28,7 @@ from ..data.tokenizer import bos_token_id
 from ..errors import MiniGPTError
 from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
+from ..publish.card import has_copying
 from ..training.run_folder import RunFolder, read_log
 from ..trust import read_metadata
 from .conversion import check_context, check_output, file_name, load_model, sampling_settings, verify
@@ -56,13 +57,20 @@ STAGES = {
 }
 
 
-def export_html(folder: Path, out: Path, dtype: str | None = None, context: int | None = None) -> Path:
+def export_html(
+    folder: Path,
+    out: Path,
+    dtype: str | None = None,
+    context: int | None = None,
+    samples: list[dict[str, Any]] | None = None,
+) -> Path:
     """Write the page to the folder `out` atomically, and return `out`.
 
     Args:
         dtype: `float32`, `float16` or `int8`, for the matrices. Default: `float16` if it leaves the greedy continuations of
             all prompts unchanged or `float32` weights would be too large, otherwise `float32`.
         context: Maximum context in tokens. Default: that of the model.
+        samples: Samples with the passages of the training text that they share, see `inference.copying.CopiedSample`.
 
     Raises:
         MiniGPTError: if the page cannot represent the model, its weights are too large, or `out` exists.
@@ -75,7 +83,7 @@ def export_html(folder: Path, out: Path, dtype: str | None = None, context: int 
     check_context(source.model.config, context)
     if source.lacks_chat:
         logger.warning(f"{folder}: its chat template is not ChatML; the page continues text and offers no chat")
-    page = _page(source, dtype, context)
+    page = _page(source, dtype, context, samples=samples)
     with new_folder(out) as unfinished:
         (unfinished / f"{file_name(folder)}.html").write_text(page, encoding="utf-8", newline="\n")
     return out
@@ -136,15 +144,26 @@ def _source(folder: Path) -> Source:
     if config.hidden_act != "silu":
         raise NotInPage(f"{folder}: its activation is {config.hidden_act}; the page supports only silu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    vocabulary = page_tokenizer(tokenizer, config.vocab_size)
-    return Source(folder, model, tokenizer, vocabulary, chat_format(tokenizer))
+    vocabulary, chat = page_tokenizer(tokenizer, config.vocab_size), chat_format(tokenizer)
+    if chat is not None and chat["system"] is None:
+        chat["system"] = (
+            _text(read_metadata(folder), "recipe", "system") or None
+        )  # of all training conversations without one
+    return Source(folder, model, tokenizer, vocabulary, chat)
 
 
-def _page(source: Source, dtype: str | None = None, context: int | None = None, name: str | None = None) -> str:
+def _page(
+    source: Source,
+    dtype: str | None = None,
+    context: int | None = None,
+    name: str | None = None,
+    samples: list[dict[str, Any]] | None = None,
+) -> str:
     """Return the page, after verifying it.
 
     Args:
         name: Name of the model. Default: that in the metadata, or of the folder.
+        samples: See `export_html`.
     """
     folder, model, metadata = source.folder, source.model, read_metadata(source.folder)
     _check_size(folder, model, dtype or "int8")
@@ -172,6 +191,8 @@ def _page(source: Source, dtype: str | None = None, context: int | None = None, 
         },
         "stages": _stages(),
         "facts": _facts(metadata, model),
+        "copying": _copying(metadata),
+        "samples": samples,
         "log": _log(folder),
     }
     page = document(data, weights.content)
@@ -350,7 +371,7 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         "training time": lambda: str(metadata["training"]["time"]),
         "validation loss": lambda: f"{metadata['results']['loss']:.4f} nats per token",
         "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
-        "training text": lambda: f"{metadata['data']['name']}, {metadata['data']['train']['bytes']:,} bytes",
+        "training text": lambda: f"{metadata['data']['name']}, {_size_of_text(metadata)}",
         "epochs": lambda: f"{metadata['training']['epochs']:.2f}",
         "sequence length": lambda: f"{metadata['recipe']['block_size']:,} tokens",
         "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
@@ -366,6 +387,42 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             continue
     return facts
+
+
+def _size_of_text(metadata: dict[str, Any]) -> str:
+    train = metadata["data"]["train"]
+    if metadata["recipe"].get("chat"):
+        return f"{train['documents']:,} conversations"
+    return f"{train['bytes']:,} bytes"
+
+
+def _copying(metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of verbatim copying in the card as rows, and the longest stretch of each sample; None without them."""
+    try:
+        if not has_copying(metadata):
+            return None
+        copying = metadata["copying"]
+        parts = {"samples": copying["samples"], "held-out text": copying["held_out"]}
+        rows = []
+        for name, part in parts.items():
+            if part is not None:
+                shares = [f"{100 * share:.1f} %" for share in part["shares"].values()]
+                rows.append([name, f"{part['tokens']:,}", f"{part['longest']:,}", *shares])
+        return {
+            "header": [
+                "",
+                "tokens",
+                "longest stretch",
+                *(f"{number} or more" for number in copying["samples"]["shares"]),
+            ],
+            "rows": rows,
+            "stretches": [
+                {"text": str(each["text"]), "length": f"{each['tokens']:,} of {each['of_tokens']:,} tokens"}
+                for each in copying["stretches"]
+            ],
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):  # absent, or written by another program
+        return None
 
 
 def _log(folder: Path) -> dict[str, list]:

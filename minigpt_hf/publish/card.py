@@ -81,6 +81,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             is_fine_tuned=is_fine_tuned(metadata),
             base_model=base_model(metadata, place.absent),
             emissions=emissions(metadata),
+            has_copying=has_copying(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -238,6 +239,15 @@ def score_results(metadata: dict[str, Any]) -> list[EvalResult]:
 def score_value(value: float, metric: str) -> str:
     """Format a score: 0.998 becomes "99.8 %" for `exact`; 63.21 becomes "63.2" for `chrf`; ROUGE-L has three decimals."""
     return f"{100 * value:.1f} %" if metric == "exact" else f"{value:.3f}" if metric == "rouge" else f"{value:.1f}"
+
+
+def has_copying(metadata: dict[str, Any]) -> bool:
+    """Whether there are figures of verbatim copying, of a sample that is as long as the shortest stretch they count."""
+    copying: dict[str, Any] = metadata.get("copying") or {}
+    if not copying:
+        return False
+    longest_sample = max(stretch["of_tokens"] for stretch in copying["stretches"])
+    return longest_sample >= min(map(int, copying["samples"]["shares"]))
 
 
 def code(text: str) -> str:

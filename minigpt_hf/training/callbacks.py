@@ -206,6 +206,11 @@ class SampleLogger(TrainerCallback):
         first = self.prompts[0]
         return first if isinstance(first, str) else last_question(first)
 
+    def given(self, number: int) -> list[str]:
+        """What each of `number` final samples starts with: the prompt, or the question and a line end."""
+        prompts = self.prompts + self.prompts[:1] * (number - len(self.prompts))
+        return [given_text(prompt) for prompt in prompts]
+
     def _samples(self, model: PreTrainedModel) -> list[str]:
         """Generate a sample with seed 0 for each prompt."""
         return [sample(model, self.tokenizer, prompt, self.tokens) for prompt in self.prompts]
@@ -255,9 +260,14 @@ def sample(
     try:
         with preserved_random_state():
             (text,) = generate(model, tokenizer, prompt, seed=seed, max_new_tokens=tokens, use_cache=True, **options)
-            return text if isinstance(prompt, str) else f"{last_question(prompt)}\n{text}"
+            return text if isinstance(prompt, str) else given_text(prompt) + text
     finally:
         model.train(was_training)
+
+
+def given_text(prompt: Prompt) -> str:
+    """The beginning of a sample that is not generated."""
+    return prompt if isinstance(prompt, str) else f"{last_question(prompt)}\n"
 
 
 @contextmanager

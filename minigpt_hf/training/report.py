@@ -20,6 +20,7 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
+from ..inference.copying import Copying, encode_samples, measure_copying
 from ..inference.evaluation import Score, summarize
 from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .auxiliary_head import auxiliary_parameters
@@ -44,6 +45,8 @@ class TrainingResult:
         seconds: Training time, over all starts of the run.
         evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
         prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
+        given: What each sample starts with, which was not generated.
+        copying: What the samples of the finished model share with the training text.
     """
 
     name: str
@@ -59,6 +62,8 @@ class TrainingResult:
     temperature: float
     sample_tokens: int
     samples: list[str]
+    given: list[str]
+    copying: Copying | None
 
 
 def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None = None) -> TrainingResult:
@@ -69,6 +74,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
     """
     samples, progress = trainer.samples, trainer.progress
     assert samples is not None and progress is not None  # a trainer that publishes has both callbacks
+    texts = samples.final_samples(finished) if finished else samples.latest
     return TrainingResult(
         name=trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name,
         run=identity_of(trainer.fingerprint),
@@ -82,8 +88,19 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         prompt=samples.prompt,
         temperature=samples.temperature,
         sample_tokens=samples.tokens,
-        samples=samples.final_samples(finished) if finished else samples.latest,
+        samples=texts,
+        given=samples.given(len(texts)),
+        copying=_copying(trainer, texts) if finished and texts else None,
     )
+
+
+def _copying(trainer: "MiniGPTTrainer", texts: list[str]) -> Copying:
+    """Compare the samples with the training text, and held-out text of equal length with it."""
+    assert trainer.samples is not None and trainer.text is not None and trainer.settings is not None
+    text, is_chat = trainer.text, trainer.settings.data.chat
+    given = trainer.samples.given(len(texts))
+    samples = encode_samples(text.tokenizer, zip(given, texts, strict=True), is_chat)
+    return measure_copying(text.tokenizer, samples, text.train, text.validation, is_chat)
 
 
 def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] | None:
@@ -148,8 +165,10 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "prompt": result.prompt,
             "temperature": result.temperature,
             "tokens": result.sample_tokens,
+            "given": result.given,
             "texts": result.samples,
         },
+        "copying": result.copying.to_dict() if result.copying else {},
     }
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -370,9 +369,8 @@ def first_questions(text: PreparedText, data: DataArguments, training: MiniGPTTr
     if training.sample_prompt:
         system = [{"role": "system", "content": data.system}] if data.system is not None else []
         return [[*system, {"role": "user", "content": training.sample_prompt}]]
-    chat_format = ChatFormat(text.tokenizer)
     stream = text.train if text.validation is None else text.validation
-    return [chat_format.question(ids) for ids in islice(stream.iterate_documents(), 3)]
+    return ChatFormat(text.tokenizer).questions(stream.iterate_documents(), 3)
 
 
 def initialized_model(plan: Plan, chat_tokens: Sequence[int]) -> PreTrainedModel:

@@ -362,7 +362,7 @@ def test_weights_that_were_changed_fail_verification(run_folder, tmp_path, monke
 
 
 def test_a_page_has_the_losses_samples_and_figures_of_its_run(page, run_folder):
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])
+    data = data_of(page)
     assert [tokens for tokens, _ in data["log"]["train"]] == [10 * 128, 20 * 128, 30 * 128, 40 * 128]
     assert [tokens for tokens, _ in data["log"]["validation"]] == [20 * 128, 40 * 128]
     assert [tokens for tokens, _ in data["log"]["samples"]] == [0, 20 * 128, 40 * 128]
@@ -370,12 +370,81 @@ def test_a_page_has_the_losses_samples_and_figures_of_its_run(page, run_folder):
     assert dict(data["facts"])["bits per byte of the validation text"] == f"{metadata['results']['bits_per_byte']:.3f}"
 
 
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])
+
+
+def test_a_page_has_the_figures_of_verbatim_copying_and_no_training_text(page, run_folder):
+    metadata = json.loads((run_folder / "model" / "minigpt.json").read_text())["copying"]
+    data = data_of(page)
+    assert [row[:3] for row in data["copying"]["rows"]] == [
+        [name, f"{part['tokens']:,}", f"{part['longest']:,}"]
+        for name, part in (("samples", metadata["samples"]), ("held-out text", metadata["held_out"]))
+    ]
+    assert [each["text"] for each in data["copying"]["stretches"]] == [each["text"] for each in metadata["stretches"]]
+    assert data["samples"] is None
+
+
+def test_with_sources_a_page_has_the_passages_that_its_samples_share_with_the_training_text(
+    run_folder, text_file, text, tmp_path, capsys
+):
+    """The samples in the card of a copy of the model are replaced by an excerpt of the training text, and other text."""
+    folder = copy_with_samples(run_folder, ["def ", ""], [f"def {text[3000:3200]}", "ξξξ"], tmp_path / "model")
+    argv = ["export", str(folder), "--to", "html", "--with_sources", str(text_file)]
+    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+    (page,) = (tmp_path / "out").iterdir()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    copied, other = data_of(page)["samples"]
+    assert (copied["given"], tokenizer.decode(copied["ids"])) == ("def ", text[3000:3200])
+    longest = max(copied["passages"], key=lambda passage: passage["tokens"])
+    assert longest["tokens"] >= len(copied["ids"]) - 2
+    assert longest["document"] == 1
+    assert longest["before"] + longest["text"] + longest["after"] in text
+    assert other["passages"] == []
+
+
+def copy_with_samples(run_folder, given, texts, folder):
+    shutil.copytree(run_folder / "model", folder)
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["sample"] |= {"given": given, "texts": texts}
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    return folder
+
+
+def test_sources_that_cannot_be_embedded_are_rejected(run_folder, text_file, tmp_path, capsys):
+    without = copy_with_samples(run_folder, [], [], tmp_path / "model")
+    for folder, flags, message in (
+        (
+            run_folder / "model",
+            ["--to", "native", "--with_sources", text_file],
+            "which --to native does not write: use --to",
+        ),
+        (run_folder / "model", ["--to", "html", "--with_sources", "missing.txt"], "missing.txt"),
+        (without, ["--to", "html", "--with_sources", text_file], "its minigpt.json has no samples whose passages"),
+    ):
+        argv = ["export", folder, "--output_dir", tmp_path / "out", *flags]
+        assert main([str(word) for word in argv]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_system_message_of_training_is_that_of_the_page(tmp_path):
+    tokenizer = chat_tokenizer()
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "minigpt.json").write_text('{"recipe": {"chat": true, "system": "Be brief."}}')
+    (page,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
+    assert data_of(page)["chat"]["system"] == "Be brief."
+
+
 def test_a_folder_without_a_run_and_metadata_of_another_program_is_exported(run_folder, tmp_path):
     shutil.copytree(run_folder / "model", tmp_path / "model")
-    (tmp_path / "model" / "minigpt.json").write_text('{"name": ["x"], "results": 3, "sample": {"prompt": 5}, "x": NaN}')
+    (tmp_path / "model" / "minigpt.json").write_text(
+        '{"name": ["x"], "results": 3, "copying": {"samples": [3]}, "sample": {"prompt": 5}, "x": NaN}'
+    )
     (page,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
     assert page.name == "model.html"
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])
+    data = data_of(page)
+    assert data["copying"] is None
     assert data["log"] == {"train": [], "validation": [], "samples": []}
     assert [label for label, _ in data["facts"]] == ["parameters"]
 

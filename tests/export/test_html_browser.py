@@ -15,12 +15,14 @@ from page_browser import EXECUTABLE, chromium, open_page, show_attention
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minigpt_hf.api import copied_samples
+from minigpt_hf.data.chat_format import ChatFormat
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.html import export_html
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import ROOT, tiny_model
 from tests.export.page_runner import exported_page, greedy
-from tests.export.test_html import chat_tokenizer
+from tests.export.test_html import chat_tokenizer, copy_with_samples
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser-test").expect
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test")
@@ -208,6 +210,30 @@ def test_the_views_and_their_controls_work_by_keyboard(opened):
     assert opened.evaluate("document.documentElement.dataset.theme") == "light"
 
 
+def test_a_head_is_ablated_while_another_text_is_analysed(opened):
+    show_attention(opened)
+    opened.evaluate("['use-generated', 'ablate'].forEach((id) => byId(id).click())")
+    expect(opened.locator("#ablation-effect")).to_contain_text("bits per token", timeout=60_000)
+
+
+def test_the_passage_of_a_token_is_shown_by_keyboard(browser, run_folder, text_file, text, tmp_path):
+    folder = copy_with_samples(run_folder, ["def "], [f"def {text[3000:3200]}"], tmp_path / "model")
+    samples = [sample.to_dict() for sample in copied_samples(folder, text_file)]
+    (file,) = export_html(folder, tmp_path / "out", samples=samples).iterdir()
+    opened = next(pages := watched(browser, file))
+    opened.click("#tab-provenance")
+    expect(opened.locator("#copied-0")).to_have_text(f"def {text[3000:3200]}", use_inner_text=True)
+    opened.focus("#copied-0")
+    opened.keyboard.press("Home")
+    expect(opened.locator(".passage")).to_have_text("Given to the model.")
+    opened.keyboard.press("End")
+    for _ in range(9):
+        opened.keyboard.press("ArrowLeft")
+    expect(opened.locator(".passage")).to_contain_text("tokens in document 1 of the training text")
+    assert opened.locator(".passage mark").text_content() in text[3000:3200]
+    next(pages, None)
+
+
 def test_every_control_has_a_name_and_no_text_is_cut_off_at_three_sizes(browser, file, tmp_path):
     """The pictures remain in the temporary folder of pytest, to be looked at."""
     for name, (width, height) in SIZES.items():
@@ -228,12 +254,18 @@ def test_every_control_has_a_name_and_no_text_is_cut_off_at_three_sizes(browser,
     assert len(list(tmp_path.glob("*.png"))) == 9
 
 
-def test_a_conversation_is_continued_in_the_chat_layout(browser, tmp_path):
-    tokenizer = chat_tokenizer()
+@pytest.fixture(scope="module")
+def chat_page(tmp_path_factory):
+    """The page of a model with a chat template, and the folder of the model."""
+    tokenizer, folder = chat_tokenizer(), tmp_path_factory.mktemp("chat")
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=300)
-    file = exported_page(model, tokenizer, tmp_path)
-    opened = next(pages := watched(browser, file))
-    opened.check("#mode-chat")
+    model.generation_config.do_sample = False
+    return exported_page(model, tokenizer, folder), folder / "model"
+
+
+def test_a_conversation_is_continued_in_the_chat_layout(browser, chat_page):
+    opened = next(pages := watched(browser, chat_page[0]))
+    assert opened.is_checked("#mode-chat")
     opened.locator("#sampling input").last.press("Home")  # 10 new tokens
     for number in (1, 3):
         opened.fill("#prompt", "<|im_end|> & <b>")
@@ -241,7 +273,69 @@ def test_a_conversation_is_continued_in_the_chat_layout(browser, tmp_path):
         expect(opened.locator(".turn")).to_have_count(number)
         finished(opened)
     assert opened.locator(".turn.user").last.inner_text().endswith("<|im_end|> & <b>")
+    expect(opened.locator("#output-role")).to_be_visible()
+    opened.focus("#clear")
+    opened.keyboard.press("Enter")
+    expect(opened.locator(".turn")).to_have_count(0)
+    assert generated(opened) == []
+    opened.check("#mode-continue")
+    expect(opened.locator("#prompt-label")).to_have_text("Prompt")
     next(pages, None)
+
+
+def test_greedy_text_changes_with_the_temperature(browser, chat_page):
+    """`generation_config.json` of greedy models has a top-k of 1, with which it would not."""
+    opened = next(pages := watched(browser, chat_page[0]))
+    opened.fill("#prompt", "a")
+    texts = []
+    for key in ("Home", "End"):
+        opened.locator("#sampling input").first.press(key)
+        opened.click("#clear")
+        opened.fill("#prompt", "a")
+        opened.click("#generate")
+        finished(opened)
+        texts.append(generated(opened))
+    assert texts[0] != texts[1]
+    next(pages, None)
+
+
+def test_a_question_is_analysed_and_its_answer_scored_in_the_chat_template(browser, chat_page):
+    file, folder = chat_page
+    model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    question, answer = "What is <|im_end|>?", "Nothing, ж."
+    messages = [{"role": "user", "content": question}]
+    given = ChatFormat(tokenizer).encode(messages, add_generation_prompt=True).tolist()
+    ids = torch.tensor([[*given, *tokenizer(answer).input_ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]])
+    labels = ids.clone()
+    labels[:, : len(given)] = -100
+    with torch.no_grad():
+        bits = float(model.eval()(ids, labels=labels).loss) * (ids.shape[1] - len(given)) / np.log(2)
+    opened = next(pages := watched(browser, file))
+    opened.click("#tab-provenance")
+    opened.fill("#score-question", question)
+    opened.fill("#score-text", answer)
+    opened.click("#score")
+    expected = f"{bits / len(answer.encode()):.3f} bits per byte"
+    expect(opened.locator("#score-result")).to_contain_text(expected, timeout=60_000)
+
+    opened.click("#tab-inside")
+    opened.fill("#inside-text", question)
+    expect(opened.locator("#position-number")).to_contain_text(f"of {len(given)}", timeout=60_000)
+    next(pages, None)
+
+
+def test_the_chat_layout_fits_at_three_sizes(browser, chat_page, tmp_path):
+    """The pictures remain in the temporary folder of pytest, to be looked at."""
+    for name, (width, height) in SIZES.items():
+        page = open_page(browser, chat_page[0], viewport={"width": width, "height": height})
+        page.fill("#prompt", "a long question, " * 10)
+        page.press("#prompt", "Enter")
+        finished(page)
+        page.focus("#output")
+        page.keyboard.press("Home")
+        page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        page.context.close()
 
 
 def test_without_a_bos_token_a_text_is_required_and_its_first_token_is_not_scored(browser, tmp_path):
@@ -270,6 +364,9 @@ def test_text_of_a_hostile_folder_never_becomes_markup(browser, run_folder, tmp_
     save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, folder)
     metadata = json.loads((run_folder / "model" / "minigpt.json").read_text())
     hostile = {"name": ATTACK, "license": ATTACK, "date": ATTACK, "sample": {"prompt": ATTACK}}
+    stretches = [{"tokens": 8, "text": ATTACK, "of_tokens": 9}]
+    figures = {"tokens": 9, "longest": 8, "shares": {"8": 0.5}}
+    hostile["copying"] = {"samples": figures, "held_out": None, "stretches": stretches}
     for part in ("data", "tokenizer", "training"):
         hostile[part] = {key: ATTACK if isinstance(value, str) else value for key, value in metadata[part].items()}
     (folder / "minigpt.json").write_text(json.dumps({**metadata, **hostile}))
@@ -287,6 +384,8 @@ def test_text_of_a_hostile_folder_never_becomes_markup(browser, run_folder, tmp_
     expect(opened.locator("#heads .head")).not_to_have_count(0, timeout=60_000)
     opened.click("#tab-provenance")
     assert opened.inner_text("#sample") == ATTACK
+    assert opened.locator("#copied").inner_text().endswith(ATTACK)
+    assert "50.0 %" in opened.locator("#copying-figures").inner_text()
     opened.click("#score")
     expect(opened.locator("#score-result")).to_contain_text("bits per byte", timeout=60_000)
     assert opened.locator("img, iframe, object, embed").count() == 0

@@ -271,6 +271,7 @@ def test_the_sections_of_the_card_have_standard_names(card):
     assert headings(card)[1:] == [
         "## Usage",
         "## Samples",
+        "### Verbatim copying",
         "## Model",
         "## Data",
         "## Training",
@@ -322,3 +323,12 @@ def test_code_fences_are_longer_than_any_in_the_text():
     assert code("a`b|c\nd") == "``a`b\\|c d``"
     assert code("def ") == "` def  `"  # CommonMark strips one space on either side
     assert fenced("a\n````\nb") == "`````text\na\n````\nb\n`````"
+
+
+def test_verbatim_copying_is_not_stated_for_samples_shorter_than_the_stretches_it_counts(metadata):
+    for tokens, is_stated in ((7, False), (8, True)):
+        stretches = [{"tokens": 3, "text": "abc", "of_tokens": tokens}, {"tokens": 0, "text": "", "of_tokens": 0}]
+        text = render_card({**metadata, "copying": {**metadata["copying"], "stretches": stretches}}, tiny_config())
+        assert ("### Verbatim copying" in text) == ("(#verbatim-copying)" in text) == is_stated
+    for missing in ({**metadata, "copying": {}}, {name: metadata[name] for name in metadata if name != "copying"}):
+        assert "copying" not in render_card(missing, tiny_config()).partition("## Model")[0]

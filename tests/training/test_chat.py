@@ -86,6 +86,19 @@ def test_evaluate_reproduces_the_published_score_of_the_answers(chat_run, chats,
     assert everything.loss == pytest.approx(nats / count, rel=1e-5)
 
 
+def test_evaluate_reproduces_the_published_copying_of_the_answers(chat_run, chats):
+    metadata = json.loads((chat_run / "model" / "minigpt.json").read_text())
+    assert metadata["sample"]["given"] == [f"{text.partition(chr(10))[0]}\n" for text in metadata["sample"]["texts"]]
+    copying = minigpt_hf.measure_copying(chat_run / "model", chats)
+    assert copying.to_dict() == metadata["copying"]
+    assert copying.training_tokens == metadata["data"]["train"]["tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(chat_run / "model")
+    for text, stretch in zip(metadata["sample"]["texts"], copying.stretches, strict=True):
+        answer = text.partition("\n")[2]
+        assert stretch.text in answer
+        assert stretch.of_tokens == len(tokenizer(answer, split_special_tokens=True).input_ids)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(chat_run, run_folder, chats, tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(chat_run, resumed)

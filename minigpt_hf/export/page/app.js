@@ -55,7 +55,8 @@ function slider(label, target, name, { min, max, step, value, format = String, o
 function percent(p) {
   if (p >= 0.9995) return "100 %";
   if (p >= 0.0995) return `${(100 * p).toFixed(0)} %`;
-  return p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : `${Number((100 * p).toPrecision(1))} %`;
+  if (p < 0.000095) return "< 0.01 %";
+  return p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : `${(100 * p).toFixed(2)} %`;
 }
 
 const bits = (p) => -Math.log2(p);
@@ -82,7 +83,7 @@ function tokenDecoder() {
 }
 
 /* Text as a list of selectable tokens, with one tab stop: arrow keys, Home and End move the selection.
-   A token: { id, p (probability, or undefined), isPrompt }. */
+   A token: { id, p (probability, or undefined), isPrompt }, or { id, share (shading from 0 to 1), note }. */
 class TokenList {
   constructor(node, label, onselect) {
     Object.assign(this, { node, onselect, tokens: [], selected: -1, decode: tokenDecoder() });
@@ -120,6 +121,9 @@ class TokenList {
       if (token.p !== undefined) {
         option.style.setProperty("--heat-share", heat(token.p).toFixed(3));
         option.title = `${label}   ${percent(token.p)}   ${bits(token.p).toFixed(2)} bits`;
+      } else if (token.share !== undefined) {
+        option.style.setProperty("--heat-share", token.share.toFixed(3));
+        option.title = `${label}   ${token.note}`;
       } else {
         option.title = `${label}   id ${token.id}`;
       }

@@ -25,7 +25,7 @@ function generateView() {
       min: 0,
       max: Math.min(200, page.config.vocab_size),
       step: 1,
-      value: initial.top_k,
+      value: initial.temperature === 0 ? 0 : initial.top_k, // greedy text has a top-k of 1, which would stay greedy
       format: (k) => (k === 0 ? "off" : k),
     }),
     slider("Top-p", sampling, "topP", {
@@ -48,18 +48,22 @@ function generateView() {
 
   byId("modes").hidden = !chat;
   byId("no-chat").hidden = !page.hasTemplate || Boolean(chat);
-  for (const [id, value] of [
-    ["mode-continue", false],
-    ["mode-chat", true],
-  ]) {
-    byId(id).addEventListener("change", () => {
-      isChat = value;
-      prompt.value = isChat ? "" : page.prompt;
-      prompt.placeholder = isChat ? "" : "Empty: a new document";
-      byId("prompt-label").textContent = isChat ? "Your message" : "Prompt";
-      byId("text-column").append(...(isChat ? ["result", "composer"] : ["composer", "result"]).map(byId)); // a reply is above
-      reset();
-    });
+  byId("mode-chat").addEventListener("change", () => setMode(true));
+  byId("mode-continue").addEventListener("change", () => setMode(false));
+
+  function setMode(value) {
+    isChat = value;
+    byId(isChat ? "mode-chat" : "mode-continue").checked = true;
+    prompt.value = isChat ? "" : page.prompt;
+    prompt.placeholder = isChat ? page.prompt : "Empty: a new document";
+    byId("prompt-label").textContent = isChat ? "Your message" : "Prompt";
+    byId("clear").textContent = isChat ? "New conversation" : "Clear";
+    byId("chat-note").hidden = !isChat;
+    byId("result").classList.toggle("reply", isChat);
+    byId("output-empty").textContent =
+      `The ${isChat ? "answer" : "text"} appears here, shaded by how surprising each token is to the model.`;
+    byId("text-column").append(...(isChat ? ["result", "composer"] : ["composer", "result"]).map(byId)); // a reply is above
+    reset();
   }
 
   function reset() {
@@ -76,6 +80,7 @@ function generateView() {
     button.textContent = job !== null ? "Stop" : isChat ? "Send" : "Generate";
     button.classList.toggle("stop", job !== null);
     byId("output-empty").hidden = list.tokens.length > 0 || job !== null;
+    byId("output-role").hidden = !isChat || !byId("output-empty").hidden;
     status.textContent = text;
   }
 
@@ -206,8 +211,20 @@ function generateView() {
   byId("new-seed").addEventListener("click", () => {
     seed.value = Math.floor(Math.random() * 2 ** 31);
   });
-  showState();
-  // The text, for the other views.
+  setMode(Boolean(chat));
+
+  // For the other views: the text, its last question, and the ids of a text or of a question.
   const currentIds = () => [...promptIds, ...list.tokens.filter((token) => !token.isPrompt).map((token) => token.id)];
-  return { show() {}, currentIds };
+  const lastQuestion = () => messages.at(-1)?.content ?? "";
+  function idsOf(text) {
+    if (!isChat) return encoded(text);
+    try {
+      clearError();
+      return chatPrompt(tokenizer, chat, [{ role: "user", content: text }]);
+    } catch (error) {
+      reportError(error);
+      return null;
+    }
+  }
+  return { show() {}, currentIds, lastQuestion, idsOf, isChat: () => isChat };
 }

@@ -10,6 +10,7 @@ function insideView() {
   const { hidden_size: H, intermediate_size: F, vocab_size: V } = page.config;
   const state = { position: 0, layer: 0, head: 0, ablated: new Set(), temperature: 1, topK: 0, topP: 1 };
   let [intact, current, run] = [null, null, 0];
+  let [ids, analysed] = [[], null]; // of the text, and of the results, which are older while the text is analysed
   const text = byId("inside-text");
   const list = new TokenList(byId("inside-tokens"), "Tokens of the text", select);
 
@@ -43,23 +44,22 @@ function insideView() {
 
   // -- analysis --------------------------------------------------------------------------------------------------------
 
-  function analyse(ids, note = "") {
-    const kept = ids.slice(-LONGEST_TEXT);
+  function analyse(all, note = "") {
+    ids = all.slice(-LONGEST_TEXT);
     byId("inside-note").textContent =
-      kept.length < ids.length ? `The last ${LONGEST_TEXT} of ${integer(ids.length)} tokens. ${note}` : note;
-    list.set(kept.map((id) => ({ id })));
-    state.position = kept.length - 1;
-    intact = null;
-    return update(kept);
+      ids.length < all.length ? `The last ${LONGEST_TEXT} of ${integer(all.length)} tokens. ${note}` : note;
+    list.set(ids.map((id) => ({ id })));
+    state.position = ids.length - 1;
+    return update();
   }
 
-  async function update(ids = intact.ids) {
+  async function update() {
     const number = ++run; // results of earlier texts are discarded
     try {
-      const whole = intact ?? (await engine.run("inspect", { ids, ablated: [] }));
+      const whole = analysed === ids ? intact : await engine.run("inspect", { ids, ablated: [] });
       const changed = state.ablated.size ? await engine.run("inspect", { ids, ablated: [...state.ablated] }) : whole;
       if (number !== run) return;
-      [intact, current] = [whole, changed];
+      [intact, current, analysed] = [whole, changed, ids];
       byId("inside-stages").hidden = false;
       showHeads();
       select(Math.min(state.position, ids.length - 1));
@@ -285,7 +285,7 @@ function insideView() {
       return element(
         `td${isRight ? ".right" : ""}${t === state.position ? ".selected" : ""}`,
         { "--share": p.toFixed(3), title: `${tokenLabel(id)} ${percent(p)}`, onclick: () => select(t) },
-        tokenLabel(id).slice(0, 8),
+        tokenLabel(id).slice(0, 10),
       );
     };
     const name = (layer) => (layer === 0 ? "embedding" : `layer ${layer}`);
@@ -299,7 +299,7 @@ function insideView() {
         ),
       );
     byId("lens").replaceChildren(
-      header("token", (t) => tokenLabel(current.ids[t]).slice(0, 8)),
+      header("token", (t) => tokenLabel(current.ids[t]).slice(0, 10)),
       ...current.lens.map((_, layer) =>
         element(
           "tr",
@@ -308,7 +308,7 @@ function insideView() {
           Array.from({ length: T }, (_, t) => cell(layer, t)),
         ),
       ),
-      header("next", (t) => (t + 1 < T ? tokenLabel(current.ids[t + 1]).slice(0, 8) : "?")),
+      header("next", (t) => (t + 1 < T ? tokenLabel(current.ids[t + 1]).slice(0, 10) : "?")),
     );
     const box = byId("lens-box");
     const column = byId("lens").querySelector("tr").children[state.position + 1];
@@ -405,8 +405,8 @@ function insideView() {
   text.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      const ids = encoded(text.value);
-      if (ids) analyse(ids);
+      const entered = views.generate.idsOf(text.value);
+      if (entered) analyse(entered);
     }, 300);
   });
   byId("use-generated").addEventListener("click", useGenerated);
@@ -439,19 +439,23 @@ function insideView() {
   );
 
   function useGenerated() {
-    const ids = views.generate.currentIds();
-    if (!ids.length) return false;
-    text.value = tokenizer.decode(ids.slice(-LONGEST_TEXT)).replace(/^\ufffd+/, "");
-    analyse(ids);
+    const generated = views.generate.currentIds();
+    if (!generated.length) return false;
+    text.value = views.generate.isChat()
+      ? views.generate.lastQuestion()
+      : tokenizer.decode(generated.slice(-LONGEST_TEXT)).replace(/^\ufffd+/, "");
+    analyse(generated);
     return true;
   }
 
   return {
     show() {
+      const isChat = views.generate.isChat();
+      byId("inside-label").textContent = isChat ? "Question" : "Text";
       if (current || useGenerated()) return;
-      text.value = page.log.samples.at(-1)?.[1].slice(0, 48) || page.prompt || "";
-      const ids = encoded(text.value);
-      if (ids) analyse(ids);
+      text.value = (!isChat && page.log.samples.at(-1)?.[1].slice(0, 48)) || page.prompt || "";
+      const entered = views.generate.idsOf(text.value);
+      if (entered) analyse(entered);
     },
     redraw() {
       if (!current) return;

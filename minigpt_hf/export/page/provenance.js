@@ -2,6 +2,7 @@
 /* The view "Provenance": the figures of the model card, the losses and samples of the run, and the surprisal of any text. */
 
 const HEADLINE = 4; // figures shown large
+const LONG_PASSAGE = 32; // tokens of a passage that is shaded fully
 
 function provenanceView() {
   const { facts, log, storage } = page;
@@ -69,13 +70,14 @@ function provenanceView() {
       ["validation", log.validation.at(-1)],
     ].filter(([, end]) => end);
     ends.sort((a, b) => b[1][1] - a[1][1]);
-    let previous = -Infinity;
-    for (const [name, [, loss]] of ends) {
-      previous = Math.max(y(loss) + 4, previous + 15);
+    const places = ends.map(([, [, loss]]) => y(loss) + 4);
+    for (let i = 1; i < places.length; i++) places[i] = Math.max(places[i], places[i - 1] + 15);
+    const excess = Math.max(0, places.at(-1) - (height - bottom)); // the name of the axis is below
+    ends.forEach(([name], i) =>
       chart.append(
-        svg(`text.name.${name}`, { x: width - right + 8, y: previous }, name === "train" ? "training" : name),
-      );
-    }
+        svg(`text.name.${name}`, { x: width - right + 8, y: places[i] - excess }, name === "train" ? "training" : name),
+      ),
+    );
     cursor = svg("line.cursor", { x1: left, x2: left, y1: top, y2: height - bottom });
     chart.append(cursor);
     cursor.moveTo = (tokens) => {
@@ -117,6 +119,71 @@ function provenanceView() {
     slider.value = slider.max;
   }
 
+  // -- verbatim copying --------------------------------------------------------------------------------------------------
+
+  const { copying, samples } = page;
+  byId("copying").hidden = !copying && !samples;
+  byId("copying-figures").parentNode.hidden = !copying;
+  if (copying) {
+    byId("copying-figures").append(
+      element("thead", {}, element("tr", {}, copying.header.map((cell) => element("th", { scope: "col" }, cell)))),
+      element(
+        "tbody",
+        {},
+        copying.rows.map(([name, ...cells]) =>
+          element("tr", {}, [element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))]),
+        ),
+      ),
+    );
+  }
+  byId("copying-note").textContent = samples
+    ? `Each token is shaded by the length of the longest shared passage that contains it, fully from ${LONG_PASSAGE} tokens on; ` +
+      "select one to see the passage in the training text."
+    : "The longest stretch of each sample:";
+  if (samples) byId("copied").append(...samples.flatMap(copiedSample));
+  else if (copying) {
+    byId("copied").append(
+      ...copying.stretches.flatMap(({ text, length }, i) => [
+        element("h3", {}, `Sample ${i + 1}: ${length}`),
+        element("div.sample", {}, text),
+      ]),
+    );
+  }
+
+  // A sample as a list of tokens, and below it the passage that contains the selected one.
+  function copiedSample({ given, ids, passages }, number) {
+    const longest = ids.map((_, i) =>
+      passages
+        .filter(({ start, tokens }) => start <= i && i < start + tokens)
+        .reduce((best, passage) => (best === null || passage.tokens > best.tokens ? passage : best), null),
+    );
+    const [box, source] = [element("div", { id: `copied-${number}` }), element("div.passage", { role: "status" })];
+    const title = `Sample ${number + 1}`;
+    const list = new TokenList(box, `${title}, shaded by the length of shared passages`, (index, { passage }) =>
+      source.replaceChildren(...(passage ? shownPassage(passage) : [element("p.note", {}, noPassage(index))])),
+    );
+    const prompt = given === "" ? [] : tokenizer.encode(given);
+    const noPassage = (index) =>
+      index < prompt.length ? "Given to the model." : "In no passage of 8 tokens or more that the training text contains.";
+    list.set([
+      ...prompt.map((id) => ({ id, isPrompt: true })),
+      ...ids.map((id, i) => ({
+        id,
+        passage: longest[i],
+        share: longest[i] ? Math.min(1, longest[i].tokens / LONG_PASSAGE) : 0,
+        note: longest[i] ? `in a passage of ${longest[i].tokens} tokens` : "in no shared passage",
+      })),
+    ]);
+    return [element("h3", {}, title), box, source];
+  }
+
+  function shownPassage({ document: number, tokens, before, text, after }) {
+    return [
+      element("p.note", {}, `${integer(tokens)} tokens in document ${integer(number)} of the training text, where they occur first:`),
+      element("blockquote", {}, before, element("mark", {}, text), after),
+    ];
+  }
+
   // -- surprisal -------------------------------------------------------------------------------------------------------
 
   let job = null;
@@ -127,21 +194,28 @@ function provenanceView() {
 
   async function score() {
     if (job !== null) return engine.stop(job);
+    const question = byId("question-field").hidden ? "" : byId("score-question").value;
     const text = byId("score-text").value;
-    const ids = text === "" ? [] : encoded(text);
-    if (!ids?.length) return undefined;
-    const running = engine.run("score", { ids }, ({ share }) => {
+    const given = question === "" ? [] : views.generate.idsOf(question);
+    const own = text === "" ? [] : encoded(text);
+    if (!own?.length || given === null) return undefined;
+    const isConversation = given.length > 0;
+    const ids = isConversation ? [...given, ...own, page.chat.end] : own;
+    const running = engine.run("score", { ids, isConversation }, ({ share }) => {
       byId("score-result").textContent = `${Math.round(100 * share)} %`;
     });
     job = running.job;
     byId("score").textContent = "Stop";
     try {
-      const { labels, losses } = await running;
+      const scoredFrom = Math.max(0, given.length - 1); // the first label of a conversation is its second token
+      const [labels, losses] = await running.then((result) =>
+        [result.labels, result.losses].map((each) => each.slice(scoredFrom)),
+      );
       if (!losses.length) throw new Error("the text is too short to be scored");
       const scored = losses.map((loss, i) => ({ id: labels[i], p: Math.exp(-loss) }));
       list.set(scored);
       const total = losses.reduce((sum, loss) => sum + loss, 0) / Math.LN2;
-      const bytes = scored.reduce((sum, { id }) => sum + tokenizer.bytes(id).length, 0);
+      const bytes = scored.reduce((sum, { id }) => sum + (tokenizer.special.has(id) ? 0 : tokenizer.bytes(id).length), 0);
       byId("score-result").textContent =
         `${(total / bytes).toFixed(3)} bits per byte · ${(total / losses.length).toFixed(3)} bits per token · ${integer(losses.length)} tokens`;
     } catch (error) {
@@ -158,8 +232,15 @@ function provenanceView() {
     show() {
       drawChart();
       if (log.samples.length) showSample(Number(byId("sample-slider").value));
+      const isChat = views.generate.isChat();
+      byId("question-field").hidden = !isChat;
+      byId("score-label").textContent = isChat ? "Answer" : "Text";
       if (byId("score-text").value || !log.samples.length) return;
-      byId("score-text").value = log.samples.at(-1)[1];
+      const sample = log.samples.at(-1)[1];
+      if (isChat && sample.startsWith(`${page.prompt}\n`)) {
+        byId("score-question").value = page.prompt; // a sample is a question and its answer, followed by others
+        byId("score-text").value = sample.slice(page.prompt.length + 1).split("\n\n")[0];
+      } else byId("score-text").value = sample;
     },
   };
 }

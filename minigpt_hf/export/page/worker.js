@@ -111,9 +111,10 @@ const jobs = {
 
   /* Negative log-likelihood of each token in nats, after the BOS token, if there is one. Without a sliding window in every layer, a text beyond
      the context is scored in windows; each starts with the last token of the previous one. */
-  async score({ job, ids }) {
+  // A text follows the BOS token, if there is one; a conversation does not, and its first token is not scored.
+  async score({ job, ids, isConversation = false }) {
     const isUnlimited = data.config.layer_types.every((type) => type === "sliding_attention");
-    const inputs = [...(data.bos === null ? [] : [data.bos]), ...ids.slice(0, -1)];
+    const inputs = [...(data.bos === null || isConversation ? [] : [data.bos]), ...ids.slice(0, -1)];
     const labels = ids.slice(ids.length - inputs.length);
     const losses = [];
     const window = isUnlimited ? Infinity : data.config.max_position_embeddings;
