@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import MiniGPTError
 from .arrays import blocks, lowest_distinct, stored
 from .documents import Documents, IndexedDocuments, Mixture, StreamedDocuments
-from .files import FORMATS, exists, is_url
+from .files import FORMATS, Share, exists, is_url
 from .reading import NEWLINES, Decoding, printable
 from .sources import Source, SourceContent, has_split, names_hub_dataset
 
@@ -35,6 +35,7 @@ class Corpus:
         validation: Held-out documents, if any.
         split_description: How the text was split; stored in the model folder.
         unused: A validation split provided with the data that is not used, because `validation_fraction` is 0.
+        inputs: See `SourceContent`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Corpus:
     validation: Documents | None
     split_description: str
     unused: Documents | None = None
+    inputs: str = ""
 
 
 def load_corpus(
@@ -57,6 +59,7 @@ def load_corpus(
     streaming: bool = False,
     chat: bool = False,
     system: str | None = None,
+    share: Share | None = None,
     cache_dir: Path = CACHE,
 ) -> Corpus:
     """Read text as documents and split it into training and validation.
@@ -77,6 +80,8 @@ def load_corpus(
         streaming: Read the documents of a Hub dataset on demand without storing them.
         chat: Read conversations from the rows of tables; see `conversations`.
         system: With `chat`, content of a system message for conversations that have none.
+        share: Read only a share of the files or rows. The validation split then consists of the documents whose hash, scaled
+            to [0, 1), is below `validation_fraction`, so that it does not depend on the other shares.
         cache_dir: Root of the cache.
 
     Raises:
@@ -100,7 +105,7 @@ def load_corpus(
     decoding = Decoding(encoding, encoding_errors, newline)
 
     def read(name: str, split: str | None) -> SourceContent:
-        return Source(name, decoding, split, text_column, data_format, streaming, cache_dir, chat, system).read()
+        return Source(name, decoding, split, text_column, data_format, streaming, cache_dir, chat, system, share).read()
 
     if system is not None and not chat:
         raise MiniGPTError("--system requires --chat")
@@ -108,7 +113,11 @@ def load_corpus(
         content = read(data, split)
         if chat:
             _check_conversations(data, content, validation_fraction)
+        if share is not None:
+            return _split_share(data, content, validation_fraction)
         return _split([(data, content)], validation_fraction)[0]
+    if share is not None:
+        raise MiniGPTError(f"{data}: is a mixture, which has no shards; tokenize each source by itself")
     if chat:
         raise MiniGPTError(f"{data}: is a mixture, which --chat does not support; give a folder or pattern of files")
     contents = []
@@ -231,6 +240,21 @@ def _split(contents: list[tuple[str, SourceContent]], fraction: float) -> list[C
         replace(corpus, split_description=f"{corpus.split_description}; {content.note}") if content.note else corpus
         for corpus, (_, content) in zip(corpora, contents, strict=True)
     ]
+
+
+def _split_share(name: str, content: SourceContent, fraction: float) -> Corpus:
+    """Split a share of a source by a hash threshold that is the same for all shares."""
+    if fraction == 0 or content.validation is not None:
+        description = "the validation split provided with the data" if fraction else "no validation"
+        return Corpus(name, content.train, content.validation if fraction else None, description, inputs=content.inputs)
+    description = f"documents with the lowest hash of their content, a share of {fraction:g}"
+    train, validation = content.train, content.train
+    if isinstance(content.train, StreamedDocuments):
+        train, validation = replace(content.train, low=fraction), replace(content.train, high=fraction)
+    else:
+        mask = content.train.keys < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+        train, validation = content.train.select(~mask), content.train.select(mask)
+    return Corpus(name, train, validation, description, inputs=content.inputs)
 
 
 def _warn_if_shares_differ(corpus: Corpus, total: int | None, fraction: float) -> None:

@@ -17,20 +17,24 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..atomic import MANIFEST, new_folder, seal
+from ..atomic import MANIFEST, new_folder, read_manifest, seal, sha256
 from ..errors import MiniGPTError
 from .cache import cached, verification_error
 from .chat_format import with_chat_tokens
 from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
 from .documents import Documents
+from .files import SHARD_CACHE, extension_of, prepared_folder
+from .sharded import ShardStore
 from .stream import TokenStream, build_stream
 from .tokenizer import (
     byte_level_bpe,
@@ -120,17 +124,24 @@ class PreparedText:
     scored: ValidationSample | None
 
     @classmethod
-    def open(cls, folder: Path, cache_dir: Path = CACHE) -> "PreparedText":
-        """Open a folder written by `save`, after verifying it against its manifest.
+    def open(cls, folder: Path, cache_dir: Path = CACHE, shard_cache: float = SHARD_CACHE) -> "PreparedText":
+        """Open a folder written by `save` or `merge_shards`, after verifying it against its manifest.
 
         Args:
+            folder: See `prepared_folder`.
             cache_dir: Root of the cache, which records the files that have been verified.
+            shard_cache: Maximum size of the copies of remote shards, in GB.
 
         Raises:
             MiniGPTError: if it is damaged or has another version of the format.
         """
         metadata = _read_metadata(folder)
-        if (fault := verification_error(folder, cache_dir)) is not None:
+        store = None
+        if "shards" in metadata:
+            store = _store_of(folder, cache_dir, shard_cache)
+        if store is not None and store.files is not None:
+            pass  # the index was verified when it was copied, and each shard is verified when it is copied
+        elif (fault := verification_error(folder, cache_dir)) is not None:
             raise MiniGPTError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
         try:
             scored = metadata["scored"]
@@ -140,8 +151,8 @@ class PreparedText:
                 kind=metadata["kind"],
                 lossy=metadata["lossy"],
                 scored=None if scored is None else ValidationSample(**scored),
-                train=TokenStream.open(folder / "train"),
-                validation=TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None,
+                train=TokenStream.open(folder / "train", store),
+                validation=TokenStream.open(folder / "validation", store) if (folder / "validation").is_dir() else None,
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -197,9 +208,61 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def is_prepared(data: str) -> bool:
-    """Whether `data` is a folder written by `minigpt tokenize`."""
-    return (Path(data) / "prepared.json").is_file()
+def find_prepared(data: str, cache_dir: Path | str | None = None) -> Path | None:
+    """Return the folder to open if `data` was written by `minigpt tokenize`, or None.
+
+    Args:
+        data: A folder, or the URL of one with merged shards, whose index is copied to the cache.
+        cache_dir: Root of the cache.
+    """
+    if "://" in data:
+        return _copied_index(data.rstrip("/"), Path(cache_dir) if cache_dir else CACHE)
+    return prepared_folder(data)
+
+
+@cache
+def _copied_index(url: str, cache_dir: Path) -> Path | None:
+    """Return the copy of the index of merged shards, which is stored under the hash of its manifest; None without index."""
+    if extension_of(url):
+        return None
+    try:
+        with fsspec.open(f"{url}/index/{MANIFEST}", "rb") as file:
+            manifest = file.read()
+    except Exception:  # of many types, by file system; reading the URL as text reports it
+        return None
+
+    def copy(folder: Path) -> None:
+        (folder / "index").mkdir()
+        (folder / "index" / MANIFEST).write_bytes(manifest)
+        for name, entry in read_manifest(folder / "index").items():
+            if not name.startswith("../"):
+                target = folder / "index" / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with fsspec.open(f"{url}/index/{name}", "rb", compression=None) as file:
+                    target.write_bytes(file.read())
+                if sha256(target) != entry["sha256"]:
+                    raise MiniGPTError(f"{url}/index/{name}: differs from the manifest; upload the folder again")
+        (folder / "location.json").write_text(json.dumps(url), encoding="utf-8")
+
+    name = hashlib.sha256(url.encode() + b"\0" + manifest).hexdigest()[:32]
+    return cached(cache_dir / "indexes" / name, copy, lambda folder: folder / "index", cache_dir, "index of shards")
+
+
+def _store_of(index: Path, cache_dir: Path, shard_cache: float) -> ShardStore:
+    """Return the files that an index of merged shards refers to.
+
+    Raises:
+        MiniGPTError: if it refers to files elsewhere.
+    """
+    files = {name[3:]: entry for name, entry in read_manifest(index).items() if name.startswith("../")}
+    for name in files:
+        if {"", ".", ".."} & {*name.split("/")} or "\\" in name or ":" in name:
+            raise MiniGPTError(f"{index}: refers to {name!r}, which is not in its folder: {REMEDY}")
+    if not (location := index.parent / "location.json").is_file():
+        return ShardStore(str(index.parent))
+    return ShardStore(
+        json.loads(location.read_text(encoding="utf-8")), files, cache_dir / "shards", int(shard_cache * 1e9)
+    )
 
 
 def prepared_settings(folder: Path) -> dict[str, Any]:
