@@ -42,7 +42,7 @@ READING: dict[str, tuple[type, ...]] = {
 EVALUATION_SETTINGS = {
     ("validation_characters", "block_size", "per_device_eval_batch_size"): int,
     ("validation_fraction",): int | float,
-    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system"): str,
+    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system", "dedup"): str,
     ("chat",): bool,
 }
 
@@ -219,7 +219,7 @@ def evaluate(
         raise MiniGPTError(
             "max_characters and stride do not apply to conversations, which are scored in full: omit them"
         )
-    whole = read_part(data, split, recipe, reading)
+    whole = read_part(data, split, recipe, reading, is_sharded(folder))
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = recipe.get("block_size") if block_size is None else block_size
@@ -360,19 +360,23 @@ def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> 
     return os.fspath(data)
 
 
-def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any]) -> "Documents":
+def read_part(
+    data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False
+) -> "Documents":
     """Read a text or conversations and return the part to score.
 
     Args:
         split: See `evaluate`.
         recipe: Of the model; its values apply where `reading` has none.
         reading: Settings by name, see `READING`.
+        as_shards: Divide the text as if it were tokenized in shards.
 
     Raises:
         MiniGPTError: if the text cannot be read, or there is no validation split.
     """
     from .data.corpus import load_corpus
     from .data.documents import Mixture
+    from .data.files import Share
     from .data.sources import has_split
 
     values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
@@ -384,7 +388,10 @@ def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, 
         values["validation_fraction"] = 0.0
     if not values.get("chat") and reading["system"] is None:
         values.pop("system", None)
-    corpus = load_corpus(data, split=data_split, **values)
+    share = Share(0, 1) if as_shards and split != "all" else None
+    # Duplicates affect which documents are held out. They are scored if the entire text is.
+    dedup = "none" if split == "all" else recipe.get("dedup", "none")
+    corpus = load_corpus(data, split=data_split, share=share, dedup=dedup, **values)
     whole = corpus.validation if split == "validation" else corpus.train
     if split == "all" and corpus.unused is not None:
         whole = Mixture.joined([corpus.train, corpus.unused])
@@ -413,6 +420,14 @@ def window_characters_of(model: str | os.PathLike) -> int | None:
     for key in ("data", "validation", "window_characters"):
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, int) and value > 0 else None
+
+
+def is_sharded(model: str | os.PathLike) -> bool:
+    """Whether a model was trained on merged shards, which are split as in `load_corpus` with a share."""
+    from .trust import read_metadata
+
+    data = read_metadata(model).get("data")
+    return isinstance(data, dict) and bool(data.get("shards"))
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:

@@ -34,14 +34,16 @@ FORMATS = tuple(dict.fromkeys(FORMAT_BY_EXTENSION.values()))
 TABLE_EXTENSIONS = tuple(extension for extension, name in FORMAT_BY_EXTENSION.items() if name != "text")
 # Files that describe the data when they are next to tables.
 DOCUMENTATION_NAMES = ("readme", "license", "licence")
+# Of URLs: HTTP, the Hub, and the object stores of `fsspec`, which need its packages for them, such as s3fs.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hdfs", "memory")
+PROTOCOLS = tuple(f"{name}://" for name in ("http", "https", "hf", *OBJECT_STORES))
 MAX_REASONS_SHOWN = 5
 MAX_SHARES = 99_999
 SHARD_CACHE = 50.0  # GB
 
 
 def is_url(name: str) -> bool:
-    """Whether a name has a protocol: http, hf, or one of `fsspec`, such as s3."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", name) is not None
+    return name.startswith(PROTOCOLS)
 
 
 @dataclass(frozen=True)

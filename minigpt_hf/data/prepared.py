@@ -9,13 +9,12 @@ not require the corpus and can be shared between machines (`minigpt tokenize`):
     manifest.json    size and SHA-256 of each file
 """
 
-import errno
 import hashlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +32,8 @@ from .chat_format import with_chat_tokens
 from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
 from .documents import Documents
-from .files import SHARD_CACHE, extension_of, prepared_folder
+from .duplicates import DROPPED
+from .files import SHARD_CACHE, extension_of, is_url, prepared_folder
 from .sharded import ShardStore
 from .stream import TokenStream, build_stream
 from .tokenizer import (
@@ -63,8 +63,9 @@ REMEDY = "create it again with `minigpt tokenize`"
 # scored also depends on the window length, see `ValidationSample`.)
 TEXT_SETTINGS = (
     *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
-    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size"),
+    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size", "dedup"),
 )
+BEFORE_INTRODUCTION = {"dedup": "none"}  # settings that a folder of an earlier version does not have
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class PreparedText:
         train: Tokens to train on.
         validation: Tokens of the validation split, or of the sample of it that is scored.
         scored: The size of that sample.
+        duplicates: See `Corpus`.
+        shards: Number of merged shards; 0 for other texts. Shards have a validation split of their own, see `load_corpus`.
     """
 
     name: str
@@ -122,6 +125,8 @@ class PreparedText:
     train: TokenStream
     validation: TokenStream | None
     scored: ValidationSample | None
+    shards: int = 0
+    duplicates: tuple[Path, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, cache_dir: Path = CACHE, shard_cache: float = SHARD_CACHE) -> "PreparedText":
@@ -150,6 +155,7 @@ class PreparedText:
                 split_description=metadata["cut"],
                 kind=metadata["kind"],
                 lossy=metadata["lossy"],
+                shards=metadata.get("shards", 0),
                 scored=None if scored is None else ValidationSample(**scored),
                 train=TokenStream.open(folder / "train", store),
                 validation=TokenStream.open(folder / "validation", store) if (folder / "validation").is_dir() else None,
@@ -183,21 +189,23 @@ class PreparedText:
             "settings": {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public_name(self.kind)},
             "scored": None if self.scored is None else asdict(self.scored),
         }
-        try:
-            with new_folder(folder) as content:
-                self.tokenizer.save_pretrained(content / "tokenizer")
-                for name, stream in (("train", self.train), ("validation", self.validation)):
-                    if stream is not None:
-                        ignored = shutil.ignore_patterns(MANIFEST)
-                        shutil.copytree(stream.folder, content / name, ignore=ignored, copy_function=_link_or_copy)
-                (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-                seal(content)
-        except OSError as error:
-            if error.errno != errno.ENOSPC and "No space left" not in str(error):
-                raise
-            raise OSError(
-                errno.ENOSPC, f"{folder}: no space left on this disk; free some space or specify another folder"
-            ) from error
+        with new_folder(folder) as content:
+            self.tokenizer.save_pretrained(content / "tokenizer")
+            for name, stream in (("train", self.train), ("validation", self.validation)):
+                if stream is not None:
+                    ignored = shutil.ignore_patterns(MANIFEST)
+                    shutil.copytree(stream.folder, content / name, ignore=ignored, copy_function=_link_or_copy)
+            join_listings(self.duplicates, content)
+            (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            seal(content)
+
+
+def join_listings(listings: Sequence[Path], folder: Path) -> int:
+    """Write the list of dropped documents into a folder, if duplicates were to be dropped. Returns their number."""
+    lines = [line for file in listings for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
+    if listings:
+        (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -215,7 +223,7 @@ def find_prepared(data: str, cache_dir: Path | str | None = None) -> Path | None
         data: A folder, or the URL of one with merged shards, whose index is copied to the cache.
         cache_dir: Root of the cache.
     """
-    if "://" in data:
+    if is_url(data):
         return _copied_index(data.rstrip("/"), Path(cache_dir) if cache_dir else CACHE)
     return prepared_folder(data)
 
@@ -272,7 +280,7 @@ def prepared_settings(folder: Path) -> dict[str, Any]:
         MiniGPTError: if they cannot be read or have another version of the format.
     """
     try:
-        settings = _read_metadata(folder)["settings"]
+        settings = BEFORE_INTRODUCTION | _read_metadata(folder)["settings"]
         return {name: settings[name] for name in TEXT_SETTINGS}
     except (KeyError, TypeError) as error:
         raise MiniGPTError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
@@ -350,7 +358,17 @@ def prepare(
             validation.bytes,
             "provide more text, or raise --validation_fraction or --validation_characters",
         )
-    return PreparedText(corpus.name, corpus.split_description, tokenizer, lossy, chosen, train, validation, scored)
+    return PreparedText(
+        name=corpus.name,
+        split_description=corpus.split_description,
+        kind=tokenizer,
+        lossy=lossy,
+        tokenizer=chosen,
+        train=train,
+        validation=validation,
+        scored=scored,
+        duplicates=corpus.duplicates,
+    )
 
 
 def prepare_conversations(

@@ -31,7 +31,7 @@ from .cache import verification_error
 from .corpus import Corpus, public_name
 from .datatrove import count_tokens
 from .files import Share
-from .prepared import TEXT_SETTINGS, VERSION, ValidationSample
+from .prepared import TEXT_SETTINGS, VERSION, ValidationSample, join_listings
 from .stream import TokenStream, stream_fingerprint, write_stream
 from .tokenizer import bos_token_id, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 
@@ -42,6 +42,7 @@ NAME = re.compile(r"shard-(\d{5})-of-(\d{5})")
 STREAM_FILES = ("tokens.bin", "documents.npy", "stream.json")
 # Of a text that was read by another program.
 UNKNOWN_SETTINGS = dict.fromkeys(TEXT_SETTINGS) | {
+    "dedup": "none",
     "encoding": "utf-8",
     "encoding_errors": "strict",
     "newline": "preserve",
@@ -167,6 +168,7 @@ def write_shard(
             "name": public_name(corpus.name),
             "cut": corpus.split_description,
             "lossy": lossy,
+            "dropped": join_listings(corpus.duplicates, content),
             "scored": None if scored is None else asdict(scored),
         }
         (content / "shard.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
@@ -308,10 +310,13 @@ def _of_shards(
     if scored and not is_held_out:
         logger.warning("%s: no document is held out for validation; raise --validation_fraction", output)
         del streams["validation"]
+    cut = f"{first['cut']}; {count:,} shards" if is_held_out else "no validation"
+    if dropped := sum(shard["dropped"] for shard in shards.values()):
+        cut += f"; {dropped:,} documents dropped as {first['settings']['dedup']} duplicates of others in their shards"
     return {
         "version": VERSION,
         "name": first["name"],
-        "cut": f"{first['cut']}; {count:,} shards" if is_held_out else "no validation",
+        "cut": cut,
         "kind": first["settings"]["tokenizer"],
         "lossy": next((shard["lossy"] for shard in shards.values() if shard["lossy"]), None),
         "settings": first["settings"] | ({} if is_held_out else {"validation_fraction": 0.0}),

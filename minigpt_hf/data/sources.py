@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
+from ..atomic import remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
 from .conversations import messages_of, serialize
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
@@ -48,6 +50,7 @@ from .tables import FEATURES, read_conversations, read_tables
 
 logger = logging.getLogger(__name__)
 
+COPIED_BYTES = 1 << 22  # read at a time
 SHARDS = "shard-*-of-*"  # names of the folders of shards, see `Share`
 
 
@@ -144,6 +147,8 @@ class Source:
                     return self._read_hub_dataset()
         except UnreadableFileError:
             raise
+        except ImportError as error:  # of a package that `fsspec` needs for a protocol
+            raise MiniGPTError(f"{self.data}: cannot be read: {_first_line(error)}") from error
         except DatasetGenerationError as error:
             raise _unwrapped(self.data, error) from error
         except (OSError, pa.ArrowException) as error:  # e.g. an unreachable URL, missing permissions, a truncated file
@@ -349,7 +354,8 @@ class Source:
         urls, is_share_of_rows = self._share_of_files(list(infos), [info["size"] for info in infos.values()])
         if not urls:
             return SourceContent(TextFiles((), self.decoding).documents(self.cache_dir))
-        files = self._downloaded(urls, *(infos[url] for url in urls))
+        is_of_hub = self.data.startswith("hf://")
+        files = self._downloaded(urls) if is_of_hub else [self._copied(url, infos[url]) for url in urls]
         source = self if is_share_of_rows else replace(self, share=None)  # has the same `names` and `inputs`
         return source._read_files(files)
 
@@ -365,6 +371,19 @@ class Source:
         paths = [str(path) for path in download.download(urls)]
         self.names.update(zip(paths, urls, strict=True))
         return paths
+
+    def _copied(self, url: str, info: dict) -> str:
+        """Copy a file of an object store to the cache, unless the same version, stated by an ETag, is there."""
+        version, folder = info.get("ETag") or info.get("etag"), self.cache_dir / "downloads"
+        target = folder / hashlib.sha256(json.dumps([url, info["size"], version]).encode()).hexdigest()[:32]
+        self.names[str(target)] = url
+        if version is None or not target.is_file():
+            remove_abandoned(folder)
+            with temporary_directory(folder) as temporary:
+                with fsspec.open(url, "rb", compression=None) as source, (temporary / "file").open("wb") as copy:
+                    shutil.copyfileobj(source, copy, COPIED_BYTES)
+                (temporary / "file").replace(target)
+        return str(target)
 
     # -- datasets -----------------------------------------------------------------------------------------------------
 

@@ -144,6 +144,13 @@ class DataArguments:
             "help": "Line endings of text files: `preserve` keeps every byte; `universal` converts CRLF and CR to LF."
         },
     )
+    dedup: Literal["none", "exact", "near"] = field(
+        default="none",
+        metadata={
+            "help": "Drop documents that are copies of earlier ones (`exact`), or also those that share most sequences of five "
+            "words (`near`; requires the extra `dedup`); they are listed in a file."
+        },
+    )
     language: list[str] = field(
         default_factory=list,
         metadata={"help": "Languages of the text, for the model card: ISO 639 codes, e.g. en; `code`, `multilingual`."},

@@ -235,6 +235,7 @@ def read_corpus(data: DataArguments, share: Share | None = None) -> Corpus:
         chat=data.chat,
         system=data.system,
         share=share,
+        dedup=data.dedup,
         cache_dir=Path(data.cache_dir) if data.cache_dir else CACHE,
     )
 
