@@ -147,8 +147,8 @@ class DataArguments:
     dedup: Literal["none", "exact", "near"] = field(
         default="none",
         metadata={
-            "help": "Drop documents that are copies of earlier ones (`exact`), or also those that share most sequences of five "
-            "words (`near`; requires the extra `dedup`); they are listed in a file."
+            "help": "Drop documents that are copies of earlier ones (`exact`), or also those that share most sequences of "
+            "five words (`near`; requires the extra `dedup`); they are listed in a file."
         },
     )
     language: list[str] = field(

@@ -1,7 +1,6 @@
 """Shards: a text that is tokenized in shares and merged equals one that is tokenized by one process."""
 
 import errno
-import importlib.util
 import json
 import os
 import pickle
@@ -496,8 +495,8 @@ def test_files_of_datatrove_are_read_as_a_stream_with_the_separator_first(
     assert stream.documents[:].tolist() == whole.documents[:].tolist()
     assert [ids.tolist() for ids in stream.iterate_documents()] == documents
     assert (stream.characters, stream.bytes) == (sum(map(len, texts)), sum(len(one.encode()) for one in texts))
-    for start in range(0, len(whole), 97):
-        assert stream.tokens[start : start + 150].tolist() == whole.tokens[start : start + 150].tolist()
+    for first in range(0, len(whole), 97):
+        assert stream.tokens[first : first + 150].tolist() == whole.tokens[first : first + 150].tolist()
     flags = ["train", "--recipe", recipe_file, "--max_steps", 4, "--save_steps", 4]
     for name, data in (("ours", corpus / "whole"), ("theirs", folder)):
         assert run(*flags, "--data", data, "--output_dir", tmp_path / name) == 0
@@ -535,24 +534,6 @@ def test_damaged_files_of_datatrove_are_rejected(corpus, datatrove_files, tmp_pa
     (folder / "b" / "1.ds.index").unlink()
     assert "1.ds: has no 1.ds.index" in fails(capsys, *argv)
     assert not (folder / "index").exists()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="needs datatrove")
-def test_the_tokenizer_of_datatrove_writes_the_same_ids(corpus, tmp_path):
-    from datatrove.data import Document
-    from datatrove.pipeline.tokens import DocumentTokenizer
-
-    texts = [file.read_text() for file in sorted((corpus / "text").iterdir()) if file.stat().st_size]
-    documents = [Document(text=one, id=str(number)) for number, one in enumerate(texts)]
-    step = DocumentTokenizer(
-        output_folder=str(tmp_path / "files"),
-        tokenizer_name_or_path=str(corpus / "whole/tokenizer/tokenizer.json"),
-        eos_token="<|endoftext|>",
-        shuffle_documents=False,
-    )
-    step.run(iter(documents))
-    assert run("tokenize", "--merge", tmp_path / "files", "--tokenizer", corpus / "whole/tokenizer") == 0
-    assert opened(tmp_path / "files").train.tokens[:].tolist() == opened(corpus / "whole").train.tokens[:].tolist()
 
 
 # -- datasets ---------------------------------------------------------------------------------------------------------
