@@ -48,7 +48,7 @@ NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(READING)
 EVALUATION_SETTINGS = {
     ("validation_characters", "block_size", "per_device_eval_batch_size", "max_tokens", "sample_tokens"): int,
     ("validation_fraction",): int | float,
-    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system"): str,
+    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system", "dedup"): str,
     ("sample_prompt",): str,
     ("chat",): bool,
 }
@@ -226,7 +226,7 @@ def evaluate(
         raise MiniGPTError(
             "max_characters and stride do not apply to conversations, which are scored in full: omit them"
         )
-    whole = read_part(data, split, recipe, reading)
+    whole = read_part(data, split, recipe, reading, is_sharded(folder))
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = recipe.get("block_size") if block_size is None else block_size
@@ -460,20 +460,26 @@ def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> 
     return os.fspath(data)
 
 
-def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any]) -> "Documents":
+def read_part(
+    data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False
+) -> "Documents":
     """Read a text or conversations and return the part to score.
 
     Args:
         split: See `evaluate`.
         recipe: Of the model; its values apply where `reading` has none.
         reading: Settings by name, see `READING`.
+        as_shards: Divide the text as if it were tokenized in shards.
 
     Raises:
         MiniGPTError: if the text cannot be read, or there is no validation split.
     """
     from .data.documents import Mixture
 
-    corpus = read_corpus(data, recipe, reading | ({"validation_fraction": 0.0} if split == "all" else {}))
+    whole_text = split == "all"
+    # Duplicates affect which documents are held out. They are scored if the entire text is.
+    changes = {"validation_fraction": 0.0} if whole_text else {"dedup": recipe.get("dedup", "none")}
+    corpus = read_corpus(data, recipe, reading | changes, as_shards and not whole_text)
     whole = corpus.validation if split == "validation" else corpus.train
     if split == "all" and corpus.unused is not None:
         whole = Mixture.joined([corpus.train, corpus.unused])
@@ -483,13 +489,14 @@ def read_part(data: str, split: str, recipe: dict[str, Any], reading: dict[str, 
     return whole
 
 
-def read_corpus(data: str, recipe: dict[str, Any], reading: dict[str, Any]) -> "Corpus":
+def read_corpus(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False) -> "Corpus":
     """Read a text or conversations, divided as in the training of a model; for the arguments see `read_part`.
 
     Raises:
         MiniGPTError: if the text cannot be read.
     """
     from .data.corpus import load_corpus
+    from .data.files import Share
     from .data.sources import has_split
 
     values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
@@ -499,7 +506,7 @@ def read_corpus(data: str, recipe: dict[str, Any], reading: dict[str, Any]) -> "
         data_split = None
     if not values.get("chat") and reading["system"] is None:
         values.pop("system", None)
-    return load_corpus(data, split=data_split, **values)
+    return load_corpus(data, split=data_split, share=Share(0, 1) if as_shards else None, **values)
 
 
 def _reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -532,15 +539,15 @@ def training_text(
 
     from .data.conversations import build_conversation_stream
     from .data.corpus import CACHE
-    from .data.prepared import PreparedText, is_prepared
+    from .data.prepared import PreparedText, find_prepared
     from .data.stream import build_stream
     from .data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(os.fspath(model))
-    if is_prepared(data):
+    if (prepared := find_prepared(data)) is not None:
         if given := sorted(name for name, value in reading.items() if value is not None and value != recipe.get(name)):
             raise MiniGPTError(f"{data}: is a prepared text, which stores how it was read: omit {given[0]}")
-        text = PreparedText.open(Path(data))
+        text = PreparedText.open(prepared)
         if tokenizer_fingerprint(text.tokenizer) != tokenizer_fingerprint(tokenizer):
             raise MiniGPTError(
                 f"{data}: was prepared with another tokenizer than that of {model}; give the text that the model was "
@@ -548,7 +555,7 @@ def training_text(
             )
         _warn_if_other_text(model, data, text.train)
         return tokenizer, text.train, text.validation
-    corpus = read_corpus(data, recipe, reading)
+    corpus = read_corpus(data, recipe, reading | {"dedup": recipe.get("dedup", "none")}, is_sharded(model))
     block_size = recipe.get("block_size") or BLOCK_SIZE
 
     def encode(documents: "Documents", max_tokens: int | None = None) -> "TokenStream":
@@ -602,6 +609,14 @@ def window_characters_of(model: str | os.PathLike) -> int | None:
     for key in ("data", "validation", "window_characters"):
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, int) and value > 0 else None
+
+
+def is_sharded(model: str | os.PathLike) -> bool:
+    """Whether a model was trained on merged shards, which are split as in `load_corpus` with a share."""
+    from .trust import read_metadata
+
+    data = read_metadata(model).get("data")
+    return isinstance(data, dict) and bool(data.get("shards"))
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         MiniGPTError: if `folder` exists or cannot be created.
+        OSError: if it cannot be written.
     """
     check_new_folder(folder)
     created = [parent for parent in folder.absolute().parents if not parent.exists()]
@@ -94,10 +95,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 fsync(path)
             if not publish(content, folder):
                 raise _already_exists(folder)  # another process has created it in the meantime
-    except BaseException:
+    except BaseException as error:
         for parent in created:  # innermost first
             with suppress(OSError):  # another process may be using it
                 parent.rmdir()
+        # `safetensors` and others report a full disk as an error without a number.
+        if isinstance(error, OSError) and (error.errno == errno.ENOSPC or "No space left" in str(error)):
+            message = f"{folder}: no space left on this disk; free some space or specify another folder"
+            raise OSError(errno.ENOSPC, message) from error
         raise
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from minigpt_cli import COMMANDS
 from minigpt_hf.cli.settings_help import shown_default, transformers_defaults
+from minigpt_hf.cli.tokenize import shards_parser
 from minigpt_hf.training.arguments import GROUPS, MiniGPTTrainingArguments
 from minigpt_hf.training.recipe import effective_defaults
 
@@ -32,6 +33,8 @@ TRAIN = """`--recipe NAME` or `--recipe FILE.yaml` gives settings, which flags o
 common settings, `--help-all` all of them.
 """
 TOKENIZE = """Takes the flags of `train`; `--output_dir` is the folder to write. Only settings of the data have an effect.
+[large-corpora.md](large-corpora.md) describes shards.
+
 """
 CHANGED = """
 Defaults of `TrainingArguments` that minigpt changes:
@@ -68,7 +71,7 @@ def cli() -> str:
             parts += [CHANGED, _changed_defaults(), INHERITED, _inherited_flags(), ".\n"]
             continue
         if command == "tokenize":
-            parts.append(TOKENIZE)
+            parts += [TOKENIZE, _table(_of_parser(shards_parser()))]
             continue
         parser = import_module(f"minigpt_hf.cli.{command}").parser()
         parts.append(_table(_of_parser(parser)))

@@ -1,6 +1,7 @@
 """The documentation is correct: commands run, links resolve, and quoted values exist."""
 
 import io
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minigpt_hf.cli import main
+from minigpt_hf.data.files import prepared_folder
 from minigpt_hf.training.recipe import recipe_names
 from tests.conftest import ROOT
 
@@ -46,7 +48,9 @@ def run_in_order(lines: list[list[str]], capsys, small: Sequence[str] = ()) -> i
             assert words[0] in ("minigpt", ".venv/bin/minigpt"), line
             is_training = words[1] == "train" and not {"--help", "--help-all"} & {*words}
             shape = [] if "--init_from" in words else small  # an existing model defines the architecture
-            assert main(words[1:] + [*SHORT, *shape] * is_training) == 0, capsys.readouterr().err
+            is_prepared = "--data" in words and prepared_folder(words[words.index("--data") + 1]) is not None
+            short = [word for word in SHORT if not (is_prepared and word in ("--validation_characters", "500"))]
+            assert main(words[1:] + [*short, *shape] * is_training) == 0, capsys.readouterr().err
             if words[1] == "data":
                 shorten_task(Path(words[words.index("--output_dir") + 1]))
         ran += 1
@@ -91,6 +95,16 @@ def test_every_command_of_your_own_text_runs_in_order(text, tmp_path, monkeypatc
     (tmp_path / "briefe.txt").write_text("Schöne Grüße aus Köln, dein Jürgen.\n" * 500, encoding="latin-1")
     document = (ROOT / "docs" / "your-own-text.md").read_text(encoding="utf-8")
     assert run_in_order(commands(document), capsys, SMALL) >= 14
+
+
+def test_every_command_of_large_corpora_runs_in_order(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clean").mkdir()
+    rows = [json.dumps({"text": text[start : start + 600]}) + "\n" for start in range(0, 60_000, 600)]
+    for name, first, last in (("sample.jsonl", 0, 50), ("clean/0.jsonl", 0, 50), ("clean/1.jsonl", 50, 100)):
+        (tmp_path / name).write_text("".join(rows[first:last]), encoding="utf-8")
+    document = (ROOT / "docs" / "large-corpora.md").read_text(encoding="utf-8")
+    assert run_in_order(commands(document), capsys, SMALL) == 5
 
 
 @pytest.mark.slow

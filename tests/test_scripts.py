@@ -1,6 +1,7 @@
 """The scripts: NumPy forward pass and bare training loop against the package, and the generated conformance tests."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from minigpt_hf.cli import main
+from minigpt_hf.data.prepared import PreparedText, find_prepared
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.native import export_native
 from minigpt_hf.publish.model_folder import save_model_files
@@ -118,3 +120,55 @@ def test_bare_loop_losses_equal_the_trainers_for_a_schedule_with_keyword_argumen
     assert main(["train", "--recipe", str(recipe_file), *flags, "--output_dir", str(tmp_path / "run")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses == pytest.approx([row["loss"] for row in rows if "loss" in row], rel=1e-6)
+
+
+@pytest.fixture
+def sharded_text(text, tmp_path) -> list[str]:
+    """Six files of text; returns data, tokenizer and output folder."""
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        (tmp_path / "text" / f"{number}.txt").write_text(text[number * 5000 : number * 5000 + 4000], encoding="utf-8")
+    return [str(tmp_path / "text"), "bytes", str(tmp_path / "shards")]
+
+
+def assert_is_merged(sharded_text: list[str], tmp_path) -> None:
+    """Compare the merged shards with the text tokenized by one process."""
+    data, tokenizer, output = sharded_text
+    argv = ["--data", data, "--tokenizer", tokenizer, "--validation_fraction", "0"]
+    assert main(["tokenize", *argv, "--output_dir", str(tmp_path / "whole")]) == 0
+    ours, theirs = (PreparedText.open(find_prepared(str(folder))).train for folder in (output, tmp_path / "whole"))
+    assert ours.tokens[:].tolist() == theirs.tokens[:].tolist()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_two_jobs_of_a_slurm_array_write_the_shards_of_a_text(sharded_text, tmp_path):
+    """Each job runs the script with the variables that Slurm sets."""
+    command = tmp_path / "bin" / "minigpt"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m minigpt_cli "$@"\n')
+    command.chmod(0o755)
+    jobs = []
+    for number in range(2):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "2"}
+        environment |= {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        argv = ["bash", ROOT / "scripts/cluster/tokenize.slurm", *sharded_text, "--validation_fraction", "0"]
+        jobs.append(subprocess.Popen(argv, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
+    outputs = [job.communicate(timeout=120)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert any(f"minigpt tokenize --merge {sharded_text[2]}" in output for output in outputs)
+    assert main(["tokenize", "--merge", sharded_text[2]]) == 0
+    assert_is_merged(sharded_text, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_write_and_merge_the_shards_of_a_text(sharded_text, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray: pip install ray")
+    data, tokenizer, output = sharded_text
+    argv = ["--data", data, "--tokenizer", tokenizer, "--output_dir", output, "--validation_fraction", "0"]
+    argv = [ROOT / "scripts/cluster/tokenize_ray.py", *argv, "--shards", "3", "--cpus", "1", "--num_cpus", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, *argv], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert_is_merged(sharded_text, tmp_path)

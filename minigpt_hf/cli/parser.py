@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
     """The parser of one command. It accepts no abbreviations and raises `MiniGPTError` for invalid arguments."""
 
     def __init__(self, command: str, **kwargs):
-        super().__init__(prog=f"minigpt {command}", description=COMMANDS[command], allow_abbrev=False, **kwargs)
+        description = COMMANDS[command.partition(" ")[0]]
+        super().__init__(prog=f"minigpt {command}", description=description, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         raise MiniGPTError(message)

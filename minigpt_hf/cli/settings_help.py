@@ -13,6 +13,7 @@ COMMON = {
         "data": "file, folder, URL or Hub dataset",
         "text_column": "column of a table that holds the text",
         "chat": "conversations: learn only the answers",
+        "dedup": "drop duplicates: none, exact or near",
         "validation_fraction": "share of the text in the validation split",
         "tokenizer": "bpe, characters, bytes, or a folder or Hub id",
         "vocab_size": "maximum vocabulary size of bpe",
@@ -58,6 +59,11 @@ COMMON = {
     },
 }
 TOKENIZE = ({*COMMON["data"]} - {"chat"}) | {"output_dir", "num_proc"}
+# Flags of `minigpt tokenize --help` that are not settings.
+SHARDS = {
+    "--shard I/N": "tokenize share I of N, from 0, with an existing tokenizer",
+    "--merge FOLDER": "verify the shards in FOLDER and write their index; no other flag is required",
+}
 # Defaults that are computed when a run starts, where the dataclass has `None`.
 COMPUTED = {
     "output_dir": "runs/RECIPE",
@@ -104,6 +110,8 @@ def short_help(command: str) -> str:
             theirs = inherited.get(name, default)
             with_data, theirs = ("" if value == default else value for value in (with_data, theirs))
             lines.append(_row(f"  --{name}", default, with_data, theirs, description))
+    if command == "tokenize":
+        lines += ["shards"] + [f"  {usage:<29} {text}" for usage, text in SHARDS.items()]
     lines += ["", f"auto: chosen from the text. `minigpt {command} --help-all` lists every setting."]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 

@@ -5,27 +5,54 @@ import time
 from pathlib import Path
 
 from ..errors import MiniGPTError
-from .parser import quiet, raising_on_sigterm
+from .parser import Parser, quiet, raising_on_sigterm
 from .train import parser as parser_of_train
 from .train import show_help, split_recipe
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the command: those of training, of which only the data settings have an effect."""
-    return parser_of_train("tokenize")
+    """The arguments of the command: those of training, of which only the data settings have an effect, and of shards."""
+    return parser_of_train("tokenize", [shards_parser()])
+
+
+def shards_parser() -> argparse.ArgumentParser:
+    """The arguments for shards."""
+    parser = Parser("tokenize", add_help=False)
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="Tokenize only a share of the files or rows, number I of N from 0, into a folder in output_dir that is written "
+        "atomically. Requires an existing tokenizer. A shard that is complete is not written again.",
+    )
+    parser.add_argument(
+        "--merge",
+        metavar="FOLDER",
+        help="Verify the shards in a folder and write an index, so that `minigpt train --data FOLDER` reads them as one "
+        "text. Also for the .ds files of datatrove, with --tokenizer.",
+    )
+    return parser
 
 
 def run(argv: list[str]) -> None:
     """Tokenize the text and save it."""
     if show_help("tokenize", argv):
         return
+    sharing, argv = shards_parser().parse_known_args(argv)
+    if sharing.merge is not None:
+        if sharing.shard is not None:
+            raise MiniGPTError("--merge and --shard: write all shards first, then merge them")
+        merge(Path(sharing.merge), argv)
+        return
+
     from ..atomic import check_new_folder
+    from ..data.files import Share
     from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
     from ..training.run_folder import RunFolder
-    from ..training.train import prepare_text
+    from ..training.train import prepare_shard, prepare_text
 
     recipe, rest = split_recipe(argv)
+    share = None if sharing.shard is None else Share.parse(sharing.shard)
     arguments = parse_arguments(rest, recipe)
     training = arguments.training
     if arguments.data.chat:
@@ -34,6 +61,13 @@ def run(argv: list[str]) -> None:
         raise MiniGPTError("--output_dir FOLDER is required")
     quiet()
     folder = Path(training.output_dir)
+    if share is not None:
+        with raising_on_sigterm():
+            is_new = prepare_shard(arguments.data, share, folder)
+        remaining = share.count - len(list(folder.glob(f"shard-*-of-{share.count:05}")))
+        following = f"{remaining:,} shards are missing" if remaining else f"next: minigpt tokenize --merge {folder}"
+        print(f"{folder / str(share)}: {'written' if is_new else 'already complete'}; {following}")
+        return
     check_new_folder(folder)
     configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
     with raising_on_sigterm():
@@ -45,3 +79,19 @@ def run(argv: list[str]) -> None:
         f"{text.train.bytes / len(text.train):.2f} bytes; {held_out} ({text.split_description})\n"
         f"minigpt train --data {folder} …  trains on it"
     )
+
+
+def merge(folder: Path, argv: list[str]) -> None:
+    """Merge the shards in a folder."""
+    parser = Parser("tokenize --merge FOLDER")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--cache_dir", type=Path)
+    arguments = parser.parse_args(argv)
+
+    from ..data.corpus import CACHE
+    from ..data.shards import merge_shards
+
+    quiet()
+    with raising_on_sigterm():
+        summary = merge_shards(folder, arguments.cache_dir or CACHE, arguments.tokenizer)
+    print(f"{summary}\nminigpt train --data {folder} …  trains on it")

@@ -2,16 +2,18 @@
 
 import argparse
 import time
+from collections.abc import Sequence
+from importlib import import_module
 
 from .parser import quiet
 from .settings_help import short_help
 
 
-def parser(verb: str = "train") -> argparse.ArgumentParser:
+def parser(verb: str = "train", parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
     """All settings, including those of `TrainingArguments`, with their effective defaults."""
     from ..training.recipe import argument_parser, effective_defaults
 
-    parser = argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser()])
+    parser = argument_parser(prog=f"minigpt {verb}", parents=[_recipe_parser(), *parents])
     for name, (without, alone) in effective_defaults().items():
         parser.set_defaults(**{name: without if without == alone else f"{without}; with --data alone: {alone}"})
     return parser
@@ -37,7 +39,7 @@ def run(argv: list[str]) -> None:
 def show_help(command: str, argv: list[str]) -> bool:
     """Print the help of `train` or `tokenize` if `argv` asks for it. Returns whether it does."""
     if "--help-all" in argv:
-        parser(command).print_help()
+        import_module(f"{__package__}.{command}").parser().print_help()
         return True
     if "--help" in argv or "-h" in argv:
         print(short_help(command), end="")

@@ -99,14 +99,21 @@ class SequenceDataset(Dataset):
 class SequenceSampler(Sampler):
     """Yields the (epoch, index) of every sequence of an epoch, in a seeded order that differs between epochs.
 
+    Args:
+        num_sequences: Number of sequences per epoch.
+        seed: Determines the order.
+        window: Permute within windows of this many consecutive sequences, and the order of the windows; an incomplete one is
+            the last. For a text that is larger than the local cache of its shards. 0: permute all sequences.
+
     Attributes:
         num_skipped: Number of sequences of the next epoch that were used before a resume. The training loop discards
             their batches, so a constant address is yielded for them instead of computing the permutation.
     """
 
-    def __init__(self, num_sequences: int, seed: int):
+    def __init__(self, num_sequences: int, seed: int, window: int = 0):
         self.num_sequences = num_sequences
         self.seed = seed
+        self.window = window
         self.epoch = 0
         self.num_skipped = 0
 
@@ -122,12 +129,23 @@ class SequenceSampler(Sampler):
         num_skipped, self.num_skipped = self.num_skipped, 0
         yield from itertools.repeat((self.epoch, 0), num_skipped)
         for position in range(num_skipped, self.num_sequences):
-            yield self.epoch, permute(position, self.num_sequences, keys)
+            if not self.window:
+                yield self.epoch, permute(position, self.num_sequences, keys)
+                continue
+            number, offset = divmod(position, self.window)
+            complete, size = self.num_sequences // self.window, self.window
+            if number < complete:
+                number = permute(number, complete, keys)
+            else:
+                size = self.num_sequences % self.window
+            if offset == 0 or position == num_skipped:
+                keys_in_window = permutation_keys(self.seed, self.epoch, number)
+            yield self.epoch, number * self.window + permute(offset, size, keys_in_window)
 
 
-def permutation_keys(seed: int, epoch: int) -> list[int]:
-    """Return the keys of the four rounds of `permute`, 64 bits each."""
-    source = random.Random(f"order {seed} {epoch}")
+def permutation_keys(seed: int, epoch: int, window: int | None = None) -> list[int]:
+    """Return the keys of the four rounds of `permute`, 64 bits each; `window`: for the sequences of a window."""
+    source = random.Random(f"order {seed} {epoch}" + ("" if window is None else f" {window}"))
     return [source.getrandbits(64) for _ in range(4)]
 
 

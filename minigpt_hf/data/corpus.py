@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import MiniGPTError
 from .arrays import blocks, lowest_distinct, stored
 from .documents import Documents, IndexedDocuments, Mixture, StreamedDocuments
-from .files import FORMATS, exists, is_url
+from .duplicates import KINDS, without_duplicates
+from .files import FORMATS, Share, exists, is_url
 from .reading import NEWLINES, Decoding, printable
 from .sources import Source, SourceContent, has_split, names_hub_dataset
 
@@ -35,6 +36,8 @@ class Corpus:
         validation: Held-out documents, if any.
         split_description: How the text was split; stored in the model folder.
         unused: A validation split provided with the data that is not used, because `validation_fraction` is 0.
+        inputs: See `SourceContent`.
+        duplicates: List of the dropped documents, for each source; see `duplicates`.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Corpus:
     validation: Documents | None
     split_description: str
     unused: Documents | None = None
+    inputs: str = ""
+    duplicates: tuple[Path, ...] = ()
 
 
 def load_corpus(
@@ -57,6 +62,8 @@ def load_corpus(
     streaming: bool = False,
     chat: bool = False,
     system: str | None = None,
+    share: Share | None = None,
+    dedup: str = "none",
     cache_dir: Path = CACHE,
 ) -> Corpus:
     """Read text as documents and split it into training and validation.
@@ -77,6 +84,10 @@ def load_corpus(
         streaming: Read the documents of a Hub dataset on demand without storing them.
         chat: Read conversations from the rows of tables; see `conversations`.
         system: With `chat`, content of a system message for conversations that have none.
+        share: Read only a share of the files or rows. The validation split then consists of the documents whose hash, scaled
+            to [0, 1), is below `validation_fraction`, so that it does not depend on the other shares.
+        dedup: Duplicates to drop from each source, or from the share: `none`, `exact` or `near`; see `duplicates`. A
+            validation split provided with the data is not changed.
         cache_dir: Root of the cache.
 
     Raises:
@@ -88,6 +99,8 @@ def load_corpus(
         raise MiniGPTError(f"data_format is {data_format!r}: it must be one of {', '.join(FORMATS)}")
     if encoding_errors not in ("strict", "replace", "ignore"):
         raise MiniGPTError(f"encoding_errors is {encoding_errors!r}: it must be one of strict, replace, ignore")
+    if dedup not in KINDS:
+        raise MiniGPTError(f"dedup is {dedup!r}: it must be one of {', '.join(KINDS)}")
     if newline not in NEWLINES:
         raise MiniGPTError(f"newline is {newline!r}: it must be one of {', '.join(NEWLINES)}")
     try:
@@ -99,8 +112,18 @@ def load_corpus(
 
     decoding = Decoding(encoding, encoding_errors, newline)
 
+    listings: list[Path] = []
+
     def read(name: str, split: str | None) -> SourceContent:
-        return Source(name, decoding, split, text_column, data_format, streaming, cache_dir, chat, system).read()
+        content = Source(
+            name, decoding, split, text_column, data_format, streaming, cache_dir, chat, system, share
+        ).read()
+        if dedup == "none":
+            return content
+        unique = without_duplicates(name, content.train, dedup, cache_dir)
+        listings.append(unique.listing)
+        note = "; ".join(filter(None, (content.note, unique.note)))
+        return replace(content, train=unique.documents, note=note)
 
     if system is not None and not chat:
         raise MiniGPTError("--system requires --chat")
@@ -108,7 +131,11 @@ def load_corpus(
         content = read(data, split)
         if chat:
             _check_conversations(data, content, validation_fraction)
-        return _split([(data, content)], validation_fraction)[0]
+        if share is not None:
+            return replace(_split_share(data, content, validation_fraction), duplicates=tuple(listings))
+        return replace(_split([(data, content)], validation_fraction)[0], duplicates=tuple(listings))
+    if share is not None:
+        raise MiniGPTError(f"{data}: is a mixture, which has no shards; tokenize each source by itself")
     if chat:
         raise MiniGPTError(f"{data}: is a mixture, which --chat does not support; give a folder or pattern of files")
     contents = []
@@ -117,7 +144,8 @@ def load_corpus(
         if not applies:
             logger.warning("--data_split %s has no effect on %s, which is not a dataset with splits", split, name)
         contents.append((name, read(name, split if applies else None)))
-    return _mix(data, _split(contents, validation_fraction), list(shares.values()))
+    mixed = _mix(data, _split(contents, validation_fraction), list(shares.values()))
+    return replace(mixed, duplicates=tuple(listings))
 
 
 def _check_conversations(name: str, content: SourceContent, fraction: float) -> None:
@@ -231,6 +259,21 @@ def _split(contents: list[tuple[str, SourceContent]], fraction: float) -> list[C
         replace(corpus, split_description=f"{corpus.split_description}; {content.note}") if content.note else corpus
         for corpus, (_, content) in zip(corpora, contents, strict=True)
     ]
+
+
+def _split_share(name: str, content: SourceContent, fraction: float) -> Corpus:
+    """Split a share of a source by a hash threshold that is the same for all shares."""
+    if fraction == 0 or content.validation is not None:
+        description = "the validation split provided with the data" if fraction else "no validation"
+        return Corpus(name, content.train, content.validation if fraction else None, description, inputs=content.inputs)
+    description = f"documents with the lowest hash of their content, a share of {fraction:g}"
+    train, validation = content.train, content.train
+    if isinstance(content.train, StreamedDocuments):
+        train, validation = replace(content.train, low=fraction), replace(content.train, high=fraction)
+    else:
+        mask = content.train.keys < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+        train, validation = content.train.select(~mask), content.train.select(mask)
+    return Corpus(name, train, validation, description, inputs=content.inputs)
 
 
 def _warn_if_shares_differ(corpus: Corpus, total: int | None, fraction: float) -> None:

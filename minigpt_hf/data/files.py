@@ -7,7 +7,7 @@ import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import has_magic
 from itertools import takewhile
@@ -34,11 +34,60 @@ FORMATS = tuple(dict.fromkeys(FORMAT_BY_EXTENSION.values()))
 TABLE_EXTENSIONS = tuple(extension for extension, name in FORMAT_BY_EXTENSION.items() if name != "text")
 # Files that describe the data when they are next to tables.
 DOCUMENTATION_NAMES = ("readme", "license", "licence")
+# Of URLs: HTTP, the Hub, and the object stores of `fsspec`, which need its packages for them, such as s3fs.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hdfs", "memory")
+PROTOCOLS = tuple(f"{name}://" for name in ("http", "https", "hf", *OBJECT_STORES))
 MAX_REASONS_SHOWN = 5
+MAX_SHARES = 99_999
+SHARD_CACHE = 50.0  # GB
 
 
 def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://", "hf://"))
+    return name.startswith(PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A contiguous share of the files or rows of a text, number `index` of `count`, from 0."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """ "3/16" -> Share(3, 16).
+
+        Raises:
+            MiniGPTError: if it is malformed.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARES:
+            raise MiniGPTError(
+                f"--shard {text}: expected I/N, the number of the shard from 0 to N - 1 and the number of shards (at most "
+                f"{MAX_SHARES:,}), e.g. 0/16"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def of_rows(self, rows: int) -> range:
+        """Return the positions of its rows."""
+        return range(rows * self.index // self.count, rows * (self.index + 1) // self.count)
+
+    def of_files(self, files: Sequence[str], sizes: Sequence[int]) -> list[str]:
+        """Return its files: those whose middle is in this share of all bytes."""
+        total, end, chosen = max(sum(sizes), 1), 0, []
+        for file, size in zip(files, sizes, strict=True):
+            end += size
+            if min((2 * end - size) * self.count // (2 * total), self.count - 1) == self.index:
+                chosen.append(file)
+        return chosen
+
+    def __str__(self) -> str:
+        return f"shard-{self.index:05}-of-{self.count:05}"
+
+
+def prepared_folder(data: str) -> Path | None:
+    """Return the folder with `prepared.json` of a local folder written by `minigpt tokenize`; None for other data."""
+    return next((folder for folder in (Path(data), Path(data) / "index") if (folder / "prepared.json").is_file()), None)
 
 
 def exists(name: str) -> bool:

@@ -9,28 +9,32 @@ not require the corpus and can be shared between machines (`minigpt tokenize`):
     manifest.json    size and SHA-256 of each file
 """
 
-import errno
 import hashlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..atomic import MANIFEST, new_folder, seal
+from ..atomic import MANIFEST, new_folder, read_manifest, seal, sha256
 from ..errors import MiniGPTError
 from .cache import cached, verification_error
 from .chat_format import END, START, with_chat_tokens, with_reserved_tokens
 from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
 from .documents import Documents
+from .duplicates import DROPPED
+from .files import SHARD_CACHE, extension_of, is_url, prepared_folder
+from .sharded import ShardStore
 from .stream import TokenStream, build_stream
 from .tokenizer import (
     byte_level_bpe,
@@ -59,8 +63,12 @@ REMEDY = "create it again with `minigpt tokenize`"
 # scored also depends on the window length, see `ValidationSample`.)
 TEXT_SETTINGS = (
     *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
-    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size", "chat_tokens"),
+    *("validation_fraction", "validation_characters", "tokenizer", "vocab_size", "chat_tokens", "dedup"),
 )
+BEFORE_INTRODUCTION = {
+    "dedup": "none",
+    "chat_tokens": False,
+}  # settings that a folder of an earlier version does not have
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class PreparedText:
         train: Tokens to train on.
         validation: Tokens of the validation split, or of the sample of it that is scored.
         scored: The size of that sample.
+        duplicates: See `Corpus`.
+        shards: Number of merged shards; 0 for other texts. Shards have a validation split of their own, see `load_corpus`.
     """
 
     name: str
@@ -118,19 +128,28 @@ class PreparedText:
     train: TokenStream
     validation: TokenStream | None
     scored: ValidationSample | None
+    shards: int = 0
+    duplicates: tuple[Path, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path, cache_dir: Path = CACHE) -> "PreparedText":
-        """Open a folder written by `save`, after verifying it against its manifest.
+    def open(cls, folder: Path, cache_dir: Path = CACHE, shard_cache: float = SHARD_CACHE) -> "PreparedText":
+        """Open a folder written by `save` or `merge_shards`, after verifying it against its manifest.
 
         Args:
+            folder: See `prepared_folder`.
             cache_dir: Root of the cache, which records the files that have been verified.
+            shard_cache: Maximum size of the copies of remote shards, in GB.
 
         Raises:
             MiniGPTError: if it is damaged or has another version of the format.
         """
         metadata = _read_metadata(folder)
-        if (fault := verification_error(folder, cache_dir)) is not None:
+        store = None
+        if "shards" in metadata:
+            store = _store_of(folder, cache_dir, shard_cache)
+        if store is not None and store.files is not None:
+            pass  # the index was verified when it was copied, and each shard is verified when it is copied
+        elif (fault := verification_error(folder, cache_dir)) is not None:
             raise MiniGPTError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
         try:
             scored = metadata["scored"]
@@ -139,9 +158,10 @@ class PreparedText:
                 split_description=metadata["cut"],
                 kind=metadata["kind"],
                 lossy=metadata["lossy"],
+                shards=metadata.get("shards", 0),
                 scored=None if scored is None else ValidationSample(**scored),
-                train=TokenStream.open(folder / "train"),
-                validation=TokenStream.open(folder / "validation") if (folder / "validation").is_dir() else None,
+                train=TokenStream.open(folder / "train", store),
+                validation=TokenStream.open(folder / "validation", store) if (folder / "validation").is_dir() else None,
                 tokenizer=load_tokenizer(str(folder / "tokenizer")),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -172,21 +192,23 @@ class PreparedText:
             "settings": {name: settings[name] for name in TEXT_SETTINGS} | {"tokenizer": public_name(self.kind)},
             "scored": None if self.scored is None else asdict(self.scored),
         }
-        try:
-            with new_folder(folder) as content:
-                self.tokenizer.save_pretrained(content / "tokenizer")
-                for name, stream in (("train", self.train), ("validation", self.validation)):
-                    if stream is not None:
-                        ignored = shutil.ignore_patterns(MANIFEST)
-                        shutil.copytree(stream.folder, content / name, ignore=ignored, copy_function=_link_or_copy)
-                (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-                seal(content)
-        except OSError as error:
-            if error.errno != errno.ENOSPC and "No space left" not in str(error):
-                raise
-            raise OSError(
-                errno.ENOSPC, f"{folder}: no space left on this disk; free some space or specify another folder"
-            ) from error
+        with new_folder(folder) as content:
+            self.tokenizer.save_pretrained(content / "tokenizer")
+            for name, stream in (("train", self.train), ("validation", self.validation)):
+                if stream is not None:
+                    ignored = shutil.ignore_patterns(MANIFEST)
+                    shutil.copytree(stream.folder, content / name, ignore=ignored, copy_function=_link_or_copy)
+            join_listings(self.duplicates, content)
+            (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            seal(content)
+
+
+def join_listings(listings: Sequence[Path], folder: Path) -> int:
+    """Write the list of dropped documents into a folder, if duplicates were to be dropped. Returns their number."""
+    lines = [line for file in listings for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
+    if listings:
+        (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -197,9 +219,61 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def is_prepared(data: str) -> bool:
-    """Whether `data` is a folder written by `minigpt tokenize`."""
-    return (Path(data) / "prepared.json").is_file()
+def find_prepared(data: str, cache_dir: Path | str | None = None) -> Path | None:
+    """Return the folder to open if `data` was written by `minigpt tokenize`, or None.
+
+    Args:
+        data: A folder, or the URL of one with merged shards, whose index is copied to the cache.
+        cache_dir: Root of the cache.
+    """
+    if is_url(data):
+        return _copied_index(data.rstrip("/"), Path(cache_dir) if cache_dir else CACHE)
+    return prepared_folder(data)
+
+
+@cache
+def _copied_index(url: str, cache_dir: Path) -> Path | None:
+    """Return the copy of the index of merged shards, which is stored under the hash of its manifest; None without index."""
+    if extension_of(url):
+        return None
+    try:
+        with fsspec.open(f"{url}/index/{MANIFEST}", "rb") as file:
+            manifest = file.read()
+    except Exception:  # of many types, by file system; reading the URL as text reports it
+        return None
+
+    def copy(folder: Path) -> None:
+        (folder / "index").mkdir()
+        (folder / "index" / MANIFEST).write_bytes(manifest)
+        for name, entry in read_manifest(folder / "index").items():
+            if not name.startswith("../"):
+                target = folder / "index" / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with fsspec.open(f"{url}/index/{name}", "rb", compression=None) as file:
+                    target.write_bytes(file.read())
+                if sha256(target) != entry["sha256"]:
+                    raise MiniGPTError(f"{url}/index/{name}: differs from the manifest; upload the folder again")
+        (folder / "location.json").write_text(json.dumps(url), encoding="utf-8")
+
+    name = hashlib.sha256(url.encode() + b"\0" + manifest).hexdigest()[:32]
+    return cached(cache_dir / "indexes" / name, copy, lambda folder: folder / "index", cache_dir, "index of shards")
+
+
+def _store_of(index: Path, cache_dir: Path, shard_cache: float) -> ShardStore:
+    """Return the files that an index of merged shards refers to.
+
+    Raises:
+        MiniGPTError: if it refers to files elsewhere.
+    """
+    files = {name[3:]: entry for name, entry in read_manifest(index).items() if name.startswith("../")}
+    for name in files:
+        if {"", ".", ".."} & {*name.split("/")} or "\\" in name or ":" in name:
+            raise MiniGPTError(f"{index}: refers to {name!r}, which is not in its folder: {REMEDY}")
+    if not (location := index.parent / "location.json").is_file():
+        return ShardStore(str(index.parent))
+    return ShardStore(
+        json.loads(location.read_text(encoding="utf-8")), files, cache_dir / "shards", int(shard_cache * 1e9)
+    )
 
 
 def prepared_settings(folder: Path) -> dict[str, Any]:
@@ -209,7 +283,7 @@ def prepared_settings(folder: Path) -> dict[str, Any]:
         MiniGPTError: if they cannot be read or have another version of the format.
     """
     try:
-        settings = {"chat_tokens": False, **_read_metadata(folder)["settings"]}  # a later setting
+        settings = BEFORE_INTRODUCTION | _read_metadata(folder)["settings"]
         return {name: settings[name] for name in TEXT_SETTINGS}
     except (KeyError, TypeError) as error:
         raise MiniGPTError(f"{folder}: this prepared text has no settings ({error}): {REMEDY}") from error
@@ -292,7 +366,17 @@ def prepare(
             validation.bytes,
             "provide more text, or raise --validation_fraction or --validation_characters",
         )
-    return PreparedText(corpus.name, corpus.split_description, tokenizer, lossy, chosen, train, validation, scored)
+    return PreparedText(
+        name=corpus.name,
+        split_description=corpus.split_description,
+        kind=tokenizer,
+        lossy=lossy,
+        tokenizer=chosen,
+        train=train,
+        validation=validation,
+        scored=scored,
+        duplicates=corpus.duplicates,
+    )
 
 
 def prepare_conversations(

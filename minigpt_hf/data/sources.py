@@ -4,13 +4,15 @@ The result is a `SourceContent`. A document is a text file, or a row of a table.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import has_magic
 from itertools import chain
 from pathlib import Path
@@ -21,6 +23,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
+from ..atomic import remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
 from .conversations import messages_of, serialize
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
@@ -30,11 +33,13 @@ from .files import (
     SPLITS,
     TABLE_EXTENSIONS,
     FileSelection,
+    Share,
     extension_of,
     files_below,
     files_matching,
     folder_of,
     is_url,
+    prepared_folder,
     split_of,
     split_words,
     standard_library,
@@ -45,6 +50,9 @@ from .tables import FEATURES, read_conversations, read_tables
 
 logger = logging.getLogger(__name__)
 
+COPIED_BYTES = 1 << 22  # read at a time
+SHARDS = "shard-*-of-*"  # names of the folders of shards, see `Share`
+
 
 @dataclass(frozen=True)
 class SourceContent:
@@ -54,11 +62,13 @@ class SourceContent:
         train: Its documents.
         validation: Its validation split, if it has one and no split was requested.
         note: How many of its files were read, if files were skipped.
+        inputs: Identifies the files or rows of which a share was read; equal for all shares.
     """
 
     train: IndexedDocuments | StreamedDocuments
     validation: IndexedDocuments | StreamedDocuments | None = None
     note: str = ""
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Source:
 
     Args:
         names: Names to display instead of paths; filled while reading.
+        inputs: Describes the files or rows of which a share is read; filled while reading.
     """
 
     data: str
@@ -78,14 +89,20 @@ class Source:
     cache_dir: Path
     chat: bool = False
     system: str | None = None
+    share: Share | None = None
     names: dict[str, str] = field(default_factory=dict)
+    inputs: list[list] = field(default_factory=list)
 
     def read(self) -> SourceContent:
-        """Read the documents, or their index.
+        """Read the documents, or their index, or those of a share.
 
         Raises:
             MiniGPTError: if the source does not exist, its format is unknown, or it cannot be read.
         """
+        content = self._read_source()
+        return replace(content, inputs=hashlib.sha256(json.dumps(self.inputs).encode()).hexdigest())
+
+    def _read_source(self) -> SourceContent:
         if not self.data.strip():
             raise MiniGPTError(
                 f"data is {self.data!r}, which is empty: specify a file, a folder (`.` for this one), a URL, a Hub dataset, "
@@ -96,9 +113,13 @@ class Source:
             raise MiniGPTError("--streaming is not supported with --chat: omit it")
         if self.streaming and not names_hub_dataset(self.data):
             raise MiniGPTError(f"--streaming requires a dataset of the Hub, and {self.data} is not one: omit it")
-        if (path / "prepared.json").is_file():
+        if prepared_folder(self.data):
             raise MiniGPTError(
                 f"{self.data}: is a prepared text, which only training accepts; specify the original text instead"
+            )
+        if path.is_dir() and next(path.glob(f"{SHARDS}/shard.json"), None):
+            raise MiniGPTError(
+                f"{self.data}: has shards that are not merged: run `minigpt tokenize --merge {self.data}`, and train with it"
             )
         try:
             if self.data == "stdlib":
@@ -110,7 +131,7 @@ class Source:
             if self.data == "-":
                 return self._read_files([self._stored("standard input", sys.stdin.buffer.read)])
             if is_url(self.data):
-                return self._read_files(self._downloaded())
+                return self._read_urls()
             if path.is_dir():
                 return self._read_saved_dataset(path) if is_saved_dataset(path) else self._read_folder(path)
             if os.path.lexists(path):
@@ -126,6 +147,8 @@ class Source:
                     return self._read_hub_dataset()
         except UnreadableFileError:
             raise
+        except ImportError as error:  # of a package that `fsspec` needs for a protocol
+            raise MiniGPTError(f"{self.data}: cannot be read: {_first_line(error)}") from error
         except DatasetGenerationError as error:
             raise _unwrapped(self.data, error) from error
         except (OSError, pa.ArrowException) as error:  # e.g. an unreachable URL, missing permissions, a truncated file
@@ -234,6 +257,7 @@ class Source:
             if not os.access(file, os.R_OK):
                 raise MiniGPTError(f"{file}: no permission to read this file; change its permissions or exclude it")
         (data_format,) = formats
+        files, is_share_of_rows = self._share_of_files(files, [])
         if data_format == "text" and self.chat:
             raise MiniGPTError(
                 f"{self.data}: is text, and --chat requires conversations, the rows of a table "
@@ -251,8 +275,38 @@ class Source:
                 raise MiniGPTError(f"--text_column {self.text_column}: conversations have fixed columns; omit it")
             rows = read_conversations(data_format, files, self.names, self.decoding, self.cache_dir, self.system)
         else:
+            if not files:  # the other shares have all of them
+                return TextFiles((), self.decoding).documents(self.cache_dir)
             rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
-        return TableRows(rows).documents(self.cache_dir)
+        return TableRows(self._share_of(rows) if is_share_of_rows else rows).documents(self.cache_dir)
+
+    def _share_of_files(self, files: list[str], sizes: list[int]) -> tuple[list[str], bool]:
+        """Return the files of the share, and whether it is a share of the rows of all files instead.
+
+        Args:
+            sizes: Of the files in bytes; of local files [].
+
+        Raises:
+            MiniGPTError: if there are fewer text files than shares.
+        """
+        if self.share is None:
+            return files, False
+        sizes = sizes or [os.path.getsize(file) for file in files]  # noqa: PTH202 (fast)
+        names = [os.path.basename(self.names.get(file, file)) for file in files]  # noqa: PTH119 (fast)
+        self.inputs.append([names, sizes])
+        if len(files) >= self.share.count:
+            return self.share.of_files(files, sizes), False
+        if self._format_of(files[0]) == "text":
+            raise MiniGPTError(
+                f"{self.data}: has {len(files):,} text {'files' if len(files) > 1 else 'file'}, which are not divided, "
+                f"and cannot be shared by {self.share.count:,} shards; use at most {len(files):,}, or give a table with a "
+                "document per row"
+            )
+        return files, True
+
+    def _share_of(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """Return the rows of the share, without copying them."""
+        return rows if self.share is None else rows.select(self.share.of_rows(len(rows)))
 
     def _regular_file(self, path: Path) -> str:
         """Return the file to read: the path itself, or a copy of a pipe inherited by this process, as from `<(command)`."""
@@ -278,18 +332,58 @@ class Source:
         self.names[str(path)] = name
         return str(path)
 
-    def _downloaded(self) -> list[str]:
-        """Download the files of a URL into the cache of `datasets`; a Hub URL may be a pattern."""
+    def _read_urls(self) -> SourceContent:
+        """Read a URL: a file, or for other protocols than HTTP a folder or pattern. Files are copied to the cache."""
         file_system, path = fsspec.core.url_to_fs(self.data)
-        urls = [self.data]
-        if self.data.startswith("hf://") and has_magic(self.data):
-            urls = sorted(f"hf://{file}" for file in file_system.glob(path))
-        # Without an ETag there is no way to tell whether an earlier download is still current.
-        has_version = self.data.startswith("hf://") or {"ETag", "etag"} & file_system.info(path).keys()
+        if self.data.startswith(("http://", "https://")):
+            return self._read_files(self._downloaded([self.data], file_system.info(path)))
+        is_folder = not has_magic(path) and file_system.isdir(path)
+        found = file_system.find(path, detail=True) if is_folder else file_system.glob(path, detail=True)
+        if not is_folder and not found:
+            found = {path: file_system.info(path)}
+        known = FORMAT_BY_EXTENSION if is_folder and self.data_format is None else None
+        infos = {
+            f"{self.data.partition('://')[0]}://{name.lstrip('/')}": info
+            for name, info in sorted(found.items())
+            if info["type"] == "file" and (known is None or extension_of(name) in known)
+        }
+        if not infos:
+            raise MiniGPTError(
+                f"{self.data}: no text file or table there; known extensions: {' '.join(FORMAT_BY_EXTENSION)}"
+            )
+        urls, is_share_of_rows = self._share_of_files(list(infos), [info["size"] for info in infos.values()])
+        if not urls:
+            return SourceContent(TextFiles((), self.decoding).documents(self.cache_dir))
+        is_of_hub = self.data.startswith("hf://")
+        files = self._downloaded(urls) if is_of_hub else [self._copied(url, infos[url]) for url in urls]
+        source = self if is_share_of_rows else replace(self, share=None)  # has the same `names` and `inputs`
+        return source._read_files(files)
+
+    def _downloaded(self, urls: list[str], *infos: dict) -> list[str]:
+        """Download files into the cache of `datasets`.
+
+        Args:
+            infos: What the file system knows about them. Without an ETag there is no way to tell whether an earlier download
+                is still current.
+        """
+        has_version = self.data.startswith("hf://") or all({"ETag", "etag"} & info.keys() for info in infos)
         download = datasets.DownloadManager(download_config=datasets.DownloadConfig(force_download=not has_version))
         paths = [str(path) for path in download.download(urls)]
         self.names.update(zip(paths, urls, strict=True))
         return paths
+
+    def _copied(self, url: str, info: dict) -> str:
+        """Copy a file of an object store to the cache, unless the same version, stated by an ETag, is there."""
+        version, folder = info.get("ETag") or info.get("etag"), self.cache_dir / "downloads"
+        target = folder / hashlib.sha256(json.dumps([url, info["size"], version]).encode()).hexdigest()[:32]
+        self.names[str(target)] = url
+        if version is None or not target.is_file():
+            remove_abandoned(folder)
+            with temporary_directory(folder) as temporary:
+                with fsspec.open(url, "rb", compression=None) as source, (temporary / "file").open("wb") as copy:
+                    shutil.copyfileobj(source, copy, COPIED_BYTES)
+                (temporary / "file").replace(target)
+        return str(target)
 
     # -- datasets -----------------------------------------------------------------------------------------------------
 
@@ -341,6 +435,15 @@ class Source:
         if isinstance(rows, datasets.IterableDataset):
             text_columns = [name for name, value in next(iter(rows), {}).items() if isinstance(value, str)]
             column = self._choose_column(text_columns, text_columns, text_columns)
+            if self.share is not None:
+                self.inputs.append([identity, rows.num_shards])
+                if rows.num_shards < self.share.count:
+                    raise MiniGPTError(
+                        f"{self.data}: is streamed from {rows.num_shards:,} files, which are not divided, and cannot be "
+                        f"shared by {self.share.count:,} shards; use at most {rows.num_shards:,}, or omit --streaming"
+                    )
+                rows = rows.shard(self.share.count, self.share.index, contiguous=True)
+                identity += f" {self.share}"
             rows = rows.select_columns([column])
             rows = rows if column == "text" else rows.rename_column(column, "text")
             return StreamedDocuments(rows, f"{identity} {column}")
@@ -352,7 +455,8 @@ class Source:
             rows = rows.select_columns([column])
         if column != "text":
             rows = rows.rename_column(column, "text")
-        return TableRows(rows).documents(self.cache_dir)
+        self.inputs.append([column, len(rows)])
+        return TableRows(self._share_of(rows)).documents(self.cache_dir)
 
     def _serialized(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Return the conversations of a dataset as the column `text`."""

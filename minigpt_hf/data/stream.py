@@ -11,30 +11,35 @@ the tokenizer, so that a stream is built only once:
     documents.npy   offset of the E of each document, int64
     stream.json     counts and metadata
     manifest.json   size and SHA-256 of each file
+
+A stream may consist of shards, which are streams or files of datatrove (see `shards`). Its directory then contains only
+`stream.json`, which lists them in order.
 """
 
 import itertools
 import json
 import os
 import sys
-import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import MiniGPTError, UnreadableFileError
+from ..errors import MiniGPTError
+from .array_file import ArrayFile
 from .cache import cached
 from .documents import Documents
 from .encoding import Encoder, UnknownCharacterError, fastest_encoder
+from .sharded import Part, ShardedArray, ShardStore
 from .tokenizer import bos_token_id, tokenizer_fingerprint, vocabulary_size
 
 CHECKED_DOCUMENTS = 1000  # number of offsets for which the BOS token is checked on opening
@@ -42,51 +47,6 @@ DOCUMENTS_PER_READ = 100_000  # number of offsets in memory
 SHORT_CHARACTERS = 2_000_000  # below this length, choosing an encoder takes longer than encoding
 COMPARED_CHARACTERS = 1_000_000  # encoded with `tokenizers` as well, to verify a faster encoder
 BATCH_CHARACTERS, BATCH_CHUNKS = 800_000, 10_000  # limits of a batch that one thread encodes
-
-
-class ArrayFile:
-    """A one-dimensional array in a file, of which slices are read into memory.
-
-    In contrast to a memory map, the pages read do not count as memory of this process, and a file that is truncated leads to
-    an exception instead of the signal SIGBUS. Forked processes may read concurrently.
-
-    Args:
-        file: The file.
-        dtype: Type of the elements.
-        offset: Position of the first element in bytes.
-    """
-
-    def __init__(self, file: Path, dtype: np.dtype | str, offset: int = 0):
-        self.file, self.dtype, self.offset = file, np.dtype(dtype), offset
-        self._descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        weakref.finalize(self, os.close, self._descriptor)
-        self._length = (os.fstat(self._descriptor).st_size - offset) // self.dtype.itemsize
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """Read the elements of a slice with step 1.
-
-        Raises:
-            UnreadableFileError: if the file has been truncated.
-        """
-        start, stop, _ = part.indices(self._length)
-        size, position = max(0, stop - start) * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
-        content = self._read(size, position)
-        while len(content) < size:  # a single call reads at most 2 GiB
-            if not (more := self._read(size - len(content), position + len(content))):
-                raise UnreadableFileError(
-                    f"{self.file}: was truncated while it was in use; run the same command again, which verifies it"
-                )
-            content += more
-        return np.frombuffer(content, self.dtype)
-
-    def _read(self, size: int, position: int) -> bytes:
-        if os.name == "nt":  # has no `pread`
-            os.lseek(self._descriptor, position, os.SEEK_SET)
-            return os.read(self._descriptor, size)
-        return os.pread(self._descriptor, size, position)
 
 
 @dataclass(frozen=True)
@@ -102,35 +62,42 @@ class TokenStream:
         characters: Number of characters of the text.
         bytes: Number of UTF-8 bytes of the text, or of the answers in conversations.
         fingerprint: Identifies text and tokenizer.
+        store: The files of its shards, if it consists of shards.
     """
 
     folder: Path
-    tokens: np.ndarray | ArrayFile
-    documents: np.ndarray | ArrayFile
+    tokens: np.ndarray | ArrayFile | ShardedArray
+    documents: np.ndarray | ArrayFile | ShardedArray
     bos_token_id: int
     targets: int
     characters: int
     bytes: int
     fingerprint: str
+    store: ShardStore | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "TokenStream":
-        """Open a stream written by `build_stream`.
+    def open(cls, folder: Path, store: ShardStore | None = None) -> "TokenStream":
+        """Open a stream written by `build_stream`, or the index of its shards.
+
+        Args:
+            store: The files of the shards.
 
         Raises:
             MiniGPTError: if its files are inconsistent.
         """
         metadata = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
         bos = metadata["end_of_text"]
-        tokens = ArrayFile(folder / "tokens.bin", metadata["dtype"])
-        with (folder / "documents.npy").open("rb") as file:
-            np.lib.format.read_magic(file)
-            _, _, dtype = np.lib.format.read_array_header_1_0(file)
-            documents = ArrayFile(folder / "documents.npy", dtype, file.tell())
+        tokens: ArrayFile | ShardedArray
+        documents: ArrayFile | ShardedArray
+        if store is not None:
+            tokens, documents = _arrays_of_shards(metadata, store)
+        else:
+            tokens = ArrayFile(folder / "tokens.bin", metadata["dtype"])
+            documents = _npy_file(ShardStore(str(folder)), "documents.npy")
         counts = (len(tokens), len(documents))
         if counts != (metadata["tokens"], metadata["documents"]):
             raise MiniGPTError(f"{counts} tokens and documents instead of {metadata['tokens'], metadata['documents']}")
-        if not _are_starts(documents, tokens, bos):
+        if store is None and not _are_starts(documents, tokens, bos):  # shards were verified when they were merged
             raise MiniGPTError("the offsets of the documents do not point to BOS tokens")
         return cls(
             folder=folder,
@@ -141,10 +108,14 @@ class TokenStream:
             characters=metadata["characters"],
             bytes=metadata["bytes"],
             fingerprint=metadata["fingerprint"],
+            store=store,
         )
 
     def __reduce__(self):
-        return TokenStream.open, (self.folder,)  # other processes open the files instead of receiving the tokens
+        return TokenStream.open, (
+            self.folder,
+            self.store,
+        )  # other processes open the files instead of receiving the tokens
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -159,7 +130,46 @@ class TokenStream:
                 yield self.tokens[start + 1 : end]
 
 
-def _are_starts(documents: ArrayFile, tokens: ArrayFile, bos: int) -> bool:
+def _binary_file(store: ShardStore, name: str, dtype: np.dtype) -> ArrayFile:
+    return ArrayFile(store.path(name), dtype)
+
+
+def _npy_file(store: ShardStore, name: str) -> ArrayFile:
+    file = store.path(name)
+    with file.open("rb") as opened:
+        np.lib.format.read_magic(opened)
+        _, _, dtype = np.lib.format.read_array_header_1_0(opened)
+        return ArrayFile(file, dtype, opened.tell())
+
+
+def _arrays_of_shards(metadata: dict[str, Any], store: ShardStore) -> tuple[ShardedArray, ShardedArray]:
+    """Return tokens and offsets of documents of a stream that consists of shards.
+
+    Files of datatrove have the separator after each document, `d₁ E d₂ E`. Since the stream is circular, it is read as
+    `E d₁ E d₂`: E, followed by all tokens except the last.
+    """
+    ids, offsets, separator = np.dtype(metadata["dtype"]), np.dtype("<i8"), metadata["end_of_text"]
+    tokens, documents, start = [], [], 0
+    is_datatrove = metadata.get("format") == "datatrove"
+    if is_datatrove and metadata["tokens"]:
+        tokens.append(Part(1, lambda: np.array([separator], ids)))
+    for shard in metadata["shards"]:
+        name, number = shard["path"], shard["documents"]
+        if is_datatrove:
+            tokens.append(Part(shard["tokens"], partial(_binary_file, store, name, ids)))
+            # The file has the end of each document, which is the start of the next.
+            documents.append(Part(1, lambda: np.zeros(1, offsets), start))
+            documents.append(Part(number - 1, partial(_binary_file, store, f"{name}.index", offsets), start))
+        else:
+            tokens.append(Part(shard["tokens"], partial(_binary_file, store, f"{name}/tokens.bin", ids)))
+            documents.append(Part(number, partial(_npy_file, store, f"{name}/documents.npy"), start))
+        start += shard["tokens"]
+    if is_datatrove and tokens:
+        tokens[-1] = replace(tokens[-1], length=tokens[-1].length - 1)
+    return ShardedArray(tokens, ids, store.max_open()), ShardedArray(documents, offsets, store.max_open())
+
+
+def _are_starts(documents: ArrayFile | ShardedArray, tokens: ArrayFile | ShardedArray, bos: int) -> bool:
     """Whether offsets increase from 0, and a sample of them points to BOS tokens."""
     before = -1
     for begin in range(0, len(documents), DOCUMENTS_PER_READ):

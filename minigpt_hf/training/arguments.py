@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..data.files import FORMATS, TABLE_EXTENSIONS
+from ..data.files import FORMATS, SHARD_CACHE, TABLE_EXTENSIONS
 from ..errors import MiniGPTError
 from .scaling import parse_size
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # Valid intervals of numbers, by setting. Others are validated where they are used.
 INTERVALS = {
     **dict.fromkeys(("block_size", "validation_characters", "num_proc", "max_tokens"), "[1, inf)"),
+    "shard_cache": "(0, inf)",
+    "shuffle_window": "[0, inf)",
     "max_position_embeddings": "[1, inf)",
     "sliding_window": "[2, inf)",  # with a window of 1, the caches of transformers keep all tokens
     **dict.fromkeys(("max_window_layers", "lora_rank", "sample_tokens", "early_stopping_patience"), "[0, inf)"),
@@ -143,6 +145,13 @@ class DataArguments:
             "help": "Line endings of text files: `preserve` keeps every byte; `universal` converts CRLF and CR to LF."
         },
     )
+    dedup: Literal["none", "exact", "near"] = field(
+        default="none",
+        metadata={
+            "help": "Drop documents that are copies of earlier ones (`exact`), or also those that share most sequences of "
+            "five words (`near`; requires the extra `dedup`); they are listed in a file."
+        },
+    )
     language: list[str] = field(
         default_factory=list,
         metadata={"help": "Languages of the text, for the model card: ISO 639 codes, e.g. en; `code`, `multilingual`."},
@@ -182,6 +191,16 @@ class DataArguments:
     cache_dir: str | None = field(
         default=None,
         metadata={"help": "Cache of tokenizers and token streams; default: `minigpt` in the Hugging Face cache."},
+    )
+    shard_cache: float = field(
+        default=SHARD_CACHE, metadata={"help": "Maximum size of local copies of remote shards in the cache, in GB."}
+    )
+    shuffle_window: int = field(
+        default=0,
+        metadata={
+            "help": "Permute the sequences within windows of this many consecutive ones, and the windows, so that few shards "
+            "are read at a time; 0: permute all sequences."
+        },
     )
     num_proc: int | None = field(
         default=None, metadata={"help": "Number of threads that tokenize; default: the number of cores, at most 16."}

@@ -154,12 +154,12 @@ def _with_settings_of_prepared_text(settings: Settings, given: set[str]) -> Sett
         MiniGPTError: if a flag or keyword differs from them.
     """
     from ..data.corpus import public_name  # imports `datasets`, which `--help` does not require
-    from ..data.prepared import is_prepared, prepared_settings
+    from ..data.prepared import find_prepared, prepared_settings
 
     data = settings.data
-    if not is_prepared(data.data):
+    if (folder := find_prepared(data.data, data.cache_dir)) is None:
         return settings
-    stored = prepared_settings(Path(data.data))
+    stored = prepared_settings(folder)
     if stored["tokenizer"] != "bpe" and "vocab_size" in given:
         del stored["vocab_size"]  # no effect with other tokenizers; reported by `AutoConfigurator`
     requested = {name: vars(data)[name] for name in stored if name in given}

@@ -135,6 +135,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "name": public_name(text.name),
             "datasets": hub_datasets(text.name),
             "cut": text.split_description,
+            "shards": text.shards,
             "train": describe_stream(text.train),
             "validation": describe_validation(text),
         },

@@ -243,6 +243,7 @@ def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedCo
         "validation": text.validation.fingerprint if text.validation else None,
         "tokenizer": tokenizer_fingerprint(text.tokenizer),
         "block_size": data.block_size,
+        "shuffle_window": data.shuffle_window,
         "effective_batch": tokens_per_step(training, data.block_size) // data.block_size,
         **shape,
         "init_from": content_hash(architecture.init_from) if architecture.init_from else None,
@@ -300,7 +301,7 @@ NOT_IN_FINGERPRINT = {
 }
 
 # The effect of an earlier version that lacked a setting whose default has another effect, or did not record it.
-BEFORE_INTRODUCTION = {"muon_beta2": 0.0, "positional_heads": []}
+BEFORE_INTRODUCTION = {"muon_beta2": 0.0, "positional_heads": [], "shuffle_window": 0}
 
 # Settings from which others are chosen when a run begins. They have no effect afterwards.
 BUDGET = ("minutes", "size")

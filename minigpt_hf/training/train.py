@@ -17,16 +17,19 @@ from typing import Any
 import torch
 import yaml
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import is_in_notebook
 
 from .. import __version__
-from ..atomic import write_files
+from ..atomic import check_links, write_files
 from ..data.blocks import SequenceDataset
 from ..data.chat_format import ChatFormat
 from ..data.corpus import CACHE, Corpus, load_corpus
+from ..data.files import Share
 from ..data.packing import ConversationDataset
-from ..data.prepared import PreparedText, is_prepared, prepare, prepare_conversations
+from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conversations, report_lossy_tokenizer
+from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError, TrainingInterrupted
 from ..inference.generation import Prompt
@@ -191,24 +194,13 @@ def prepare_text(
         MiniGPTError: if the text cannot be read, or is too long to be tokenized while other processes wait.
     """
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
-    if is_prepared(data.data) and data.chat:
-        raise MiniGPTError(f"--data {data.data}: is a prepared text, and --chat requires the tables of conversations")
-    if is_prepared(data.data):
-        return PreparedText.open(Path(data.data), cache_dir)  # `parse_arguments` applied its settings
-    corpus = load_corpus(
-        data.data,
-        data.validation_fraction,
-        data.encoding,
-        encoding_errors=data.encoding_errors,
-        newline=data.newline,
-        split=data.data_split,
-        text_column=data.text_column,
-        data_format=data.data_format,
-        streaming=data.streaming,
-        chat=data.chat,
-        system=data.system,
-        cache_dir=cache_dir,
-    )
+    if (folder := find_prepared(data.data, cache_dir)) is not None:
+        if data.chat:
+            raise MiniGPTError(
+                f"--data {data.data}: is a prepared text, and --chat requires the tables of conversations"
+            )
+        return PreparedText.open(folder, cache_dir, data.shard_cache)  # `parse_arguments` applied its settings
+    corpus = read_corpus(data)
     if data.chat:
         return prepare_conversations(
             corpus,
@@ -233,6 +225,75 @@ def prepare_text(
         max_tokens=data.max_tokens,
         chat_tokens=data.chat_tokens,
     )
+
+
+def read_corpus(data: DataArguments, share: Share | None = None) -> Corpus:
+    """Read the text that the settings name, or a share of it; see `load_corpus`."""
+    return load_corpus(
+        data.data,
+        data.validation_fraction,
+        data.encoding,
+        encoding_errors=data.encoding_errors,
+        newline=data.newline,
+        split=data.data_split,
+        text_column=data.text_column,
+        data_format=data.data_format,
+        streaming=data.streaming,
+        chat=data.chat,
+        system=data.system,
+        share=share,
+        dedup=data.dedup,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else CACHE,
+    )
+
+
+def prepare_shard(data: DataArguments, share: Share, output: Path) -> bool:
+    """Tokenize a share of a text into a shard, unless this has been done; see `data.shards`.
+
+    Args:
+        output: The folder of all shards.
+
+    Returns:
+        Whether the shard was written.
+
+    Raises:
+        MiniGPTError: if the text cannot be read, the tokenizer is to be trained, or the folder has other shards.
+    """
+    if data.tokenizer in ("bpe", "characters"):
+        raise MiniGPTError(
+            "--shard requires a tokenizer that all shards share: train one on a sample with `minigpt tokenize --data SAMPLE "
+            "--output_dir FOLDER`, and give --tokenizer FOLDER/tokenizer, or `bytes`"
+        )
+    cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
+    tokenizer = byte_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
+    description = description_of(tokenizer, data.tokenizer, share, vars(data))
+    check_links(output)
+    if is_complete(output, share, description, cache_dir):
+        return False
+    corpus = read_corpus(data, share)
+    share_tokenizer(output, tokenizer)
+    lossy = None if data.tokenizer == "bytes" else report_lossy_tokenizer(tokenizer, corpus.train)
+    try:
+        with tqdm(
+            total=corpus.train.characters, desc=str(share), unit=" characters", unit_scale=True, delay=2, leave=False
+        ) as bar:
+            write_shard(
+                output,
+                corpus,
+                tokenizer,
+                share,
+                description,
+                lossy=lossy,
+                block_size=data.block_size,
+                num_proc=data.num_proc,
+                progress=bar.update,
+            )
+    except MiniGPTError:
+        # Another process may have written the shard in the meantime.
+        if not is_complete(output, share, description, cache_dir):
+            raise
+        return False
+    return True
 
 
 def check_length(corpus: Corpus, data: DataArguments) -> None:
@@ -260,7 +321,7 @@ def raise_unless_same_tokenizer(text: PreparedText, settings: Settings) -> None:
         MiniGPTError: if its token ids index another vocabulary.
     """
     source = settings.model.init_from
-    if not source or not is_prepared(settings.data.data):
+    if not source or find_prepared(settings.data.data, settings.data.cache_dir) is None:
         return
     if tokenizer_fingerprint(load_tokenizer(source)) != tokenizer_fingerprint(text.tokenizer):
         raise MiniGPTError(

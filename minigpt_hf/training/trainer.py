@@ -126,7 +126,8 @@ class MiniGPTTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: SequenceDataset | None = None) -> Sampler:
         """Overridden because the order of sequences is a function of (seed, epoch), not the state of a `RandomSampler`."""
-        self.block_sampler = SequenceSampler(len(self.train_dataset), self.train_dataset.seed)
+        window = self.settings.data.shuffle_window if self.settings else 0
+        self.block_sampler = SequenceSampler(len(self.train_dataset), self.train_dataset.seed, window)
         return self.block_sampler
 
     def get_train_dataloader(self) -> DataLoader:

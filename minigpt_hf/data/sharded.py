@@ -1,0 +1,155 @@
+"""Arrays whose consecutive parts are in separate files, and the bounded local cache of remote files.
+
+A position is mapped to its part by a binary search over the starts of all parts, so a slice may straddle parts.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from filelock import FileLock
+
+from ..atomic import remove_abandoned, temporary_directory
+from ..errors import MiniGPTError, UnreadableFileError
+from .array_file import ArrayFile
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN = 64  # files that one array keeps open
+COPIED_BYTES = 1 << 22  # read at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an array.
+
+    Args:
+        length: Number of its elements; the file may have more.
+        open: Returns the array or file that contains them.
+        add: Is added to each element.
+    """
+
+    length: int
+    open: Callable[[], np.ndarray | ArrayFile]
+    add: int = 0
+
+
+class ShardedArray:
+    """A concatenation of parts, of which slices are read. Files are opened when they are first read.
+
+    Args:
+        parts: The parts.
+        dtype: Type of the elements.
+        max_open: Number of files that remain open.
+    """
+
+    def __init__(self, parts: Sequence[Part], dtype: np.dtype | str, max_open: int = MAX_OPEN):
+        self.dtype, self._parts = np.dtype(dtype), parts
+        self._starts = np.concatenate([[0], np.cumsum([part.length for part in parts], dtype=np.int64)])
+        self._opened = lru_cache(max_open)(lambda number: parts[number].open())
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Read the elements of a slice with step 1.
+
+        Raises:
+            UnreadableFileError: if a file has been truncated.
+        """
+        start, stop, _ = part.indices(len(self))
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        pieces = []
+        while start < stop:
+            first, last = int(self._starts[number]), int(self._starts[number + 1])
+            end = min(stop, last)
+            if start < end:
+                piece = self._opened(number)[start - first : end - first]
+                pieces.append(piece + self.dtype.type(self._parts[number].add) if self._parts[number].add else piece)
+            start, number = end, number + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([np.empty(0, self.dtype), *pieces])
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """The files of a merged folder: read in place, or copied to a cache if they are remote.
+
+    Args:
+        location: The folder, or its URL.
+        files: Size and SHA-256 of each remote file, by its name in the folder. None for a local folder.
+        cache: Where remote files are copied to.
+        max_bytes: Maximum size of this cache; at least one file is stored.
+    """
+
+    location: str
+    files: dict[str, dict] | None = None
+    cache: Path = Path()
+    max_bytes: int = 0
+
+    def max_open(self) -> int:
+        """Number of files to keep open: those that were removed from the cache occupy space while they are open."""
+        if self.files is None:
+            return MAX_OPEN
+        return max(1, min(MAX_OPEN, self.max_bytes // max(file["size"] for file in self.files.values())))
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file. Remote files are copied as a whole, verified, and kept while there is space.
+
+        Raises:
+            MiniGPTError: if a remote file cannot be read or has other content.
+        """
+        if self.files is None:
+            return Path(self.location) / name
+        entry = self.files[name]
+        target = self.cache / str(entry["sha256"])
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.cache / ".lock"):  # one process copies, and those that need the same file wait
+            if target.is_file() and target.stat().st_size == entry["size"]:
+                os.utime(target)  # the least recently used files are removed first
+                return target
+            remove_abandoned(self.cache)
+            self._make_room(entry["size"])
+            with temporary_directory(self.cache) as temporary:
+                self._copy(name, entry, temporary / "file")
+                (temporary / "file").replace(target)
+        return target
+
+    def _make_room(self, size: int) -> None:
+        files = sorted((path for path in self.cache.iterdir() if path.is_file() and path.name != ".lock"), key=_used)
+        total = size + sum(path.stat().st_size for path in files)
+        for path in files:
+            if total <= self.max_bytes:
+                break
+            total -= path.stat().st_size
+            path.unlink()
+        if (free := shutil.disk_usage(self.cache).free) < size:
+            raise MiniGPTError(
+                f"{self.cache}: a shard of {size / 1e6:,.0f} MB does not fit, {free / 1e6:,.0f} MB are free; free more "
+                "space, specify another folder with --cache_dir, or reduce --shard_cache"
+            )
+
+    def _copy(self, name: str, entry: dict, target: Path) -> None:
+        url, digest = f"{self.location}/{name}", hashlib.sha256()
+        logger.info("%s: copying %s MB to the cache", url, f"{entry['size'] / 1e6:,.1f}")
+        try:
+            with fsspec.open(url, "rb", compression=None) as source, target.open("wb") as copy:
+                while chunk := source.read(COPIED_BYTES):
+                    digest.update(chunk)
+                    copy.write(chunk)
+        except FileNotFoundError as error:
+            raise UnreadableFileError(f"{url}: is missing; upload the complete folder") from error
+        if digest.hexdigest() != entry["sha256"]:
+            raise UnreadableFileError(f"{url}: its content differs from the index; upload the folder again")
+
+
+def _used(path: Path) -> int:
+    return path.stat().st_mtime_ns
