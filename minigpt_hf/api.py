@@ -295,19 +295,59 @@ def score_answers(
     from .inference.answers import score_answers
     from .publish.model_folder import save_score
 
+    before = model_files(model)
     loaded, tokenizer = load(model, trust_remote_code)
     documents = read_part(data, split, recipe_of(model), reading)
+    of_training = has_training_text(model, data, split, reading, documents)
+    if of_training:
+        logger.warning(
+            f"{data}: contains the training text of the model, so the score does not show how it answers new questions"
+        )
     with tqdm(total=documents.number_of_documents, desc="answering", delay=2, leave=False) as bar:
         result = score_answers(loaded, tokenizer, conversations_in(documents), metric, batch_size or 32, bar.update)
     if save:
-        identity = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
+        identity: dict[str, Any] = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
+        identity |= {"of_training": True} if of_training else {}
         try:
+            if model_files(model) != before:
+                raise MiniGPTError(f"{model}: was changed while it was scored; run the same command again")
             save_score(Path(model), {"data": identity, **result[0].to_dict()})
         except (MiniGPTError, OSError) as error:  # the result of a long computation is returned
             logger.warning("the score is not saved: %s", error)
         else:
             logger.info("saved in minigpt.json and README.md of %s", model)
     return result
+
+
+def model_files(model: str | os.PathLike) -> dict[Path, tuple[int, ...]]:
+    """Return the states of the files of a model folder that determine its answers; empty for a Hub id."""
+    from .publish.model_folder import file_states
+
+    states = file_states(Path(model)) if Path(model).is_dir() else {}
+    return {file: state for file, state in states.items() if file.name not in ("README.md", "minigpt.json")}
+
+
+def has_training_text(
+    model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
+) -> bool:
+    """Whether the conversations to score are, or contain, those that the model was trained on.
+
+    Args:
+        documents: The part of `data` to score.
+    """
+    from .trust import read_metadata
+
+    try:  # the fingerprint of a token stream begins with that of its documents
+        trained = read_metadata(os.fspath(model))["data"]["train"]["fingerprint"].partition("-")[0]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    if split == "all":
+        try:
+            if read_part(data, "train", recipe_of(model), reading).fingerprint[: len(trained)] == trained:
+                return True
+        except MiniGPTError:  # there is no such part
+            pass
+    return documents.fingerprint[: len(trained)] == trained
 
 
 def measure_copying(

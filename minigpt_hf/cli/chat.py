@@ -169,7 +169,9 @@ class Chat:
             raise MiniGPTError("there is no conversation to save yet")
         with Path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        print(f"appended to {name}", file=sys.stderr)
+        empty = any(not message["content"].strip() for message in self.messages)
+        note = "; it cannot be trained on, because a message is empty" if empty else ""
+        print(f"appended to {name}{note}", file=sys.stderr)
 
 
 def fitting(

@@ -125,19 +125,22 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
     from .. import api
 
     quiet()
+    if file is not None and not Path(file).exists():  # an error is reported before the answers are generated
+        Path(file).touch()
+        Path(file).unlink()
     score, rows = api.score_answers(
         **{name: value for name, value in settings.items() if value is not None}, metric=metric, save=save
     )
+    if as_json:
+        print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score.to_dict()), flush=True)
+    else:
+        show = (lambda value: f"{value:.1%}") if metric == "exact" else (lambda value: f"{value:.3f}")
+        print(f"{metric:<24}{show(score.score)}   (95 % interval: {show(score.low)} to {show(score.high)})")
+        for name, value in score.baselines.items():
+            print(f"  {name:<22}{show(value)}")
+        print(f"ended by the model      {score.ended:.1%} of {score.answers:,} answers", flush=True)
     if file is not None:
         Path(file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if as_json:
-        print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score.to_dict()))
-        return
-    show = (lambda value: f"{value:.1%}") if metric == "exact" else (lambda value: f"{value:.3f}")
-    print(f"{metric:<24}{show(score.score)}   (95 % interval: {show(score.low)} to {show(score.high)})")
-    for name, value in score.baselines.items():
-        print(f"  {name:<22}{show(value)}")
-    print(f"ended by the model      {score.ended:.1%} of {score.answers:,} answers")
 
 
 def _measure_copying(settings: dict[str, Any], of_copying: dict[str, Any], as_json: bool) -> None:

@@ -31,10 +31,15 @@ Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content":
 
 
 def with_reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Add the tokens of ChatML to a tokenizer that lacks them, without using them."""
-    missing = [token for token in (START, END) if token not in tokenizer.get_vocab()]
+    """Add the tokens of ChatML to a tokenizer that lacks them, without using them; ordinary tokens become special ones."""
+    missing = [token for token in (START, END) if token not in special_tokens(tokenizer)]
     tokenizer.add_special_tokens({"additional_special_tokens": missing} if missing else {})
     return tokenizer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The tokens that text is never encoded as with `split_special_tokens=True`."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def with_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -61,9 +66,10 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         vocabulary = tokenizer.get_vocab()
-        if START not in vocabulary or END not in vocabulary:
+        if not {START, END} <= special_tokens(tokenizer):
             raise MiniGPTError(
-                f"the tokenizer has no tokens {START} and {END}: train the model with --recipe chat, or give another one"
+                f"the tokenizer has no special tokens {START} and {END}: train the model with --recipe chat, or give another "
+                "one"
             )
         self.tokenizer = tokenizer
         self.start, self.end = vocabulary[START], vocabulary[END]

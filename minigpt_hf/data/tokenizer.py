@@ -135,7 +135,7 @@ def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
         decoded = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         if decoded != text:
             changed.append((text, decoded))
-    if not changed and not unknown:
+    if not changed:  # even if a character of the text is the unknown token
         return None
     categories = {
         "upper case": str.isupper,

@@ -29,7 +29,8 @@ from ..errors import MiniGPTError
 from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.card import has_copying
-from ..training.run_folder import RunFolder, read_log
+from ..training.resume import is_model_of
+from ..training.run_folder import RunFolder, read_json, read_log
 from ..trust import read_metadata
 from .conversion import check_context, check_output, file_name, load_model, sampling_settings, verify
 from .html_document import document
@@ -429,7 +430,10 @@ def _log(folder: Path) -> dict[str, list]:
     """Losses and samples of the run that the model folder belongs to: [tokens, nats per token], and [tokens, text]."""
     run = RunFolder(folder.resolve().parent)
     log: dict[str, list] = {"train": [], "validation": [], "samples": []}
-    if run.model.resolve() != folder.resolve() or not run.log.is_file():
+    if run.model.resolve() != folder.resolve() or not (run.log.is_file() and run.fingerprint.is_file()):
+        return log
+    if not is_model_of(folder, read_json(run.fingerprint)):
+        logger.warning(f"{run.log}: belongs to another training run than {folder}; the page shows no losses")
         return log
     tokens = 0  # rows of samples have none
     for row in read_log(run.log):

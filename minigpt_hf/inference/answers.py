@@ -88,7 +88,7 @@ def score_answers(
     if not prompts:
         raise MiniGPTError("there is no conversation to answer")
     compute = METRICS[metric]()
-    longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
+    longest = max(_length(tokenizer, text) for text in references)
     answers, ended = generate_answers(model, tokenizer, prompts, longest + SPARE_TOKENS, batch_size, progress)
     questions = [last_question(prompt) for prompt in prompts]
     (frequent, _), *_ = Counter(references).most_common(1)
@@ -114,6 +114,14 @@ def score_answers(
     return result, rows
 
 
+def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Number of tokens of a text; of characters, if it has some that the tokenizer lacks."""
+    try:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+    except Exception:  # the bare `Exception` that `tokenizers` raises for a word without an id
+        return len(text)
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -133,7 +141,12 @@ def generate_answers(
     Raises:
         MiniGPTError: if a prompt leaves no space in the context of the model.
     """
-    encoded = [encode_prompt(tokenizer, prompt).input_ids[0] for prompt in prompts]
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt).input_ids[0])
+        except MiniGPTError as error:
+            raise MiniGPTError(f"conversation {number:,}: {error}") from error
     context, longest = longest_context(model), max(map(len, encoded))
     if longest >= context:
         raise MiniGPTError(f"a prompt has {longest:,} tokens and the context of the model is {context:,}: shorten it")

@@ -165,6 +165,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
     Raises:
         MiniGPTError: if the tokenizer cannot encode the prompt, or the prompt is empty and there is no BOS token.
     """
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the command line passes bytes that are not UTF-8 as lone surrogates
+            raise MiniGPTError(
+                f"the prompt is not valid UTF-8 at position {error.start}: give it as UTF-8 text"
+            ) from error
     if not isinstance(prompt, str):
         if tokenizer.chat_template == CHAT_TEMPLATE:
             ids = torch.from_numpy(ChatFormat(tokenizer).encode(prompt, add_generation_prompt=True))[None]
@@ -175,10 +182,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
     bos_token = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
     if not prompt and bos_token is None:
         raise MiniGPTError("the tokenizer has no BOS token to start a document with: give a prompt")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # the command line passes bytes that are not UTF-8 as lone surrogates
-        raise MiniGPTError(f"the prompt is not valid UTF-8 at position {error.start}: give it as UTF-8 text") from error
     split = bool(prompt) and not special_tokens
     try:
         return tokenizer(

@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from minigpt_hf.cli import main
@@ -189,6 +189,16 @@ def test_what_a_tokenizer_loses_is_logged_and_published(text, recipe_file, tmp_p
     capfd.readouterr()
     assert main(["evaluate", str(run / "model"), "--data", str(tmp_path / "text.txt")]) == 0
     assert "the tokenizer does not reproduce the text (" in capfd.readouterr().err
+
+
+def test_an_unknown_token_that_is_a_character_of_the_text_loses_nothing():
+    vocabulary = {"<|endoftext|>": 0, "?": 1, "a": 2, "b": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="?")
+    assert lost_characters(fast, ["ab?ba"]) is None
+    assert lost_characters(fast, ["ab?ba", "abc"]) == "25.00% of the tokens are unknown; characters lost or changed"
 
 
 def test_lost_characters_is_none_for_lossless_tokenizers(text, bpe):

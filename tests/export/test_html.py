@@ -476,8 +476,20 @@ def test_a_model_with_a_very_short_context_is_exported(tmp_path):
     assert '"max_position_embeddings": 6' in page.read_text()
 
 
+def test_the_log_of_another_run_is_not_shown(run_folder, tmp_path, caplog):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    assert module._log(run / "model")["train"] and not caplog.records
+    fingerprint = json.loads((run / "fingerprint.json").read_text())
+    (run / "fingerprint.json").write_text(
+        json.dumps({**fingerprint, "seed": 7})
+    )  # its model was replaced by another one
+    assert module._log(run / "model") == {"train": [], "validation": [], "samples": []}
+    assert "log.jsonl: belongs to another training run" in caplog.text
+
+
 def test_a_long_log_is_thinned_out_and_keeps_its_last_row(run_folder, tmp_path):
     shutil.copytree(run_folder / "model", tmp_path / "model")
+    shutil.copy(run_folder / "fingerprint.json", tmp_path)
     rows = [{"step": i, "tokens": 10 * i, "loss": 5.0} for i in range(1, 2501)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     losses = module._log(tmp_path / "model")["train"]

@@ -10,7 +10,7 @@ import minigpt_hf
 from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
-from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.inference.answers import METRICS, generate_answers, score_answers
 
@@ -104,6 +104,18 @@ def test_trivial_answers_are_scored_as_well(model, tokenizer):
 def test_a_question_that_fills_the_context_is_an_error(model, tokenizer):
     with pytest.raises(MiniGPTError, match="the context of the model is 128"):
         generate_answers(model, tokenizer, [[{"role": "user", "content": "a" * 200}]], 20)
+
+
+def test_characters_that_the_tokenizer_lacks_make_an_answer_wrong_and_a_question_an_error(model):
+    tokenizer = with_chat_tokens(character_tokenizer(["user assistant ab\n"]))
+
+    def conversation(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    score, rows = score_answers(model, tokenizer, [conversation("a", "b\u00e9\r"), conversation("a", "b")], "exact")
+    assert (score.answers, rows[0]["reference"]) == (2, "b\u00e9\r")
+    with pytest.raises(MiniGPTError, match=r"conversation 2: .*'é'"):
+        score_answers(model, tokenizer, [conversation("a", "b"), conversation("\u00e9", "b")], "exact")
 
 
 def test_the_command_prints_the_score_and_writes_the_answers(model, tokenizer, tmp_path, capsys):

@@ -10,6 +10,7 @@ import minigpt_hf
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from minigpt_hf.export.native import export_native
+from minigpt_hf.inference import answers
 
 
 @pytest.fixture
@@ -130,4 +131,49 @@ def test_malformed_scores_are_reported_and_the_new_score_is_printed(scores, fold
     assert evaluate(folder, questions) == 0
     printed = capsys.readouterr()
     assert "ended by the model" in printed.out and "minigpt.json is malformed" in printed.err
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("split", ["all", "train", "validation"])
+def test_a_score_on_the_training_text_is_marked(folder, chats, capsys, split):
+    assert evaluate(folder, chats, "--split", split) == 0
+    assert ("contains the training text of the model" in capsys.readouterr().err) == (split != "validation")
+    (score,) = scores_of(folder)
+    assert score["data"].get("of_training", False) == (split != "validation")
+    card = ModelCard((folder / "README.md").read_text())
+    (row,) = (line for line in card.text.splitlines() if line.startswith("| exact match "))
+    assert (", contains the training text |" in row) == (split != "validation")
+    (result,) = (result for result in card.data.eval_results if result.metric_type == "exact_match")
+    assert result.dataset_name.endswith(" (contains the training text)") == (split != "validation")
+
+
+def test_a_score_on_other_conversations_is_not_marked(folder, questions, capsys):
+    assert evaluate(folder, questions) == 0
+    assert "training text" not in capsys.readouterr().err
+    assert "of_training" not in scores_of(folder)[0]["data"]
+
+
+def test_a_score_is_not_stored_in_a_folder_whose_weights_were_replaced_meanwhile(
+    folder, questions, capsys, monkeypatch
+):
+    def replaced_during(*args):
+        shutil.copy(folder / "model.safetensors", folder / "new")
+        (folder / "new").rename(folder / "model.safetensors")
+        return generate_answers(*args)
+
+    generate_answers = answers.generate_answers
+    monkeypatch.setattr(answers, "generate_answers", replaced_during)
+    before = content(folder)
+    assert evaluate(folder, questions) == 0
+    out = capsys.readouterr()
+    assert out.out.startswith("exact ")
+    assert f"the score is not saved: {folder}: was changed while it was scored" in out.err
+    assert content(folder) == before
+
+
+def test_answers_that_cannot_be_written_are_an_error_before_they_are_generated(folder, questions, tmp_path, capsys):
+    before = content(folder)
+    assert evaluate(folder, questions, "--answers", str(tmp_path / "missing" / "answers.jsonl")) == 2
+    out = capsys.readouterr()
+    assert "No such file or directory" in out.err and out.out == ""
     assert content(folder) == before

@@ -359,6 +359,22 @@ def test_a_conversation_in_the_terminal(chat_run, tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == first[turn]["content"]
 
 
+def test_invalid_utf8_and_empty_answers_in_the_terminal(chat_run, tmp_path):
+    """The conversation continues after a byte that is not UTF-8."""
+    typed = b"1 + 1\n\xff\n/save %s\n" % str(tmp_path / "chats.jsonl").encode()
+    empty = ["--max_new_tokens", "1", "--forced_eos_token_id", str(end_of(chat_run))]
+    argv = [sys.executable, "-m", "minigpt_hf.cli", "chat", str(chat_run / "model"), *empty]
+    result = subprocess.run(argv, input=typed, capture_output=True, check=True)
+    assert b"minigpt chat: the prompt is not valid UTF-8 at position 0" in result.stderr
+    assert b"it cannot be trained on, because a message is empty" in result.stderr
+    (row,) = map(json.loads, (tmp_path / "chats.jsonl").read_text().splitlines())
+    assert [message["content"] for message in row["messages"]] == ["1 + 1", ""]
+
+
+def end_of(chat_run) -> int:
+    return AutoTokenizer.from_pretrained(chat_run / "model").eos_token_id
+
+
 def test_the_oldest_questions_are_forgotten_when_the_context_is_full(chat_run):
     context = AutoModelForCausalLM.from_pretrained(chat_run / "model").config.max_position_embeddings
     code, _, errors = chat(chat_run, f"{'9' * (context // 2)}\n{'8' * (context // 2)}\n")
