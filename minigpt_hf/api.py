@@ -341,6 +341,8 @@ def has_training_text(
         trained = read_metadata(os.fspath(model))["data"]["train"]["fingerprint"].partition("-")[0]
     except (AttributeError, KeyError, TypeError):
         return False
+    if not trained:
+        return False
     if split == "all":
         try:
             if read_part(data, "train", recipe_of(model), reading).fingerprint[: len(trained)] == trained:
