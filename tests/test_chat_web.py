@@ -209,6 +209,13 @@ def test_a_port_in_use_and_flags_without_web_are_errors(run_folder, capsys):
         assert f"no server can listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, value", [("temperature", "warm"), ("top_p", "true"), ("max_length", "9")])
+def test_options_that_the_page_cannot_show_are_errors(name, value, run_folder, capsys):
+    pytest.importorskip("gradio", reason="Gradio is not installed: make browser-test")
+    assert main(["chat", str(run_folder / "model"), "--web", f"--{name}", value]) == 2
+    assert f"--{name}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

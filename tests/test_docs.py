@@ -109,12 +109,12 @@ def test_every_command_of_large_corpora_runs_in_order(text, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_every_command_of_chat_runs_in_order(tmp_path, monkeypatch, capsys):
-    """With few rows and steps, and the Python snippet at the end."""
+    """With few rows and steps, and the first Python snippet at the end; `tests/neighbours/test_trl.py` runs the others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 2\n/exit\n2 + 3\n"))  # of `minigpt chat`, twice
     document = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
     assert run_in_order(commands(document), capsys) == 7
-    (snippet,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     exec(snippet, {})
 
 

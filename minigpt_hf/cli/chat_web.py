@@ -134,7 +134,12 @@ class Page:
 
         self.model, self.tokenizer = model, tokenizer
         self.defaults = {**model.generation_config.to_dict(), **options}
-        shown = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_p")
+        for name in ("max_new_tokens", "temperature", "top_p"):
+            if not isinstance(value := options.get(name, 1), int | float) or isinstance(value, bool):
+                raise MiniGPTError(f"--{name} {value}: a number is required")
+        if "max_length" in options:
+            raise MiniGPTError("--max_length is not supported with --web: give --max_new_tokens")
+        shown = ("max_new_tokens", "do_sample", "temperature", "top_p")
         self.options = {name: value for name, value in options.items() if name not in shown}
         self.context = longest_context(model)
 

@@ -1,4 +1,9 @@
-"""TRL: `SFTTrainer` on text and on chat messages starts at the loss of the model, and the loss decreases."""
+"""TRL: `SFTTrainer` on text and on chat messages starts at the loss of the model, and the loss decreases; the programs of
+docs/chat.md train a model on answers, on pairs and with a reward.
+"""
+
+import math
+import re
 
 import pytest
 import torch
@@ -6,6 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from minigpt_hf.cli import main
+from tests.conftest import ROOT
 from tests.neighbours.conftest import CHAT_TEMPLATE, EMAIL
 
 STEPS = 8
@@ -75,3 +82,26 @@ def test_sft_starts_at_the_loss_of_the_model_and_decreases_it(data_format, lora,
     assert all(("lora_" in name) == lora for name in trained_names)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / ("adapter_model.safetensors" if lora else "modeling_minigpt.py")).is_file()
+
+
+def test_the_programs_of_the_documentation_train_on_answers_pairs_and_a_reward(tmp_path, monkeypatch):
+    """With two steps each."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "arithmetic", "--output_dir", "sums"]) == 0
+    argv = ["train", "--recipe", "task", "--data", "sums", "--tokenizer", "characters", "--use_cpu"]
+    assert main([*argv, "--max_steps", "30", "--output_dir", "runs/short"]) == 0
+    document = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    section = document.partition("## Preference tuning")[2].partition("## Limits")[0]
+    names, logs = {}, []
+    for program in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        program, settings = re.subn(r"(max_steps|logging_steps)=\d+", r"\1=2", program)
+        assert settings == 2
+        exec(program.replace("logging_steps=2", "logging_steps=1"), names)
+        logs.append([row for row in names["trainer"].state.log_history if "loss" in row])
+    _, dpo, grpo = logs
+    assert [len(log) for log in logs] == [2, 2, 2]
+    assert all(math.isfinite(row["loss"]) for log in logs for row in log)
+    assert dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)  # the model equals its reference
+    assert all(0 <= row["reward"] <= 1.5 for row in grpo)
+    for folder in ("runs/sft", "runs/dpo", "runs/rewarded"):
+        assert main(["evaluate", folder, "--data", "sums/test.jsonl", "--score", "exact", "--no_save"]) == 0
