@@ -123,6 +123,7 @@ def test_the_package_exports_exactly_its_public_names():
         "ModelFolder",
         "__version__",
         "evaluate",
+        "evaluate_tasks",
         "generate",
         "load",
         "score_answers",
