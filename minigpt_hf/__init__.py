@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .api import ModelFolder, evaluate, generate, load, measure_copying, score_answers, train
+from .api import ModelFolder, evaluate, evaluate_tasks, generate, load, measure_copying, score_answers, train
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import (
     MiniGPTForCausalLM,
@@ -51,6 +51,7 @@ __all__ = [
     "ModelFolder",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "load",
     "measure_copying",

@@ -10,6 +10,7 @@ import logging
 import os
 import reprlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .inference.answers import AnswerScore
     from .inference.copying import CopiedSample, Copying
     from .inference.evaluation import Score
+    from .inference.suites import TaskResult
 
 
 logger = logging.getLogger(__name__)
@@ -430,6 +432,58 @@ def copied_samples(model: str | os.PathLike, data: str | os.PathLike, **reading:
     tokenizer, train, _ = training_text(model, os.fspath(data), recipe, reading)
     samples = [(str(start), str(text)) for start, text in zip(given, texts, strict=True)]
     return copied_samples(tokenizer, samples, train, bool(reading["chat"]))
+
+
+def evaluate_tasks(
+    model: str | os.PathLike,
+    tasks: Sequence[str],
+    *,
+    task_path: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    save: bool = False,
+    trust_remote_code: bool = False,
+) -> "list[TaskResult]":
+    """Evaluate a model on tasks of lm-evaluation-harness, which is the extra `suites`.
+
+    Args:
+        model: A model folder or Hub id.
+        tasks: Names of tasks or groups, or patterns: `["blimp", "arithmetic_1dc"]`.
+        task_path: Folder of further tasks, YAML files of the harness. Python functions that they refer to are executed.
+        batch_size: Number of requests per forward pass. Default: 16.
+        save: Add the results to `minigpt.json` and the card of the model folder; if that is not possible, the reason is
+            logged.
+        trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
+
+    Returns:
+        Each metric of each task, with its standard error.
+
+    Raises:
+        MiniGPTError: if the model, the harness, a task or its data cannot be loaded.
+    """
+    check_type("task_path", task_path, str, os.PathLike, type(None))
+    check_type("batch_size", batch_size, int, type(None))
+    if batch_size is not None and batch_size < 1:
+        raise MiniGPTError(f"batch_size is {batch_size}: it must be at least 1")
+    if isinstance(tasks, str) or not tasks or not all(isinstance(name, str) and name for name in tasks):
+        raise MiniGPTError(f"tasks is {reprlib.repr(tasks)}: give a list of names")
+
+    from .inference.suites import evaluate_tasks
+    from .publish.model_folder import save_tasks
+
+    before = model_files(model)
+    loaded, tokenizer = load(model, trust_remote_code)
+    folder = None if task_path is None else Path(task_path)
+    results = evaluate_tasks(loaded, tokenizer, tasks, folder, batch_size or 16)
+    if save:
+        try:
+            if model_files(model) != before:
+                raise MiniGPTError(f"{model}: was changed while it was evaluated; run the same command again")
+            save_tasks(Path(model), [result.to_dict() for result in results])
+        except (MiniGPTError, OSError) as error:  # the results of a long computation are returned
+            logger.warning("the results are not saved: %s", error)
+        else:
+            logger.info("saved in minigpt.json and README.md of %s", model)
+    return results
 
 
 def generate(

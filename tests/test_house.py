@@ -125,6 +125,7 @@ def test_the_package_exports_exactly_its_public_names():
         "ModelFolder",
         "__version__",
         "evaluate",
+        "evaluate_tasks",
         "generate",
         "load",
         "measure_copying",

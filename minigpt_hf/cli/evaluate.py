@@ -1,4 +1,4 @@
-"""`minigpt evaluate`: score a text with a causal LM and print loss, perplexity and bits per byte."""
+"""`minigpt evaluate`: score a text with a causal LM and print loss, perplexity and bits per byte; or run tasks."""
 
 import json
 import math
@@ -14,7 +14,13 @@ def parser() -> Parser:
     """The arguments of the command, which are those of `minigpt_hf.evaluate`."""
     parser = Parser("evaluate")
     parser.add_argument("model", help="model folder or Hub id")
-    parser.add_argument("--data", required=True, help="text to score, given as in `minigpt train --data`")
+    parser.add_argument("--data", help="text to score, given as in `minigpt train --data`")
+    parser.add_argument(
+        "--tasks", help="instead of --data: tasks of lm-evaluation-harness, separated by commas: blimp,arithmetic_1dc"
+    )
+    parser.add_argument(
+        "--task_path", help="with --tasks: folder of further tasks, YAML files with local data; their code is executed"
+    )
     parser.add_argument(
         "--split",
         choices=["all", "train", "validation"],
@@ -45,7 +51,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--block_size", type=int, help="input tokens per window (default: as in training)")
     parser.add_argument("--stride", type=int, help="tokens scored per window (default: block_size)")
-    parser.add_argument("--batch_size", type=int, help="windows per batch (default: as in training, or 16)")
+    parser.add_argument("--batch_size", type=int, help="windows or requests per batch (default: as in training, or 16)")
     parser.add_argument(
         "--score",
         choices=["exact", "chrf", "bleu", "rouge"],
@@ -55,7 +61,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--no_save",
         action="store_true",
-        help="with --score: do not add the score to minigpt.json and the card of the model folder",
+        help="with --score and --tasks: do not add the result to minigpt.json and the card of the model folder",
     )
     parser.add_argument(
         "--copying",
@@ -77,7 +83,21 @@ def run(argv: list[str]) -> None:
     settings = vars(parser().parse_args(argv))
     as_json, metric, answers, no_save = (settings.pop(name) for name in ("json", "score", "answers", "no_save"))
     of_copying = {name: settings.pop(name) for name in ("samples", "sample_tokens")}
-    if settings.pop("copying"):
+    copying = settings.pop("copying")
+    tasks, task_path = settings.pop("tasks"), settings.pop("task_path")
+    if (tasks is None) == (settings["data"] is None):
+        raise MiniGPTError("give either --data, a text to score, or --tasks, names of tasks")
+    if tasks is not None:
+        kept = {name: settings[name] for name in ("model", "batch_size", "trust_remote_code")}
+        defaults = vars(parser().parse_args(["MODEL"]))
+        others = {**settings, **of_copying, "copying": copying, "score": metric, "answers": answers}
+        if unused := [name for name, value in others.items() if name not in kept and value != defaults[name]]:
+            raise MiniGPTError(f"--{unused[0]} does not apply to --tasks: omit it")
+        _evaluate_tasks(kept, tasks, task_path, as_json, save=not no_save)
+        return
+    if task_path is not None:
+        raise MiniGPTError("--task_path requires --tasks")
+    if copying:
         if metric is not None or answers is not None:
             raise MiniGPTError("--copying and --score are different measurements: give one of them")
         _measure_copying(settings, of_copying, as_json)
@@ -90,7 +110,7 @@ def run(argv: list[str]) -> None:
         return
     for flag, given in (("--answers", answers is not None), ("--no_save", no_save)):
         if given:
-            raise MiniGPTError(f"{flag} requires --score")
+            raise MiniGPTError(f"{flag} requires --score{' or --tasks' if flag == '--no_save' else ''}")
 
     from .. import api
 
@@ -174,3 +194,19 @@ def _measure_copying(settings: dict[str, Any], of_copying: dict[str, Any], as_js
     print("\nlongest stretch of each sample")
     for number, stretch in enumerate(result.stretches, 1):
         print(f"{number:>4}  {stretch.tokens:,} of {stretch.of_tokens:,} tokens  {stretch.text!r}")
+
+
+def _evaluate_tasks(settings: dict[str, Any], tasks: str, task_path: str | None, as_json: bool, save: bool) -> None:
+    """Run tasks, save the results and print them."""
+    from .. import api
+
+    quiet()
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    results = api.evaluate_tasks(**settings, tasks=names, task_path=task_path, save=save)
+    if as_json:
+        print(json.dumps({"model": settings["model"], "tasks": [result.to_dict() for result in results]}))
+        return
+    width = max((len(result.task) for result in results), default=0)
+    for result in results:
+        error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+        print(f"{result.task:<{width}}   {result.metric} {result.value:.4f}{error}   {result.samples:,} questions")

@@ -88,7 +88,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             messages=messages_literal(metadata),
             recipe_yaml=to_yaml(metadata["recipe"]).strip(),
             score_names=SCORE_NAMES,
-            **{"scores": [], **metadata},
+            **{"scores": [], "tasks": [], **metadata},
         )
         + "\n"
     )
@@ -176,7 +176,11 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
     prompt, messages = metadata["sample"]["prompt"], example_messages(metadata)
     datasets = [name for name in metadata["data"]["datasets"] if name not in absent]
     base = base_model(metadata, absent)
-    results = [*validation_results(metadata, datasets[0] if len(datasets) == 1 else "text"), *score_results(metadata)]
+    results = [
+        *validation_results(metadata, datasets[0] if len(datasets) == 1 else "text"),
+        *score_results(metadata),
+        *task_results(metadata),
+    ]
     return ModelCardData(
         model_name=metadata["name"] if results else None,  # required by `eval_results`, and written only with them
         language=metadata["language"] or None,
@@ -234,6 +238,23 @@ def score_results(metadata: dict[str, Any]) -> list[EvalResult]:
             | {"baselines": {name: round(value, 4) for name, value in score["baselines"].items()}},
         )
         for score in metadata.get("scores", [])
+    ]
+
+
+def task_results(metadata: dict[str, Any]) -> list[EvalResult]:
+    """Return the results of evaluation suites in the schema of the Hub, with standard errors."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=each["dataset"] or "text",
+            dataset_name=CONTROL_CHARACTERS.sub(REPLACEMENT, each["task"]),
+            metric_type=CONTROL_CHARACTERS.sub(REPLACEMENT, each["metric"]),
+            metric_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, each['metric'])}, lm-evaluation-harness {each['harness']}",
+            metric_value=round(each["value"], 6),
+            metric_args={name: each[name] for name in ("version", "filter", "samples", "shots")}
+            | ({} if each["stderr"] is None else {"stderr": round(each["stderr"], 6)}),
+        )
+        for each in metadata.get("tasks", [])
     ]
 
 

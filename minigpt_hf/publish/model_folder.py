@@ -7,6 +7,7 @@ those in `OPTIONAL`. It is written atomically, and never with weights that are n
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,35 @@ def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def save_score(folder: Path, score: dict[str, Any]) -> None:
-    """Add a score of generated answers to the metadata and the card of a model folder.
+    """Add a score of generated answers to the metadata and the card of a model folder; see `_save`.
 
-    It replaces a score of the same data and metric. Each file is replaced atomically. A card that has been edited, or was
-    written by another version of the package, is left unchanged, which is logged.
+    It replaces a score of the same data and metric.
 
     Args:
         score: An entry of `scores` in `minigpt.json`: an `AnswerScore` and the identity of its data.
+    """
+    _save(folder, "scores", [score], lambda each: (each["metric"], each["data"]["fingerprint"]))
+
+
+def save_tasks(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Add results of evaluation suites to the metadata and the card of a model folder; see `_save`.
+
+    They replace those of the same task and metric.
+
+    Args:
+        results: Entries of `tasks` in `minigpt.json`: `TaskResult`.
+    """
+    _save(folder, "tasks", results, lambda each: (each["task"], each["metric"], each["filter"]))
+
+
+def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Callable[[dict], tuple[str, ...]]) -> None:
+    """Add entries to a list in the metadata of a model folder, and to its card.
+
+    Each file is replaced atomically. A card that has been edited, or was written by another version of the package, is left
+    unchanged, which is logged.
+
+    Args:
+        identity: Entries with an equal identity replace earlier ones.
 
     Raises:
         MiniGPTError: if `folder` is not a model folder, or its metadata are malformed.
@@ -202,8 +225,8 @@ def save_score(folder: Path, score: dict[str, Any]) -> None:
     metadata, card = read_metadata(folder), (folder / "README.md").read_text(encoding="utf-8")
     config = MiniGPTConfig.from_pretrained(folder)
     try:
-        scores = {_identity(each): each for each in (*metadata.get("scores", []), score)}
-        updated = {**metadata, "scores": [*scores.values()]}
+        known = {identity(each): each for each in (*metadata.get(kind, []), *entries)}
+        updated = {**metadata, kind: [*known.values()]}
         old_card, new_card = render_card(metadata, config), render_card(updated, config)
     except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -214,13 +237,9 @@ def save_score(folder: Path, score: dict[str, Any]) -> None:
         contents = {folder / "README.md": new_card, **contents}
     else:
         logger.warning(
-            f"{folder / 'README.md'}: has been edited and is left unchanged; the score is in minigpt.json only"
+            f"{folder / 'README.md'}: has been edited and is left unchanged; the {kind} are in minigpt.json only"
         )
     write_files(contents)
-
-
-def _identity(score: dict[str, Any]) -> tuple[str, str]:
-    return score["metric"], score["data"]["fingerprint"]
 
 
 def _json(metadata: dict[str, Any]) -> str:

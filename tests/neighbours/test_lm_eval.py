@@ -1,14 +1,17 @@
-"""lm-evaluation-harness with remote code reports the metrics that this package computes."""
+"""lm-evaluation-harness reports the metrics of this package, and `minigpt evaluate --tasks` those of the harness."""
 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from minigpt_hf.cli import main
+from minigpt_hf.export.native import export_native
 from minigpt_hf.inference.evaluation import evaluate_texts
 from tests.neighbours.conftest import EMAIL
 
@@ -125,3 +128,82 @@ def test_multiple_choice_scores_and_accuracies_equal_those_of_the_model(results,
     assert results[0]["minigpt_choice"]["acc,none"] == pytest.approx(sum(correct) / len(correct))
     expected = sum(correct_normalized) / len(correct)
     assert results[0]["minigpt_choice"]["acc_norm,none"] == pytest.approx(expected)
+
+
+# -- minigpt evaluate --tasks -----------------------------------------------------------------------------------------
+
+PAIRS = """
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{[good, bad]}}"
+num_fewshot: 0
+metric_list:
+  - metric: acc
+metadata:
+  version: 1.0
+"""
+
+
+def minimal_pairs() -> list[dict]:
+    """Return lines of source code, and the same with two adjacent words exchanged, in the manner of BLiMP."""
+    lines = [line.strip() for line in (EMAIL / "header.py").read_text(encoding="utf-8").splitlines()]
+    words = [words for line in lines if len(words := line.split()) > 4]
+    return [{"good": " ".join(w), "bad": " ".join([*w[:1], w[2], w[1], *w[3:]])} for w in words[:60] if w[1] != w[2]]
+
+
+@pytest.fixture(scope="module")
+def tasks(tokenizer, tmp_path_factory):
+    """A folder of local tasks: minimal pairs, rolling likelihoods, and a group of both."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = {"pairs": minimal_pairs(), "rolling": [{"text": text} for text in texts_of_full_windows(tokenizer)]}
+    for name, task in (("pairs", PAIRS), ("rolling", ROLLING)):
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + task, encoding="utf-8")
+    group = "group: suite\ntask: [pairs]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (folder / "suite.yaml").write_text(group, encoding="utf-8")
+    return folder
+
+
+def test_minigpt_evaluate_equals_the_command_of_the_harness(trained, tasks, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "model")
+    assert main(["evaluate", str(folder), "--tasks", "suite,rolling", "--task_path", str(tasks), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    twin = export_native(trained, tmp_path / "twin")
+    argv = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "16"]
+    argv += ["--model_args", f"pretrained={twin},dtype=float32", "--tasks", "suite,rolling", "--include_path", tasks]
+    argv += ["--output_path", tmp_path / "out"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    (summary,) = (tmp_path / "out").rglob("results_*.json")
+    expected = json.loads(summary.read_text())["results"]
+    compared = set()
+    for result in found:
+        metrics, key = expected[result["task"]], f"{result['metric']},{result['filter']}"
+        assert result["value"] == pytest.approx(metrics[key], abs=1e-6)
+        stderr = metrics[f"{result['metric']}_stderr,{result['filter']}"]
+        assert result["stderr"] == (None if stderr == "N/A" else pytest.approx(stderr, abs=1e-6))
+        compared.add((result["task"], result["metric"], result["samples"]))
+    pairs = len(minimal_pairs())
+    assert {("suite", "acc", pairs), ("pairs", "acc", pairs), ("rolling", "bits_per_byte", 3)} <= compared
+    (accuracy,) = [result for result in found if result["task"] == "pairs"]
+    assert 0.5 < accuracy["value"] <= 1 and 0 < accuracy["stderr"] < 0.1
+    assert json.loads((folder / "minigpt.json").read_text())["tasks"] == found
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"| `pairs`, version 1.0 | `acc` | {accuracy['value']:.4f} | {accuracy['stderr']:.4f} | {pairs} | 0 |" in card
+    )
+
+
+def test_an_unknown_task_and_missing_data_are_reported_in_one_line(trained, tasks, tmp_path, capsys):
+    broken = TASK.format(name="broken", file=tmp_path / "absent.jsonl") + PAIRS
+    (tmp_path / "broken.yaml").write_text(broken, encoding="utf-8")
+    for flags, message in (
+        (["--tasks", "blumpf"], "unknown task 'blumpf': `lm_eval ls tasks` lists the names, and --task_path adds"),
+        (["--tasks", "broken", "--task_path", str(tmp_path)], "tasks broken: a definition or its data cannot be read"),
+        (["--tasks", "x", "--task_path", "absent"], "absent: no such folder; give a folder of tasks"),
+    ):
+        assert main(["evaluate", str(trained), "--no_save", *flags]) == 2
+        error = capsys.readouterr().err
+        assert f"minigpt evaluate: {message}" in error.splitlines()[-1]

@@ -1,0 +1,143 @@
+"""Evaluation suites of lm-evaluation-harness: multiple choice, minimal pairs, likelihoods and generated answers.
+
+The harness is the extra `suites`. Its tasks are YAML files that name their data: a dataset of the Hub, or local files. Models
+and tokenizers are passed as loaded objects, so the results are those of its own command, `lm_eval --model hf`.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import MiniGPTError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task.
+
+    Args:
+        task: Name of a task, or of a group of tasks.
+        version: Version of the task.
+        metric, filter: Name of the metric, and of the filter of the answers that it is computed from.
+        value: Value of the metric, in its own unit.
+        stderr: Standard error of the value; None if the harness does not estimate it.
+        samples: Number of questions.
+        shots: Number of examples in the prompt.
+        dataset: Hub id of the data; None for local files and groups.
+        harness: Version of lm-evaluation-harness.
+    """
+
+    task: str
+    version: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    samples: int
+    shots: int
+    dataset: str | None
+    harness: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    task_path: Path | None = None,
+    batch_size: int = 16,
+) -> list[TaskResult]:
+    """Evaluate a model on tasks of the harness.
+
+    Args:
+        tasks: Names or patterns of tasks, groups or tags.
+        task_path: Folder of further tasks. Python functions that they refer to are executed.
+        batch_size: Number of requests per forward pass.
+
+    Raises:
+        MiniGPTError: if the harness is not installed, a task does not exist, or its definition or data cannot be read.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise MiniGPTError(
+            f"tasks need {package}, which is not installed: install the extra `suites`, or lm_eval[hf]"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm-eval").setLevel(logging.ERROR)
+    if task_path is not None and not task_path.is_dir():
+        raise MiniGPTError(f"{task_path}: no such folder; give a folder of tasks (YAML files of lm-evaluation-harness)")
+    try:
+        manager = TaskManager(include_path=str(task_path) if task_path else None)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+        if unknown:
+            raise MiniGPTError(
+                f"unknown task {unknown[0]!r}: `lm_eval ls tasks` lists the names, and --task_path adds a folder of tasks"
+            )
+        names = manager.match_tasks(list(tasks))
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+        found = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, log_samples=False)
+    except MiniGPTError:
+        raise
+    except (OSError, KeyError, ValueError, yaml.YAMLError, TemplateError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MiniGPTError(
+            f"tasks {', '.join(tasks)}: a definition or its data cannot be read ({reason}); data on the Hub need the "
+            "network once, local data files must exist"
+        ) from error
+    assert found is not None  # on the main process
+    return _results(found, lm_eval.__version__)
+
+
+def _results(found: Any, harness: str) -> list[TaskResult]:
+    """Convert the result of the harness. Metrics without a finite value are omitted, which is logged."""
+    results = []
+    for task, metrics in found["results"].items():
+        config = found["configs"].get(task, {})
+        path = config.get("dataset_path")
+        for key, value in metrics.items():
+            metric, _, name = key.partition(",")
+            if not name or metric.endswith("_stderr"):
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                logger.warning("%s: %s is %s and is omitted", task, metric, value)
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{name}")
+            is_estimated = isinstance(stderr, int | float) and math.isfinite(stderr)
+            results.append(
+                TaskResult(
+                    task=task,
+                    version=str(found["versions"].get(task, "")),
+                    metric=metric,
+                    filter=name,
+                    value=float(value),
+                    stderr=float(stderr) if is_estimated else None,
+                    samples=_samples(found, task),
+                    shots=int(found["n-shot"].get(task) or 0),
+                    dataset=path if isinstance(path, str) and "/" in path else None,
+                    harness=harness,
+                )
+            )
+    return results
+
+
+def _samples(found: Any, task: str) -> int:
+    """The number of questions of a task, or of the tasks of a group."""
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_samples(found, each) for each in found.get("group_subtasks", {}).get(task, []))
