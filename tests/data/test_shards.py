@@ -17,6 +17,7 @@ import pytest
 
 from minigpt_hf.atomic import seal
 from minigpt_hf.cli import main
+from minigpt_hf.data import sharded
 from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
 from minigpt_hf.data.prepared import PreparedText, find_prepared
 from minigpt_hf.data.sharded import Part, ShardedArray
@@ -262,6 +263,25 @@ def test_a_merged_folder_is_verified_when_it_is_opened_and_its_index_stays_in_th
     (tmp_path / "other/index/manifest.json").write_text(json.dumps(manifest))
     argv = ["train", "--data", tmp_path / "other", "--output_dir", tmp_path / "run"]
     assert "which is not in its folder" in fails(capsys, *argv)
+    shutil.copytree(merged, tmp_path / "third")
+    stream = json.loads((tmp_path / "third/index/train/stream.json").read_text())
+    stream["shards"][0]["path"] = "../shards/shard-00000-of-00004/train"
+    (tmp_path / "third/index/train/stream.json").write_text(json.dumps(stream))
+    seal(tmp_path / "third" / "index")
+    argv = ["train", "--data", tmp_path / "third", "--output_dir", tmp_path / "run"]
+    assert "the manifest of its index has no" in fails(capsys, *argv)
+
+
+def test_shards_without_text_are_merged(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for number, content in enumerate(["", "one", "", "two", "", ""]):
+        (tmp_path / "text" / f"{number}.txt").write_text(content)
+    write_shards(tmp_path / "shards", tmp_path / "text", "bytes", 6, "--validation_fraction", "0.1")
+    assert run("tokenize", "--merge", tmp_path / "shards") == 0
+    assert "no document is held out" in capsys.readouterr().err
+    prepared = opened(tmp_path / "shards")
+    assert prepared.train.tokens[:].tolist() == [0, *(byte + 2 for byte in b"one"), 0, *(byte + 2 for byte in b"two")]
+    assert (prepared.validation, prepared.scored) == (None, None)
 
 
 SHARD = (
@@ -375,7 +395,8 @@ def test_training_on_remote_shards_equals_training_on_local_ones(merged, remote,
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing"])
-def test_a_remote_shard_that_differs_from_the_index_is_an_error(fault, remote, tmp_path):
+def test_a_remote_shard_that_differs_from_the_index_is_an_error(fault, remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded, "RETRIED_AFTER", (0, None))
     url, folder, _ = remote
     for file in folder.glob("shard-*/train/tokens.bin"):
         content = file.read_bytes()
