@@ -114,7 +114,9 @@ def test_a_complete_shard_is_not_written_again(corpus, merged, capsys):
     assert "already merged" in capsys.readouterr().out
 
 
-def test_every_document_is_in_one_split_and_the_published_model_repeats_the_split(corpus, recipe_file, tmp_path):
+def test_every_document_is_in_one_split_and_the_published_model_repeats_the_split(
+    corpus, recipe_file, tmp_path, capsys
+):
     """The number of shards does not change which documents are held out."""
     held_out = []
     for count in (1, 3):
@@ -136,7 +138,11 @@ def test_every_document_is_in_one_split_and_the_published_model_repeats_the_spli
     flags = ["--recipe", recipe_file, "--data", tmp_path / "3", "--max_steps", 4, "--eval_steps", 4, "--save_steps", 4]
     assert run("train", *flags, "--output_dir", tmp_path / "run") == 0
     argv = ["evaluate", tmp_path / "run" / "model", "--data", corpus / "text", "--split", "validation", "--json"]
+    capsys.readouterr()
     assert run(*argv) == 0
+    score = json.loads(capsys.readouterr().out)
+    results = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"]
+    assert {name: score[name] for name in results} == results
 
 
 TABLES = {
@@ -392,6 +398,46 @@ def test_training_on_remote_shards_equals_training_on_local_ones(merged, remote,
         assert 0 < sum(file.stat().st_size for file in stored) <= max(sizes) * 1.5
     assert len({path for path in requested if path.endswith("tokens.bin")}) > 1
     assert leftovers(cache) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from minigpt_hf.data import sharded, shards
+from minigpt_hf.data.prepared import PreparedText, find_prepared
+
+def waits(*arguments):
+    Path(sys.argv[1] + ".began").touch()
+    time.sleep(100)
+
+cache = Path(sys.argv[1])
+if sys.argv[3] == "merge":
+    shards.seal = waits
+    shards.merge_shards(Path(sys.argv[4]), cache)
+else:
+    sharded.ShardStore._copy = waits
+    PreparedText.open(find_prepared(sys.argv[4], cache), cache).train.tokens[:10]
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("what", ["merge", "copy"])
+def test_nothing_remains_of_a_merge_or_copy_that_was_killed(what, remote, tmp_path):
+    url, folder, _ = remote
+    if what == "merge":
+        shutil.rmtree(folder / "index")
+    process = start(KILLED, tmp_path / "cache", 0, what, folder if what == "merge" else url)
+    wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
+    assert leftovers(tmp_path) != []
+    process.kill()
+    process.communicate()
+    if what == "merge":
+        assert run("tokenize", "--merge", folder) == 0
+        assert len(opened(folder).train) > 0
+    else:
+        found = find_prepared(url, tmp_path / "cache")
+        assert len(PreparedText.open(found, tmp_path / "cache").train.tokens[:10]) == 10
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing"])
