@@ -309,6 +309,7 @@ def shard_arguments(text, tmp_path) -> list:
     return ["--data", folder, "--tokenizer", "bytes", "--shard", "0/2", "--output_dir", tmp_path / "shards"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_a_killed_process_leaves_nothing_that_the_next_one_does_not_remove(shard_arguments, tmp_path):
     killed = start(SHARD, tmp_path / "cache", 0.5, *shard_arguments)
