@@ -147,7 +147,7 @@ class PreparedText:
         store = None
         if "shards" in metadata:
             store = _store_of(folder, cache_dir, shard_cache)
-        if store is not None and store.files is not None:
+        if store is not None and store.cache is not None:
             pass  # the index was verified when it was copied, and each shard is verified when it is copied
         elif (fault := verification_error(folder, cache_dir)) is not None:
             raise MiniGPTError(f"{folder}: this prepared text is damaged ({fault}): {REMEDY}")
@@ -270,7 +270,7 @@ def _store_of(index: Path, cache_dir: Path, shard_cache: float) -> ShardStore:
         if {"", ".", ".."} & {*name.split("/")} or "\\" in name or ":" in name:
             raise MiniGPTError(f"{index}: refers to {name!r}, which is not in its folder: {REMEDY}")
     if not (location := index.parent / "location.json").is_file():
-        return ShardStore(str(index.parent))
+        return ShardStore(str(index.parent), files)
     return ShardStore(
         json.loads(location.read_text(encoding="utf-8")), files, cache_dir / "shards", int(shard_cache * 1e9)
     )

@@ -3,10 +3,12 @@
 A position is mapped to its part by a binary search over the starts of all parts, so a slice may straddle parts.
 """
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_OPEN = 64  # files that one array keeps open
 COPIED_BYTES = 1 << 22  # read at a time
+RETRIED_AFTER = (1, 5, 30, None)  # seconds, if a remote file cannot be read
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,19 @@ class ShardStore:
 
     Args:
         location: The folder, or its URL.
-        files: Size and SHA-256 of each remote file, by its name in the folder. None for a local folder.
-        cache: Where remote files are copied to.
+        files: Size and SHA-256 of each file, by its name in the folder.
+        cache: Where remote files are copied to; None for a local folder.
         max_bytes: Maximum size of this cache; at least one file is stored.
     """
 
     location: str
-    files: dict[str, dict] | None = None
-    cache: Path = Path()
+    files: dict[str, dict]
+    cache: Path | None = None
     max_bytes: int = 0
 
     def max_open(self) -> int:
         """Number of files to keep open: those that were removed from the cache occupy space while they are open."""
-        if self.files is None:
+        if self.cache is None:
             return MAX_OPEN
         return max(1, min(MAX_OPEN, self.max_bytes // max(file["size"] for file in self.files.values())))
 
@@ -105,11 +108,12 @@ class ShardStore:
         """Return the path of a file. Remote files are copied as a whole, verified, and kept while there is space.
 
         Raises:
-            MiniGPTError: if a remote file cannot be read or has other content.
+            MiniGPTError: if the file is not in the manifest, or a remote file cannot be read or has other content.
         """
-        if self.files is None:
+        if (entry := self.files.get(name)) is None:
+            raise MiniGPTError(f"{self.location}: the manifest of its index has no {name!r}; merge the shards again")
+        if self.cache is None:
             return Path(self.location) / name
-        entry = self.files[name]
         target = self.cache / str(entry["sha256"])
         self.cache.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache / ".lock"):  # one process copies, and those that need the same file wait
@@ -117,36 +121,47 @@ class ShardStore:
                 os.utime(target)  # the least recently used files are removed first
                 return target
             remove_abandoned(self.cache)
-            self._make_room(entry["size"])
+            self._make_room(self.cache, entry["size"])
             with temporary_directory(self.cache) as temporary:
                 self._copy(name, entry, temporary / "file")
                 (temporary / "file").replace(target)
         return target
 
-    def _make_room(self, size: int) -> None:
-        files = sorted((path for path in self.cache.iterdir() if path.is_file() and path.name != ".lock"), key=_used)
+    def _make_room(self, cache: Path, size: int) -> None:
+        files = sorted((path for path in cache.iterdir() if path.is_file() and path.name != ".lock"), key=_used)
         total = size + sum(path.stat().st_size for path in files)
         for path in files:
             if total <= self.max_bytes:
                 break
             total -= path.stat().st_size
             path.unlink()
-        if (free := shutil.disk_usage(self.cache).free) < size:
+        if (free := shutil.disk_usage(cache).free) < size:
             raise MiniGPTError(
-                f"{self.cache}: a shard of {size / 1e6:,.0f} MB does not fit, {free / 1e6:,.0f} MB are free; free more "
+                f"{cache}: a shard of {size / 1e6:,.0f} MB does not fit, {free / 1e6:,.0f} MB are free; free more "
                 "space, specify another folder with --cache_dir, or reduce --shard_cache"
             )
 
     def _copy(self, name: str, entry: dict, target: Path) -> None:
-        url, digest = f"{self.location}/{name}", hashlib.sha256()
+        url = f"{self.location}/{name}"
         logger.info("%s: copying %s MB to the cache", url, f"{entry['size'] / 1e6:,.1f}")
-        try:
-            with fsspec.open(url, "rb", compression=None) as source, target.open("wb") as copy:
-                while chunk := source.read(COPIED_BYTES):
-                    digest.update(chunk)
-                    copy.write(chunk)
-        except FileNotFoundError as error:
-            raise UnreadableFileError(f"{url}: is missing; upload the complete folder") from error
+        for seconds in RETRIED_AFTER:
+            digest = hashlib.sha256()
+            try:
+                with fsspec.open(url, "rb", compression=None) as source, target.open("wb") as copy:
+                    while chunk := source.read(COPIED_BYTES):
+                        digest.update(chunk)
+                        copy.write(chunk)
+                break
+            except FileNotFoundError as error:
+                raise UnreadableFileError(f"{url}: is missing; upload the complete folder") from error
+            except Exception as error:  # of many types, by file system
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                if seconds is None:
+                    raise UnreadableFileError(f"{url}: cannot be read: {reason}") from error
+                logger.warning("%s: cannot be read (%s); repeated in %s s", url, reason, seconds)
+                time.sleep(seconds)
         if digest.hexdigest() != entry["sha256"]:
             raise UnreadableFileError(f"{url}: its content differs from the index; upload the folder again")
 

@@ -93,7 +93,7 @@ class TokenStream:
             tokens, documents = _arrays_of_shards(metadata, store)
         else:
             tokens = ArrayFile(folder / "tokens.bin", metadata["dtype"])
-            documents = _npy_file(ShardStore(str(folder)), "documents.npy")
+            documents = _npy_file(folder / "documents.npy")
         counts = (len(tokens), len(documents))
         if counts != (metadata["tokens"], metadata["documents"]):
             raise MiniGPTError(f"{counts} tokens and documents instead of {metadata['tokens'], metadata['documents']}")
@@ -130,16 +130,16 @@ class TokenStream:
                 yield self.tokens[start + 1 : end]
 
 
-def _binary_file(store: ShardStore, name: str, dtype: np.dtype) -> ArrayFile:
-    return ArrayFile(store.path(name), dtype)
-
-
-def _npy_file(store: ShardStore, name: str) -> ArrayFile:
-    file = store.path(name)
+def _npy_file(file: Path) -> ArrayFile:
     with file.open("rb") as opened:
         np.lib.format.read_magic(opened)
         _, _, dtype = np.lib.format.read_array_header_1_0(opened)
         return ArrayFile(file, dtype, opened.tell())
+
+
+def _opened(store: ShardStore, name: str, dtype: np.dtype | None = None) -> ArrayFile:
+    """Open a file of a shard; without `dtype`, in the format of NumPy."""
+    return _npy_file(store.path(name)) if dtype is None else ArrayFile(store.path(name), dtype)
 
 
 def _arrays_of_shards(metadata: dict[str, Any], store: ShardStore) -> tuple[ShardedArray, ShardedArray]:
@@ -156,13 +156,13 @@ def _arrays_of_shards(metadata: dict[str, Any], store: ShardStore) -> tuple[Shar
     for shard in metadata["shards"]:
         name, number = shard["path"], shard["documents"]
         if is_datatrove:
-            tokens.append(Part(shard["tokens"], partial(_binary_file, store, name, ids)))
+            tokens.append(Part(shard["tokens"], partial(_opened, store, name, ids)))
             # The file has the end of each document, which is the start of the next.
             documents.append(Part(1, lambda: np.zeros(1, offsets), start))
-            documents.append(Part(number - 1, partial(_binary_file, store, f"{name}.index", offsets), start))
+            documents.append(Part(number - 1, partial(_opened, store, f"{name}.index", offsets), start))
         else:
-            tokens.append(Part(shard["tokens"], partial(_binary_file, store, f"{name}/tokens.bin", ids)))
-            documents.append(Part(number, partial(_npy_file, store, f"{name}/documents.npy"), start))
+            tokens.append(Part(shard["tokens"], partial(_opened, store, f"{name}/tokens.bin", ids)))
+            documents.append(Part(number, partial(_opened, store, f"{name}/documents.npy"), start))
         start += shard["tokens"]
     if is_datatrove and tokens:
         tokens[-1] = replace(tokens[-1], length=tokens[-1].length - 1)

@@ -17,6 +17,7 @@ import pytest
 
 from minigpt_hf.atomic import seal
 from minigpt_hf.cli import main
+from minigpt_hf.data import sharded
 from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
 from minigpt_hf.data.prepared import PreparedText, find_prepared
 from minigpt_hf.data.sharded import Part, ShardedArray
@@ -113,7 +114,9 @@ def test_a_complete_shard_is_not_written_again(corpus, merged, capsys):
     assert "already merged" in capsys.readouterr().out
 
 
-def test_every_document_is_in_one_split_and_the_published_model_repeats_the_split(corpus, recipe_file, tmp_path):
+def test_every_document_is_in_one_split_and_the_published_model_repeats_the_split(
+    corpus, recipe_file, tmp_path, capsys
+):
     """The number of shards does not change which documents are held out."""
     held_out = []
     for count in (1, 3):
@@ -135,7 +138,11 @@ def test_every_document_is_in_one_split_and_the_published_model_repeats_the_spli
     flags = ["--recipe", recipe_file, "--data", tmp_path / "3", "--max_steps", 4, "--eval_steps", 4, "--save_steps", 4]
     assert run("train", *flags, "--output_dir", tmp_path / "run") == 0
     argv = ["evaluate", tmp_path / "run" / "model", "--data", corpus / "text", "--split", "validation", "--json"]
+    capsys.readouterr()
     assert run(*argv) == 0
+    score = json.loads(capsys.readouterr().out)
+    results = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"]
+    assert {name: score[name] for name in results} == results
 
 
 TABLES = {
@@ -262,6 +269,25 @@ def test_a_merged_folder_is_verified_when_it_is_opened_and_its_index_stays_in_th
     (tmp_path / "other/index/manifest.json").write_text(json.dumps(manifest))
     argv = ["train", "--data", tmp_path / "other", "--output_dir", tmp_path / "run"]
     assert "which is not in its folder" in fails(capsys, *argv)
+    shutil.copytree(merged, tmp_path / "third")
+    stream = json.loads((tmp_path / "third/index/train/stream.json").read_text())
+    stream["shards"][0]["path"] = "../shards/shard-00000-of-00004/train"
+    (tmp_path / "third/index/train/stream.json").write_text(json.dumps(stream))
+    seal(tmp_path / "third" / "index")
+    argv = ["train", "--data", tmp_path / "third", "--output_dir", tmp_path / "run"]
+    assert "the manifest of its index has no" in fails(capsys, *argv)
+
+
+def test_shards_without_text_are_merged(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for number, content in enumerate(["", "one", "", "two", "", ""]):
+        (tmp_path / "text" / f"{number}.txt").write_text(content)
+    write_shards(tmp_path / "shards", tmp_path / "text", "bytes", 6, "--validation_fraction", "0.1")
+    assert run("tokenize", "--merge", tmp_path / "shards") == 0
+    assert "no document is held out" in capsys.readouterr().err
+    prepared = opened(tmp_path / "shards")
+    assert prepared.train.tokens[:].tolist() == [0, *(byte + 2 for byte in b"one"), 0, *(byte + 2 for byte in b"two")]
+    assert (prepared.validation, prepared.scored) == (None, None)
 
 
 SHARD = (
@@ -283,6 +309,7 @@ def shard_arguments(text, tmp_path) -> list:
     return ["--data", folder, "--tokenizer", "bytes", "--shard", "0/2", "--output_dir", tmp_path / "shards"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_a_killed_process_leaves_nothing_that_the_next_one_does_not_remove(shard_arguments, tmp_path):
     killed = start(SHARD, tmp_path / "cache", 0.5, *shard_arguments)
@@ -374,8 +401,49 @@ def test_training_on_remote_shards_equals_training_on_local_ones(merged, remote,
     assert leftovers(cache) == []
 
 
+KILLED = """
+import sys, time
+from pathlib import Path
+from minigpt_hf.data import sharded, shards
+from minigpt_hf.data.prepared import PreparedText, find_prepared
+
+def waits(*arguments):
+    Path(sys.argv[1] + ".began").touch()
+    time.sleep(100)
+
+cache = Path(sys.argv[1])
+if sys.argv[3] == "merge":
+    shards.seal = waits
+    shards.merge_shards(Path(sys.argv[4]), cache)
+else:
+    sharded.ShardStore._copy = waits
+    PreparedText.open(find_prepared(sys.argv[4], cache), cache).train.tokens[:10]
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("what", ["merge", "copy"])
+def test_nothing_remains_of_a_merge_or_copy_that_was_killed(what, remote, tmp_path):
+    url, folder, _ = remote
+    if what == "merge":
+        shutil.rmtree(folder / "index")
+    process = start(KILLED, tmp_path / "cache", 0, what, folder if what == "merge" else url)
+    wait_for(Path(f"{tmp_path / 'cache'}.began").exists)
+    assert leftovers(tmp_path) != []
+    process.kill()
+    process.communicate()
+    if what == "merge":
+        assert run("tokenize", "--merge", folder) == 0
+        assert len(opened(folder).train) > 0
+    else:
+        found = find_prepared(url, tmp_path / "cache")
+        assert len(PreparedText.open(found, tmp_path / "cache").train.tokens[:10]) == 10
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("fault", ["changed", "missing"])
-def test_a_remote_shard_that_differs_from_the_index_is_an_error(fault, remote, tmp_path):
+def test_a_remote_shard_that_differs_from_the_index_is_an_error(fault, remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded, "RETRIED_AFTER", (0, None))
     url, folder, _ = remote
     for file in folder.glob("shard-*/train/tokens.bin"):
         content = file.read_bytes()
