@@ -432,7 +432,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             ["evaluate", "other-tokenizer", "--data", "text.txt"],
             "exceeds the vocabulary of the model",
         ),
-        "nothing to evaluate": (["evaluate", "MODEL"], "the following arguments are required: --data"),
+        "nothing to evaluate": (["evaluate", "MODEL"], "give either --data, a text to score, or --tasks"),
         "no such text": (["evaluate", "MODEL", "--data", "absent.txt"], "absent.txt: no such file or folder"),
         "a window longer than the model's": (
             ["evaluate", "MODEL", "--data", "text.txt", "--block_size", "9999"],

@@ -29,8 +29,7 @@ from ..errors import MiniGPTError
 from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.card import has_copying
-from ..training.resume import is_model_of
-from ..training.run_folder import RunFolder, read_json, read_log
+from ..training.run_folder import RunFolder, is_model_of, read_json, read_log
 from ..trust import read_metadata
 from .conversion import check_context, check_output, file_name, load_model, sampling_settings, verify
 from .html_document import document

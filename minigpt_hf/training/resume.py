@@ -25,13 +25,12 @@ from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import damage
-from ..trust import read_metadata
 from .arguments import MiniGPTTrainingArguments, Settings
 from .checkpoint import newest_valid, verification_error
 from .initialize import content_hash
 from .lock import LOCK, FolderLock
 from .report import tokens_per_step
-from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, identity_of, read_json, truncate_log
+from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, is_model_of, read_json, truncate_log
 
 logger = logging.getLogger(__name__)
 
@@ -124,24 +123,6 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
     renamed = rename_aside(run.model)
     logger.warning(f"{run.model} is damaged ({fault}); renamed to {renamed.name}, and publishing the model again")
     return False
-
-
-def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether a model was published by the run with this fingerprint."""
-    metadata = read_metadata(model)
-    if "run" in metadata:
-        return metadata["run"] == identity_of(fingerprint)
-    try:  # published by an earlier version, which recorded text, tokenizer and number of steps only
-        validation, steps = metadata["data"]["validation"], fingerprint["max_steps"]
-        published = {
-            "data": metadata["data"]["train"]["fingerprint"],
-            "validation": validation and validation["fingerprint"],
-            "tokenizer": metadata["tokenizer"]["fingerprint"],
-            "max_steps": metadata["training"]["planned_steps"] if steps > 0 else steps,
-        }
-    except (KeyError, TypeError):
-        return False
-    return all(published[name] == fingerprint[name] for name in published)
 
 
 def checkpoint_to_resume(

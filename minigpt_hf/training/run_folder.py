@@ -26,6 +26,7 @@ from typing import Any
 
 from ..atomic import write_files
 from ..errors import MiniGPTError
+from ..trust import read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,24 @@ def identity_of(fingerprint: dict[str, Any]) -> str:
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
+
+
+def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether a model was published by the run with this fingerprint."""
+    metadata = read_metadata(model)
+    if "run" in metadata:
+        return metadata["run"] == identity_of(fingerprint)
+    try:  # published by an earlier version, which recorded text, tokenizer and number of steps only
+        validation, steps = metadata["data"]["validation"], fingerprint["max_steps"]
+        published = {
+            "data": metadata["data"]["train"]["fingerprint"],
+            "validation": validation and validation["fingerprint"],
+            "tokenizer": metadata["tokenizer"]["fingerprint"],
+            "max_steps": metadata["training"]["planned_steps"] if steps > 0 else steps,
+        }
+    except (KeyError, TypeError):
+        return False
+    return all(published[name] == fingerprint[name] for name in published)
 
 
 def truncate_log(file: Path, step: int) -> None:

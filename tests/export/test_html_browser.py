@@ -371,6 +371,8 @@ def test_text_of_a_hostile_folder_never_becomes_markup(browser, run_folder, tmp_
         hostile[part] = {key: ATTACK if isinstance(value, str) else value for key, value in metadata[part].items()}
     (folder / "minigpt.json").write_text(json.dumps({**metadata, **hostile}))
     rows = [{"step": 0, "sample": ATTACK}, {"step": 1, "tokens": 10, "loss": 2.0, ATTACK: ATTACK}]
+    fingerprint = json.loads((run_folder / "fingerprint.json").read_text())
+    (tmp_path / "run" / "fingerprint.json").write_text(json.dumps(fingerprint))
     (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     (file,) = export_html(folder, tmp_path / "out").iterdir()
