@@ -134,6 +134,7 @@ def test_the_package_exports_exactly_its_public_names():
     ]
 
 
+@pytest.mark.slow
 def test_the_wheel_alone_in_a_new_environment_trains(recipe_file, text_file, tmp_path):
     """The wheel is built and installed in a virtual environment with the dependencies of this one."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]

@@ -223,7 +223,7 @@ def test_every_dataset_of_a_mixture_is_linked_and_only_if_it_exists_on_the_hub(r
         assert (f"https://huggingface.co/{base}" in card.text) == bool(linked)
 
 
-@pytest.mark.parametrize("to", ["gguf", "onnx"])
+@pytest.mark.parametrize("to", ["gguf", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_card_of_an_export_names_the_model_on_the_hub_that_was_converted(to, run_folder, hub, tmp_path):
     push_folder(run_folder / "model", "user/tiny")
     snapshot_download("user/tiny", local_dir=tmp_path / "snapshot")

@@ -137,7 +137,14 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
     assert len(metadata["sample"]["texts"]) == 1 and metadata["sample"]["texts"][0].startswith("1 + 1\n")
 
 
-@pytest.mark.parametrize("kind, size", [("bpe", 300), ("characters", None), ("bytes", 260)])
+@pytest.mark.parametrize(
+    "kind, size",
+    [
+        pytest.param("bpe", 300, marks=pytest.mark.slow),
+        pytest.param("characters", None, marks=pytest.mark.slow),
+        ("bytes", 260),
+    ],
+)
 def test_reserved_tokens_are_used_later_without_a_larger_vocabulary(kind, size, recipe_file, text, chats, tmp_path):
     text += "0123456789"  # of the conversations
     (tmp_path / "text.txt").write_text(text)
