@@ -51,6 +51,12 @@ INTERVALS = {
     "seed": "[0, 4294967296)",
 }
 
+# Settings of the loss that exclude others.
+UNSUPPORTED_WITH = {
+    "mtp_loss_weight": ("fsdp", "deepspeed", "label_smoothing_factor"),
+    "logits_chunk_size": ("fsdp", "deepspeed", "label_smoothing_factor", "fp16"),  # gradients would underflow in fp16
+}
+
 
 def check_numbers(settings: Any) -> None:
     """Check that the numbers of a settings dataclass are finite and in their intervals.
@@ -485,12 +491,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
             raise MiniGPTError(
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
             )
-        for name in ("fsdp", "deepspeed", "label_smoothing_factor"):
-            if self.mtp_loss_weight and getattr(self, name):
-                raise MiniGPTError(f"mtp_loss_weight is not supported with {name}: omit one of them")
-        for name in ("fsdp", "deepspeed", "label_smoothing_factor", "fp16"):  # fp16: the gradients are not yet scaled
-            if self.logits_chunk_size and getattr(self, name):
-                raise MiniGPTError(f"logits_chunk_size is not supported with {name}: omit one of them")
+        for setting, others in UNSUPPORTED_WITH.items():
+            for name in others:
+                if getattr(self, setting) and getattr(self, name):
+                    raise MiniGPTError(f"{setting} is not supported with {name}: omit one of them")
         if self.ignore_data_skip:
             raise MiniGPTError(
                 "ignore_data_skip is not supported: the position in the data is computed, so resuming reads no data that "

@@ -26,6 +26,7 @@ from .arguments import (
     ARCHITECTURE_SETTINGS,
     AUTO,
     GROUPS,
+    UNSUPPORTED_WITH,
     MiniGPTTrainingArguments,
     Settings,
     log_on_main_process,
@@ -112,12 +113,9 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
                 f"validation_characters {settings.data.validation_characters}: no effect, all conversations are scored"
             )
             log_on_main_process(training, message)
-    if model.lora_rank and training.mtp_loss_weight:
-        raise MiniGPTError("mtp_loss_weight is not supported with lora_rank, which freezes the model: omit one of them")
-    if model.lora_rank and training.logits_chunk_size:
-        raise MiniGPTError(
-            "logits_chunk_size is not supported with lora_rank, which freezes the head: omit one of them"
-        )
+    for name in UNSUPPORTED_WITH:
+        if model.lora_rank and getattr(training, name):
+            raise MiniGPTError(f"{name} is not supported with lora_rank, which freezes the model: omit one of them")
     if model.lora_rank and training.muon:
         raise MiniGPTError("lora_rank: LoRA is trained with AdamW, not with Muon; add --no_muon, or use --recipe lora")
     settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))

@@ -300,7 +300,7 @@ def measure_step(trainer: Trainer) -> float:
         for _ in range(3):
             began = time.perf_counter()
             with trainer.accelerator.autocast():
-                loss = trainer.model.train()(**batch, use_cache=False).loss
+                loss = trainer.compute_loss(trainer.model.train(), {**batch, "use_cache": False})
             loss.backward()
             loss.item()  # waits for the device
             seconds.append(time.perf_counter() - began)

@@ -368,14 +368,16 @@ class MiniGPTTrainer(Trainer):
             if chunk_size:  # the model computes the logits of the last position only
                 others = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
                 outputs = model(**others, logits_to_keep=1)
-                head = self.model.get_output_embeddings().weight
-                loss = chunked_cross_entropy(outputs.hidden_states[-1], head, labels, scale, chunk_size)
+                states, head = outputs.hidden_states[-1], self.model.get_output_embeddings().weight
+                with self.accelerator.autocast():  # otherwise enabled in the forward pass of the model only
+                    loss = chunked_cross_entropy(states, head, labels, scale, chunk_size)
             else:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             if weight:
-                weight *= 1 - self.state.global_step / self.state.max_steps
+                weight *= 1 - self.state.global_step / max(1, self.state.max_steps)  # 0 before training
                 states = outputs.hidden_states[-1]
-                loss = add_auxiliary_loss(loss, self.model, states, labels, weight, scale, chunk_size)
+                with self.accelerator.autocast():
+                    loss = add_auxiliary_loss(loss, self.model, states, labels, weight, scale, chunk_size)
             return (loss, outputs) if return_outputs else loss
         if self.label_smoother is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_hf.cli import main
+from minigpt_hf.training import trainer
 from minigpt_hf.training.chunked_loss import chunked_cross_entropy
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 
@@ -63,25 +64,56 @@ def test_under_autocast_products_are_rounded_but_the_loss_is_float32():
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that an operation returns."""
+    """Records the largest number of rows, of V elements each, of the tensors that operations return."""
 
-    elements = 0
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = result if isinstance(result, tuple | list) else [result]
-        self.elements = max([self.elements, *(x.numel() for x in tensors if isinstance(x, torch.Tensor))])
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
         return result
 
 
-def test_no_tensor_has_the_size_of_all_logits():
-    states, weight, labels = inputs()
-    with Largest() as largest:
-        chunked_cross_entropy(states, weight, labels, 1.0, 3).backward()
-    assert largest.elements == VOCABULARY * WIDTH  # the weight; the logits of 3 tokens are smaller, those of all larger
-    with Largest() as largest:
-        chunked_cross_entropy(states, weight, labels, 1.0, TOKENS).backward()
-    assert largest.elements == VOCABULARY * TOKENS
+def test_no_tensor_has_the_logits_of_all_tokens():
+    for chunk_size, rows_expected in ((10, 10), (TOKENS, TOKENS)):
+        states, weight, labels = inputs()
+        with Largest(VOCABULARY) as largest:
+            chunked_cross_entropy(states, weight, labels, 1.0, chunk_size).backward()
+        assert largest.rows == max(rows_expected, WIDTH)  # the transposed weight has WIDTH rows
+
+
+@pytest.mark.parametrize("flags", [[], ["--mtp_loss_weight", "0.5"]])
+def test_no_tensor_has_the_logits_of_a_batch_from_the_plan_to_the_end_of_training(recipe, words, tmp_path, flags):
+    """A batch has 4 · 16 tokens; `bytes` has 258."""
+    flags = [*flags, "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    found = []
+    for size in ("7", "0"):
+        with Largest(258) as largest:
+            assert train(recipe, words, tmp_path / size, *flags, "--logits_chunk_size", size) == 0
+        found.append(largest.rows)
+    assert found == [32, 64]  # the transposed head has a row per element of the hidden states
+
+
+@pytest.mark.parametrize("size", ["7", "0"])
+def test_with_bf16_the_heads_run_under_autocast(recipe, words, tmp_path, monkeypatch, size):
+    """Accelerate enables autocast in `forward` of the model only."""
+    dtypes = []
+
+    def recorded(function):
+        def wrapper(*args):
+            dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return function(*args)
+
+        return wrapper
+
+    for name in ("chunked_cross_entropy", "add_auxiliary_loss"):
+        monkeypatch.setattr(trainer, name, recorded(getattr(trainer, name)))
+    assert train(recipe, words, tmp_path / "run", *MTP, "--bf16", "--logits_chunk_size", size, "--max_steps", "2") == 0
+    assert {*dtypes} == {torch.bfloat16}
 
 
 MTP = ["--mtp_loss_weight", "0.5"]

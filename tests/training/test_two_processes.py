@@ -56,14 +56,16 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
-def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, words, tmp_path):
+@pytest.mark.parametrize("chunk_size", ["0", "7"])
+def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, words, tmp_path, chunk_size):
     """Gradients are averaged in another order, so float32 sums differ in their last bits: 1e-5 in a loss of 5.
 
     AdamW without dropout, because Muon rounds to bfloat16 and each process draws other dropout masks.
     """
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    assert train(recipe, words, one, "--per_device_train_batch_size", "4", *PLAIN, *MTP) == 0
-    finish(start(recipe, words, two, *PLAIN, *MTP))
+    flags = [*PLAIN, *MTP, "--logits_chunk_size", chunk_size]
+    assert train(recipe, words, one, "--per_device_train_batch_size", "4", *flags) == 0
+    finish(start(recipe, words, two, *flags))
     assert json.loads((two / "fingerprint.json").read_text())["world_size"] == 2
     assert json.loads((two / "fingerprint.json").read_text())["effective_batch"] == 4
     assert json.loads((two / "fingerprint.json").read_text())["dataloader_drop_last"] is True
@@ -76,7 +78,7 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
 
     # Interrupted after four steps and resumed with two processes: equal bit for bit.
     go_back(two, resumed, 4)
-    assert "resuming from step 4" in finish(start(recipe, words, resumed, *PLAIN, *MTP))
+    assert "resuming from step 4" in finish(start(recipe, words, resumed, *flags))
     assert rows(resumed) == rows(two)
     last = "checkpoint-10"
     for rank in (0, 1):
