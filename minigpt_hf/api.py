@@ -10,19 +10,27 @@ import logging
 import os
 import reprlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import MiniGPTError
+from .errors import MiniGPTError, check_type
+from .training_text import (
+    READING,
+    check_data,
+    has_training_text,
+    is_sharded,
+    read_part,
+    reading_of,
+    recipe_of,
+    training_text,
+    window_characters_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .data.corpus import Corpus
-    from .data.documents import Documents
-    from .data.stream import TokenStream
     from .inference.answers import AnswerScore
     from .inference.copying import CopiedSample, Copying
     from .inference.evaluation import Score
@@ -32,28 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _training = threading.Lock()  # held while this process trains
-SPLITS = ("all", "train", "validation")
-
+SAMPLE_TOKENS = 200  # of a model without a recipe
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
-# Of a model without a recipe: tokens of a sample and of a window, and characters of held-out text to read.
-SAMPLE_TOKENS, BLOCK_SIZE, HELD_OUT_CHARACTERS = 200, 1024, 1_000_000
-# How a text is read, as in `load_corpus`: names and types of the keywords of `evaluate`.
-READING: dict[str, tuple[type, ...]] = {
-    "validation_fraction": (int, float),
-    **dict.fromkeys(("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format"), (str,)),
-    "chat": (bool,),
-    "system": (str,),
-}
-NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(READING)
-# Settings of a model's recipe that `evaluate` uses, and their types.
-EVALUATION_SETTINGS = {
-    ("validation_characters", "block_size", "per_device_eval_batch_size", "max_tokens", "sample_tokens"): int,
-    ("validation_fraction",): int | float,
-    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system", "dedup"): str,
-    ("sample_prompt",): str,
-    ("chat",): bool,
-}
 
 
 @dataclass(frozen=True)
@@ -296,11 +285,14 @@ def score_answers(
     from .data.corpus import public_name
     from .inference.answers import score_answers
     from .publish.model_folder import save_score
+    from .trust import checked_folder
 
-    before = model_files(model)
+    check_type("model", model, str, os.PathLike)
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    before = model_files(folder)
     loaded, tokenizer = load(model, trust_remote_code)
-    documents = read_part(data, split, recipe_of(model), reading)
-    of_training = has_training_text(model, data, split, reading, documents)
+    documents = read_part(data, split, recipe_of(folder), reading)
+    of_training = has_training_text(folder, data, split, reading, documents)
     if of_training:
         logger.warning(
             f"{data}: contains the training text of the model, so the score does not show how it answers new questions"
@@ -310,48 +302,37 @@ def score_answers(
     if save:
         identity: dict[str, Any] = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
         identity |= {"of_training": True} if of_training else {}
-        try:
-            if model_files(model) != before:
-                raise MiniGPTError(f"{model}: was changed while it was scored; run the same command again")
-            save_score(Path(model), {"data": identity, **result[0].to_dict()})
-        except (MiniGPTError, OSError) as error:  # the result of a long computation is returned
-            logger.warning("the score is not saved: %s", error)
-        else:
-            logger.info("saved in minigpt.json and README.md of %s", model)
+        entry = {"data": identity, **result[0].to_dict()}
+        _save(model, before, lambda: save_score(Path(model), entry))
     return result
 
 
-def model_files(model: str | os.PathLike) -> dict[Path, tuple[int, ...]]:
-    """Return the states of the files of a model folder that determine its answers; empty for a Hub id."""
-    from .publish.model_folder import file_states
+def model_files(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Return size, modification time and inode of the files of a model folder, except its metadata and its card."""
+    states = {
+        file.name: file.stat()
+        for file in Path(folder).iterdir()
+        if file.is_file() and not file.name.startswith(".") and file.name not in ("README.md", "minigpt.json")
+    }
+    return {name: (state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states.items()}
 
-    states = file_states(Path(model)) if Path(model).is_dir() else {}
-    return {file: state for file, state in states.items() if file.name not in ("README.md", "minigpt.json")}
 
-
-def has_training_text(
-    model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
-) -> bool:
-    """Whether the conversations to score are, or contain, those that the model was trained on.
+def _save(model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Callable[[], None]) -> None:
+    """Save results in a model folder; log the reason if that is not possible, because the results are returned as well.
 
     Args:
-        documents: The part of `data` to score.
+        before: `model_files` before the model was loaded.
     """
-    from .trust import read_metadata
-
-    try:  # the fingerprint of a token stream begins with that of its documents
-        trained = read_metadata(os.fspath(model))["data"]["train"]["fingerprint"].partition("-")[0]
-    except (AttributeError, KeyError, TypeError):
-        return False
-    if not trained:
-        return False
-    if split == "all":
-        try:
-            if read_part(data, "train", recipe_of(model), reading).fingerprint[: len(trained)] == trained:
-                return True
-        except MiniGPTError:  # there is no such part
-            pass
-    return documents.fingerprint[: len(trained)] == trained
+    try:
+        if not Path(model).is_dir():
+            raise MiniGPTError(f"{model}: is not a local folder")
+        if model_files(model) != before:
+            raise MiniGPTError(f"{model}: was changed during the evaluation; run the same command again")
+        save()
+    except (MiniGPTError, OSError) as error:
+        logger.warning("not saved: %s", error)
+    else:
+        logger.info("saved in minigpt.json and README.md of %s", model)
 
 
 def measure_copying(
@@ -394,7 +375,7 @@ def measure_copying(
     check_type("model", model, str, os.PathLike)
     folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
     recipe = recipe_of(folder)
-    reading = _reading_of(data, recipe, reading)
+    reading = reading_of(data, recipe, reading)
     tokenizer, train, validation = training_text(folder, os.fspath(data), recipe, reading)
     loaded, _ = load(model, trust_remote_code)
     prompts: list[Any] = [recipe.get("sample_prompt") or ""] * samples
@@ -428,7 +409,7 @@ def copied_samples(model: str | os.PathLike, data: str | os.PathLike, **reading:
     if not texts or len(texts) != len(given):
         raise MiniGPTError(f"{model}: its minigpt.json has no samples whose passages could be found in a training text")
     recipe = recipe_of(model)
-    reading = _reading_of(data, recipe, reading)
+    reading = reading_of(data, recipe, reading)
     tokenizer, train, _ = training_text(model, os.fspath(data), recipe, reading)
     samples = [(str(start), str(text)) for start, text in zip(given, texts, strict=True)]
     return copied_samples(tokenizer, samples, train, bool(reading["chat"]))
@@ -469,20 +450,15 @@ def evaluate_tasks(
 
     from .inference.suites import evaluate_tasks
     from .publish.model_folder import save_tasks
+    from .trust import checked_folder
 
-    before = model_files(model)
+    check_type("model", model, str, os.PathLike)
+    before = model_files(checked_folder(os.fspath(model), trust_remote_code))
     loaded, tokenizer = load(model, trust_remote_code)
-    folder = None if task_path is None else Path(task_path)
-    results = evaluate_tasks(loaded, tokenizer, tasks, folder, batch_size or 16)
+    path = None if task_path is None else Path(task_path)
+    results = evaluate_tasks(loaded, tokenizer, tasks, path, batch_size or 16)
     if save:
-        try:
-            if model_files(model) != before:
-                raise MiniGPTError(f"{model}: was changed while it was evaluated; run the same command again")
-            save_tasks(Path(model), [result.to_dict() for result in results])
-        except (MiniGPTError, OSError) as error:  # the results of a long computation are returned
-            logger.warning("the results are not saved: %s", error)
-        else:
-            logger.info("saved in minigpt.json and README.md of %s", model)
+        _save(model, before, lambda: save_tasks(Path(model), [result.to_dict() for result in results]))
     return results
 
 
@@ -534,204 +510,3 @@ def load(
 
     check_type("model", model, str, os.PathLike)
     return load(os.fspath(model), trust_remote_code)
-
-
-def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> str:
-    """Check how a text is to be read, and return its name.
-
-    Args:
-        reading: Settings by name, see `READING`.
-
-    Raises:
-        MiniGPTError: if a value has the wrong type, or there is no such split.
-    """
-    if split not in SPLITS:
-        raise MiniGPTError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
-    if not isinstance(data, str | os.PathLike):
-        raise MiniGPTError(
-            f"data is a {type(data).__name__}: give one string; a mixture is written 'plays:0.7,notes:0.3'"
-        )
-    for name, value in reading.items():
-        check_type(name, value, *READING[name], type(None))
-    return os.fspath(data)
-
-
-def read_part(
-    data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False
-) -> "Documents":
-    """Read a text or conversations and return the part to score.
-
-    Args:
-        split: See `evaluate`.
-        recipe: Of the model; its values apply where `reading` has none.
-        reading: Settings by name, see `READING`.
-        as_shards: Divide the text as if it were tokenized in shards.
-
-    Raises:
-        MiniGPTError: if the text cannot be read, or there is no validation split.
-    """
-    from .data.documents import Mixture
-
-    whole_text = split == "all"
-    # Duplicates affect which documents are held out. They are scored if the entire text is.
-    changes = {"validation_fraction": 0.0} if whole_text else {"dedup": recipe.get("dedup", "none")}
-    corpus = read_corpus(data, recipe, reading | changes, as_shards and not whole_text)
-    whole = corpus.validation if split == "validation" else corpus.train
-    if split == "all" and corpus.unused is not None:
-        whole = Mixture.joined([corpus.train, corpus.unused])
-        logger.info("the separate validation split of the data set is evaluated as well")
-    if whole is None or whole.characters == 0:
-        raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
-    return whole
-
-
-def read_corpus(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False) -> "Corpus":
-    """Read a text or conversations, divided as in the training of a model; for the arguments see `read_part`.
-
-    Raises:
-        MiniGPTError: if the text cannot be read.
-    """
-    from .data.corpus import load_corpus
-    from .data.files import Share
-    from .data.sources import has_split
-
-    values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
-    values = {name: value for name, value in values.items() if value is not None}
-    data_split = values.pop("data_split", None)
-    if reading["data_split"] is None and data_split and not has_split(data, data_split):
-        data_split = None
-    if not values.get("chat") and reading["system"] is None:
-        values.pop("system", None)
-    return load_corpus(data, split=data_split, share=Share(0, 1) if as_shards else None, **values)
-
-
-def _reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Check settings for reading a text, and add those that are not given; `chat` is that of the recipe by default."""
-    if unknown := given.keys() - READING:
-        raise MiniGPTError(f"{min(unknown)} does not apply to verbatim copying: omit it")
-    reading = NOTHING_GIVEN | given
-    check_data(data, "all", reading)
-    return reading | {"chat": recipe.get("chat") if reading["chat"] is None else reading["chat"]}
-
-
-def training_text(
-    model: str | os.PathLike, data: str, recipe: dict[str, Any], reading: dict[str, Any]
-) -> "tuple[PreTrainedTokenizerBase, TokenStream, TokenStream | None]":
-    """Encode a training text as the training of a model did, in the cache; of the same text, the cached streams are used.
-
-    Args:
-        data: The text, or a folder written by `minigpt tokenize`.
-        recipe: Of the model.
-        reading: Settings by name, see `READING`.
-
-    Returns:
-        The tokenizer of the model, the training split, and a sample of the validation split, if there is one. A training
-        split other than that of the model is logged.
-
-    Raises:
-        MiniGPTError: if the text cannot be read, or was prepared with another tokenizer.
-    """
-    from tqdm.auto import tqdm
-
-    from .data.conversations import build_conversation_stream
-    from .data.corpus import CACHE
-    from .data.prepared import PreparedText, find_prepared
-    from .data.stream import build_stream
-    from .data.tokenizer import load_tokenizer, tokenizer_fingerprint
-
-    tokenizer = load_tokenizer(os.fspath(model))
-    if (prepared := find_prepared(data)) is not None:
-        if given := sorted(name for name, value in reading.items() if value is not None and value != recipe.get(name)):
-            raise MiniGPTError(f"{data}: is a prepared text, which stores how it was read: omit {given[0]}")
-        text = PreparedText.open(prepared)
-        if tokenizer_fingerprint(text.tokenizer) != tokenizer_fingerprint(tokenizer):
-            raise MiniGPTError(
-                f"{data}: was prepared with another tokenizer than that of {model}; give the text that the model was "
-                "trained on"
-            )
-        _warn_if_other_text(model, data, text.train)
-        return tokenizer, text.train, text.validation
-    corpus = read_corpus(data, recipe, reading | {"dedup": recipe.get("dedup", "none")}, is_sharded(model))
-    block_size = recipe.get("block_size") or BLOCK_SIZE
-
-    def encode(documents: "Documents", max_tokens: int | None = None) -> "TokenStream":
-        with tqdm(total=documents.characters, desc="tokenizing", unit_scale=True, delay=2, leave=False) as bar:
-            if reading["chat"]:
-                return build_conversation_stream(documents, tokenizer, block_size, CACHE)
-            return build_stream(documents, tokenizer, CACHE, progress=bar.update, max_tokens=max_tokens)
-
-    train = encode(corpus.train, recipe.get("max_tokens"))
-    _warn_if_other_text(model, data, train)
-    if corpus.validation is None:
-        return tokenizer, train, None
-    held_out = corpus.validation
-    if not reading["chat"]:
-        window = max(1, round(block_size * train.characters / max(1, len(train) - len(train.documents))))
-        held_out = held_out.sample(recipe.get("validation_characters") or HELD_OUT_CHARACTERS, window)
-    return tokenizer, train, encode(held_out)
-
-
-def _warn_if_other_text(model: str | os.PathLike, data: str, train: "TokenStream") -> None:
-    """Log if the metadata of a model state another training split."""
-    from .trust import read_metadata
-
-    known: Any = read_metadata(model)
-    for key in ("data", "train", "fingerprint"):
-        known = known.get(key) if isinstance(known, dict) else None
-    if isinstance(known, str) and known != train.fingerprint:
-        logger.warning(
-            "%s: its training split is not the one that %s was trained on, so the figures and passages are those of another "
-            "text",
-            *(data, model),
-        )
-
-
-def check_type(name: str, value: Any, *types: type) -> None:
-    """Check the type of an argument. A bool is not accepted as a number.
-
-    Raises:
-        MiniGPTError: if it has another type.
-    """
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        names = " or ".join({os.PathLike: "path", type(None): "None"}.get(kind, kind.__name__) for kind in types)
-        raise MiniGPTError(f"{name} is {reprlib.repr(value)}: expected {names}")
-
-
-def window_characters_of(model: str | os.PathLike) -> int | None:
-    """Return the window length, in characters, of the validation sample of a model's training; `None` if unknown."""
-    from .trust import read_metadata
-
-    value: Any = read_metadata(model)
-    for key in ("data", "validation", "window_characters"):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def is_sharded(model: str | os.PathLike) -> bool:
-    """Whether a model was trained on merged shards, which are split as in `load_corpus` with a share."""
-    from .trust import read_metadata
-
-    data = read_metadata(model).get("data")
-    return isinstance(data, dict) and bool(data.get("shards"))
-
-
-def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
-    """Return the recipe in `minigpt.json`; empty for models that were not written by this package.
-
-    Raises:
-        MiniGPTError: if it is malformed, or a setting that evaluation uses has the wrong type.
-    """
-    from .trust import read_metadata
-
-    metadata = read_metadata(model)
-    recipe = metadata.get("recipe") if metadata else {}
-    if not isinstance(recipe, dict):
-        raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from its source")
-    for names, kind in EVALUATION_SETTINGS.items():
-        for name in names:
-            value, is_flag = recipe.get(name), kind is bool
-            if value is not None and (isinstance(value, bool) != is_flag or not isinstance(value, kind)):
-                raise MiniGPTError(
-                    f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from its source"
-                )
-    return recipe

@@ -1,10 +1,13 @@
-"""Exceptions that a user can act on.
+"""Exceptions that a user can act on, and the check of the types of arguments.
 
 The command line reports these, and errors of the operating system, in one line; `exit_code` is what it returns. Any other
 exception is a bug and keeps its traceback.
 """
 
+import os
+import reprlib
 import signal
+from typing import Any
 
 
 class MiniGPTError(ValueError):
@@ -59,3 +62,14 @@ class StorageError(TrainingStopped):
     """The run folder was removed, became read-only, or its device fails. `exit_code` is EX_IOERR of sysexits.h."""
 
     exit_code = 74
+
+
+def check_type(name: str, value: Any, *types: type) -> None:
+    """Check the type of an argument. A bool is not accepted as a number.
+
+    Raises:
+        MiniGPTError: if it has another type.
+    """
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = " or ".join({os.PathLike: "path", type(None): "None"}.get(kind, kind.__name__) for kind in types)
+        raise MiniGPTError(f"{name} is {reprlib.repr(value)}: expected {names}")

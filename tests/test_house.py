@@ -29,7 +29,7 @@ EVERYTHING = {
         "export",
         "integrations",
     ),
-    *("doctor", "tasks", "api"),
+    *("doctor", "tasks", "api", "training_text"),
 }
 # Modules and packages that each package may import. All may import `errors`.
 MAY_IMPORT = {
@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "integrations": {"atomic", "data", "publish.model_folder"},
     "doctor": set(),
     "tasks": set(),
+    "training_text": {"data", "trust"},
     "api": EVERYTHING,
     "cli": EVERYTHING | {"__version__"},
     "__init__": {"model", "api"},

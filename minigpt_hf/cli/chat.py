@@ -58,17 +58,19 @@ def run(argv: list[str]) -> None:
 
     from transformers import set_seed
 
-    from ..api import recipe_of
     from ..inference.generation import load
+    from ..training_text import recipe_of
+    from ..trust import checked_folder
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
-    system = recipe_of(args.model).get("system") if args.system is None else args.system
+    folder = checked_folder(args.model, args.trust_remote_code)  # of a Hub id: its cached snapshot
+    system = recipe_of(folder).get("system") if args.system is None else args.system
     if args.web:
         from ..trust import read_metadata
         from .chat_web import serve
 
-        name = read_metadata(args.model).get("name") or args.model
+        name = str(read_metadata(folder).get("name") or args.model)
         host = args.host or "127.0.0.1"
         serve(model, tokenizer, name, system, args.seed, options, host, args.port)
         return

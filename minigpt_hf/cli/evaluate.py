@@ -145,9 +145,11 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
     from .. import api
 
     quiet()
-    if file is not None and not Path(file).exists():  # an error is reported before the answers are generated
-        Path(file).touch()
-        Path(file).unlink()
+    if file is not None:  # an error is reported before the answers are generated
+        is_new = not Path(file).exists()
+        Path(file).open("a", encoding="utf-8").close()
+        if is_new:
+            Path(file).unlink()
     score, rows = api.score_answers(
         **{name: value for name, value in settings.items() if value is not None}, metric=metric, save=save
     )

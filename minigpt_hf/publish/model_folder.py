@@ -180,12 +180,6 @@ def write_metadata(folder: Path, metadata: dict[str, Any], config: MiniGPTConfig
     (folder / "README.md").write_text(render_card(metadata, config), encoding="utf-8")
 
 
-def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """Return size, modification time in nanoseconds and inode of each file that would be uploaded."""
-    states = {file: file.stat() for file in published_files(folder)}
-    return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
-
-
 def save_score(folder: Path, score: dict[str, Any]) -> None:
     """Add a score of generated answers to the metadata and the card of a model folder; see `_save`.
 

@@ -34,7 +34,7 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.native import qwen3_settings
 from ..trust import read_metadata
 from .card import Place, base_model, card_for
-from .model_folder import CODE, OPTIONAL, REQUIRED, file_states, published_files, report_stray_weights
+from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
 from .space import PROGRAM_FILES, Space, space_of
 
 logger = logging.getLogger(__name__)
@@ -322,6 +322,12 @@ def check_revision(revision: str | None) -> None:
         raise MiniGPTError(
             f"the branch {CODE_BRANCH} holds the code and is updated with main: choose another branch, or omit it"
         )
+
+
+def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Return size, modification time in nanoseconds and inode of each file that would be uploaded."""
+    states = {file: file.stat() for file in published_files(folder)}
+    return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
 
 
 def absent_from_hub(metadata: dict[str, Any]) -> frozenset[str]:

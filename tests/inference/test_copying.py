@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import minigpt_hf
+from minigpt_hf import training_text
 from minigpt_hf.cli import main
 from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
 from minigpt_hf.data.conversations import build_conversation_stream
@@ -144,11 +145,11 @@ def test_the_command_measures_what_training_has_recorded(run_folder, text_file, 
 
 def test_a_passage_of_the_training_text_is_recognized(run_folder, text_file, text):
     """Held-out text and training text, given instead of samples."""
-    tokenizer, train, validation = minigpt_hf.api.training_text(
+    tokenizer, train, validation = training_text.training_text(
         run_folder / "model",
         str(text_file),
-        minigpt_hf.api.recipe_of(run_folder / "model"),
-        minigpt_hf.api.NOTHING_GIVEN,
+        training_text.recipe_of(run_folder / "model"),
+        training_text.NOTHING_GIVEN,
     )
     copied = encode_samples(tokenizer, [("", text[3000:4000])])
     copying = measure_copying(tokenizer, copied, train, validation)

@@ -1,5 +1,6 @@
 """Scores of generated answers in the metadata and the card of a model folder."""
 
+import io
 import json
 import shutil
 
@@ -9,8 +10,12 @@ from huggingface_hub import ModelCard
 import minigpt_hf
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.export.native import export_native
 from minigpt_hf.inference import answers
+from minigpt_hf.model.configuration_minigpt import MiniGPTConfig
+from minigpt_hf.publish.card import render_card
+from minigpt_hf.publish.push import push_folder
 
 
 @pytest.fixture
@@ -119,7 +124,7 @@ def test_a_native_twin_names_the_score_and_is_not_changed(folder, questions, cap
     before = content(twin)
     assert evaluate(twin, questions) == 0
     printed = capsys.readouterr()
-    assert "ended by the model" in printed.out and "the score is not saved" in printed.err
+    assert "ended by the model" in printed.out and "not saved: " in printed.err
     assert content(twin) == before
 
 
@@ -167,7 +172,7 @@ def test_a_score_is_not_stored_in_a_folder_whose_weights_were_replaced_meanwhile
     assert evaluate(folder, questions) == 0
     out = capsys.readouterr()
     assert out.out.startswith("exact ")
-    assert f"the score is not saved: {folder}: was changed while it was scored" in out.err
+    assert f"not saved: {folder}: was changed during the evaluation" in out.err
     assert content(folder) == before
 
 
@@ -176,4 +181,45 @@ def test_answers_that_cannot_be_written_are_an_error_before_they_are_generated(f
     assert evaluate(folder, questions, "--answers", str(tmp_path / "missing" / "answers.jsonl")) == 2
     out = capsys.readouterr()
     assert "No such file or directory" in out.err and out.out == ""
+    assert evaluate(folder, questions, "--answers", str(tmp_path)) == 2
+    assert "Is a directory" in capsys.readouterr().err
     assert content(folder) == before
+
+
+def test_a_card_without_that_mark_is_not_marked(folder, questions):
+    """Another program may have written the entry."""
+    assert evaluate(folder, questions) == 0
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["scores"][0]["data"]["of_training"] = False
+    card = render_card(metadata, MiniGPTConfig.from_pretrained(folder))
+    assert "exact match" in card and "contains the training text" not in card
+
+
+def test_a_model_of_the_hub_is_used_with_the_settings_of_its_training(
+    folder, chats, hub, tmp_path, capsys, monkeypatch
+):
+    """Its `minigpt.json` states its training text and system message."""
+    push_folder(folder, "user/sums")
+    assert evaluate("user/sums", chats, "--split", "train") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("exact ") and "contains the training text" in printed.err
+    assert "not saved: user/sums: is not a local folder" in printed.err
+
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["recipe"]["system"] = "Add."
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    push_folder(folder, "user/sums")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"1 + 1\n/save {tmp_path / 'chat.jsonl'}\n"))
+    assert main(["chat", "user/sums", "--max_new_tokens", "4"]) == 0
+    (row,) = map(json.loads, (tmp_path / "chat.jsonl").read_text().splitlines())
+    assert [message["content"] for message in row["messages"][:2]] == ["Add.", "1 + 1"]
+
+
+@pytest.mark.parametrize("model", [5, None, ""])
+def test_a_model_that_is_not_a_name_is_an_error(model, questions):
+    for evaluation in (
+        lambda: minigpt_hf.score_answers(model, questions, "exact"),
+        lambda: minigpt_hf.evaluate_tasks(model, ["blimp"]),
+    ):
+        with pytest.raises(MiniGPTError, match=r"model is|no model can be loaded"):
+            evaluation()

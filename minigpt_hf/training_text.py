@@ -1,0 +1,256 @@
+"""Read a text as the training of a model has read it, to evaluate the model on it or to search it.
+
+`minigpt.json` states how the text was read and divided; arguments take precedence.
+"""
+
+import logging
+import os
+import reprlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import MiniGPTError, check_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .data.corpus import Corpus
+    from .data.documents import Documents
+    from .data.stream import TokenStream
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("all", "train", "validation")
+
+# Of a model without a recipe: tokens of a window, and characters of held-out text to read.
+BLOCK_SIZE, HELD_OUT_CHARACTERS = 1024, 1_000_000
+# How a text is read, as in `load_corpus`: names and types of the keywords of `evaluate`.
+READING: dict[str, tuple[type, ...]] = {
+    "validation_fraction": (int, float),
+    **dict.fromkeys(("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format"), (str,)),
+    "chat": (bool,),
+    "system": (str,),
+}
+NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(READING)
+# Settings of a model's recipe that `evaluate` uses, and their types.
+EVALUATION_SETTINGS = {
+    ("validation_characters", "block_size", "per_device_eval_batch_size", "max_tokens", "sample_tokens"): int,
+    ("validation_fraction",): int | float,
+    ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system", "dedup"): str,
+    ("sample_prompt",): str,
+    ("chat",): bool,
+}
+
+
+def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> str:
+    """Check how a text is to be read, and return its name.
+
+    Args:
+        reading: Settings by name, see `READING`.
+
+    Raises:
+        MiniGPTError: if a value has the wrong type, or there is no such split.
+    """
+    if split not in SPLITS:
+        raise MiniGPTError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
+    if not isinstance(data, str | os.PathLike):
+        raise MiniGPTError(
+            f"data is a {type(data).__name__}: give one string; a mixture is written 'plays:0.7,notes:0.3'"
+        )
+    for name, value in reading.items():
+        check_type(name, value, *READING[name], type(None))
+    return os.fspath(data)
+
+
+def read_part(
+    data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False
+) -> "Documents":
+    """Read a text or conversations and return the part to score.
+
+    Args:
+        split: See `evaluate`.
+        recipe: Of the model; its values apply where `reading` has none.
+        reading: Settings by name, see `READING`.
+        as_shards: Divide the text as if it were tokenized in shards.
+
+    Raises:
+        MiniGPTError: if the text cannot be read, or there is no validation split.
+    """
+    from .data.documents import Mixture
+
+    whole_text = split == "all"
+    # Duplicates affect which documents are held out. They are scored if the entire text is.
+    changes = {"validation_fraction": 0.0} if whole_text else {"dedup": recipe.get("dedup", "none")}
+    corpus = read_divided(data, recipe, reading | changes, as_shards and not whole_text)
+    whole = corpus.validation if split == "validation" else corpus.train
+    if split == "all" and corpus.unused is not None:
+        whole = Mixture.joined([corpus.train, corpus.unused])
+        logger.info("the separate validation split of the data set is evaluated as well")
+    if whole is None or whole.characters == 0:
+        raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
+    return whole
+
+
+def read_divided(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False) -> "Corpus":
+    """Read a text or conversations, divided as in the training of a model; for the arguments see `read_part`.
+
+    Raises:
+        MiniGPTError: if the text cannot be read.
+    """
+    from .data.corpus import load_corpus
+    from .data.files import Share
+    from .data.sources import has_split
+
+    values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    data_split = values.pop("data_split", None)
+    if reading["data_split"] is None and data_split and not has_split(data, data_split):
+        data_split = None
+    if not values.get("chat") and reading["system"] is None:
+        values.pop("system", None)
+    return load_corpus(data, split=data_split, share=Share(0, 1) if as_shards else None, **values)
+
+
+def reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Check settings for reading a text, and add those that are not given; `chat` is that of the recipe by default."""
+    if unknown := given.keys() - READING:
+        raise MiniGPTError(f"{min(unknown)} does not apply to verbatim copying: omit it")
+    reading = NOTHING_GIVEN | given
+    check_data(data, "all", reading)
+    return reading | {"chat": recipe.get("chat") if reading["chat"] is None else reading["chat"]}
+
+
+def training_text(
+    model: str | os.PathLike, data: str, recipe: dict[str, Any], reading: dict[str, Any]
+) -> "tuple[PreTrainedTokenizerBase, TokenStream, TokenStream | None]":
+    """Encode a training text as the training of a model did, in the cache; of the same text, the cached streams are used.
+
+    Args:
+        data: The text, or a folder written by `minigpt tokenize`.
+        recipe: Of the model.
+        reading: Settings by name, see `READING`.
+
+    Returns:
+        The tokenizer of the model, the training split, and a sample of the validation split, if there is one. A training
+        split other than that of the model is logged.
+
+    Raises:
+        MiniGPTError: if the text cannot be read, or was prepared with another tokenizer.
+    """
+    from tqdm.auto import tqdm
+
+    from .data.conversations import build_conversation_stream
+    from .data.corpus import CACHE
+    from .data.prepared import PreparedText, find_prepared
+    from .data.stream import build_stream
+    from .data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(os.fspath(model))
+    if (prepared := find_prepared(data)) is not None:
+        if given := sorted(name for name, value in reading.items() if value is not None and value != recipe.get(name)):
+            raise MiniGPTError(f"{data}: is a prepared text, which stores how it was read: omit {given[0]}")
+        text = PreparedText.open(prepared)
+        if tokenizer_fingerprint(text.tokenizer) != tokenizer_fingerprint(tokenizer):
+            raise MiniGPTError(
+                f"{data}: was prepared with another tokenizer than that of {model}; give the text that the model was "
+                "trained on"
+            )
+        _warn_if_other_text(model, data, text.train)
+        return tokenizer, text.train, text.validation
+    corpus = read_divided(data, recipe, reading | {"dedup": recipe.get("dedup", "none")}, is_sharded(model))
+    block_size = recipe.get("block_size") or BLOCK_SIZE
+
+    def encode(documents: "Documents", max_tokens: int | None = None) -> "TokenStream":
+        with tqdm(total=documents.characters, desc="tokenizing", unit_scale=True, delay=2, leave=False) as bar:
+            if reading["chat"]:
+                return build_conversation_stream(documents, tokenizer, block_size, CACHE)
+            return build_stream(documents, tokenizer, CACHE, progress=bar.update, max_tokens=max_tokens)
+
+    train = encode(corpus.train, recipe.get("max_tokens"))
+    _warn_if_other_text(model, data, train)
+    if corpus.validation is None:
+        return tokenizer, train, None
+    held_out = corpus.validation
+    if not reading["chat"]:
+        window = max(1, round(block_size * train.characters / max(1, len(train) - len(train.documents))))
+        held_out = held_out.sample(recipe.get("validation_characters") or HELD_OUT_CHARACTERS, window)
+    return tokenizer, train, encode(held_out)
+
+
+def _warn_if_other_text(model: str | os.PathLike, data: str, train: "TokenStream") -> None:
+    """Log if the metadata of a model state another training split."""
+    from .trust import read_metadata
+
+    known: Any = read_metadata(model)
+    for key in ("data", "train", "fingerprint"):
+        known = known.get(key) if isinstance(known, dict) else None
+    if isinstance(known, str) and known != train.fingerprint:
+        logger.warning(
+            "%s: its training split is not the one that %s was trained on, so the figures and passages are those of another "
+            "text",
+            *(data, model),
+        )
+
+
+def window_characters_of(model: str | os.PathLike) -> int | None:
+    """Return the window length, in characters, of the validation sample of a model's training; `None` if unknown."""
+    from .trust import read_metadata
+
+    value: Any = read_metadata(model)
+    for key in ("data", "validation", "window_characters"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def is_sharded(model: str | os.PathLike) -> bool:
+    """Whether a model was trained on merged shards, which are split as in `load_corpus` with a share."""
+    from .trust import read_metadata
+
+    data = read_metadata(model).get("data")
+    return isinstance(data, dict) and bool(data.get("shards"))
+
+
+def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
+    """Return the recipe in `minigpt.json`; empty for models that were not written by this package.
+
+    Raises:
+        MiniGPTError: if it is malformed, or a setting that evaluation uses has the wrong type.
+    """
+    from .trust import read_metadata
+
+    metadata = read_metadata(model)
+    recipe = metadata.get("recipe") if metadata else {}
+    if not isinstance(recipe, dict):
+        raise MiniGPTError(f"{model}: minigpt.json has no `recipe`; restore it from its source")
+    for names, kind in EVALUATION_SETTINGS.items():
+        for name in names:
+            value, is_flag = recipe.get(name), kind is bool
+            if value is not None and (isinstance(value, bool) != is_flag or not isinstance(value, kind)):
+                raise MiniGPTError(
+                    f"{model}: minigpt.json has {name} {reprlib.repr(value)}; restore it from its source"
+                )
+    return recipe
+
+
+def has_training_text(
+    model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
+) -> bool:
+    """Whether the conversations to score are, or contain, those that the model was trained on.
+
+    Args:
+        documents: The part of `data` to score.
+    """
+    from .trust import read_metadata
+
+    try:  # the fingerprint of a token stream begins with that of its documents
+        trained = read_metadata(os.fspath(model))["data"]["train"]["fingerprint"].partition("-")[0]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    if not trained:
+        return False
+    if split == "all":
+        try:
+            if read_part(data, "train", recipe_of(model), reading).fingerprint[: len(trained)] == trained:
+                return True
+        except MiniGPTError:  # there is no such part
+            pass
+    return documents.fingerprint[: len(trained)] == trained
