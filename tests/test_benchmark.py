@@ -19,7 +19,7 @@ from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
 from minigpt_hf.data.conversations import messages_of
 from minigpt_hf.data.stream import TokenStream
-from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer
 from tests.conftest import random_ids, tiny_model
 
 
@@ -212,6 +212,10 @@ def test_the_data_benchmark_tokenizes_the_same_text_in_every_case(tmp_path, monk
         assert tokens[name] == size + files  # bytes, and the token before each document
     theirs = data.run_clm(tmp_path, tmp_path / "cache", "one file", byte_tokenizer(), 1)
     assert size - 2 * data.BLOCK_SIZE < theirs <= size
+    byte_level_bpe([lines[0]], 300).save_pretrained(tmp_path / "tokenizers" / "bpe")
+    one, two = (data.shards(tmp_path, tmp_path / str(count), "files", None, count) for count in (1, 2))
+    assert one == two > 8
+    assert not any("," in name for name in data.CASES)  # `--cases` is separated by commas
 
 
 def test_ratios_of_the_data_benchmark_are_those_within_a_round():

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 from filelock import FileLock
 
-from ..atomic import remove_abandoned, temporary_directory
+from ..atomic import remove_abandoned, sha256, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
 from .array_file import ArrayFile
 
@@ -97,6 +97,9 @@ class ShardStore:
     files: dict[str, dict]
     cache: Path | None = None
     max_bytes: int = 0
+    verified: set[str] = field(
+        default_factory=set, init=False, compare=False
+    )  # copies whose content this process has read
 
     def max_open(self) -> int:
         """Number of files to keep open: those that were removed from the cache occupy space while they are open."""
@@ -117,7 +120,7 @@ class ShardStore:
         target = self.cache / str(entry["sha256"])
         self.cache.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache / ".lock"):  # one process copies, and those that need the same file wait
-            if target.is_file() and target.stat().st_size == entry["size"]:
+            if target.is_file() and self._is_intact(target, entry):
                 os.utime(target)  # the least recently used files are removed first
                 return target
             remove_abandoned(self.cache)
@@ -125,7 +128,17 @@ class ShardStore:
             with temporary_directory(self.cache) as temporary:
                 self._copy(name, entry, temporary / "file")
                 (temporary / "file").replace(target)
+            self.verified.add(target.name)
         return target
+
+    def _is_intact(self, copy: Path, entry: dict) -> bool:
+        """Verify a copy of an earlier process by its content, once."""
+        if copy.name not in self.verified:
+            if copy.stat().st_size != entry["size"] or sha256(copy) != entry["sha256"]:
+                logger.warning("%s: differs from the index and is copied again", copy)
+                return False
+            self.verified.add(copy.name)
+        return copy.stat().st_size == entry["size"]
 
     def _make_room(self, cache: Path, size: int) -> None:
         files = sorted((path for path in cache.iterdir() if path.is_file() and path.name != ".lock"), key=_used)

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,26 @@ def start(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -> 
     return len(prepared.train)
 
 
+def shards(root: Path, cache: Path, text: str, tokenizer: Any, processes: int) -> int:
+    """Tokenize as `minigpt tokenize --shard` does, each shard in a process with one thread. Returns the number of tokens."""
+    from minigpt_hf.data.files import Share
+    from minigpt_hf.training.arguments import DataArguments
+    from minigpt_hf.training.train import prepare_shard
+
+    settings = {"validation_fraction": 0.0, "cache_dir": str(cache), "num_proc": 1}
+    data = DataArguments(data=str(root / text), tokenizer=str(root / "tokenizers" / "bpe"), **settings)
+    fork = get_context("fork")  # imports are not measured
+    started = [
+        fork.Process(target=prepare_shard, args=(data, Share(i, processes), cache / "shards")) for i in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+    return sum(file.stat().st_size for file in (cache / "shards").rglob("tokens.bin")) // 2  # uint16
+
+
 def run_clm(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -> int:
     """Tokenize as `run_clm.py` does, with two passes of `map`. Returns the number of tokens."""
     from itertools import chain
@@ -196,12 +217,14 @@ def run_clm(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -
     return len(tokens.map(group, batched=True)) * BLOCK_SIZE
 
 
-# Name -> (function, text, tokenizer, number of threads). Cases run in this order.
+# Name -> (function, text, tokenizer, number of threads or processes). Cases run in this order.
 CASES: dict[str, tuple[Callable[[Path, Path, str, Any, int], int], str, str, int]] = {
     "run_clm": (run_clm, "one file", "bpe", 1),
     "one file": (stream_of, "one file", "bpe", 1),
-    "one file, 2 threads": (stream_of, "one file", "bpe", 2),
+    "2 threads": (stream_of, "one file", "bpe", 2),
     "5 kB files": (stream_of, "5 kB files", "bpe", 1),
+    "one shard": (shards, "5 kB files", "bpe", 1),
+    "2 shards": (shards, "5 kB files", "bpe", 2),
     "1 kB files": (stream_of, "1 kB files", "bpe", 1),
     "one line": (stream_of, "one line", "bpe", 1),
     "characters": (stream_of, "one file", "characters", 1),
@@ -218,6 +241,7 @@ def main() -> None:
 
     from minigpt_hf.cli.parser import quiet
     from minigpt_hf.data import prepared  # noqa: F401 (imports are not measured)
+    from minigpt_hf.training import train  # noqa: F401
 
     quiet()
     name, root = sys.argv[1], Path(sys.argv[2])

@@ -458,6 +458,22 @@ def test_a_remote_shard_that_differs_from_the_index_is_an_error(fault, remote, t
     assert leftovers(tmp_path) == []
 
 
+def test_a_damaged_copy_of_a_remote_shard_is_copied_again(remote, tmp_path, caplog):
+    """Its size is unchanged. Another process verifies the content of a copy once."""
+    url, _, _ = remote
+    cache = tmp_path / "cache"
+
+    def first_tokens() -> list[int]:
+        return PreparedText.open(find_prepared(url, cache), cache).train.tokens[:100].tolist()
+
+    expected = first_tokens()
+    for copy in (cache / "shards").iterdir():
+        if copy.name != ".lock":
+            copy.write_bytes(bytes(copy.stat().st_size))
+    assert first_tokens() == expected
+    assert "differs from the index and is copied again" in caplog.text
+
+
 def test_a_remote_shard_is_copied_once_and_the_least_recently_used_is_removed(remote, tmp_path):
     url, folder, requested = remote
     found = find_prepared(url, tmp_path / "cache")
