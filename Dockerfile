@@ -1,11 +1,12 @@
 # minigpt on CPU. The current folder of the host is the working directory:
 #
-#     docker build --tag minigpt .
+#     docker build --build-arg PIP_EXTRA_INDEX_URL=URL --tag minigpt .
 #     docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" minigpt train --data notes.txt
 FROM python:3.12-slim-bookworm
 
-# The CPU build of torch; the default build contains CUDA and is ten times as large.
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+# URL: PyTorch's index of CPU builds. Without it, the default build is installed, which contains CUDA and is ten times as large.
+ARG PIP_EXTRA_INDEX_URL
+RUN pip install --no-cache-dir torch==2.13.0
 
 COPY constraints.txt pyproject.toml README.md LICENSE model_card.md minigpt_cli.py /src/
 COPY minigpt_hf /src/minigpt_hf

@@ -23,7 +23,7 @@ from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.optimizer import optimizer_factory
 from minigpt_hf.training.recipe import parse_arguments
 from minigpt_hf.training.schedule import learning_rate_schedule
-from minigpt_hf.training.train import prepare_text
+from minigpt_hf.training.text import prepare_text
 
 
 def train(arguments: Settings) -> list[float]:

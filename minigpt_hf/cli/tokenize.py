@@ -49,7 +49,7 @@ def run(argv: list[str]) -> None:
     from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
     from ..training.run_folder import RunFolder
-    from ..training.train import prepare_shard, prepare_text
+    from ..training.text import prepare_shard, prepare_text
 
     recipe, rest = split_recipe(argv)
     share = None if sharing.shard is None else Share.parse(sharing.shard)

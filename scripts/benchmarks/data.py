@@ -180,7 +180,7 @@ def shards(root: Path, cache: Path, text: str, tokenizer: Any, processes: int) -
     """Tokenize as `minigpt tokenize --shard` does, each shard in a process with one thread. Returns the number of tokens."""
     from minigpt_hf.data.files import Share
     from minigpt_hf.training.arguments import DataArguments
-    from minigpt_hf.training.train import prepare_shard
+    from minigpt_hf.training.text import prepare_shard
 
     settings = {"validation_fraction": 0.0, "cache_dir": str(cache), "num_proc": 1}
     data = DataArguments(data=str(root / text), tokenizer=str(root / "tokenizers" / "bpe"), **settings)
@@ -241,7 +241,7 @@ def main() -> None:
 
     from minigpt_hf.cli.parser import quiet
     from minigpt_hf.data import prepared  # noqa: F401 (imports are not measured)
-    from minigpt_hf.training import train  # noqa: F401
+    from minigpt_hf.training.text import prepare_shard  # noqa: F401
 
     quiet()
     name, root = sys.argv[1], Path(sys.argv[2])

@@ -16,7 +16,7 @@ from minigpt_hf.inference.evaluation import score_documents
 from minigpt_hf.training.arguments import Settings
 from minigpt_hf.training.initialize import build_config, build_model
 from minigpt_hf.training.recipe import parse_arguments
-from minigpt_hf.training.train import prepare_text
+from minigpt_hf.training.text import prepare_text
 
 QUIET = ("--output_dir", "unused", "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "1000000")
 

@@ -25,7 +25,7 @@ from minigpt_hf.training.scaling import (
     learning_rates,
     vocabulary_for,
 )
-from minigpt_hf.training.train import prepare_text
+from minigpt_hf.training.text import prepare_text
 from tests.conftest import SHAKESPEARE
 from tests.training.conftest import go_back
 

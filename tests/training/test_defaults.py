@@ -42,7 +42,7 @@ from minigpt_hf.training.scaling import (
     typical_layers,
     vocabulary_for_text,
 )
-from minigpt_hf.training.train import prepare_text
+from minigpt_hf.training.text import prepare_text
 
 LETTER = "Liebe Grete, ich schreibe dir aus Köln.\nDer Rhein steht hoch, und die Glocken läuten früh.\n"
 SHORT = {"max_steps": 2, "sample_tokens": 2, "use_cpu": True}

@@ -202,10 +202,10 @@ EXPLODES = """
 import json, os, sys
 from pathlib import Path
 from minigpt_hf.cli import main
-from minigpt_hf.training import train
+from minigpt_hf.training import text
 from minigpt_hf.training.trainer import MiniGPTTrainer
 
-train.MAX_CHARACTERS_TO_TOKENIZE = 900
+text.MAX_CHARACTERS_TO_TOKENIZE = 900
 rank, real = os.environ["RANK"], MiniGPTTrainer.compute_loss
 
 def compute_loss(self, *args, **kwargs):
