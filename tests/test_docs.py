@@ -76,6 +76,7 @@ def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, 
     assert run_in_order(commands(README), capsys) >= 9
 
 
+@pytest.mark.slow
 def test_every_command_of_your_own_text_runs_in_order(text, tmp_path, monkeypatch, capsys):
     """With small files of each kind of text, and small models."""
     monkeypatch.chdir(tmp_path)

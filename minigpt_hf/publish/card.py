@@ -1,5 +1,6 @@
 """Render the model card (`README.md`) from the metadata in `minigpt.json` and the template `model_card.md`."""
 
+import functools
 import json
 import re
 import shlex
@@ -66,13 +67,9 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
     Raises:
         jinja2.UndefinedError: if the template uses a value that `metadata` lacks.
     """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
-    environment.filters["score"] = score_value
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     place = place or Place(native="/" in metadata["name"])
     return (
-        template.render(
+        _template().render(
             card_data=card_data(metadata, place.absent).to_yaml(),
             config=config,
             location=location(metadata["name"]),
@@ -92,6 +89,14 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
         )
         + "\n"
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
+    environment.filters["score"] = score_value
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def card_for(folder: Path, place: Place, name: str | None = None) -> str:

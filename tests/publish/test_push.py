@@ -20,8 +20,8 @@ from minigpt_hf.data.tokenizer import tokenizer_fingerprint
 from minigpt_hf.model.native import qwen3_settings
 from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files
 from minigpt_hf.publish.push import file_states, push_folder
-from tests.conftest import random_ids, tiny_model
-from tests.hub_server import TOKEN
+from tests.conftest import random_ids, representative, tiny_model
+from tests.hub_server import TOKEN, retry_without_pauses
 
 FOLDER = {*REQUIRED, "figures/loss.png", "figures/training.png"}  # in the branch `minigpt`
 MODEL = FOLDER - {*CODE}  # in `main`
@@ -29,8 +29,7 @@ MODEL = FOLDER - {*CODE}  # in `main`
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    """huggingface_hub retries five times over 23 seconds; the tests do so without pauses."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    retry_without_pauses(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +124,7 @@ print("all loaded")
 """
 
 
+@pytest.mark.slow
 def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub, tmp_path, capsys):
     folder = run_folder / "model"
     assert push(capsys, folder, "--repo-id", "user/tiny", "--revision", "old")[0] == 0
@@ -364,7 +364,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", representative(FAULTS, "401 to all", "412 at the commit", "500 in the storage", "answer lost")
+)
 def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retry_succeeds(
     fault, run_folder, hub, tmp_path, capsys
 ):
