@@ -49,11 +49,13 @@ class Place:
         native: `main` of a repository or a native export, which load without the code of a model folder.
         absent: Hub ids of datasets and models that do not exist on the Hub, and are not linked.
         space: Hub id of the Space that demonstrates the model.
+        revision: Branch of the repository; None: `main`.
     """
 
     native: bool = False
     absent: frozenset[str] = frozenset()
     space: str | None = None
+    revision: str | None = None
 
 
 def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | None = None) -> str:
@@ -75,10 +77,12 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             location=location(metadata["name"]),
             native=place.native,
             space=place.space,
+            revision=place.revision,
             is_fine_tuned=is_fine_tuned(metadata),
             base_model=base_model(metadata, place.absent),
             emissions=emissions(metadata),
             has_copying=has_copying(metadata),
+            has_changed_data=has_changed_data(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -205,8 +209,15 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
     )
 
 
+def has_changed_data(metadata: dict[str, Any]) -> bool:
+    """Whether the training text was changed during training: the earlier one may contain the text that is scored."""
+    return any(change["setting"] == "data" for change in metadata["training"].get("changes", []))
+
+
 def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:
-    """Return the validation score in the schema of the Hub; empty if there is none."""
+    """Return the validation score in the schema of the Hub; empty if there is none, or it is not one of unseen text."""
+    if has_changed_data(metadata):
+        return []
     data, results = metadata["data"], metadata["results"]
     conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
     return [

@@ -42,6 +42,7 @@ class TrainingResult:
         run: Identity of the run, see `identity_of`.
         parameters: Number of parameters of the published model.
         steps, skipped_steps, planned_steps: Optimizer steps.
+        changes: Settings that were changed when the run was resumed; see `changes_since`.
         seconds: Training time, over all starts of the run.
         evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
         prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
@@ -55,6 +56,7 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     planned_steps: int
+    changes: list[dict[str, Any]]
     tokens_per_epoch: int
     seconds: float
     evaluation: dict[str, Any] | None
@@ -82,6 +84,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
+        changes=trainer.changes,
         tokens_per_epoch=trainer.train_dataset.tokens_per_epoch,
         seconds=progress.seconds,
         evaluation=_evaluation_of_weights(trainer, finished is not None),
@@ -152,6 +155,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "steps": result.steps,
             "skipped_steps": result.skipped_steps,
             "planned_steps": result.planned_steps,
+            "changes": result.changes,
             "tokens_per_step": step,
             "tokens": result.steps * step,
             "epochs": result.steps * step / result.tokens_per_epoch,

@@ -59,6 +59,7 @@ from .checkpoint import (
 from .chunked_loss import chunked_cross_entropy
 from .optimizer import optimizer_factory
 from .report import describe, training_result
+from .resume import changes_since
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
 from .safeguards import LossGuard, advice, check_weights, no_space
 from .schedule import learning_rate_schedule
@@ -115,6 +116,7 @@ class MiniGPTTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `ProgressLogger` replaces it
         self.fingerprint = fingerprint or {}
+        self.changes: list[dict[str, Any]] = []  # of settings, when the run was resumed
         self.settings, self.text = settings, text
         self.progress = next((each for each in callbacks if isinstance(each, ProgressLogger)), None)
         self.samples = next((each for each in callbacks if isinstance(each, SampleLogger)), None)
@@ -182,11 +184,19 @@ class MiniGPTTrainer(Trainer):
                 if (new := getattr(self.state, name)) != saved[name]:
                     logger.info(f"{name} was {saved[name]} and is {new} from this step on")
             self._find_best_checkpoint()
+            self.changes = changes_since(self.resumed_from, self.fingerprint, self.state.global_step)
             if self.announced_step not in (None, self.state.global_step):
                 raise MiniGPTError(
                     f"{self.resumed_from}: was saved at step {self.announced_step}, but loaded at step "
                     f"{self.state.global_step}: it was changed in the meantime; run the same command again"
                 )
+        if self.state.global_step > max_steps:
+            epochs_given = f"num_train_epochs {self.args.num_train_epochs:g}, "
+            cause = f"{'' if self.args.max_steps > 0 else epochs_given}max_steps"
+            logger.warning(
+                f"{cause} {max_steps}: the run has already taken {self.state.global_step} steps; its model is published "
+                "without further training"
+            )
         self.block_sampler.num_skipped = batches * self._train_batch_size * self.args.world_size
         self.steps_logged = self.state.global_step
         # After the last step no epoch is left; `_run_epoch` must be called once nevertheless.
@@ -289,12 +299,14 @@ class MiniGPTTrainer(Trainer):
             "logged_step": self._globalstep_last_logged,
             "skipped_steps": self.guard.skipped_steps,
             "skipped_since_log": self.guard.skipped_since_log,
+            "changes": self.changes,
         }
 
     def _restore_totals(self) -> None:
         if self.resumed_from is None or not (totals := self.state.stateful_callbacks.get(TOTALS)):
             return
         values = totals["attributes"]
+        self.changes = [*values.get("changes", []), *self.changes]
         losses = values["loss_since_log"]
         same_world_size = len(losses) == self.args.world_size  # otherwise each rank takes the mean, which is logged
         loss = losses[self.args.process_index] if same_world_size else sum(losses) / len(losses)

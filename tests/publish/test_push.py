@@ -416,6 +416,53 @@ def test_a_concurrent_commit_is_not_overwritten(run_folder, hub, monkeypatch):
     assert set(uploaded(hub, "user/tiny")) == {"notes.txt"}
 
 
+def test_of_two_concurrent_pushes_one_fails_so_that_both_branches_hold_one_model(
+    run_folder, hub, tmp_path, capsys, monkeypatch
+):
+    """The second push is complete between the two commits of the first one."""
+    from huggingface_hub import HfApi
+
+    other = tmp_path / "model"
+    shutil.copytree(run_folder / "model", other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(other)
+    create, urls = HfApi.create_commit, []
+
+    def create_and_meanwhile(self, *args, **kwargs):
+        result = create(self, *args, **kwargs)
+        if not urls:
+            urls.append("in progress")
+            urls[:] = push_folder(other, "user/tiny")
+        return result
+
+    push_folder(run_folder / "model", "user/tiny")  # both branches exist
+    monkeypatch.setattr(HfApi, "create_commit", create_and_meanwhile)
+    changed = tmp_path / "changed"
+    shutil.copytree(run_folder / "model", changed)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(changed)
+    code, _, err = push(capsys, changed, "--repo-id", "user/tiny")
+    assert code == 2
+    assert re.match(r"minigpt push: user/tiny: the Hub answered 412 .*try again", err.splitlines()[-1])
+    weights = [hub.files("user/tiny", branch)["model.safetensors"] for branch in ("main", "minigpt")]
+    assert weights == [(other / "model.safetensors").read_bytes()] * 2
+
+
+def test_the_card_of_another_branch_loads_that_branch(run_folder, hub, tmp_path, capsys):
+    """The repository has another model in `main`, and no other branch."""
+    hub.put("user/tiny", {"config.json": b"{}"})
+    assert push(capsys, run_folder / "model", "--repo-id", "user/tiny", "--revision", "v2")[0] == 0
+    card = hub.files("user/tiny", "v2")["README.md"].decode()
+    assert "minigpt`]" not in card and "blob/minigpt" not in card
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    loaded, expected = names["generator"].model.state_dict(), load_file(run_folder / "model" / "model.safetensors")
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    assert "hf download user/tiny --revision v2 --local-dir tiny\nminigpt generate tiny" in card
+
+
 # -- during training ----------------------------------------------------------------------------------------------------
 
 

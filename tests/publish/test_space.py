@@ -106,6 +106,15 @@ def test_a_model_that_does_not_fit_into_a_page_gets_a_program(push, hub, with_te
     assert titles(hub, "user/tiny") == ["Upload demo", "initial commit"]
 
 
+def test_the_program_of_another_branch_loads_that_branch(push, hub, with_template):
+    assert push("--space", "--revision", "v2", folder=with_template)[0] == 0
+    program = demo(hub)["app.py"].decode()
+    assert program.count('\nMODEL = "user/tiny"\nREVISION = "v2"\n') == 1
+    assert "https://huggingface.co/user/tiny/tree/v2" in SpaceCard.load("user/tiny").text
+    assert push()[0] == 0  # the Space demonstrates another branch; the card of `main` must not say that it is its demo
+    assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
+
+
 @pytest.mark.parametrize(("bytes_per_parameter", "files"), [(1.9, PROGRAM), (2.1, PAGE)])
 def test_the_page_needs_weights_below_the_limit_in_float16(
     bytes_per_parameter, files, push, hub, run_folder, monkeypatch

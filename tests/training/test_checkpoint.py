@@ -423,7 +423,6 @@ CHANGES = {
     "warmup_steps": ["--warmup_steps", "3"],
     "max_steps": ["--max_steps", "9"],
     "seed": ["--seed", "7"],
-    "effective_batch": ["--gradient_accumulation_steps", "2"],
     "config.attention_dropout": ["--attention_dropout", "0.2"],
     "config.embedding_dropout": ["--embedding_dropout", "0.2"],
     "config.residual_dropout": ["--residual_dropout", "0.2"],
@@ -433,7 +432,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     "name",
-    representative(CHANGES, "learning_rate", "muon_beta2", "max_steps", "effective_batch", "config.attention_dropout"),
+    representative(CHANGES, "learning_rate", "muon_beta2", "max_steps", "config.attention_dropout"),
 )
 def test_a_changed_setting_is_rejected_by_name_or_applied(name, recipe, words, finished, tmp_path, capsys):
     folder, flags = tmp_path / "run", CHANGES[name]
