@@ -141,7 +141,11 @@ class MiniGPTTrainer(Trainer):
         loader = super().get_train_dataloader()
         if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
             sampler = self.block_sampler
-            sampler.batch_size, sampler.rank, sampler.num_ranks = shard.batch_size, shard.process_index, shard.num_processes
+            sampler.batch_size, sampler.rank, sampler.num_ranks = (
+                shard.batch_size,
+                shard.process_index,
+                shard.num_processes,
+            )
             shard.process_index, shard.num_processes = 0, 1  # passes the batches of this rank on
         torch_loader = loader.base_dataloader  # accelerate's data loader iterates over this one
         if self.args.dataloader_num_workers:

@@ -220,12 +220,12 @@ def exact_image(position: int, size: int, keys: list[int], inverse: bool = False
 @settings(max_examples=200, deadline=None)
 @given(size=sizes, seed=st.integers(0, 99), data=st.data())
 def test_the_order_of_any_number_of_sequences_has_an_inverse_and_no_overflow(size, seed, data):
-    positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)) + [0, size - 1]
+    positions = [0, size - 1, *data.draw(st.lists(st.integers(0, size - 1), max_size=20))]
     keys = permutation_keys(seed, 0)
     images = permute(np.array(positions), size, keys).tolist()
     assert images == [exact_image(position, size, keys) for position in positions]
     assert [exact_image(image, size, keys, inverse=True) for image in images] == positions
-    assert 0 <= min(images) and max(images) < size
+    assert min(images) >= 0 and max(images) < size
 
 
 class PositionTokens:
