@@ -537,6 +537,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.accelerator_config.split_batches:
             raise MiniGPTError("accelerator_config: split_batches is not supported; use --per_device_train_batch_size")
+        if self.accelerator_config.dispatch_batches:
+            raise MiniGPTError(
+                "accelerator_config: dispatch_batches is not supported: each process reads its own batches"
+            )
         if self.accelerator_config.gradient_accumulation_kwargs:
             raise MiniGPTError(
                 "accelerator_config: gradient_accumulation_kwargs is not supported; use --gradient_accumulation_steps"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -134,12 +135,20 @@ class MiniGPTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Overridden because data loader workers must survive a signal to their process group and leave the random state
-        as it is.
+        as it is, and because accelerate computes the addresses of all ranks on each rank.
 
         A data loader draws the base seed of its workers from the global random state when it creates them. Persistent
         workers are created once per process, so a resumed run would draw it in another epoch: they get a separate generator.
         """
         loader = super().get_train_dataloader()
+        if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
+            sampler = self.block_sampler
+            sampler.batch_size, sampler.rank, sampler.num_ranks = (
+                shard.batch_size,
+                shard.process_index,
+                shard.num_processes,
+            )
+            shard.process_index, shard.num_processes = 0, 1  # passes the batches of this rank on
         torch_loader = loader.base_dataloader  # accelerate's data loader iterates over this one
         if self.args.dataloader_num_workers:
             torch_loader.worker_init_fn = partial(ignore_signals, torch_loader.worker_init_fn)
@@ -159,10 +168,10 @@ class MiniGPTTrainer(Trainer):
     def _init_training_state(
         self, max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ) -> tuple[int, int]:
-        """Overridden because the Trainer resumes by discarding batches, and with the paths and intervals of the checkpoint.
+        """Overridden because the Trainer resumes with the paths and intervals of the checkpoint.
 
-        Here the sampler starts at an index, the best checkpoint is searched for in the current run folder, and the intervals
-        (`logging_steps`, `eval_steps`, `save_steps`) are those of the arguments.
+        Here the best checkpoint is searched for in the current run folder, and the intervals (`logging_steps`,
+        `eval_steps`, `save_steps`) are those of the arguments.
         """
         self.began = time.perf_counter()
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -197,7 +206,6 @@ class MiniGPTTrainer(Trainer):
                 f"{cause} {max_steps}: the run has already taken {self.state.global_step} steps; its model is published "
                 "without further training"
             )
-        self.block_sampler.num_skipped = batches * self._train_batch_size * self.args.world_size
         self.steps_logged = self.state.global_step
         # After the last step no epoch is left; `_run_epoch` must be called once nevertheless.
         return (num_train_epochs - 1, 0) if self.state.global_step >= max_steps else (epochs, batches)
@@ -248,8 +256,19 @@ class MiniGPTTrainer(Trainer):
                 self.state.best_model_checkpoint = str(self.resumed_from)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        self.resumed_batches = None
+        batches = kwargs["steps_trained_in_current_epoch"] if kwargs["epoch"] == kwargs["epochs_trained"] else 0
+        if self.resumed_from is not None and batches:
+            kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
+            self.block_sampler.num_skipped = batches * self._train_batch_size
+            self.resumed_batches = iter(kwargs["train_dataloader"])
         if not self.control.should_training_stop:
             super()._run_epoch(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Overridden because the iterator of a resumed epoch generates and discards all earlier batches; here the sampler
+        starts at the position of the run."""
+        return super().get_batch_samples(self.resumed_batches or epoch_iterator, num_batches, device)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float] | None:
         """Overridden because `eval_on_start`, the only caller with `skip_scheduler`, would evaluate on every resume."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
+from minigpt_hf.data import blocks
 from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
 from minigpt_hf.training.lock import LOCK
 from minigpt_hf.training.run_folder import RunFolder
@@ -92,6 +93,21 @@ def finished(recipe, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert train(recipe, words, folder) == 0
     return folder
+
+
+def test_resuming_computes_no_address_before_its_position(recipe, words, finished, tmp_path, monkeypatch):
+    """6 of 13 steps of 2 sequences have been taken: the data loader does not repeat them."""
+    folder, real, computed = tmp_path / "run", blocks.permute, []
+    go_back(finished, folder, 6)
+
+    def recorded(positions, *args):
+        computed.extend(positions.tolist())
+        return real(positions, *args)
+
+    monkeypatch.setattr(blocks, "permute", recorded)
+    assert train(recipe, words, folder) == 0
+    assert sorted(computed) == list(range(6 * 2, 26))
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
 def test_each_damaged_file_is_detected_and_the_previous_checkpoint_used(finished, tmp_path, capsys):
