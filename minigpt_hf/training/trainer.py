@@ -187,6 +187,8 @@ class MiniGPTTrainer(Trainer):
                     f"{self.resumed_from}: was saved at step {self.announced_step}, but loaded at step "
                     f"{self.state.global_step}: it was changed in the meantime; run the same command again"
                 )
+        # With several processes, the epoch that the Trainer sets does not reach the sampler of a resumed epoch.
+        self.block_sampler.set_epoch(epochs)
         self.block_sampler.num_skipped = batches * self._train_batch_size * self.args.world_size
         self.steps_logged = self.state.global_step
         # After the last step no epoch is left; `_run_epoch` must be called once nevertheless.
