@@ -104,21 +104,24 @@ class SequenceSampler(Sampler):
         seed: Determines the order.
         window: Permute within windows of this many consecutive sequences, and the order of the windows; an incomplete one is
             the last. For a text that is larger than the local cache of its shards. 0: permute all sequences.
+        step: Number of sequences in a step of all ranks, if those of an incomplete last step are omitted. The steps of an
+            epoch are then the same for every division of a step among ranks and accumulated batches.
 
     Attributes:
         num_skipped: Number of sequences of the next epoch that were used before a resume. The training loop discards
             their batches, so a constant address is yielded for them instead of computing the permutation.
     """
 
-    def __init__(self, num_sequences: int, seed: int, window: int = 0):
+    def __init__(self, num_sequences: int, seed: int, window: int = 0, step: int = 1):
         self.num_sequences = num_sequences
+        self.num_used = num_sequences // step * step or num_sequences
         self.seed = seed
         self.window = window
         self.epoch = 0
         self.num_skipped = 0
 
     def __len__(self) -> int:
-        return self.num_sequences
+        return self.num_used
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch; called by the Trainer at the start of each."""
@@ -128,7 +131,7 @@ class SequenceSampler(Sampler):
         keys = permutation_keys(self.seed, self.epoch)
         num_skipped, self.num_skipped = self.num_skipped, 0
         yield from itertools.repeat((self.epoch, 0), num_skipped)
-        for position in range(num_skipped, self.num_sequences):
+        for position in range(num_skipped, self.num_used):
             if not self.window:
                 yield self.epoch, permute(position, self.num_sequences, keys)
                 continue

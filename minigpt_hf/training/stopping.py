@@ -33,9 +33,9 @@ class StopAtBoundary(TrainerCallback):
     """On SIGTERM, SIGINT, SIGHUP or SIGUSR1, saves a checkpoint at the next step boundary and ends the run.
 
     A second signal ends the process immediately; so does the first one before training begins, with cleanup. SIGUSR1 is a
-    notice: another one has no effect, and the SIGTERM that a scheduler sends later does not count as the second signal. Signals
-    ignored when the run started (`nohup`) stay ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only, and not the
-    time before training.
+    notice: another one has no effect, and the SIGTERM that a scheduler sends later does not count as the second signal.
+    Signals ignored when the run started (`nohup`) stay ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only,
+    and not the time before training.
 
     Attributes:
         number: The first signal received.
