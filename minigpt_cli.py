@@ -1,14 +1,19 @@
 """Entry point of the `minigpt` command.
 
 This module lies outside the package because importing `minigpt_hf` imports torch and transformers, to register the Auto
-classes, which takes seconds and is not needed for `minigpt --help` and `--version`. The OpenMP library reads its settings
-when torch is loaded, so they are set here, too. The commands are in `minigpt_hf.cli`.
+classes, which takes seconds and is not needed for `minigpt --help`, `--version` and `launch`. The OpenMP library reads its
+settings when torch is loaded, so they are set here, too. The other commands are in `minigpt_hf.cli`.
 """
 
 import gc
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 # Each command is a module of the same name in `minigpt_hf/cli/`.
 COMMANDS = {
@@ -20,6 +25,7 @@ COMMANDS = {
     "evaluate": "score a text with a causal LM: loss, perplexity, bits per byte",
     "generate": "generate text with a causal LM",
     "chat": "talk with a model in the terminal or in a browser",
+    "launch": "list the files for launchers and clusters (accelerate, Slurm, Kubernetes, Ray), or print one",
     "export": "convert a model folder to the format of another program",
     "doctor": "check a model folder: completeness, consistency, pickles, secrets, loading",
     "import": "convert a nanoGPT checkpoint to a GPT-2 folder",
@@ -38,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"minigpt {version('minigpt-hf')}")
         return 0
+    if argv[0] == "launch":
+        return launch(argv[1:])
 
     set_openmp_policy()
     gc.disable()  # the modules stay loaded: searching them for unreachable objects would take half a second
@@ -57,6 +65,43 @@ def set_openmp_policy() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Iterations of GNU OpenMP; its default is 300,000. Fewer than 5,000 make training slower on an idle machine.
         os.environ.setdefault("GOMP_SPINCOUNT", "8000")
+
+
+def launch_parser() -> "argparse.ArgumentParser":
+    """The arguments of `minigpt launch`."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):
+            raise ValueError(message)
+
+    summary = COMMANDS["launch"]
+    parser = Parser("minigpt launch", description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+    parser.add_argument("action", choices=["list", "show"], help="list all files, or print one")
+    parser.add_argument("name", nargs="?", help="name of the file, with or without its extension")
+    return parser
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Run `minigpt launch`. The list has the first and the last line of the comment that each file begins with."""
+    files = sorted(file for file in (Path(__file__).parent / "minigpt_hf" / "launch").iterdir() if file.is_file())
+    try:
+        args = launch_parser().parse_args(argv)
+        if args.action == "list":
+            for file in files:
+                lines = file.read_text(encoding="utf-8").removeprefix("#!/bin/bash\n").splitlines()
+                end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+                print(f"{file.name:<24}{lines[0][2:]}\n{'':<24}{lines[end - 1][2:]}")
+            return 0
+        found = [file for file in files if args.name in (file.name, file.stem)]
+        if not found:
+            given = f"{args.name}: no such file" if args.name else "give the name of a file"
+            raise ValueError(f"show {given}; available: {', '.join(file.name for file in files)}")
+    except ValueError as error:
+        print(f"minigpt launch: {error}", file=sys.stderr)
+        return 2
+    print(found[0].read_text(encoding="utf-8"), end="")
+    return 0
 
 
 def usage() -> str:

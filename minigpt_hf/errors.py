@@ -33,11 +33,13 @@ class TrainingStopped(MiniGPTError):
 
 
 class TrainingInterrupted(TrainingStopped):
-    """A signal ended training. `exit_code` is 128 + its number, as in shells."""
+    """A signal ended training. `exit_code` is 128 + its number, as in shells; after SIGUSR1, EX_TEMPFAIL of sysexits.h: a
+    scheduler announced the end of the job, which it should start again."""
 
     def __init__(self, number: int, what: str):
-        self.exit_code = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name} {what}")
+        name = signal.Signals(number).name
+        self.exit_code = 75 if name == "SIGUSR1" else 128 + number
+        super().__init__(f"stopped by {name} {what}")
 
 
 class DiskFullError(TrainingStopped):

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     },
     "integrations": {"atomic", "data", "publish.model_folder"},
     "doctor": set(),
+    "launch": set(),
     "tasks": set(),
     "training_text": {"data", "trust"},
     "api": EVERYTHING,

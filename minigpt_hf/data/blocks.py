@@ -108,6 +108,8 @@ class SequenceSampler(Sampler):
         seed: Determines the order.
         window: Permute within windows of this many consecutive sequences, and the order of the windows; an incomplete one is
             the last. For a text that is larger than the local cache of its shards. 0: permute all sequences.
+        step: Number of sequences in a step of all ranks, if those of an incomplete last step are omitted. The steps of an
+            epoch are then the same for every division of a step among ranks and accumulated batches.
 
     Attributes:
         batch_size, rank, num_ranks: The share of this process, B, r and R. Default: all sequences.
@@ -115,8 +117,9 @@ class SequenceSampler(Sampler):
             a resume. This takes constant time.
     """
 
-    def __init__(self, num_sequences: int, seed: int, window: int = 0):
+    def __init__(self, num_sequences: int, seed: int, window: int = 0, step: int = 1):
         self.num_sequences = num_sequences
+        self.num_used = num_sequences // step * step or num_sequences
         self.seed = seed
         self.window = window
         self.epoch = 0
@@ -126,8 +129,8 @@ class SequenceSampler(Sampler):
     def __len__(self) -> int:
         """Number of sequences of the share per epoch."""
         if self.num_ranks == 1:
-            return self.num_sequences
-        return self.num_sequences // (self.batch_size * self.num_ranks) * self.batch_size
+            return self.num_used
+        return self.num_used // (self.batch_size * self.num_ranks) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch; called by the Trainer at the start of each."""

@@ -1,7 +1,7 @@
 """Decide whether a run can be resumed, and from which checkpoint.
 
 A run is resumed only if its fingerprint, i.e. everything that determines its results, is unchanged, except for changes
-allowed by name (`allow_change`).
+allowed by name (`allow_change`), and for the number of processes if every step keeps its sequences.
 """
 
 import json
@@ -106,7 +106,10 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
         MiniGPTError: if the folder contains another run, or a damaged model and no valid checkpoint.
     """
     old = read_fingerprint(run.fingerprint)
-    if changed := changes(old, fingerprint):
+    changed = changes(old, fingerprint)
+    if "effective_batch" not in changed:
+        changed.pop("world_size", None)
+    if changed:
         raise MiniGPTError(
             f"output_dir {run.path}: contains another run, which is finished "
             f"({describe_changes(changed, old, fingerprint)}); use another folder, or --fresh"
@@ -126,9 +129,12 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
 
 
 def checkpoint_to_resume(
-    run: RunFolder, fingerprint: dict[str, Any], training: MiniGPTTrainingArguments
+    run: RunFolder, fingerprint: dict[str, Any], training: MiniGPTTrainingArguments, count: Callable[[], int]
 ) -> Path | None:
     """Return the checkpoint to resume from: the newest valid one, or `resume_from_checkpoint`; `None` to start at step 0.
+
+    Args:
+        count: Returns the number of training sequences per epoch.
 
     Raises:
         MiniGPTError: if the fingerprint of the run differs in more than the allowed changes.
@@ -168,9 +174,12 @@ def checkpoint_to_resume(
             "previous value, or use another folder or --fresh"
         )
     if moved := {name: pair for name, pair in changed.items() if name in POSITION}:
+        advice = "give the previous value; or "
+        if changed.keys() >= {"effective_batch", "world_size"}:
+            advice = another_world_size(old, training, 0)
         raise MiniGPTError(
             f"output_dir {run.path}: contains a run with other sequences per step ({described(moved)}), which determine its "
-            "position in the text: give the previous value, or train the model further in another folder, with --init_from"
+            f"position in the text: {advice}train the model further in another folder, with --init_from"
         )
     known = [name for name in fingerprint if name != DESCRIPTIONS]
     for name in training.allow_change:
@@ -184,10 +193,15 @@ def checkpoint_to_resume(
             f"steps with --recipe {run.recipe} --max_steps N --allow_change {' '.join(['max_steps', *unset])}"
         )
     refused = {name: pair for name, pair in changed.items() if name not in training.allow_change}
+    advice = ""
+    if "world_size" in refused:
+        advice = another_world_size(old, training, count())
+        if not advice:
+            del refused["world_size"]
     if refused:
         raise MiniGPTError(
-            f"output_dir {run.path}: contains a run with other settings ({described(refused)}); use another folder, --fresh, "
-            f"or --allow_change {' '.join(refused)}"
+            f"output_dir {run.path}: contains a run with other settings ({described(refused)}); {advice}use another folder, "
+            f"--fresh, or --allow_change {' '.join(refused)}"
         )
     if changed:
         logger.info(f"changed settings: {described(changed)}; the card of the model will state them")
@@ -210,6 +224,44 @@ def checkpoint_to_resume(
     if checkpoint:
         logger.info(f"resuming from step {step} ({checkpoint})")
     return checkpoint
+
+
+def another_world_size(old: dict[str, Any], training: MiniGPTTrainingArguments, sequences: int) -> str:
+    """Whether a run may continue with another number of processes: each step must have the same sequences as before.
+
+    Args:
+        old: Fingerprint of the run.
+        sequences: Number of training sequences per epoch.
+
+    Returns:
+        An empty string if so, otherwise advice.
+    """
+    batch, size, processes = old["effective_batch"], training.per_device_train_batch_size, training.world_size
+    if batch != size * training.gradient_accumulation_steps * processes:
+        steps, remainder = divmod(batch, size * processes)
+        if remainder:
+            return f"give batches whose product with {processes} processes is {batch} sequences, as before; or "
+        return f"give --gradient_accumulation_steps {steps} to keep {batch} sequences per step; or "
+    complete = sequences // batch
+    if complete and (
+        sequences % batch == 0
+        or (old["dataloader_drop_last"] and training.dataloader_drop_last)
+        or 0 < training.max_steps <= complete
+    ):
+        return ""
+    return (
+        f"several processes omit the incomplete last step of an epoch ({sequences % batch} of {batch} sequences), which "
+        "changes the order of the data from the second epoch on; start with --dataloader_drop_last true to avoid it; or "
+    )
+
+
+def keep_omitting(settings: Settings, run: RunFolder) -> Settings:
+    """Continue to omit the incomplete last step of an epoch on one process, in a run that several processes began."""
+    training = settings.training
+    if training.world_size > 1 or training.fresh or "dataloader_drop_last" in training.given or not run.exists():
+        return settings
+    omits = read_fingerprint(run.fingerprint).get("dataloader_drop_last")
+    return settings.replace(dataloader_drop_last=True) if omits else settings
 
 
 def step_of(checkpoint: Path) -> int:

@@ -16,7 +16,12 @@ from ..errors import TrainingInterrupted, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+SIGNALS = [
+    signal.SIGTERM,
+    signal.SIGINT,
+    *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)),
+]
+NOTICE = getattr(signal, "SIGUSR1", None)  # announces that the job will end, e.g. Slurm's --signal=USR1@120
 REPEAT_SECONDS = 1.0  # `timeout`, and launchers on Ctrl-C, deliver the same signal twice within this time
 
 
@@ -25,14 +30,15 @@ class _Stop(KeyboardInterrupt):
 
 
 class StopAtBoundary(TrainerCallback):
-    """On SIGTERM, SIGINT or SIGHUP, saves a checkpoint at the next step boundary and ends the run.
+    """On SIGTERM, SIGINT, SIGHUP or SIGUSR1, saves a checkpoint at the next step boundary and ends the run.
 
-    A second signal ends the process immediately; so does the first one before training begins, with cleanup. Signals ignored
-    when the run started (`nohup`) stay ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only, and not the time
-    before training.
+    A second signal ends the process immediately; so does the first one before training begins, with cleanup. SIGUSR1 is a
+    notice: another one has no effect, and the SIGTERM that a scheduler sends later does not count as the second signal.
+    Signals ignored when the run started (`nohup`) stay ignored. transformers' `enable_jit_checkpoint` covers SIGTERM only,
+    and not the time before training.
 
     Attributes:
-        number: The signal received.
+        number: The first signal received.
         stopped: Whether it ended training.
     """
 
@@ -40,7 +46,7 @@ class StopAtBoundary(TrainerCallback):
         self.number: int | None = None
         self.stopped = False
         self.training = False  # whether training has begun: from then on signals wait for a step boundary
-        self.received = -1.0  # time of the signal
+        self.demanded: float | None = None  # time of the first signal other than SIGUSR1
         self.process = 0
         self.group = None  # see `_stop_if_signaled`
 
@@ -98,12 +104,16 @@ class StopAtBoundary(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _handle(self, number: int, frame) -> None:
-        repeated = self.number is not None and time.monotonic() - self.received >= REPEAT_SECONDS
+        now, is_demand = time.monotonic(), number != NOTICE
+        repeated = is_demand and self.demanded is not None and now - self.demanded >= REPEAT_SECONDS
         if repeated or os.getpid() != self.process:  # a second signal, or a forked child, which has nothing to save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.number is None:
-            self.number, self.received = number, time.monotonic()
+            return
+        if is_demand and self.demanded is None:
+            self.demanded = now
+        if self.number is None:
+            self.number = number
             if not self.training:
                 raise _Stop
 

@@ -52,6 +52,7 @@ from .resume import (
     fingerprint_of,
     from_main_process,
     is_finished,
+    keep_omitting,
     locked_run_folder,
     start_over,
     step_of,
@@ -160,6 +161,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
     config = build_config(settings.model, settings.data.block_size, text.tokenizer, settings.data.chat)
     check_memory(config, settings.model, training)
 
+    settings = keep_omitting(settings, run)
     fingerprint = {**fingerprint_of(settings, text, config), "minigpt_hf": __version__}
     finished, checkpoint = False, None
     if not starts_over:
@@ -168,7 +170,12 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
         if finished and training.process_index == 0:
             warn_about_the_card(run.model, settings.data)
         if not finished:
-            checkpoint = from_main_process(training, lambda: checkpoint_to_resume(run, fingerprint, settings.training))
+            checkpoint = from_main_process(
+                training,
+                lambda: checkpoint_to_resume(
+                    run, fingerprint, settings.training, lambda: len(training_sequences(settings, text))
+                ),
+            )
     return Plan(settings, text, config, fingerprint, configurator.seconds_per_step, checkpoint, starts_over, finished)
 
 
@@ -196,11 +203,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     data, training = settings.data, settings.training
     chat_format = ChatFormat(text.tokenizer) if data.chat else None
     model = initialized_model(plan, (chat_format.start, chat_format.end) if chat_format else ())
-    sequences: SequenceDataset | ConversationDataset
-    if chat_format:
-        sequences = ConversationDataset(text.train, chat_format, data.block_size, training.seed)
-    else:
-        sequences = SequenceDataset(text.train, data.block_size, training.seed)
+    sequences = training_sequences(settings, text)
     progress = ProgressLogger(
         run.log,
         tokens_per_step(training, data.block_size),
@@ -248,6 +251,14 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         raise stopped
     check_trained(trainer)
     return trainer
+
+
+def training_sequences(settings: Settings, text: PreparedText) -> SequenceDataset | ConversationDataset:
+    """The sequences of an epoch."""
+    data, seed = settings.data, settings.training.seed
+    if data.chat:
+        return ConversationDataset(text.train, ChatFormat(text.tokenizer), data.block_size, seed)
+    return SequenceDataset(text.train, data.block_size, seed)
 
 
 def first_questions(text: PreparedText, data: DataArguments, training: MiniGPTTrainingArguments) -> list[Prompt]:

@@ -59,7 +59,7 @@ from .checkpoint import (
 )
 from .chunked_loss import chunked_cross_entropy
 from .optimizer import optimizer_factory
-from .report import describe, training_result
+from .report import describe, tokens_per_step, training_result
 from .resume import changes_since
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
 from .safeguards import LossGuard, advice, check_weights, no_space
@@ -129,8 +129,10 @@ class MiniGPTTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: SequenceDataset | None = None) -> Sampler:
         """Overridden because the order of sequences is a function of (seed, epoch), not the state of a `RandomSampler`."""
-        window = self.settings.data.shuffle_window if self.settings else 0
-        self.block_sampler = SequenceSampler(len(self.train_dataset), self.train_dataset.seed, window)
+        window, sequences = self.settings.data.shuffle_window if self.settings else 0, self.train_dataset
+        step = tokens_per_step(self.args, sequences.block_size) // sequences.block_size
+        step = step if self.args.dataloader_drop_last else 1
+        self.block_sampler = SequenceSampler(len(sequences), sequences.seed, window, step)
         return self.block_sampler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -170,23 +172,26 @@ class MiniGPTTrainer(Trainer):
     ) -> tuple[int, int]:
         """Overridden because the Trainer resumes with the paths and intervals of the checkpoint.
 
-        Here the best checkpoint is searched for in the current run folder, and the intervals (`logging_steps`,
-        `eval_steps`, `save_steps`) are those of the arguments.
+        Here the best checkpoint is searched for in the current run folder, and the batch size and the intervals
+        (`logging_steps`, `eval_steps`, `save_steps`) are those of the arguments.
         """
         self.began = time.perf_counter()
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        given = {name: getattr(self.args, name) for name in INTERVALS}
+        given = {name: getattr(self.args, name) for name in (*INTERVALS, "per_device_train_batch_size")}
         if self.resumed_from:
-            # The Trainer warns if these arguments, which may be shares of all steps, differ from the steps in the state.
+            # The Trainer warns if these arguments differ from the state. Intervals may be shares of all steps, and another
+            # number of processes has another batch size.
             saved = read_json(self.resumed_from / "trainer_state.json")
             for name in INTERVALS:
                 setattr(self.args, name, saved[name])
+            self.args.per_device_train_batch_size = saved["train_batch_size"] // max(1, self.args.n_gpu)
         epochs, batches = super()._init_training_state(
             max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         for name, value in given.items():
             setattr(self.args, name, value)
         if self.resumed_from:
+            self.state.train_batch_size = self._train_batch_size
             self.state.compute_steps(self.args, max_steps)
             self._discard_scores_of_another_validation_text()
             for name in INTERVALS:

@@ -1,72 +1,74 @@
-"""`accelerate launch` with the configurations in `scripts/launch/`.
+"""The launch files with their engines: two CPU processes of accelerate and two workers of Ray give the losses of one process.
 
-Training runs on two CPU processes. Configurations that require GPUs are parsed by accelerate and applied to a model.
+The TrainJob is parsed by the models of Kubeflow Trainer. `tests/test_launch.py` parses the other files.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
+import yaml
 
-from minigpt_hf.model.modeling_minigpt import MiniGPTDecoderLayer
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import ROOT
 
-LAUNCH = ROOT / "scripts" / "launch"
+LAUNCH = ROOT / "minigpt_hf" / "launch"
 # Without dropout and with AdamW, as in tests/training/test_two_processes.py, so that two processes equal one.
 FLAGS = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0 --muon false --max_steps 6 --logging_steps 1"
 
 
-def losses(run) -> list[float]:
+def needs(module: str):
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
+
+
+def train(command: list, run: Path, recipe_file, text_file, batch: int) -> list[float]:
+    """Train with a launcher and return the losses."""
+    flags = ["--recipe", recipe_file, "--data", text_file, "--use_cpu", "true", *FLAGS.split()]
+    argv = [*command, *flags, "--per_device_train_batch_size", batch, "--output_dir", run]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, argv)), env=environment, cwd=run.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / "model" / "model.safetensors").is_file()
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_two_cpu_processes_give_the_losses_of_one(recipe_file, text_file, tmp_path):
+@pytest.fixture(scope="module")
+def one(recipe_file, text_file, tmp_path_factory) -> list[float]:
+    """The losses of one process."""
+    command = [sys.executable, "-m", "minigpt_cli", "train"]
+    return train(command, tmp_path_factory.mktemp("one") / "run", recipe_file, text_file, 4)
+
+
+def assert_two_processes_equal_one(run: Path, two: list[float], one: list[float]) -> None:
     """Gradients are summed in another order: 1e-5 in a loss of 5 (float32)."""
-    flags = ["--recipe", str(recipe_file), "--data", str(text_file), "--use_cpu", "true", *FLAGS.split()]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    config = ["--config_file", str(LAUNCH / "two_cpu_processes.yaml"), "--main_process_port", "0"]
-    commands = {
-        2: [*launch, *config, ROOT / "scripts" / "train.py", "--per_device_train_batch_size", "2"],
-        1: [sys.executable, ROOT / "scripts" / "train.py", "--per_device_train_batch_size", "4"],
-    }
-    for processes, command in commands.items():
-        run = tmp_path / f"on_{processes}"
-        argv = [str(argument) for argument in [*command, *flags, "--output_dir", run]]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert process.returncode == 0, process.stderr
-        assert json.loads((run / "fingerprint.json").read_text())["world_size"] == processes
-        assert (run / "model" / "model.safetensors").is_file()
-    assert losses(tmp_path / "on_2") == pytest.approx(losses(tmp_path / "on_1"), abs=1e-5)
-    assert len(losses(tmp_path / "on_1")) == 6
+    assert json.loads((run / "fingerprint.json").read_text())["world_size"] == 2
+    assert two == pytest.approx(one, abs=1e-5)
+    assert len(one) == 6
 
 
-def launch_arguments(file: str):
-    """Parse a configuration file as `accelerate launch` does."""
-    parsed = launch_command_parser().parse_args(
-        ["--config_file", str(LAUNCH / file), "--num_processes", "8", "train.py"]
-    )
-    return _validate_launch_command(parsed)[0]
+def test_two_cpu_processes_of_accelerate_give_the_losses_of_one(recipe_file, text_file, one, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCH / "two_cpu_processes.yaml"]
+    command = [*launch, "--main_process_port", 0, "-m", "minigpt_cli", "train"]
+    two = train(command, tmp_path / "run", recipe_file, text_file, 2)
+    assert_two_processes_equal_one(tmp_path / "run", two, one)
 
 
-def test_the_fsdp_configuration_wraps_each_decoder_layer(monkeypatch):
-    arguments = launch_arguments("fsdp.yaml")
-    assert arguments.use_fsdp
-    for name, value in prepare_multi_gpu_env(arguments).items():
-        monkeypatch.setenv(name, value)
-    plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is True
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-    model = tiny_model()
-    plugin.set_auto_wrap_policy(model)
-    wrapped = [
-        module for module in model.modules() if plugin.auto_wrap_policy(module, recurse=False, nonwrapped_numel=0)
-    ]
-    assert [type(module) for module in wrapped] == [MiniGPTDecoderLayer] * 2
+@needs("ray")
+def test_two_workers_of_ray_give_the_losses_of_one(recipe_file, text_file, one, tmp_path):
+    two = train([sys.executable, LAUNCH / "ray_train.py", "--workers", 2], tmp_path / "run", recipe_file, text_file, 2)
+    assert_two_processes_equal_one(tmp_path / "run", two, one)
+
+
+@needs("kubeflow_trainer_api")
+def test_the_models_of_kubeflow_trainer_accept_the_trainjob():
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    written = yaml.safe_load((LAUNCH / "trainjob.yaml").read_text(encoding="utf-8"))
+    job = TrainerV1alpha1TrainJob.from_dict(written)
+    assert json.loads(job.to_json()) == written  # unknown fields would be missing

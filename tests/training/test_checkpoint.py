@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from minigpt_hf.atomic import MANIFEST, rename_aside, seal
 from minigpt_hf.cli import main
 from minigpt_hf.data import blocks
+from minigpt_hf.training import stopping
 from minigpt_hf.training.checkpoint import atomic_checkpoint, newest_valid, verification_error
 from minigpt_hf.training.lock import LOCK
 from minigpt_hf.training.run_folder import RunFolder
@@ -204,9 +205,9 @@ def test_checkpoints_contain_nothing_that_executes_code_when_loaded(finished):
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)])
 def test_a_signal_saves_at_the_next_step_boundary_and_the_run_is_resumed_exactly(
-    number, recipe, words, tmp_path, capsys, monkeypatch
+    name, code, recipe, words, tmp_path, capsys, monkeypatch
 ):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train(recipe, words, straight) == 0
@@ -214,18 +215,36 @@ def test_a_signal_saves_at_the_next_step_boundary_and_the_run_is_resumed_exactly
 
     def signal_at_step_3(self, *args, **kwargs):
         if self.state.global_step == 3:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), getattr(signal, name))
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(MiniGPTTrainer, "training_step", signal_at_step_3)
-    assert train(recipe, words, stopped) == 128 + number
-    assert f"stopped by {number.name} and saved at step 4" in capsys.readouterr().err
+    assert train(recipe, words, stopped) == code
+    assert f"stopped by {name} and saved at step 4" in capsys.readouterr().err
     assert not (stopped / "model").exists()
     monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
     assert train(recipe, words, stopped) == 0
     assert "resuming from step 4" in capsys.readouterr().err
     assert rows(stopped) == rows(straight)
     assert_equal(state_of(stopped / "checkpoint-8"), state_of(straight / "checkpoint-8"))
+
+
+def test_sigterm_after_the_notice_of_a_scheduler_does_not_count_as_a_second_signal(
+    recipe, words, tmp_path, monkeypatch
+):
+    """Slurm sends SIGUSR1 before the time limit, possibly twice, and SIGTERM at the limit; the checkpoint is still saved."""
+    real = MiniGPTTrainer.training_step
+
+    def signals_at_step_3(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(stopping, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", signals_at_step_3)
+    assert train(recipe, words, tmp_path / "run") == 75
+    assert newest_valid(RunFolder(tmp_path / "run")) == (tmp_path / "run" / "checkpoint-4", [])
 
 
 def test_a_second_signal_ends_the_run_immediately_and_loses_no_checkpoint(recipe, words, tmp_path):

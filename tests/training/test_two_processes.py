@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,17 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 def start(recipe, words, folder, *flags, script=ROOT / "scripts" / "train.py") -> subprocess.Popen:
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv += [script, "--recipe", recipe, "--data", words, "--output_dir", folder]
+    argv += [
+        "--signals_to_handle",
+        "SIGTERM,SIGINT,SIGUSR1",
+        script,
+        "--recipe",
+        recipe,
+        "--data",
+        words,
+        "--output_dir",
+        folder,
+    ]
     argv += flags
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -74,9 +85,9 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
         values = [[row[name] for row in rows(run)[:6]] for run in (two, one)]
         assert values[0] == pytest.approx(values[1], abs=tolerance)
 
-    # Interrupted after four steps and resumed with two processes: equal bit for bit.
-    go_back(two, resumed, 4)
-    assert "resuming from step 4" in finish(start(recipe, words, resumed, *flags))
+    # Interrupted in the second epoch, which begins after six steps, and resumed with two processes: equal bit for bit.
+    go_back(two, resumed, 8)
+    assert "resuming from step 8" in finish(start(recipe, words, resumed, *flags))
     assert rows(resumed) == rows(two)
     last = "checkpoint-10"
     for rank in (0, 1):
@@ -129,26 +140,38 @@ def test_a_signal_during_the_all_reduce_takes_effect_at_the_next_step(monkeypatc
 
 @pytest.mark.slow
 def test_a_signal_stops_both_processes_at_the_same_step_and_the_run_is_resumed_exactly(recipe, words, tmp_path):
-    flags = ["--max_steps", "150", "--save_steps", "100"]
+    """SIGTERM to the launcher, which forwards it to both processes, and SIGUSR1 to one process."""
+    flags = ["--max_steps", "300", "--save_steps", "150", "--save_total_limit", "9"]
     if not torch.accelerator.is_available():
         flags += ["--use_cpu", "false"]  # without an accelerator the CPU is used anyway
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     (tmp_path / "report_group.py").write_text(REPORT_GROUP_AT_EXIT)
     out = finish(start(recipe, words, straight, *flags, script=tmp_path / "report_group.py"))
     assert out.count("at the end in a group: False") == 2
-    process = start(recipe, words, stopped, *flags)
-    deadline = time.monotonic() + 60
-    while not (stopped / "log.jsonl").exists():
-        assert time.monotonic() < deadline, "the training did not start"
-        time.sleep(0.05)
-    process.terminate()  # the launcher forwards it to both processes
-    out, _ = process.communicate(timeout=60)
-    assert out.count("stopped by SIGTERM and saved at step") == 1
-    assert len(RunFolder(stopped).checkpoints()) == 1
-    assert not (stopped / "model").exists()
+    last_step = 0
+    for number, to_one in ((signal.SIGTERM, False), (signal.SIGUSR1, True)):
+        process = start(recipe, words, stopped, *flags)
+        deadline = time.monotonic() + 60
+        while not (stopped / "log.jsonl").exists() or len(rows(stopped)) <= last_step:
+            assert time.monotonic() < deadline, "the training did not start"
+            time.sleep(0.05)
+        if to_one:
+            workers = [
+                each for each in psutil.Process(process.pid).children() if "train.py" in " ".join(each.cmdline())
+            ]
+            workers[1].send_signal(number)
+        else:
+            process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        (step,) = re.findall(rf"stopped by {number.name} and saved at step (\d+)", out)
+        if to_one:
+            assert "exitcode  : 75" in out  # of the processes; that of the launcher is 1
+        last_step = int(step)
+        assert RunFolder(stopped).checkpoints()[-1].name == f"checkpoint-{step}"
+        assert not (stopped / "model").exists()
     finish(start(recipe, words, stopped, *flags))
     for name in ("optimizer.pt", "model.safetensors"):
-        last = "checkpoint-150"
+        last = "checkpoint-300"
         assert (stopped / last / name).read_bytes() == (straight / last / name).read_bytes()
 
 
