@@ -320,11 +320,13 @@ def check_complete(folder: Path) -> None:
 
 
 def check_revision(revision: str | None) -> str | None:
-    """Check that a branch is not the one that holds the code, and return it, or `None` for `main`.
+    """Check that a branch has the name of a branch and is not the one that holds the code; return it, or `None` for `main`.
 
     Raises:
         MiniGPTError: otherwise.
     """
+    if revision is not None and (not re.fullmatch(r"[\w.][\w./-]*", revision) or revision.startswith("refs/")):
+        raise MiniGPTError(f"{revision!r} is not the name of a branch: use letters, digits, `.`, `_`, `-` and `/`")
     if revision == CODE_BRANCH:
         raise MiniGPTError(
             f"the branch {CODE_BRANCH} holds the code and is updated with main: choose another branch, or omit it"

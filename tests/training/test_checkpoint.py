@@ -343,14 +343,6 @@ def test_the_disk_space_required_is_about_that_of_the_checkpoints(finished, monk
 # -- a file size limit ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def limit_file_size():
-    """A function that sets the file size limit of this process, `ulimit -f`, until the end of the test."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(
     ("limit", "file"),
     [(20_000, "modeling_minigpt.py"), (100_000, "model.safetensors"), (160_000, "optimizer.pt")],
