@@ -36,6 +36,7 @@ BENCHMARKS = {
     "page": "generation throughput of the exported HTML page in headless Chromium",
     "copying": "time and memory to find verbatim copies in token streams of increasing length",
     "loading": "rate of the data loader on one core, compared with what 512 GPUs require",
+    "checkpoint": "how long saving a checkpoint blocks training",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 

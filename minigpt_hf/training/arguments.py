@@ -396,6 +396,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Names of settings that may differ from those of the run that is resumed."},
     )
+    async_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue training while a checkpoint is hashed, synchronized to disk and renamed; until then the "
+            "previous one is the newest."
+        },
+    )
     on_bad_loss: Literal["stop", "skip"] = field(
         default="stop",
         metadata={

@@ -318,7 +318,7 @@ NOT_IN_FINGERPRINT = {
     *("sample_prompt", "sample_tokens"),
     # Evaluations and checkpoints, which consume no random numbers. Their intervals may change when a run is resumed.
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
-    *("save_on_each_node", "save_only_model", "enable_jit_checkpoint"),
+    *("save_on_each_node", "save_only_model", "enable_jit_checkpoint", "async_checkpoints"),
     # Gathering of predictions, which the evaluation of this package does not use.
     *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
     *("include_for_metrics", "batch_eval_metrics"),

@@ -237,7 +237,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
             write_files({run.recipe: recipe, run.fingerprint: fingerprint})
             progress.print(plan_table(trainer, text, done, plan.seconds_per_step))
         trainer.announced_step = done if plan.checkpoint else None
-        trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+        with trainer.saving:  # waits for the last checkpoint, also after an exception
+            trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
     if stop.stopped:
         step = trainer.state.global_step
         where = f"and saved at step {step}; the same command resumes from there" if step else "before the first step"

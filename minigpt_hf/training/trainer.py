@@ -11,7 +11,8 @@ import math
 import shutil
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from .auxiliary_head import (
 )
 from .callbacks import ProgressLogger, SampleLogger, preserved_random_state
 from .checkpoint import (
+    BackgroundSave,
     atomic_checkpoint,
     best_checkpoint,
     changed_error,
@@ -56,6 +58,7 @@ from .checkpoint import (
     check_tensors,
     remove_old_checkpoints,
     staging_folder,
+    without_crc32,
 )
 from .chunked_loss import chunked_cross_entropy
 from .optimizer import optimizer_factory
@@ -122,6 +125,7 @@ class MiniGPTTrainer(Trainer):
         self.progress = next((each for each in callbacks if isinstance(each, ProgressLogger)), None)
         self.samples = next((each for each in callbacks if isinstance(each, SampleLogger)), None)
         self.guard = LossGuard(self)
+        self.saving = BackgroundSave()
         self.announced_step: int | None = None  # the step at which the user was told that training resumes
         self.add_callback(_RestoreTotals(self))
 
@@ -255,6 +259,7 @@ class MiniGPTTrainer(Trainer):
     def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
         """Overridden because a run interrupted at a step is evaluated at that step when it resumes, and a run with all
         steps taken must not take another one."""
+        self.saving.wait()  # the data loader may fork workers, which must not happen while a thread writes
         if self._lacks_evaluation():
             metrics = self._evaluate(trial, ignore_keys_for_eval)
             if self._determine_best_metric(metrics, trial):
@@ -297,6 +302,7 @@ class MiniGPTTrainer(Trainer):
     def _finalize_training(self, trial, num_train_samples, start_time):
         """Overridden because the Trainer averages the loss of one process only, uses the wall clock, deletes the last
         checkpoint if `save_total_limit` is 1, and loads the best checkpoint without verifying it."""
+        self.saving.wait()
         self.guard.check_pending()
         if self.args.world_size > 1:
             self._tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
@@ -387,7 +393,8 @@ class MiniGPTTrainer(Trainer):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Overridden to keep the batches of a step until its loss is known to be finite."""
+        """Overridden to keep the batches of a step until its loss is known to be finite, and to report a failed save."""
+        self.saving.check()
         self.guard.record(inputs["input_ids"], self._tr_loss)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -450,14 +457,35 @@ class MiniGPTTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Overridden because checkpoints are atomic, and the Trainer writes file by file into the final folder."""
+        self.saving.wait()
         self.guard.check_pending()
         check_weights(self)
         run, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = RunFolder(run).checkpoint(step)
         self.state.stateful_callbacks[TOTALS] = {"args": {}, "attributes": self._totals()}
+
+        def complete(seal_and_rename: Callable[[], None], best: Path | None) -> None:
+            seal_and_rename()
+            remove_old_checkpoints(RunFolder(run), self.args.save_total_limit, checkpoint, best)
+
+        def complete_in_thread(*args) -> None:
+            with self._full_disk_reported(step):
+                complete(*args)
+
+        def finish(seal_and_rename: Callable[[], None]) -> None:
+            self.args.output_dir = str(run)
+            best = str(checkpoint) if self.state.best_global_step == step else self.state.best_model_checkpoint
+            args = seal_and_rename, Path(best) if best else None
+            if self.args.async_checkpoints:
+                self.saving.start(partial(complete_in_thread, *args))
+            else:
+                complete(*args)
+
+        staged: AbstractContextManager[Path] = nullcontext(staging_folder(checkpoint))
+        if self.args.should_save:
+            staged = atomic_checkpoint(checkpoint, finish)
         try:
-            staged = atomic_checkpoint(checkpoint) if self.args.should_save else nullcontext(staging_folder(checkpoint))
-            with staged as folder:
+            with self._full_disk_reported(step), staged as folder, without_crc32():
                 self.args.output_dir = str(folder.parent)
                 self.accelerator.wait_for_everyone()  # the main process has created the folder
                 super()._save_checkpoint(model, trial)
@@ -467,18 +495,22 @@ class MiniGPTTrainer(Trainer):
                     state = dataclasses.replace(self.state, best_model_checkpoint=None)
                     state.save_to_json(folder / "trainer_state.json")
                     (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
-        except Exception as error:
-            self.args.output_dir = str(run)
-            if found := no_space(self, error, f"checkpoint-{step}", guess=not isinstance(error, OSError)):
-                raise found from error
-            raise
         finally:
             self.args.output_dir = str(run)
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(checkpoint)  # the Trainer recorded the staging folder
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            remove_old_checkpoints(RunFolder(run), self.args.save_total_limit, checkpoint, Path(best) if best else None)
+
+    @contextmanager
+    def _full_disk_reported(self, step: int) -> Iterator[None]:
+        """Translate errors in a save that mean a full disk or too large a file."""
+        run = self.args.output_dir
+        try:
+            yield
+        except Exception as error:
+            self.args.output_dir = run
+            if found := no_space(self, error, f"checkpoint-{step}", guess=not isinstance(error, OSError)):
+                raise found from error
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Overridden because the Trainer pickles its arguments next to the weights and publishes `use_cache: false`."""

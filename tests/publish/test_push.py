@@ -327,6 +327,8 @@ def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, h
         ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),
         ([model, "--repo-id", "user/tiny", "--revision", "minigpt"], "the branch minigpt holds the code"),
+        ([model, "--repo-id", "user/tiny", "--revision", "refs/heads/minigpt"], "is not the name of a branch"),
+        ([model, "--repo-id", "user/tiny", "--revision", "main "], "is not the name of a branch"),
         ([model, "--repo-id", "user/../tiny"], "Repo id must"),
         ([model], "--repo-id"),
     ]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import product
 from pathlib import Path
@@ -276,12 +277,136 @@ def endless_after_step_3(self, *args, **kwargs):
 TRAINING_STEP = MiniGPTTrainer.training_step
 
 
+# -- in the background ------------------------------------------------------------------------------------------------
+
+ASYNC = ["--async_checkpoints"]
+
+
+def test_a_run_with_saves_in_the_background_equals_one_without(recipe, words, finished, tmp_path):
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, *ASYNC) == 0
+    assert rows(folder) == rows(finished)
+    for step in (2, 4, 6, 8):
+        one, other = folder / f"checkpoint-{step}", finished / f"checkpoint-{step}"
+        assert verification_error(one) is None
+        assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+        assert_equal(state_of(one), state_of(other))
+    assert not (folder / ".unfinished").exists()
+
+
+def hold_checkpoint_4(monkeypatch, until):
+    """Let the first fsync of checkpoint-4 wait for an event, at most 60 seconds."""
+    real = os.fsync
+
+    def held(descriptor):
+        if "checkpoint-4" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            assert until.wait(60)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", held)
+
+
+def at_step(number, monkeypatch, act):
+    """Call a function with the trainer before the step that follows `number` steps."""
+    real = MiniGPTTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == number:
+            act(self)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", training_step)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="resolves file descriptors in /proc")
+
+
+@needs_proc
+def test_training_continues_while_a_checkpoint_is_written_and_the_next_save_waits_for_it(
+    recipe, words, finished, tmp_path, monkeypatch
+):
+    """The save of step 4 ends only after step 5 has been taken, and before that of step 6 begins."""
+    folder, until, seen = tmp_path / "run", threading.Event(), []
+
+    def act(trainer):
+        seen.append((folder / "checkpoint-4").exists())
+        until.set()
+
+    hold_checkpoint_4(monkeypatch, until)
+    at_step(5, monkeypatch, act)
+    at_step(6, monkeypatch, lambda trainer: seen.append((folder / "checkpoint-4").exists()))
+    assert train(recipe, words, folder, *ASYNC) == 0
+    assert seen == [False, True]
+    assert_equal(state_of(folder / "checkpoint-4"), state_of(finished / "checkpoint-4"))
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+@needs_proc
+def test_a_signal_and_an_error_wait_for_the_checkpoint_that_is_being_written(
+    recipe, words, finished, tmp_path, capsys, monkeypatch
+):
+    """SIGTERM in step 4 saves and waits; a non-finite loss in step 5 leaves the checkpoint of step 4 complete."""
+    folder, until = tmp_path / "signal", threading.Event()
+    threading.Timer(3, until.set).start()
+    hold_checkpoint_4(monkeypatch, until)
+    with monkeypatch.context() as context:
+        at_step(3, context, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(recipe, words, folder, *ASYNC) == 128 + signal.SIGTERM
+    assert "saved at step 4" in capsys.readouterr().err
+    assert until.is_set()
+    assert verification_error(folder / "checkpoint-4") is None
+
+    folder, until = tmp_path / "error", threading.Event()
+    threading.Timer(3, until.set).start()
+    hold_checkpoint_4(monkeypatch, until)
+    with monkeypatch.context() as context:
+        bad_at_step(5, float("nan"), context)
+        assert train(recipe, words, folder, *ASYNC) == 65
+    assert verification_error(folder / "checkpoint-4") is None
+    assert not (folder / ".unfinished").exists()
+    assert train(recipe, words, folder, *ASYNC) == 0
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
+@needs_proc
+@pytest.mark.parametrize("killed_at", [0, 6, 13])
+def test_a_kill_while_a_checkpoint_is_written_in_the_background_leaves_the_previous_one(
+    killed_at, recipe, words, finished, tmp_path
+):
+    """SIGKILL at an fsync of the thread; step 5 may have been taken."""
+    folder, count, real = tmp_path / "run", 0, os.fsync
+
+    def killing(descriptor):
+        nonlocal count
+        if "checkpoint-4" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            if count == killed_at:
+                assert threading.current_thread() is not threading.main_thread()
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+        real(descriptor)
+
+    child = os.fork()
+    if child == 0:
+        os.fsync = killing
+        os._exit(train(recipe, words, folder, *ASYNC))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert newest_valid(RunFolder(folder)) == (folder / "checkpoint-2", [])
+    assert train(recipe, words, folder, *ASYNC) == 0
+    assert rows(folder) == rows(finished)
+    assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
+
+
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="resolves the paths of file descriptors in /proc")
-@pytest.mark.parametrize("fails_at", representative(range(10), 0, 4, 9))
-def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, finished, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("fails_at", "flags"),
+    representative([*((n, []) for n in range(10)), (0, ASYNC), (9, ASYNC)], (0, []), (4, []), (9, []), (9, ASYNC)),
+)
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    fails_at, flags, recipe, words, finished, tmp_path, capsys, monkeypatch
+):
     """ENOSPC in the fsync of the n-th file of the second checkpoint."""
     folder, count, real = tmp_path / "run", 0, os.fsync
 
@@ -294,7 +419,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert train(recipe, words, folder) == 28
+    assert train(recipe, words, folder, *flags) == 28
     err = capsys.readouterr().err
     assert "not enough disk space for checkpoint-4: it needs about" in err
     assert err.count("\n") == 1
@@ -302,7 +427,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fails_at, recipe, words, fin
     assert verification_error(folder / "checkpoint-2") is None
     assert not (folder / ".unfinished").exists()
     monkeypatch.setattr(os, "fsync", real)
-    assert train(recipe, words, folder) == 0
+    assert train(recipe, words, folder, *flags) == 0
     assert rows(folder) == rows(finished)
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
@@ -507,11 +632,14 @@ def test_versions_are_part_of_the_fingerprint(finished):
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_kills_do_not_change_the_final_state(kills, recipe, words, tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "flags"),
+    [(1, []), pytest.param(10, [], marks=pytest.mark.slow), pytest.param(10, ASYNC, marks=pytest.mark.slow)],
+)
+def test_kills_do_not_change_the_final_state(kills, flags, tmp_path):
     """scripts/torture.py; `make torture` does the same with 100 kills."""
     done = subprocess.run(
-        [sys.executable, "scripts/torture.py", "--kills", str(kills), "--folder", tmp_path / "torture"],
+        [sys.executable, "scripts/torture.py", "--kills", str(kills), "--folder", tmp_path / "torture", *flags],
         capture_output=True,
         text=True,
         timeout=300,
