@@ -4,7 +4,7 @@ BIN := .venv/bin
 SAMPLE ?= 100
 SEED ?= 0
 
-.PHONY: demo test test-slow browser-test lint docs-check site release torture compat conformance mutants neighbours \
+.PHONY: demo test test-slow browser-test lint docs-check site release torture cluster compat conformance mutants neighbours \
 	neighbours-quick install
 
 demo: install
@@ -32,6 +32,10 @@ browser-test: install
 torture: install
 	$(BIN)/python scripts/torture.py --kills 100
 
+# Engines and numbers of processes: losses, resuming, kills, signals, weights, another number of processes.
+cluster: install
+	$(BIN)/python scripts/cluster.py
+
 # Load a model folder as remote code with the oldest and the newest supported release, each in a separate environment.
 compat: install
 	$(BIN)/python scripts/compat.py 5.17.0 5.23.0
@@ -49,6 +53,7 @@ mutants: install
 # Test a trained model folder with third-party programs. The environments and the folder are stored in .neighbours/.
 neighbours: .neighbours/venv/installed .neighbours/vllm/installed .neighbours/npm/installed
 	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium; }
+	@command -v slurmctld >/dev/null || { apt-get update && apt-get install --yes slurmctld slurmd slurm-client munge; }
 	.neighbours/venv/bin/python -m pytest tests/neighbours
 
 # The subset of these tests that needs only .venv.
