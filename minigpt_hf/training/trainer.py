@@ -103,6 +103,7 @@ class MiniGPTTrainer(Trainer):
         args = args.mutable_copy()
         if args.mtp_loss_weight:
             attach_auxiliary_head(model)
+        replicas = torch.distributed.group.WORLD if args.world_size > 1 else None
         super().__init__(
             model=model,
             args=args,
@@ -111,7 +112,7 @@ class MiniGPTTrainer(Trainer):
             eval_dataset=validation,
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=optimizer_factory(args) if args.muon else None,
+            optimizer_cls_and_kwargs=optimizer_factory(args, replicas) if args.muon else None,
         )
         self.remove_callback(PrinterCallback)  # `ProgressLogger` replaces it
         self.fingerprint = fingerprint or {}
