@@ -231,8 +231,10 @@ class MiniGPTTrainer(Trainer):
         return math.isfinite(metrics.get("eval_loss", 0.0)) and super()._determine_best_metric(metrics, trial)
 
     def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
-        """Overridden because a run interrupted at a step is evaluated at that step when it resumes, and a run with all
-        steps taken must not take another one."""
+        """Overridden because a run interrupted at a step is evaluated at that step when it resumes, a run with all steps
+        taken must not take another one, and in a resumed run of several processes the epoch does not reach the sampler:
+        `skip_first_batches` of accelerate wraps the batch sampler twice."""
+        self.block_sampler.set_epoch(kwargs["epoch"])
         if self._lacks_evaluation():
             metrics = self._evaluate(trial, ignore_keys_for_eval)
             if self._determine_best_metric(metrics, trial):

@@ -76,9 +76,9 @@ def test_two_by_two_equals_one_by_four_and_a_resumed_run_equals_both(recipe, wor
         values = [[row[name] for row in rows(run)[:6]] for run in (two, one)]
         assert values[0] == pytest.approx(values[1], abs=tolerance)
 
-    # Interrupted after four steps and resumed with two processes: equal bit for bit.
-    go_back(two, resumed, 4)
-    assert "resuming from step 4" in finish(start(recipe, words, resumed, *flags))
+    # Interrupted in the second epoch, which has six steps, and resumed with two processes: equal bit for bit.
+    go_back(two, resumed, 8)
+    assert "resuming from step 8" in finish(start(recipe, words, resumed, *flags))
     assert rows(resumed) == rows(two)
     last = "checkpoint-10"
     for rank in (0, 1):
