@@ -26,11 +26,12 @@ def losses(run) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_two_cpu_processes_give_the_losses_of_one(recipe_file, text_file, tmp_path):
+@pytest.mark.parametrize("file", ["two_cpu_processes.yaml", "fsdp_two_cpu_processes.yaml"])
+def test_two_cpu_processes_give_the_losses_of_one(file, recipe_file, text_file, tmp_path):
     """Gradients are summed in another order: 1e-5 in a loss of 5 (float32)."""
     flags = ["--recipe", str(recipe_file), "--data", str(text_file), "--use_cpu", "true", *FLAGS.split()]
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    config = ["--config_file", str(LAUNCH / "two_cpu_processes.yaml"), "--main_process_port", "0"]
+    config = ["--config_file", str(LAUNCH / file), "--main_process_port", "0"]
     commands = {
         2: [*launch, *config, ROOT / "scripts" / "train.py", "--per_device_train_batch_size", "2"],
         1: [sys.executable, ROOT / "scripts" / "train.py", "--per_device_train_batch_size", "4"],
@@ -41,7 +42,9 @@ def test_two_cpu_processes_give_the_losses_of_one(recipe_file, text_file, tmp_pa
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert process.returncode == 0, process.stderr
-        assert json.loads((run / "fingerprint.json").read_text())["world_size"] == processes
+        fingerprint = json.loads((run / "fingerprint.json").read_text())
+        assert fingerprint["world_size"] == processes
+        assert bool(fingerprint["fsdp"]) == (processes == 2 and file.startswith("fsdp"))
         assert (run / "model" / "model.safetensors").is_file()
     assert losses(tmp_path / "on_2") == pytest.approx(losses(tmp_path / "on_1"), abs=1e-5)
     assert len(losses(tmp_path / "on_1")) == 6

@@ -1,11 +1,16 @@
-"""Take steps of MuonAdamW with sharded, doubly distributed and replicated parameters, and whole ones for comparison.
+"""Take steps of MuonAdamW with sharded and replicated parameters, and whole ones for comparison; then run commands.
 
-    python -m torch.distributed.run --nproc_per_node 2 muon_on_ranks.py FILE
+    python -m torch.distributed.run --nproc_per_node 2 on_ranks.py FOLDER
 
-Rank 0 saves the results to FILE. Started by `test_sharded.py`.
+Rank 0 saves the parameters and states to FOLDER/muon.pt. Each rank executes `minigpt train` with each list of arguments in
+FOLDER/commands.json, and writes the exit codes and the placements of the parameters in training to FOLDER/rank-R.json. The
+argument `--with_ddp` stands for an accelerate that ignores FSDP. Started by `test_sharded.py`.
 """
 
+import json
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,8 +18,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from minigpt_hf.cli import main
 from minigpt_hf.errors import MiniGPTError
+from minigpt_hf.training import trainer
 from minigpt_hf.training.optimizer import MuonAdamW
+from minigpt_hf.training.trainer import MiniGPTTrainer
 
 # Rows that the ranks cannot share equally, fewer rows than ranks, and several matrices of a shape.
 SHAPES = [(32, 32), (96, 32), (96, 32), (32, 96), (16, 32), (7, 32), (1, 32), (32, 1), (32, 32)]
@@ -60,9 +68,10 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-ranks = dist.get_world_size()
+ranks, rank = dist.get_world_size(), dist.get_rank()
 meshes = {"sharded": dist.init_device_mesh("cpu", (ranks,))}
 if ranks == 4:
     meshes["HSDP"] = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -78,7 +87,23 @@ try:
     take_steps(by_columns, 0.0)
 except MiniGPTError as error:
     results["error"] = str(error)
-if dist.get_rank() == 0:
-    torch.save(results, sys.argv[1])
-dist.barrier()
-dist.destroy_process_group()
+if rank == 0:
+    torch.save(results, folder / "muon.pt")
+
+placements: dict[str, str] = {}
+prepare, sharding_accelerator = MiniGPTTrainer._prepare_for_training, trainer.sharding_accelerator
+
+
+def recorded(self, *args):
+    """Prepare for training, and record the placements of the parameters."""
+    prepared = prepare(self, *args)
+    placements.update({name: str(p.placements) for name, p in self.model.named_parameters()})
+    return prepared
+
+
+MiniGPTTrainer._prepare_for_training = recorded
+codes = []
+for command in json.loads((folder / "commands.json").read_text()):
+    trainer.sharding_accelerator = nullcontext if "--with_ddp" in command else sharding_accelerator
+    codes.append(main(["train", *(word for word in command if word != "--with_ddp")]))
+(folder / f"rank-{rank}.json").write_text(json.dumps({"codes": codes, "placements": placements}))
