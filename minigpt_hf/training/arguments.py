@@ -19,6 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..data.files import FORMATS, SHARD_CACHE, TABLE_EXTENSIONS
 from ..errors import MiniGPTError
 from .scaling import parse_size
+from .sharding import check_config, launcher_config
 
 # Values that the Hub accepts in the metadata of a model card; the Hub validates license identifiers itself.
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
@@ -422,6 +423,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
     bf16: bool = field(  # type: ignore[assignment]  # `_resolve` replaces None
         default=None, metadata={"help": "bfloat16 autocast over float32 weights; default: if the device supports it."}
     )
+    fsdp: bool = field(  # type: ignore[assignment]  # transformers still accepts strings, and expects None for False
+        default=None,
+        metadata={
+            "help": "Shard parameters, gradients and optimizer states over the processes (FSDP2); fsdp_config refines it."
+        },
+    )
     logging_steps: float = field(default=20, metadata={"help": "Steps between log lines; below 1, share of all steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(
@@ -498,6 +505,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
             raise MiniGPTError(
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
             )
+        if not self.fsdp and (requested := launcher_config()) is not None:
+            self.fsdp, self.fsdp_config = True, requested
+        self.fsdp = self.fsdp or None  # type: ignore[assignment]
         for setting, others in UNSUPPORTED_WITH.items():
             for name in others:
                 if getattr(self, setting) and getattr(self, name):
@@ -536,6 +546,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate treats each process of the launcher as the only one
         super().__post_init__()
+        if self.fsdp:
+            check_config(self.fsdp_config)
         stated = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         if self.mixed_precision != stated:  # transformers takes it from the environment
             raise MiniGPTError(

@@ -262,7 +262,11 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
     step, auxiliary = tokens_per_step(args, trainer.train_dataset.block_size), auxiliary_parameters(model)
     remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
-    seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
+    if trainer.is_fsdp_enabled:  # a step takes all processes, and this function is called in one
+        duration_line = "not estimated with FSDP"
+    else:
+        seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
+        duration_line = f"about {duration(seconds)}{remaining}, without evaluations"
     sequences = trainer.train_dataset
     content = f"{stream.characters:,} characters -> {len(stream):,} tokens of {stream.bytes / len(stream):.2f} bytes"
     if isinstance(sequences, ConversationDataset):
@@ -279,7 +283,7 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
         f"{steps * step / sequences.tokens_per_epoch:.2f} epochs\n"
-        f"time          about {duration(seconds)}{remaining}, without evaluations"
+        f"time          {duration_line}"
     )
 
 

@@ -326,6 +326,8 @@ NOT_IN_FINGERPRINT = {
     *("metric_for_best_model", "greater_is_better"),
     # Handling of steps that would otherwise have stopped the run.
     "on_bad_loss",
+    # Grouping of parameters into shards; entries that would change results are not supported.
+    "fsdp_config",
     # Transfer of batches to the device, and freeing of memory.
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "torch_empty_cache_steps"),
@@ -365,8 +367,6 @@ def numeric_settings(training: MiniGPTTrainingArguments) -> dict[str, Any]:
     values = {name: value for name, value in training.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     if values["accelerator_config"].items() <= AcceleratorConfig().to_dict().items():
         values["accelerator_config"] = None  # the default, filled in by `TrainingArguments`
-    if not training.fsdp:
-        values["fsdp_config"] = None
     if training.lr_scheduler_type == "reduce_lr_on_plateau":  # evaluations determine the learning rate
         values |= {name: training.to_dict()[name] for name in ("eval_strategy", "eval_steps", "eval_delay")}
     return json.loads(json.dumps(values, default=str))

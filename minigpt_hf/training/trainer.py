@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -29,6 +30,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import PushInProgress
 
 from ..data.blocks import SequenceDataset, SequenceSampler
@@ -37,6 +39,7 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import MiniGPTError, NonFiniteLossError
 from ..inference.evaluation import score_conversations, score_documents, summarize
+from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.model_folder import published_files, save_model_files, write_metadata
 from ..publish.push import check_revision, commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
@@ -49,6 +52,8 @@ from .auxiliary_head import (
 )
 from .callbacks import ProgressLogger, SampleLogger, preserved_random_state
 from .checkpoint import (
+    OPTIMIZER,
+    SCHEDULER,
     BackgroundSave,
     atomic_checkpoint,
     best_checkpoint,
@@ -67,6 +72,14 @@ from .resume import changes_since
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
 from .safeguards import LossGuard, advice, check_weights, no_space
 from .schedule import learning_rate_schedule
+from .sharding import (
+    check_is_sharded,
+    load_optimizer_state,
+    load_weights,
+    sharding_accelerator,
+    whole_optimizer_state,
+    whole_weights,
+)
 from .stopping import ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -108,6 +121,7 @@ class MiniGPTTrainer(Trainer):
         args = args.mutable_copy()
         if args.mtp_loss_weight:
             attach_auxiliary_head(model)
+        replicas = torch.distributed.group.WORLD if args.world_size > 1 else None
         super().__init__(
             model=model,
             args=args,
@@ -116,7 +130,7 @@ class MiniGPTTrainer(Trainer):
             eval_dataset=validation,
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=optimizer_factory(args) if args.muon else None,
+            optimizer_cls_and_kwargs=optimizer_factory(args, replicas) if args.muon else None,
         )
         self.remove_callback(PrinterCallback)  # `ProgressLogger` replaces it
         self.fingerprint = fingerprint or {}
@@ -128,6 +142,37 @@ class MiniGPTTrainer(Trainer):
         self.saving = BackgroundSave()
         self.announced_step: int | None = None  # the step at which the user was told that training resumes
         self.add_callback(_RestoreTotals(self))
+
+    # -- sharding -----------------------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Overridden because accelerate ignores FSDP on CPU."""
+        with sharding_accelerator(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Overridden because training with DDP although FSDP was requested would not be noticed."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.fsdp:
+            check_is_sharded(self.model)
+        return prepared
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model to save and to publish, on rank 0; called on all ranks.
+
+        If the model is sharded, this is a copy with whole weights in the memory of the host.
+        """
+        if not self.is_fsdp_enabled:
+            return self.model
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if not self.args.should_save:
+            return self.model
+        with no_init_weights():
+            model = MiniGPTForCausalLM(self.model.config)
+        self._issue_warnings_after_load(model.load_state_dict(weights, strict=False, assign=True))
+        model.tie_weights()
+        model.generation_config = self.model.generation_config
+        return model.eval()
 
     # -- data and schedule --------------------------------------------------------------------------------------------
 
@@ -435,6 +480,7 @@ class MiniGPTTrainer(Trainer):
         """Overridden because it is called between clipping and the optimizer step, where a bad step can still be stopped;
         the callback event at this point, `on_pre_optimizer_step`, does not receive the gradient norm."""
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.guard.check(model, self._tr_loss, norm)
         return norm
 
@@ -524,10 +570,40 @@ class MiniGPTTrainer(Trainer):
         if self.args.mtp_loss_weight:
             save_auxiliary_head(model, folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Overridden because transformers copies the code of the class of the model, which `fully_shard` has replaced."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        model = self.whole_model()
+        if self.args.should_save:
+            save_model_files(model, self.processing_class, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Overridden because with FSDP the Trainer saves files of its own, which only a sharded run can resume from."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_best_model(self) -> None:
+        """Overridden because the Trainer expects files of its own with FSDP."""
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, Path(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Overridden because the auxiliary head is in a separate file, and tensors of another dtype would be converted."""
         checkpoint = Path(resume_from_checkpoint)
         self._check_weights(checkpoint)
+        if self.is_fsdp_enabled:
+            load_weights(self.model, checkpoint)
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.mtp_loss_weight and read_json(checkpoint / FINGERPRINT).get("mtp_loss_weight"):
             load_auxiliary_head(self.model, checkpoint)
@@ -543,6 +619,10 @@ class MiniGPTTrainer(Trainer):
             self._check_states(Path(checkpoint))
         if checkpoint is not None and self._has_another_optimizer(Path(checkpoint)):
             self._restore_schedule_position(Path(checkpoint))
+        elif checkpoint is not None and self.is_fsdp_enabled:
+            assert self.lr_scheduler is not None
+            load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
@@ -560,7 +640,7 @@ class MiniGPTTrainer(Trainer):
         Raises:
             MiniGPTError: if they do not fit the model.
         """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not self.is_deepspeed_enabled:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             check_tensors(checkpoint, without_auxiliary_head(model.state_dict()), set(model.all_tied_weights_keys))
 
@@ -570,7 +650,7 @@ class MiniGPTTrainer(Trainer):
         Raises:
             MiniGPTError: if they do not fit the run.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             return  # each rank has a part of the states
         if not self._has_another_optimizer(checkpoint):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
