@@ -272,6 +272,11 @@ SIGNATURES = {
     "_issue_warnings_after_load": "load_result",
     "init_hf_repo": "token private",
     "_push_from_checkpoint": "checkpoint_folder",
+    "create_accelerator_and_postprocess": "",
+    "_prepare_for_training": "max_steps train_dataloader resume_from_checkpoint",
+    "_save_optimizer_and_scheduler": "output_dir",
+    "save_model": "output_dir _internal_call",
+    "_load_best_model": "",
 }
 
 
