@@ -48,7 +48,10 @@ class Inputs:
     shard_tokens: int = _input(2**30, "tokens per shard")
     document_tokens: int = _input(1000, "tokens per document")
     shuffle_window: int = _input(2**21, "--shuffle_window: sequences that are permuted together")
-    writer_rate: float = _input(0.5e9, "bytes/s at which one process serializes, hashes and writes a checkpoint")
+    writer_rate: float = _input(0.2e9, "bytes/s at which one process writes, hashes and synchronizes a checkpoint")
+    cache_rate: float = _input(
+        0.26e9, "bytes/s at which it writes to the page cache; --async_checkpoints waits for this"
+    )
     copy_rate: float = _input(20e9, "bytes/s at which a GPU copies its state to the memory of its node")
     interruptions: float = _input(
         419 / (16384 * 54), "unplanned interruptions per GPU and day; default: Llama 3, 419 on 16,384 GPUs in 54 days"
@@ -253,12 +256,12 @@ def checkpoints_table(inputs: Inputs) -> str:
     rows, steps = [], []
     for gpus in dict.fromkeys((8, inputs.gpus, 16384)):
         mean_time = 86400 / (inputs.interruptions * gpus)
-        write, nodes = size / inputs.writer_rate, -(-gpus // inputs.gpus_per_node)
+        whole, cached, nodes = size / inputs.writer_rate, size / inputs.cache_rate, -(-gpus // inputs.gpus_per_node)
         for way, cost, background in (
-            ("one writer", write, 0.0),
-            ("one writer, in the background", size / inputs.copy_rate, write),
-            ("a writer per node", write / nodes, 0.0),
-            ("a writer per node, in the background", size / inputs.copy_rate / gpus, write / nodes),
+            ("one writer", whole, 0.0),
+            ("one writer, `--async_checkpoints`", cached, whole - cached),
+            ("a writer per node", whole / nodes, 0.0),
+            ("a writer per node, after a copy to memory", size / inputs.copy_rate / gpus, whole / nodes),
         ):
             interval = max(daly(cost, mean_time), background)
             lost = cost / interval + (interval / 2 + inputs.restart_seconds) / mean_time

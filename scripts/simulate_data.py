@@ -79,7 +79,7 @@ class Phase:
 
     def sampler(self, rank: int, num_sequences: int, window: int) -> SequenceSampler:
         """The sampler of a rank, as the Trainer configures it when it resumes at the first step of the phase."""
-        sampler = SequenceSampler(num_sequences, SEED, window)
+        sampler = SequenceSampler(num_sequences, SEED, window, self.ranks * self.per_step)
         sampler.set_epoch(EPOCH)
         sampler.batch_size, sampler.rank, sampler.num_ranks = self.batch_size, rank, self.ranks
         sampler.num_skipped = self.begin * self.per_step
