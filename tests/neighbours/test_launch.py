@@ -1,7 +1,7 @@
 """The launch files with their engines: two CPU processes of accelerate and two workers of Ray give the losses of one process.
 
-The TrainJob is parsed by the models of Kubeflow Trainer. `test_slurm.py` runs `slurm.sbatch`, and `tests/test_launch.py` parses the
-other files.
+The TrainJob is parsed by the models of Kubeflow Trainer. `test_slurm.py` runs `slurm.sbatch`, and `tests/test_launch.py`
+parses the other files.
 """
 
 import importlib.util
