@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,50 @@ from .errors import MiniGPTError
 
 MANIFEST = "manifest.json"
 PREFIX = ".minigpt-tmp-"
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 TARGET_EXISTS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of `rename`
+
+
+def file_size_limit() -> int | None:
+    """The size in bytes of the largest file that this process may write; `None` if it is not limited."""
+    if os.name == "nt":
+        return None
+    import resource  # does not exist on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def storage_error(error: Exception, path: Path) -> OSError | None:
+    """Return the error to raise instead of `error` if it means that a disk is full (ENOSPC) or a file too large (EFBIG).
+
+    Libraries in Rust state the number in the message, NumPy the number of items that were written.
+
+    Args:
+        path: What was written.
+    """
+    number, message, limit = getattr(error, "errno", None), str(error), file_size_limit()
+    is_short = re.fullmatch(r"\d+ requested and \d+ written", message)
+    if number == errno.EFBIG or "File too large" in message or (is_short and limit is not None):
+        allowed = "the file system supports"
+        if limit is not None:
+            allowed = f"the file size limit of this process ({limit:,} bytes, `ulimit -f`)"
+        remedy = (
+            "specify a folder on another file system" if limit is None else "raise the limit, or specify another folder"
+        )
+        return DescribedOSError(errno.EFBIG, f"{path}: a file is larger than {allowed}; {remedy}")
+    if number in DISK_FULL or "No space left" in message or is_short:
+        return DescribedOSError(
+            errno.ENOSPC, f"{path}: no space left on this disk; free some space or specify another folder"
+        )
+    return None
+
+
+class DescribedOSError(OSError):
+    """An `OSError` with a number whose message is complete without it."""
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 @contextmanager
@@ -99,10 +143,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for parent in created:  # innermost first
             with suppress(OSError):  # another process may be using it
                 parent.rmdir()
-        # `safetensors` and others report a full disk as an error without a number.
-        if isinstance(error, OSError) and (error.errno == errno.ENOSPC or "No space left" in str(error)):
-            message = f"{folder}: no space left on this disk; free some space or specify another folder"
-            raise OSError(errno.ENOSPC, message) from error
+        if isinstance(error, Exception) and (explained := storage_error(error, folder)):
+            raise explained from error
         raise
 
 
@@ -199,10 +241,18 @@ def write_files(contents: dict[Path, str]) -> None:
     """Replace files atomically: each has its old or its new content, never a part of it.
 
     All of them are on disk before the first is renamed; they are renamed in the order given.
+
+    Raises:
+        OSError: if one cannot be written; all files have their old content.
     """
-    for file, content in contents.items():
-        temporary_name(file).write_text(content, encoding="utf-8")
-        fsync(temporary_name(file))
+    try:
+        for file, content in contents.items():
+            temporary_name(file).write_text(content, encoding="utf-8")
+            fsync(temporary_name(file))
+    except OSError as error:
+        for written in contents:
+            temporary_name(written).unlink(missing_ok=True)
+        raise storage_error(error, file) or error from error
     for file in contents:
         temporary_name(file).replace(file)
         fsync(file.parent)

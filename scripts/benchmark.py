@@ -1,6 +1,6 @@
 """Run a benchmark and report its results as tables or JSON.
 
-    python scripts/benchmark.py resume             time to the first step when resuming at step 10 and at step 1,000,000
+    python scripts/benchmark.py resume             time to the first step when resuming at step 10 and at step 1,000,000,000
     python scripts/benchmark.py <name> --help      options of a benchmark; the names are listed in `BENCHMARKS`
 
 Each benchmark is a module of `benchmarks/` with `add_arguments(parser)` and `run(args) -> dict`. The candidates
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARKS = {
-    "resume": "time to the first step when resuming at step 10 and at step 1,000,000",
+    "resume": "time to the first step when resuming at step 10 and at step 1,000,000,000",
     "learn": "loss and training time compared with nanoGPT, or with GPT-2 and Llama in the stock Trainer",
     "throughput": "training throughput in tokens/s: bare loop, Trainer, nanoGPT",
     "data": "tokenization throughput in MB/s, compared with run_clm.py",
@@ -35,6 +35,8 @@ BENCHMARKS = {
     "attention": "attention of the positional heads before and after training",
     "page": "generation throughput of the exported HTML page in headless Chromium",
     "copying": "time and memory to find verbatim copies in token streams of increasing length",
+    "loading": "rate of the data loader on one core, compared with what 512 GPUs require",
+    "checkpoint": "how long saving a checkpoint blocks training",
     "muon": "share of a training step spent in Muon, at the model sizes of two recipes",
 }
 

@@ -1,10 +1,11 @@
-"""Generate the documentation that depends on the code: the outputs in docs/walkthrough.md, and docs/cli.md.
+"""Generate the documentation that depends on the code: the outputs in docs/walkthrough.md, docs/cli.md, and the tables of
+docs/scale.md.
 
     python scripts/docs.py            # update the documents
     python scripts/docs.py --check    # exit code 1 if a document is outdated
 
 The Python blocks of the walkthrough run in order in one process; its prose is not changed. docs/cli.md is generated from
-the parsers of the commands.
+the parsers of the commands. The tables of docs/scale.md are those of scripts/scale.py with its default inputs.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
+
+import scale
 
 from minigpt_cli import COMMANDS
 from minigpt_hf.cli.settings_help import shown_default, transformers_defaults
@@ -42,6 +45,8 @@ Defaults of `TrainingArguments` that minigpt changes:
 """
 INHERITED = """
 Settings of `TrainingArguments` with unchanged defaults: """
+# A table of scripts/scale.py in docs/scale.md.
+PLANNED = re.compile(r"<!-- python scripts/scale\.py (?P<table>\w+) -->\n.*?<!-- end -->", re.DOTALL)
 # A Python block, and the block with its output, if there is one.
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
 
@@ -78,6 +83,16 @@ def cli() -> str:
         if parser.epilog:
             parts.append(f"\n{parser.epilog}\n")
     return "".join(parts)
+
+
+def plan() -> str:
+    """Return docs/scale.md with the current tables of scripts/scale.py."""
+
+    def computed(block: re.Match) -> str:
+        name = block["table"]
+        return f"<!-- python scripts/scale.py {name} -->\n\n{scale.TABLES[name](scale.Inputs())}\n<!-- end -->"
+
+    return PLANNED.sub(computed, (DOCS / "scale.md").read_text(encoding="utf-8"))
 
 
 def _of_dataclass(group) -> list[tuple[str, str, str]]:
@@ -139,7 +154,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare the documents without writing them")
     check = parser.parse_args().check
     is_outdated = False
-    for name, text in (("walkthrough.md", walkthrough()), ("cli.md", cli())):
+    for name, text in (("walkthrough.md", walkthrough()), ("cli.md", cli()), ("scale.md", plan())):
         file = DOCS / name
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             continue

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,10 +60,11 @@ CORRUPTIONS = {
 }
 
 
-def start_training(recipe: Path, text: Path, run: Path, kill_at: int | None = None) -> int:
+def start_training(recipe: Path, text: Path, run: Path, kill_at: int | None = None, flags: Sequence[str] = ()) -> int:
     """Fork a process that trains or resumes a run.
 
     Args:
+        flags: Further flags of the command.
         kill_at: The process kills itself at this file operation of checkpoint saving, counted from 1.
 
     Returns:
@@ -86,7 +88,7 @@ def start_training(recipe: Path, text: Path, run: Path, kill_at: int | None = No
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
-    os._exit(main(["train", "--recipe", str(recipe), "--data", str(text), "--output_dir", str(run)]))
+    os._exit(main(["train", "--recipe", str(recipe), "--data", str(text), "--output_dir", str(run), *flags]))
 
 
 def wait_for(child: int) -> int:
@@ -119,8 +121,12 @@ def differing_states(first: Path, second: Path) -> list[str]:
     return sorted((a.keys() | b.keys()) - equal)
 
 
-def torture(kills: int, folder: Path, seed: int) -> list[str]:
-    """Run the uninterrupted and the interrupted training, and corrupt checkpoints. Returns the failures."""
+def torture(kills: int, folder: Path, seed: int, flags: Sequence[str] = ()) -> list[str]:
+    """Run the uninterrupted and the interrupted training, and corrupt checkpoints. Returns the failures.
+
+    Args:
+        flags: Flags of the interrupted training only.
+    """
     recipe, text = folder / "recipe.yaml", folder / "text.txt"
     # 16 steps per kill: about as many as the interrupted run completes.
     recipe.write_text(RECIPE.replace("STEPS", str(16 * kills)))
@@ -136,12 +142,12 @@ def torture(kills: int, folder: Path, seed: int) -> list[str]:
         if number % 3:
             kill_at = rng.randint(1, 60)
             description = f"file operation {kill_at} of saving"
-            code = wait_for(start_training(recipe, text, interrupted, kill_at))
+            code = wait_for(start_training(recipe, text, interrupted, kill_at, flags))
             kills_in_save += code == -signal.SIGKILL
         else:
             seconds = rng.uniform(0.1, 2.5)
             description = f"{seconds:.2f} s after the start"
-            child = start_training(recipe, text, interrupted)
+            child = start_training(recipe, text, interrupted, flags=flags)
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
             code = wait_for(child)
@@ -156,7 +162,7 @@ def torture(kills: int, folder: Path, seed: int) -> list[str]:
             failures += compare_final_states(reference, interrupted)
             interrupted.rename(interrupted.with_name(f"interrupted-until-{number}"))
 
-    code = wait_for(start_training(recipe, text, interrupted))
+    code = wait_for(start_training(recipe, text, interrupted, flags=flags))
     if code:
         failures.append(f"the last run ended with exit code {code}")
     failures += compare_final_states(reference, interrupted)
@@ -215,10 +221,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--folder", type=Path, help="folder for the runs (default: a temporary folder, removed at the end)"
     )
+    parser.add_argument(
+        "--async_checkpoints", action="store_true", help="save in the background in the interrupted training"
+    )
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="minigpt-torture-"))
     folder.mkdir(parents=True, exist_ok=True)
-    failures = torture(args.kills, folder, args.seed)
+    failures = torture(args.kills, folder, args.seed, ["--async_checkpoints"] * args.async_checkpoints)
     for failure in failures:
         print(f"FAILURE: {failure}")
     if not args.folder:

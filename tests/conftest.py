@@ -57,6 +57,16 @@ CHAT_FLAGS = (
 ).split()
 
 
+def representative(cases, *fast) -> list:
+    """Values for `pytest.mark.parametrize`: `make test` runs the cases `fast`, `make test-slow` the others."""
+    assert {*map(repr, fast)} <= {*map(repr, cases)}
+    slow = pytest.mark.slow
+    return [
+        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=slow)
+        for case in cases
+    ]
+
+
 def pytest_configure():
     """Restore signals that are ignored when pytest is started by `nohup` or in the background of a script."""
     for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
@@ -72,6 +82,15 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def limit_file_size():
+    """A function that sets the file size limit of this process, `ulimit -f`, until the end of the test."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(autouse=True)

@@ -324,6 +324,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--accelerator_config", '{"split_batches": true}'),
             "split_batches is not supported; use --per_device_train_batch_size",
         ),
+        "batches dispatched by accelerate": (
+            train("--accelerator_config", '{"dispatch_batches": true}'),
+            "dispatch_batches is not supported: each process reads its own batches",
+        ),
         "gradient accumulation of accelerate": (
             train("--accelerator_config", '{"gradient_accumulation_kwargs": {"num_steps": 4}}'),
             "gradient_accumulation_kwargs is not supported; use --gradient_accumulation_steps",

@@ -304,6 +304,7 @@ def test_the_chat_benchmark_counts_the_tokens_of_conversations_and_starts_at_the
     assert result["training"][0]["rows"] == "packed" and result["training"][0]["loss_before_training"] > 0
 
 
+@pytest.mark.slow
 def test_the_copying_benchmark_searches_the_text_repeated_to_each_length(text_file, capsys):
     argv = ["copying", "--data", str(text_file), "--tokenizers", "bytes", "--tokens", "50000", "150000", "--json"]
     assert benchmark.main(argv) == 0

@@ -1,6 +1,6 @@
 """`minigpt chat --web` in headless Chromium: answers, history, settings, stopping, hostile text, and no other server.
 
-Skipped where Gradio, Chromium or Playwright is not installed; `make browser-test` installs them.
+Skipped where Gradio, Chromium or Playwright is not installed; `make browser-test` installs and runs them.
 """
 
 import os
@@ -22,7 +22,7 @@ from minigpt_hf.inference.generation import generate
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import ROOT, tiny_model
 
-browser_only = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test")
+without_browser = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test")
 TEXT = "  <img src=x onerror=alert(1)> ![x](http://192.0.2.1/x.png)\n\n    **b** $x$ &amp; </p> <b>\n"
 
 
@@ -100,7 +100,8 @@ def expected(folder, messages: list[dict], **options) -> str:
     return generate(model, tokenizer, messages, max_new_tokens=8, **options)[0]
 
 
-@browser_only
+@pytest.mark.slow
+@without_browser
 def test_answers_follow_the_conversation_until_it_is_cleared(browser, chat_url, chat_run):
     with opened(browser, chat_url) as page:
         ask(page, "3 + 1")
@@ -116,7 +117,8 @@ def test_answers_follow_the_conversation_until_it_is_cleared(browser, chat_url, 
         assert second[1]["content"] == expected(chat_run / "model", second[:1])
 
 
-@browser_only
+@pytest.mark.slow
+@without_browser
 def test_the_system_message_and_sampling_settings_are_used(browser, chat_url, chat_run):
     question = {"role": "user", "content": "3 + 1"}
     with opened(browser, chat_url) as page:
@@ -136,7 +138,8 @@ def test_the_system_message_and_sampling_settings_are_used(browser, chat_url, ch
         page.get_by_text("the seed is 'three': an integer is required").wait_for()
 
 
-@browser_only
+@pytest.mark.slow
+@without_browser
 def test_text_is_shown_as_it_is_and_the_model_receives_it_unchanged(browser, chat_url, chat_run):
     """Also in the history: markup in a message is text."""
     with opened(browser, chat_url) as page:
@@ -148,7 +151,8 @@ def test_text_is_shown_as_it_is_and_the_model_receives_it_unchanged(browser, cha
             assert messages[turn]["content"] == expected(chat_run / "model", messages[:turn])
 
 
-@browser_only
+@pytest.mark.slow
+@without_browser
 def test_a_base_model_continues_the_text_and_can_continue_it_again(browser, text_url, run_folder):
     from playwright.sync_api import expect
 
@@ -169,7 +173,8 @@ def test_a_base_model_continues_the_text_and_can_continue_it_again(browser, text
         expect(text).to_have_value("")
 
 
-@browser_only
+@pytest.mark.slow
+@without_browser
 def test_stop_ends_the_generation_and_the_next_one_starts(browser, tmp_path):
     from playwright.sync_api import expect
 

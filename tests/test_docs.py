@@ -76,6 +76,7 @@ def test_every_command_of_the_readme_runs_in_order(text, tmp_path, monkeypatch, 
     assert run_in_order(commands(README), capsys) >= 9
 
 
+@pytest.mark.slow
 def test_every_command_of_your_own_text_runs_in_order(text, tmp_path, monkeypatch, capsys):
     """With small files of each kind of text, and small models."""
     monkeypatch.chdir(tmp_path)
@@ -136,7 +137,8 @@ def test_generated_documents_are_up_to_date(monkeypatch):
     assert re.sub(decimal, "#", new) == re.sub(decimal, "#", old)
     numbers = [[float(number) for number in re.findall(decimal, text)] for text in (new, old)]
     assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-3)  # other builds of torch round differently
-    assert docs["cli"]() == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name, document in (("cli", "cli.md"), ("plan", "scale.md")):
+        assert docs[name]() == (ROOT / "docs" / document).read_text(encoding="utf-8")
 
 
 def test_quoted_code_in_the_walkthrough_is_in_the_package():

@@ -36,7 +36,7 @@ def comment(file) -> list[str]:
 def test_the_list_names_every_file_with_its_purpose_and_what_was_run(capsys):
     assert minigpt_cli.main(["launch", "list"]) == 0
     out = capsys.readouterr().out
-    assert len(FILES) == 11
+    assert len(FILES) == 12
     for file in FILES:
         purpose, *_, status = comment(file)
         assert f"{file.name:<24}{purpose[2:]}\n{'':<24}{status[2:]}\n" in out

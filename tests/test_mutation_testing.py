@@ -81,6 +81,7 @@ def test_equivalent_changes_are_left_out_and_other_mutants_of_their_lines_are_no
     assert [line for number, line in changed if number in (10, 14)] == ["return number * 3"]
 
 
+@pytest.mark.slow
 def test_survivors_are_listed_with_their_diff_and_the_sources_are_unchanged(project, capsys):
     before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
     report = project.parent / f"{project.name}.jsonl"

@@ -141,6 +141,7 @@ def assert_is_merged(sharded_text: list[str], tmp_path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.slow
 def test_two_jobs_of_a_slurm_array_write_the_shards_of_a_text(sharded_text, tmp_path):
     """Each job runs the script with the variables that Slurm sets."""
     command = tmp_path / "bin" / "minigpt"

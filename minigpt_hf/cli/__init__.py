@@ -15,6 +15,7 @@ from importlib import import_module
 
 from minigpt_cli import COMMANDS
 
+from ..atomic import DISK_FULL
 from ..errors import MiniGPTError
 from ..output import discard, guarded_output, open_standard_descriptors
 from .parser import Terminated
@@ -73,7 +74,9 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
         if debug:
             raise
         _print_error(command, error)
-        return errno.ENOSPC if error.errno == errno.ENOSPC else 2  # ENOSPC as `DiskFullError`: logs need space, too
+        return (
+            errno.ENOSPC if error.errno in (*DISK_FULL, errno.EFBIG) else 2
+        )  # as `DiskFullError`: logs need space, too
     except Exception as error:
         error.add_note("This is a bug: please report it with this traceback and the command.")
         raise

@@ -11,7 +11,6 @@ The order of the sequences is a seeded permutation that is computed instead of s
 (epoch, index), and resuming takes constant time.
 """
 
-import itertools
 import random
 from collections.abc import Iterator
 
@@ -21,6 +20,8 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import MiniGPTError
 from .stream import TokenStream
+
+ADDRESSED = 1024  # sequences whose addresses are computed together
 
 
 class SequenceDataset(Dataset):
@@ -97,7 +98,10 @@ class SequenceDataset(Dataset):
 
 
 class SequenceSampler(Sampler):
-    """Yields the (epoch, index) of every sequence of an epoch, in a seeded order that differs between epochs.
+    """Yields the (epoch, index) of the sequences of an epoch, in a seeded order that differs between epochs.
+
+    Of several processes, each yields its share: of the batches of an epoch, number k is of rank k mod R. Batches that not
+    every rank would get are omitted.
 
     Args:
         num_sequences: Number of sequences per epoch.
@@ -108,8 +112,9 @@ class SequenceSampler(Sampler):
             epoch are then the same for every division of a step among ranks and accumulated batches.
 
     Attributes:
-        num_skipped: Number of sequences of the next epoch that were used before a resume. The training loop discards
-            their batches, so a constant address is yielded for them instead of computing the permutation.
+        batch_size, rank, num_ranks: The share of this process, B, r and R. Default: all sequences.
+        num_skipped: Number of sequences of the share to omit at the start of the next epoch, because they were used before
+            a resume. This takes constant time.
     """
 
     def __init__(self, num_sequences: int, seed: int, window: int = 0, step: int = 1):
@@ -118,32 +123,42 @@ class SequenceSampler(Sampler):
         self.seed = seed
         self.window = window
         self.epoch = 0
+        self.batch_size, self.rank, self.num_ranks = 1, 0, 1
         self.num_skipped = 0
 
     def __len__(self) -> int:
-        return self.num_used
+        """Number of sequences of the share per epoch."""
+        if self.num_ranks == 1:
+            return self.num_used
+        return self.num_used // (self.batch_size * self.num_ranks) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch; called by the Trainer at the start of each."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        start, self.num_skipped = self.num_skipped, 0
+        for begin in range(start, len(self), ADDRESSED):
+            for index in self.indices(begin, min(begin + ADDRESSED, len(self))).tolist():
+                yield self.epoch, index
+
+    def indices(self, begin: int, end: int) -> np.ndarray:
+        """Return the sequences at positions `begin` to `end` of the share of this epoch, int64 [end - begin]."""
+        own = np.arange(begin, end, dtype=np.int64)
+        batches = own // self.batch_size * self.num_ranks + self.rank
+        positions = batches * self.batch_size + own % self.batch_size
         keys = permutation_keys(self.seed, self.epoch)
-        num_skipped, self.num_skipped = self.num_skipped, 0
-        yield from itertools.repeat((self.epoch, 0), num_skipped)
-        for position in range(num_skipped, self.num_used):
-            if not self.window:
-                yield self.epoch, permute(position, self.num_sequences, keys)
-                continue
-            number, offset = divmod(position, self.window)
-            complete, size = self.num_sequences // self.window, self.window
-            if number < complete:
-                number = permute(number, complete, keys)
-            else:
-                size = self.num_sequences % self.window
-            if offset == 0 or position == num_skipped:
-                keys_in_window = permutation_keys(self.seed, self.epoch, number)
-            yield self.epoch, number * self.window + permute(offset, size, keys_in_window)
+        if not self.window:
+            return permute(positions, self.num_sequences, keys)
+        numbers, offsets = np.divmod(positions, self.window)
+        complete = self.num_sequences // self.window
+        is_complete = numbers < complete
+        numbers[is_complete] = permute(numbers[is_complete], complete, keys)
+        for number in np.unique(numbers).tolist():
+            size = self.window if number < complete else self.num_sequences % self.window
+            chosen = numbers == number
+            offsets[chosen] = permute(offsets[chosen], size, permutation_keys(self.seed, self.epoch, number))
+        return numbers * self.window + offsets
 
 
 def permutation_keys(seed: int, epoch: int, window: int | None = None) -> list[int]:
@@ -152,20 +167,32 @@ def permutation_keys(seed: int, epoch: int, window: int | None = None) -> list[i
     return [source.getrandbits(64) for _ in range(4)]
 
 
-def permute(position: int, size: int, keys: list[int]) -> int:
-    """Return the image of `position` under a pseudo-random permutation of range(size), in constant time and memory.
+def permute(positions: np.ndarray, size: int, keys: list[int]) -> np.ndarray:
+    """Return the images of positions under a pseudo-random permutation of range(size), in constant time and memory each.
 
     A Feistel network (Luby and Rackoff 1988) is a permutation of a range of 4^k numbers for any round function. A result
     outside range(size) is permuted again until it falls inside (cycle walking), four times on average at most.
+
+    Args:
+        positions: int64, in range(size).
+        size: At most 2^63.
+
+    Returns:
+        int64, of the shape of `positions`.
     """
     half_bits = ((size - 1).bit_length() + 1) // 2
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = position >> half_bits, position & mask
+    half, mask, middle = np.uint64(half_bits), np.uint64((1 << half_bits) - 1), np.uint64(32)
+    images = positions.astype(np.uint64)
+    outside = np.arange(len(images))  # places in `images` of the numbers to permute
+    while len(outside):
+        number = images[outside]
+        left, right = number >> half, number & mask
         for key in keys:
-            # Round function: multiplicative hashing with 2^64 / golden ratio; the middle bits of the product are used.
-            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ (mixed >> 32 & mask)
-        position = left << half_bits | right
-        if position < size:
-            return position
+            # Round function: multiplicative hashing with 2^64 / golden ratio; the middle bits of the product are used. The
+            # product is that of unsigned 64-bit integers, modulo 2^64.
+            mixed = (right ^ np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
+            left, right = right, left ^ (mixed >> middle & mask)
+        number = left << half | right
+        images[outside] = number
+        outside = outside[number >= np.uint64(size)]
+    return images.astype(np.int64)

@@ -17,7 +17,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ..atomic import publish, read_manifest, remove_abandoned, seal, sha256, temporary_directory
+from ..atomic import (
+    DescribedOSError,
+    publish,
+    read_manifest,
+    remove_abandoned,
+    seal,
+    sha256,
+    storage_error,
+    temporary_directory,
+)
 
 Content = TypeVar("Content")
 
@@ -69,7 +78,7 @@ def cached(
                 with suppress(FileNotFoundError):  # another process is replacing it as well
                     directory.rename(temporary / "damaged")
                 shutil.rmtree(temporary / "damaged", ignore_errors=True)
-    except OSError as error:
+    except Exception as error:
         raise _with_remedy(error, cache_dir, what) from error
     if states:
         _write_record(_record_of(directory, cache_dir), states)
@@ -88,18 +97,21 @@ def _seal_and_record(content: Path) -> dict[str, list]:
     return {name: [entry["sha256"], *before[name]] for name, entry in read_manifest(content).items() if is_large}
 
 
-def _with_remedy(error: OSError, cache_dir: Path, what: str) -> OSError:
+def _with_remedy(error: Exception, cache_dir: Path, what: str) -> Exception:
     """Add a remedy to an error that occurred while writing the cache; return any other error unchanged."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = explained.errno if (explained := storage_error(error, cache_dir)) else None
+    if number == errno.ENOSPC:
         remedy = f"{shutil.disk_usage(cache_dir).free / 1e6:,.0f} MB are free; free more space"
-    elif error.errno == errno.EFBIG:
+    elif number == errno.EFBIG:
         remedy = "raise the file size limit (`ulimit -f`)"
-    elif error.filename is not None and Path(error.filename).is_relative_to(cache_dir):
-        remedy = "make it writable"
+    elif isinstance(error, OSError) and error.filename is not None and Path(error.filename).is_relative_to(cache_dir):
+        number, remedy = error.errno, "make it writable"
     else:
         return error
-    message = f"{cache_dir}: the {what} cannot be written to this cache ({error.strerror}): {remedy}, or specify"
-    return OSError(error.errno, f"{message} another folder with --cache_dir")
+    message = (
+        f"{cache_dir}: the {what} cannot be written to this cache ({os.strerror(number or 0)}): {remedy}, or specify"
+    )
+    return DescribedOSError(number, f"{message} another folder with --cache_dir")
 
 
 def verification_error(directory: Path, cache_dir: Path) -> str | None:

@@ -3,7 +3,6 @@
 A position is mapped to its part by a binary search over the starts of all parts, so a slice may straddle parts.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -18,7 +17,7 @@ import fsspec
 import numpy as np
 from filelock import FileLock
 
-from ..atomic import remove_abandoned, sha256, temporary_directory
+from ..atomic import DISK_FULL, remove_abandoned, sha256, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
 from .array_file import ArrayFile
 
@@ -168,7 +167,7 @@ class ShardStore:
             except FileNotFoundError as error:
                 raise UnreadableFileError(f"{url}: is missing; upload the complete folder") from error
             except Exception as error:  # of many types, by file system
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 if seconds is None:

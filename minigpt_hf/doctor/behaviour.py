@@ -108,15 +108,18 @@ def beams(subject: Subject) -> Row:
     return passed("two of three beams, of full length")
 
 
-class PreferEOS(LogitsProcessor):
-    """Makes the EOS token the most probable one from a given length on, unless it is suppressed."""
+class EndAt(LogitsProcessor):
+    """Makes the first EOS token the most probable one from a given length on, unless it is suppressed, and all impossible
+    before."""
 
-    def __init__(self, end: int, length: int):
-        self.end, self.length = end, length
+    def __init__(self, ends: list[int], length: int):
+        self.ends, self.length = ends, length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[1] >= self.length:
-            scores[:, self.end] += 1e9
+            scores[:, self.ends[0]] += 1e9
+        else:
+            scores[:, self.ends] = -torch.inf
         return scores
 
 
@@ -128,17 +131,16 @@ def stops(subject: Subject) -> Row:
         return failed(
             "generation_config.json has no eos_token_id, so generation never stops before the limit", "set it"
         )
-    end, ids = (ends[0] if isinstance(ends, list) else ends), prompt(model, 12)
-    processors = LogitsProcessorList([PreferEOS(end, ids.shape[1] + 1)])
-    found = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=processors, max_new_tokens=8, num_beams=1
-    )
+    ends, ids = (ends if isinstance(ends, list) else [ends]), prompt(model, 12)
+    processors = LogitsProcessorList([EndAt(ends, ids.shape[1] + 1)])
+    options = {"max_new_tokens": 8, "num_beams": 1, "do_sample": False}
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=processors, **options)
     if found.shape[1] != ids.shape[1] + 2:
         return failed(
-            f"`generate` continues after token {end} with the settings of the folder",
+            f"`generate` continues after token {ends[0]} with the settings of the folder",
             "correct generation_config.json: eos_token_id, min_length, suppress_tokens",
         )
-    return passed(f"`generate` stops at token {end}")
+    return passed(f"`generate` stops at token {ends[0]}")
 
 
 CHECKS = (cached_equals_uncached, left_padded_equals_single, beams, stops)

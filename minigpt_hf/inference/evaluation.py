@@ -280,11 +280,14 @@ def evaluate_conversations(
 def _score(
     model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rank: int, world_size: int
 ) -> tuple[float, int]:
-    """Sum the negative log-likelihood of labels in nats, and count them, in every `world_size`-th batch from `rank` on."""
+    """Sum the negative log-likelihood of labels in nats, and count them, in every `world_size`-th batch from `rank` on.
+
+    All ranks make equally many forward passes, because sharded parameters (FSDP) are gathered by all ranks together.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nats, tokens = torch.zeros((), dtype=torch.float64), 0
+    nats, tokens, index = torch.zeros((), dtype=torch.float64), 0, -1
     for index, (inputs, labels) in enumerate(batches):
         if index % world_size == rank:
             with torch.no_grad():
@@ -294,6 +297,9 @@ def _score(
             )
             nats += losses.cpu().double().sum()
             tokens += int((labels != IGNORE_INDEX).sum())
+    if rank > index % world_size:  # the last round has a batch for the first ranks only
+        with torch.no_grad():
+            model(input_ids=inputs.to(device), use_cache=False)
     model.train(was_training)
     return nats.item(), tokens
 

@@ -1,5 +1,6 @@
 """Render the model card (`README.md`) from the metadata in `minigpt.json` and the template `model_card.md`."""
 
+import functools
 import json
 import re
 import shlex
@@ -48,11 +49,13 @@ class Place:
         native: `main` of a repository or a native export, which load without the code of a model folder.
         absent: Hub ids of datasets and models that do not exist on the Hub, and are not linked.
         space: Hub id of the Space that demonstrates the model.
+        revision: Branch of the repository; None: `main`.
     """
 
     native: bool = False
     absent: frozenset[str] = frozenset()
     space: str | None = None
+    revision: str | None = None
 
 
 def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | None = None) -> str:
@@ -66,22 +69,20 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
     Raises:
         jinja2.UndefinedError: if the template uses a value that `metadata` lacks.
     """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
-    environment.filters["score"] = score_value
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     place = place or Place(native="/" in metadata["name"])
     return (
-        template.render(
+        _template().render(
             card_data=card_data(metadata, place.absent).to_yaml(),
             config=config,
             location=location(metadata["name"]),
             native=place.native,
             space=place.space,
+            revision=place.revision,
             is_fine_tuned=is_fine_tuned(metadata),
             base_model=base_model(metadata, place.absent),
             emissions=emissions(metadata),
             has_copying=has_copying(metadata),
+            has_changed_data=has_changed_data(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -92,6 +93,14 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
         )
         + "\n"
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
+    environment.filters["score"] = score_value
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def card_for(folder: Path, place: Place, name: str | None = None) -> str:
@@ -200,8 +209,15 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
     )
 
 
+def has_changed_data(metadata: dict[str, Any]) -> bool:
+    """Whether the training text was changed during training: the earlier one may contain the text that is scored."""
+    return any(change["setting"] == "data" for change in metadata["training"].get("changes", []))
+
+
 def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:
-    """Return the validation score in the schema of the Hub; empty if there is none."""
+    """Return the validation score in the schema of the Hub; empty if there is none, or it is not one of unseen text."""
+    if has_changed_data(metadata):
+        return []
     data, results = metadata["data"], metadata["results"]
     conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
     return [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..atomic import fsync, write_files
@@ -126,8 +127,12 @@ def write_model_folder(
 
 
 def non_finite_parameter(model: torch.nn.Module) -> str | None:
-    """Return the name of the first parameter with a value that is not finite, or `None`."""
-    return next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
+    """Return the name of the first parameter with a value that is not finite, or `None`; of a sharded one (FSDP), the values
+    on this rank are checked."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.to_local() if isinstance(weight, DTensor) else weight).all():
+            return name
+    return None
 
 
 def damage(folder: Path) -> str | None:

@@ -35,7 +35,7 @@ from ..model.native import qwen3_settings
 from ..trust import read_metadata
 from .card import Place, base_model, card_for
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
-from .space import PROGRAM_FILES, Space, space_of
+from .space import PROGRAM_FILES, space_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,18 +97,19 @@ def push_folder(
         OSError: if the Hub rejects the request or cannot be reached.
     """
     check_complete(folder)
-    check_revision(revision)
+    revision = check_revision(revision)
     repo_id = open_repository(repo_id, private)
     if space is not None:
         with hub_errors(repo_id):
             private = private or bool(HfApi().model_info(repo_id).private)  # a page contains the weights
-        content = space_of(repo_id, page)
+        content = space_of(repo_id, page, revision)
         space = open_repository(space, private, content.sdk)
         check_space(space, repo_id)
     urls = commit_folder(folder, repo_id, revision, space=space, checked=checked)
     if space is not None:
         with naming(urls):
-            urls.append(commit_space(content, read_metadata(folder), repo_id, space))
+            card = content.card(read_metadata(folder), repo_id, revision)
+            urls += _commit({"main": {"README.md": card, **content.files}}, space, "Upload demo", repo_type="space")
     if collection is not None:
         with naming(urls):
             urls.append(add_to_collection(collection, repo_id, space, private))
@@ -155,17 +156,18 @@ def commit_folder(
 
     Args:
         message: Commit message.
-        space: Hub id of the Space that the card links. Default: its demo with the name of the model, if there is one.
+        space: Hub id of the Space that the card links. Default: the demo of this branch with the name of the model, if
+            there is one.
         checked: See `push_folder`.
 
     Returns:
         The URL of each updated branch.
     """
-    metadata = read_metadata(folder)
+    metadata, revision = read_metadata(folder), check_revision(revision)
     with hub_errors(repo_id):
-        if space is None and is_demo(repo_id, repo_id):
+        if space is None and demonstrated(repo_id, repo_id) == (revision or "main"):
             space = repo_id
-        place = Place(native=True, absent=absent_from_hub(metadata), space=space)
+        place = Place(native=True, absent=absent_from_hub(metadata), space=space, revision=revision)
     # Only the weights are read again during the upload, which compares their hash.
     files: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file if file.suffix == ".safetensors" else file.read_bytes()
@@ -181,20 +183,7 @@ def commit_folder(
         )
     native = {name: file for name, file in files.items() if name not in CODE}
     native["config.json"] = json_bytes(qwen3_settings(config))
-    branches = {revision or "main": native}
-    if "main" in branches:
-        branches[CODE_BRANCH] = files
-    urls: list[str] = []
-    for branch, content in branches.items():
-        with naming(urls):
-            urls.append(_commit(content, repo_id, branch, message))
-    return urls
-
-
-def commit_space(content: Space, metadata: dict[str, Any], repo_id: str, space: str) -> str:
-    """Update a Space to the demo of a model in one commit, and return its URL."""
-    files: dict[str, Path | bytes] = {"README.md": content.card(metadata, repo_id), **content.files}
-    return _commit(files, space, "main", "Upload demo", repo_type="space")
+    return _commit({revision: native} if revision else {"main": native, CODE_BRANCH: files}, repo_id, message)
 
 
 def check_space(space: str, repo_id: str) -> None:
@@ -206,19 +195,23 @@ def check_space(space: str, repo_id: str) -> None:
     """
     with hub_errors(space):
         is_empty = {*HfApi().list_repo_files(space, repo_type="space")} <= {"README.md", ".gitattributes"}
-        if not is_empty and not is_demo(space, repo_id):
+        if not is_empty and demonstrated(space, repo_id) is None:
             raise MiniGPTError(
                 f"{space}: this Space is not a demo of {repo_id} (its README.md names other models, or none): choose another "
                 "name for --space"
             )
 
 
-def is_demo(space: str, repo_id: str) -> bool:
-    """Whether there is a Space whose `README.md` names the model."""
+def demonstrated(space: str, repo_id: str) -> str | None:
+    """Return the branch of the model that a Space demonstrates according to its `README.md`, or `None` if there is none."""
     try:
-        return repo_id in (SpaceCard.load(space).data.get("models") or [])
+        card = SpaceCard.load(space)
+        if repo_id not in (card.data.get("models") or []):
+            return None
+        branch = re.search(rf"/{re.escape(repo_id)}/tree/([^)\s]+)", card.text)
     except (RepositoryNotFoundError, EntryNotFoundError, ValueError, TypeError, YAMLError):  # absent or malformed
-        return False
+        return None
+    return branch[1] if branch else "main"
 
 
 def add_to_collection(collection: str, repo_id: str, space: str | None, private: bool) -> str:
@@ -242,39 +235,53 @@ def naming(urls: list[str]) -> Iterator[None]:
         raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
 
 
-def _commit(content: dict[str, Path | bytes], repo_id: str, branch: str, message: str, repo_type: str = "model") -> str:
-    """Update a branch to a set of files in one commit, and return its URL.
+def _commit(
+    branches: dict[str, dict[str, Path | bytes]], repo_id: str, message: str, repo_type: str = "model"
+) -> list[str]:
+    """Update branches to sets of files, in one commit each, and return their URLs.
+
+    The parents of all commits are read before the first one, so that of two concurrent calls at least one is rejected: the
+    branches cannot be left with files of different calls without an error.
 
     Files that transformers would read in addition are deleted, and named in the log: old shards would be loaded instead of
     the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files are not changed.
+
+    Args:
+        branches: Content by path, for each branch.
     """
     api = HfApi()
+    parents: dict[str, str | None] = {}
     with hub_errors(repo_id):
-        if branch == CODE_BRANCH:  # starts at the initial commit, so that it contains no other files of `main`
-            first = api.list_repo_commits(repo_id)[-1].commit_id
-            api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
-        elif branch != "main":
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
-        paths = api.list_repo_files(repo_id, repo_type=repo_type, revision=current.sha)
-        read = (*REQUIRED, *OPTIONAL, *FOREIGN) if repo_type == "model" else PROGRAM_FILES
-        stale = [path for path in paths if path not in content and any(fnmatch(path, pattern) for pattern in read)]
-        stale = [path for path in stale if not path.startswith("figures/")]  # only the card refers to figures
-        if stale:
-            logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
-        api.create_commit(
-            repo_id,
-            repo_type=repo_type,
-            operations=[
-                *(CommitOperationDelete(path) for path in stale),
-                *(CommitOperationAdd(path, file) for path, file in content.items()),
-            ],
-            commit_message=message,
-            revision=branch,
-            parent_commit=current.sha,
-        )
+        for branch in branches:
+            if branch == CODE_BRANCH:  # starts at the initial commit, so that it contains no other files of `main`
+                first = api.list_repo_commits(repo_id)[-1].commit_id
+                api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
+            elif branch != "main":
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            parents[branch] = api.repo_info(repo_id, repo_type=repo_type, revision=branch).sha
     prefix = "spaces/" if repo_type == "space" else ""
-    return f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{branch}")
+    read = (*REQUIRED, *OPTIONAL, *FOREIGN) if repo_type == "model" else PROGRAM_FILES
+    urls: list[str] = []
+    for branch, content in branches.items():
+        with naming(urls), hub_errors(repo_id):
+            paths = api.list_repo_files(repo_id, repo_type=repo_type, revision=parents[branch])
+            stale = [path for path in paths if path not in content and any(fnmatch(path, pattern) for pattern in read)]
+            stale = [path for path in stale if not path.startswith("figures/")]  # only the card refers to figures
+            if stale:
+                logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
+            api.create_commit(
+                repo_id,
+                repo_type=repo_type,
+                operations=[
+                    *(CommitOperationDelete(path) for path in stale),
+                    *(CommitOperationAdd(path, file) for path, file in content.items()),
+                ],
+                commit_message=message,
+                revision=branch,
+                parent_commit=parents[branch],
+            )
+        urls.append(f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{branch}"))
+    return urls
 
 
 def commit_in_background(folder: Path, repo_id: str, revision: str | None, message: str) -> Future:
@@ -312,16 +319,19 @@ def check_complete(folder: Path) -> None:
         raise MiniGPTError(f"{links[0]}: is a link; replace it by the file")
 
 
-def check_revision(revision: str | None) -> None:
-    """Check that a branch is not the one that holds the code.
+def check_revision(revision: str | None) -> str | None:
+    """Check that a branch has the name of a branch and is not the one that holds the code; return it, or `None` for `main`.
 
     Raises:
         MiniGPTError: otherwise.
     """
+    if revision is not None and (not re.fullmatch(r"[\w.][\w./-]*", revision) or revision.startswith("refs/")):
+        raise MiniGPTError(f"{revision!r} is not the name of a branch: use letters, digits, `.`, `_`, `-` and `/`")
     if revision == CODE_BRANCH:
         raise MiniGPTError(
             f"the branch {CODE_BRANCH} holds the code and is updated with main: choose another branch, or omit it"
         )
+    return None if revision == "main" else revision
 
 
 def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:

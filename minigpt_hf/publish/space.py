@@ -10,7 +10,8 @@ import transformers
 from huggingface_hub import SpaceCardData
 
 APP = Path(__file__).with_name("space_app.py")
-PLACEHOLDER = '"USER/NAME"'  # in `APP`
+# In `APP`.
+MODEL, REVISION = 'MODEL = "USER/NAME"', 'REVISION = "main"'
 GRADIO = "6.31.0"
 # Files of Spaces of any SDK; those of another SDK are deleted.
 PROGRAM_FILES = ("app.py", "requirements.txt", "index.html")
@@ -30,12 +31,13 @@ class Space:
     files: dict[str, bytes]
     settings: dict[str, Any]
 
-    def card(self, metadata: dict[str, Any], repo_id: str) -> bytes:
+    def card(self, metadata: dict[str, Any], repo_id: str, revision: str | None = None) -> bytes:
         """Return the content of `README.md`.
 
         Args:
             metadata: Content of `minigpt.json`.
             repo_id: Hub id of the model.
+            revision: Branch of the model; None: `main`.
         """
         data = SpaceCardData(
             title=repo_id.partition("/")[2],
@@ -49,21 +51,24 @@ class Space:
             models=[repo_id],
             short_description="A small GPT trained with minigpt-hf",
         )
-        link = f"https://huggingface.co/{repo_id}"
+        link = f"https://huggingface.co/{repo_id}" + (f"/tree/{revision}" if revision else "")
         return f"---\n{data.to_yaml()}\n---\n\nDemo of [{repo_id}]({link}).\n".encode()
 
 
-def space_of(repo_id: str, page: str | None = None) -> Space:
+def space_of(repo_id: str, page: str | None = None, revision: str | None = None) -> Space:
     """Return the Space of a model: its page, or else a program that loads the model from the Hub.
 
     Args:
         repo_id: Hub id of the model.
         page: HTML that runs the model in a browser.
+        revision: Branch that the program loads; None: `main`.
     """
     if page is not None:
         return Space("static", {"index.html": page.encode()}, {"app_file": "index.html"})
     app = APP.read_text(encoding="utf-8")
-    assert app.count(PLACEHOLDER) == 1
+    for line, value in ((MODEL, repo_id), (REVISION, revision or "main")):
+        assert app.count(f"{line}\n") == 1
+        app = app.replace(line, f"{line.partition(' ')[0]} = {json.dumps(value)}")
     versions = f"torch=={torch.__version__.partition('+')[0]}\ntransformers=={transformers.__version__}\n"
-    files = {"app.py": app.replace(PLACEHOLDER, json.dumps(repo_id)).encode(), "requirements.txt": versions.encode()}
+    files = {"app.py": app.encode(), "requirements.txt": versions.encode()}
     return Space("gradio", files, {"sdk_version": GRADIO, "app_file": "app.py"})

@@ -19,6 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..data.files import FORMATS, SHARD_CACHE, TABLE_EXTENSIONS
 from ..errors import MiniGPTError
 from .scaling import parse_size
+from .sharding import check_config, launcher_config
 
 # Values that the Hub accepts in the metadata of a model card; the Hub validates license identifiers itself.
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
@@ -396,6 +397,13 @@ class MiniGPTTrainingArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Names of settings that may differ from those of the run that is resumed."},
     )
+    async_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue training while a checkpoint is hashed, synchronized to disk and renamed; until then the "
+            "previous one is the newest."
+        },
+    )
     on_bad_loss: Literal["stop", "skip"] = field(
         default="stop",
         metadata={
@@ -414,6 +422,12 @@ class MiniGPTTrainingArguments(TrainingArguments):
     max_steps: int = field(default=1000, metadata={"help": "Number of optimizer steps; -1: use num_train_epochs."})
     bf16: bool = field(  # type: ignore[assignment]  # `_resolve` replaces None
         default=None, metadata={"help": "bfloat16 autocast over float32 weights; default: if the device supports it."}
+    )
+    fsdp: bool = field(  # type: ignore[assignment]  # transformers still accepts strings, and expects None for False
+        default=None,
+        metadata={
+            "help": "Shard parameters, gradients and optimizer states over the processes (FSDP2); fsdp_config refines it."
+        },
     )
     logging_steps: float = field(default=20, metadata={"help": "Steps between log lines; below 1, share of all steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
@@ -491,6 +505,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
             raise MiniGPTError(
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
             )
+        if not self.fsdp and (requested := launcher_config()) is not None:
+            self.fsdp, self.fsdp_config = True, requested
+        self.fsdp = self.fsdp or None  # type: ignore[assignment]
         for setting, others in UNSUPPORTED_WITH.items():
             for name in others:
                 if getattr(self, setting) and getattr(self, name):
@@ -529,6 +546,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate treats each process of the launcher as the only one
         super().__post_init__()
+        if self.fsdp:
+            check_config(self.fsdp_config)
         stated = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         if self.mixed_precision != stated:  # transformers takes it from the environment
             raise MiniGPTError(
@@ -537,6 +556,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.accelerator_config.split_batches:
             raise MiniGPTError("accelerator_config: split_batches is not supported; use --per_device_train_batch_size")
+        if self.accelerator_config.dispatch_batches:
+            raise MiniGPTError(
+                "accelerator_config: dispatch_batches is not supported: each process reads its own batches"
+            )
         if self.accelerator_config.gradient_accumulation_kwargs:
             raise MiniGPTError(
                 "accelerator_config: gradient_accumulation_kwargs is not supported; use --gradient_accumulation_steps"

@@ -97,6 +97,9 @@ class AutoConfigurator:
             stored = stored_settings(run)
             if self.training.given_in_command & {"eval_strategy", "save_strategy"}:
                 stored.pop("load_best_model_at_end", None)  # follows from the strategies unless it is given
+            if self.data.validation_fraction == 0:  # an allowed change; there is nothing to evaluate
+                for name in ("eval_strategy", "do_eval", "load_best_model_at_end"):
+                    stored.pop(name, None)
             names = {name for group in settings for name in vars(group)}
             self._fill_in({name: value for name, value in stored.items() if name in names})
             self._log(f"settings that are not given are read from the recipe of this run, {run.recipe}")

@@ -24,6 +24,7 @@ from ..errors import NonFiniteLossError
 from ..inference.generation import Prompt, check_ids, encode_prompt, generate
 from .report import duration
 from .run_folder import append_to_log, read_log
+from .sharding import is_sharded
 from .stopping import StopAtBoundary
 
 logger = logging.getLogger(__name__)
@@ -216,13 +217,18 @@ class SampleLogger(TrainerCallback):
         return [sample(model, self.tokenizer, prompt, self.tokens) for prompt in self.prompts]
 
     def _show(self, when: str, state, model: PreTrainedModel) -> bool:
-        """Generate, print and log a sample, on the main process only. Returns whether there is one."""
-        if self.tokens and state.is_world_process_zero:
+        """Generate, print and log a sample, on the main process only. Returns whether there is one.
+
+        If the model is sharded, all ranks generate the same sample, since they gather its parameters together.
+        """
+        if self.tokens and (state.is_world_process_zero or is_sharded(model)):
             try:
                 self.latest = self._samples(model)
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
                 logger.warning(f"step {state.global_step}: no sample generated ({type(error).__name__}: {reason})")
+                return False
+            if not state.is_world_process_zero:
                 return False
             text = "\n\n".join(self.latest)
             lines = (f"  {line}" for line in text.splitlines())
@@ -259,7 +265,16 @@ def sample(
     model.eval()
     try:
         with preserved_random_state():
-            (text,) = generate(model, tokenizer, prompt, seed=seed, max_new_tokens=tokens, use_cache=True, **options)
+            (text,) = generate(
+                model,
+                tokenizer,
+                prompt,
+                seed=seed,
+                extra_options=lambda length, given: {"synced_gpus": True} if is_sharded(model) else {},
+                max_new_tokens=tokens,
+                use_cache=True,
+                **options,
+            )
             return text if isinstance(prompt, str) else given_text(prompt) + text
     finally:
         model.train(was_training)

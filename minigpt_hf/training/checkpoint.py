@@ -6,12 +6,16 @@
 4. *Resume.* Checkpoints are verified against their manifests, newest first. An invalid one is renamed, never deleted.
 5. *Load.* Names, shapes and dtypes of the tensors are compared with those of the run: the manifest of a checkpoint that was
    changed on purpose may be valid, and kernels of torch read tensors of a wrong shape out of bounds.
+
+With `--async_checkpoints`, steps 2 and 3 are taken in a thread while training continues.
 """
 
 import json
+import logging
 import math
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,25 +29,104 @@ from ..errors import MiniGPTError
 from .optimizer import expected_states
 from .run_folder import CHECKPOINT, FINGERPRINT, RunFolder, read_json
 
+logger = logging.getLogger(__name__)
+
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 
 @contextmanager
-def atomic_checkpoint(checkpoint: Path) -> Iterator[Path]:
-    """Yield a folder to fill. If the block ends without an exception, the folder is sealed and renamed to `checkpoint`."""
+def atomic_checkpoint(checkpoint: Path, finish: Callable[[Callable[[], None]], None] | None = None) -> Iterator[Path]:
+    """Yield a folder to fill. If the block ends without an exception, the folder is sealed and renamed to `checkpoint`.
+
+    Args:
+        finish: Calls the function that it is given, which seals and renames, now or later. Default: it is called at once.
+    """
     folder = staging_folder(checkpoint)
     shutil.rmtree(folder.parent, ignore_errors=True)  # left by a killed process
     folder.parent.mkdir()  # fails if the run folder was removed: a checkpoint alone could not be resumed
     folder.mkdir()
+
+    def seal_and_rename() -> None:
+        try:
+            seal(folder)
+            if checkpoint.exists():  # of the run before it was resumed from an earlier checkpoint
+                rename_aside(checkpoint)
+            folder.rename(checkpoint)
+            fsync(checkpoint.parent)
+        finally:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
     try:
         yield folder
-        seal(folder)
-        if checkpoint.exists():  # of the run before it was resumed from an earlier checkpoint
-            rename_aside(checkpoint)
-        folder.rename(checkpoint)
-        fsync(checkpoint.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(folder.parent, ignore_errors=True)
+        raise
+    if finish is None:
+        seal_and_rename()
+    else:
+        finish(seal_and_rename)
+
+
+class BackgroundSave:
+    """Completes checkpoints in a thread, at most one at a time.
+
+    The files of a checkpoint have been written, i.e. copied to the page cache of the operating system, when training
+    continues. The thread hashes them, synchronizes them to disk and renames their folder; until then the previous checkpoint
+    is the newest. As a context manager, waits for the thread at the end of the block.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, complete: Callable[[], None]) -> None:
+        """Call a function in the thread. The previous one must have ended: see `wait`."""
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                complete()
+            except Exception as error:
+                self._error = error
+
+        # Not a daemon: at the end of the process, Python waits for it.
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the error of the thread if it has ended with one."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the thread, if there is one, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread, error, self._error = None, self._error, None
+            if error is not None:
+                raise error
+
+    def __enter__(self) -> "BackgroundSave":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            logger.warning("the checkpoint that was being written is lost: %s", failed)
+
+
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """Let `torch.save` omit the CRC-32 of its files, which takes longer than writing them: the manifest has their SHA-256."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def staging_folder(checkpoint: Path) -> Path:

@@ -42,6 +42,7 @@ class TrainingResult:
         run: Identity of the run, see `identity_of`.
         parameters: Number of parameters of the published model.
         steps, skipped_steps, planned_steps: Optimizer steps.
+        changes: Settings that were changed when the run was resumed; see `changes_since`.
         seconds: Training time, over all starts of the run.
         evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
         prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
@@ -55,6 +56,7 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     planned_steps: int
+    changes: list[dict[str, Any]]
     tokens_per_epoch: int
     seconds: float
     evaluation: dict[str, Any] | None
@@ -82,6 +84,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
+        changes=trainer.changes,
         tokens_per_epoch=trainer.train_dataset.tokens_per_epoch,
         seconds=progress.seconds,
         evaluation=_evaluation_of_weights(trainer, finished is not None),
@@ -152,6 +155,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "steps": result.steps,
             "skipped_steps": result.skipped_steps,
             "planned_steps": result.planned_steps,
+            "changes": result.changes,
             "tokens_per_step": step,
             "tokens": result.steps * step,
             "epochs": result.steps * step / result.tokens_per_epoch,
@@ -258,7 +262,11 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
     step, auxiliary = tokens_per_step(args, trainer.train_dataset.block_size), auxiliary_parameters(model)
     remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
-    seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
+    if trainer.is_fsdp_enabled:  # a step takes all processes, and this function is called in one
+        duration_line = "not estimated with FSDP"
+    else:
+        seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
+        duration_line = f"about {duration(seconds)}{remaining}, without evaluations"
     sequences = trainer.train_dataset
     content = f"{stream.characters:,} characters -> {len(stream):,} tokens of {stream.bytes / len(stream):.2f} bytes"
     if isinstance(sequences, ConversationDataset):
@@ -275,7 +283,7 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"
         f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
         f"{steps * step / sequences.tokens_per_epoch:.2f} epochs\n"
-        f"time          about {duration(seconds)}{remaining}, without evaluations"
+        f"time          {duration_line}"
     )
 
 

@@ -161,6 +161,8 @@ def checkpoint_to_resume(
     if fixed := {
         name: pair for name, pair in changed.items() if name.startswith("config.") and name not in CHANGEABLE_CONFIG
     }:
+        if "config.vocab_size" in fixed and "tokenizer" in changed:
+            fixed = {"tokenizer": changed["tokenizer"], **fixed}
         raise MiniGPTError(
             f"output_dir {run.path}: contains a run with another architecture ({described(fixed)}); use another folder, or "
             "--fresh"
@@ -170,6 +172,14 @@ def checkpoint_to_resume(
             f"output_dir {run.path}: contains a run with another initialization "
             f"({described({'positional_heads': changed['positional_heads']})}): it has no effect after step 0; give the "
             "previous value, or use another folder or --fresh"
+        )
+    if moved := {name: pair for name, pair in changed.items() if name in POSITION}:
+        advice = "give the previous value; or "
+        if changed.keys() >= {"effective_batch", "world_size"}:
+            advice = another_world_size(old, training, 0)
+        raise MiniGPTError(
+            f"output_dir {run.path}: contains a run with other sequences per step ({described(moved)}), which determine its "
+            f"position in the text: {advice}train the model further in another folder, with --init_from"
         )
     known = [name for name in fingerprint if name != DESCRIPTIONS]
     for name in training.allow_change:
@@ -194,7 +204,12 @@ def checkpoint_to_resume(
             f"--fresh, or --allow_change {' '.join(refused)}"
         )
     if changed:
-        logger.info(f"changed settings: {described(changed)}")
+        logger.info(f"changed settings: {described(changed)}; the card of the model will state them")
+        if reordered := [name for name in changed if name in ORDER]:
+            logger.warning(
+                f"{', '.join(reordered)}: the rest of the epoch has another order, so sequences that were used may be used "
+                "again in this epoch, and others not at all"
+            )
     step = step_of(checkpoint) if checkpoint else -1
     if training.resume_from_checkpoint:  # otherwise the next start would resume from a later checkpoint
         for later in [path for path in run.checkpoints() if int(path.name.removeprefix("checkpoint-")) > step]:
@@ -206,11 +221,6 @@ def checkpoint_to_resume(
             f"{run.path}: no valid checkpoint, so training starts from step 0; log renamed to {rename_aside(log).name}"
         )
     truncate_log(run.log, step)
-    if 0 < training.max_steps < step:
-        logger.warning(
-            f"max_steps {training.max_steps}: the run has already taken {step} steps; its model is published without further "
-            "training"
-        )
     if checkpoint:
         logger.info(f"resuming from step {step} ({checkpoint})")
     return checkpoint
@@ -276,6 +286,7 @@ def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedCo
         "shuffle_window": data.shuffle_window,
         "effective_batch": tokens_per_step(training, data.block_size) // data.block_size,
         **shape,
+        "config.vocab_size": config.vocab_size,
         "init_from": content_hash(architecture.init_from) if architecture.init_from else None,
         "lora_rank": architecture.lora_rank,
         "positional_heads": architecture.positional_heads,
@@ -307,7 +318,7 @@ NOT_IN_FINGERPRINT = {
     *("sample_prompt", "sample_tokens"),
     # Evaluations and checkpoints, which consume no random numbers. Their intervals may change when a run is resumed.
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
-    *("save_on_each_node", "save_only_model", "enable_jit_checkpoint"),
+    *("save_on_each_node", "save_only_model", "enable_jit_checkpoint", "async_checkpoints"),
     # Gathering of predictions, which the evaluation of this package does not use.
     *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
     *("include_for_metrics", "batch_eval_metrics"),
@@ -315,6 +326,8 @@ NOT_IN_FINGERPRINT = {
     *("metric_for_best_model", "greater_is_better"),
     # Handling of steps that would otherwise have stopped the run.
     "on_bad_loss",
+    # Grouping of parameters into shards; entries that would change results are not supported.
+    "fsdp_config",
     # Transfer of batches to the device, and freeing of memory.
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "torch_empty_cache_steps"),
@@ -331,7 +344,13 @@ NOT_IN_FINGERPRINT = {
 }
 
 # The effect of an earlier version that lacked a setting whose default has another effect, or did not record it.
-BEFORE_INTRODUCTION = {"muon_beta2": 0.0, "positional_heads": [], "shuffle_window": 0}
+BEFORE_INTRODUCTION = {"muon_beta2": 0.0, "positional_heads": [], "shuffle_window": 0, "config.vocab_size": None}
+
+# The position in the text counts in these units, so they cannot change when a run is resumed.
+POSITION = {"effective_batch", "block_size"}
+
+# Settings that determine the order of the sequences.
+ORDER = {"data", "seed", "data_seed", "shuffle_window"}
 
 # Settings from which others are chosen when a run begins. They have no effect afterwards.
 BUDGET = ("minutes", "size")
@@ -348,8 +367,6 @@ def numeric_settings(training: MiniGPTTrainingArguments) -> dict[str, Any]:
     values = {name: value for name, value in training.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     if values["accelerator_config"].items() <= AcceleratorConfig().to_dict().items():
         values["accelerator_config"] = None  # the default, filled in by `TrainingArguments`
-    if not training.fsdp:
-        values["fsdp_config"] = None
     if training.lr_scheduler_type == "reduce_lr_on_plateau":  # evaluations determine the learning rate
         values |= {name: training.to_dict()[name] for name in ("eval_strategy", "eval_steps", "eval_delay")}
     return json.loads(json.dumps(values, default=str))
@@ -362,7 +379,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     """
     changed = differences(old, new)
     defaults = {each.name: each.default for each in fields(MiniGPTTrainingArguments)} | BEFORE_INTRODUCTION
-    derived = {"load_best_model_at_end", "dataloader_drop_last"}
+    derived = {"load_best_model_at_end", "dataloader_drop_last", "config.vocab_size"}
     for name in [name for name in changed if name not in old and name in defaults]:
         # A default of None may have been replaced by False.
         if new[name] == defaults[name] or not (new[name] or defaults[name]) or name in derived:
@@ -411,6 +428,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 def describe_size(stream: TokenStream) -> str:
     """Size of a text, for messages."""
     return f"{stream.characters:,} characters, {len(stream):,} tokens"
+
+
+def changes_since(checkpoint: Path, fingerprint: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """Return the settings that differ from those of a checkpoint, for the metadata of the model.
+
+    Returns:
+        A dictionary for each with `step`, `setting`, `before` and `after`; the values of hashes are `None`.
+    """
+    changed = changes(read_fingerprint(checkpoint / FINGERPRINT), fingerprint)
+    hashes = {*fingerprint[DESCRIPTIONS]}
+    return [
+        {"step": step, "setting": name, "before": before, "after": after}
+        for name, (before, after) in (
+            (name, (None, None) if name in hashes else pair) for name, pair in changed.items()
+        )
+    ]
 
 
 def describe_changes(changed: dict[str, tuple[Any, Any]], old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import transformers
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from ..atomic import DISK_FULL, file_size_limit
 from ..errors import (
     DiskFullError,
     MiniGPTError,
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 # A uniform guess costs ln(vocabulary size) nats per token; a loss above this multiple of it has exploded.
 EXPLOSION = 10
-DISK_FULL_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 # -- losses, gradients and weights ------------------------------------------------------------------------------------
@@ -426,16 +426,6 @@ def disk_full(trainer: Trainer, content: str) -> DiskFullError:
     )
 
 
-def file_size_limit() -> int | None:
-    """The size in bytes of the largest file that this process may write; `None` if it is not limited."""
-    if os.name == "nt":
-        return None
-    import resource  # does not exist on Windows
-
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
 def too_large(trainer: Trainer, content: str) -> DiskFullError:
     """The error to raise if a file of `content` is larger than this process, or the file system, allows."""
     if (limit := file_size_limit()) is None:
@@ -456,7 +446,7 @@ def no_space(trainer: Trainer, error: Exception, content: str, guess: bool = Fal
     number, limit = getattr(error, "errno", None), file_size_limit()
     if number == errno.EFBIG or "File too large" in str(error):
         return too_large(trainer, content)
-    if number in DISK_FULL_ERRORS or "No space left" in str(error):
+    if number in DISK_FULL or "No space left" in str(error):
         return disk_full(trainer, content)
     if guess and limit is not None and limit < checkpoint_bytes(trainer):
         return too_large(trainer, content)

@@ -31,6 +31,7 @@ scratch reduced the accuracy of a model with about 10⁶ parameters, while large
 `size_for_text` determines P and D from the text alone, for training of a few minutes.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,7 @@ def typical_heads(width: int) -> float:
     return width / (32 if width < 256 else 64)
 
 
+@functools.cache
 def heads_for(width: int, key_value_heads: int = 1) -> int | None:
     """Return the divisor of `width` closest to `typical_heads`, or `None` if there is none.
 

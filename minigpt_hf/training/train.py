@@ -65,9 +65,11 @@ from .safeguards import (
     check_optimizer_and_schedule,
     check_torch_settings,
     check_trained,
+    checkpoint_bytes,
     rejected_settings,
     storage_errors,
 )
+from .sharding import check_host_memory, check_sharded_run
 from .stopping import EarlyStopping, StopAtBoundary
 from .text import prepare_text, raise_unless_same_text, raise_unless_same_tokenizer
 from .trainer import MiniGPTTrainer
@@ -144,6 +146,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             "save_only_model is not supported: such checkpoints cannot be resumed from or verified; leave it out, and limit "
             "the disk space with --save_total_limit"
         )
+    check_sharded_run(training, settings.model.lora_rank)
     # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:
         settings = settings.replace(**settings_of_config(pretrained_config(settings.model)))
@@ -230,6 +233,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     with storage_errors(trainer):
         if trainer.is_world_process_zero():
             check_disk_space(trainer)
+            if training.fsdp:
+                check_host_memory(checkpoint_bytes(trainer))
             if plan.starts_over:
                 start_over(lock)
             recipe = yaml.safe_dump(resolved(settings), sort_keys=False)
@@ -237,7 +242,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
             write_files({run.recipe: recipe, run.fingerprint: fingerprint})
             progress.print(plan_table(trainer, text, done, plan.seconds_per_step))
         trainer.announced_step = done if plan.checkpoint else None
-        trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+        with trainer.saving:  # waits for the last checkpoint, also after an exception
+            trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
     if stop.stopped:
         step = trainer.state.global_step
         where = f"and saved at step {step}; the same command resumes from there" if step else "before the first step"
@@ -335,13 +341,14 @@ def leave_process_group(training: MiniGPTTrainingArguments) -> None:
 def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBoundary) -> None:
     """Write the model folder and, with `push_to_hub`, upload it, on the main process only."""
     training = plan.settings.training
+    model = trainer.whole_model()
     if not trainer.is_world_process_zero():
         return
     folder, progress = run.model, trainer.progress
     assert progress is not None
     with storage_errors(trainer):
-        detach_auxiliary_head(trainer.model)
-        model = merge_lora(trainer.model) if plan.settings.model.lora_rank else trainer.model
+        detach_auxiliary_head(model)
+        model = merge_lora(model) if plan.settings.model.lora_rank else model
         metadata = describe(plan.settings, plan.text, training_result(trainer, model))
         write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run.log))
     progress.print(f"the model is in {folder}")

@@ -11,12 +11,15 @@ import math
 import shutil
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -27,6 +30,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import PushInProgress
 
 from ..data.blocks import SequenceDataset, SequenceSampler
@@ -35,6 +39,7 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..errors import MiniGPTError, NonFiniteLossError
 from ..inference.evaluation import score_conversations, score_documents, summarize
+from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.model_folder import published_files, save_model_files, write_metadata
 from ..publish.push import check_revision, commit_in_background, open_repository
 from .arguments import MiniGPTTrainingArguments, Settings
@@ -47,6 +52,9 @@ from .auxiliary_head import (
 )
 from .callbacks import ProgressLogger, SampleLogger, preserved_random_state
 from .checkpoint import (
+    OPTIMIZER,
+    SCHEDULER,
+    BackgroundSave,
     atomic_checkpoint,
     best_checkpoint,
     changed_error,
@@ -55,13 +63,23 @@ from .checkpoint import (
     check_tensors,
     remove_old_checkpoints,
     staging_folder,
+    without_crc32,
 )
 from .chunked_loss import chunked_cross_entropy
 from .optimizer import optimizer_factory
 from .report import describe, tokens_per_step, training_result
+from .resume import changes_since
 from .run_folder import FINGERPRINT, RunFolder, read_json, read_log
 from .safeguards import LossGuard, advice, check_weights, no_space
 from .schedule import learning_rate_schedule
+from .sharding import (
+    check_is_sharded,
+    load_optimizer_state,
+    load_weights,
+    sharding_accelerator,
+    whole_optimizer_state,
+    whole_weights,
+)
 from .stopping import ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -103,6 +121,7 @@ class MiniGPTTrainer(Trainer):
         args = args.mutable_copy()
         if args.mtp_loss_weight:
             attach_auxiliary_head(model)
+        replicas = torch.distributed.group.WORLD if args.world_size > 1 else None
         super().__init__(
             model=model,
             args=args,
@@ -111,16 +130,49 @@ class MiniGPTTrainer(Trainer):
             eval_dataset=validation,
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=optimizer_factory(args) if args.muon else None,
+            optimizer_cls_and_kwargs=optimizer_factory(args, replicas) if args.muon else None,
         )
         self.remove_callback(PrinterCallback)  # `ProgressLogger` replaces it
         self.fingerprint = fingerprint or {}
+        self.changes: list[dict[str, Any]] = []  # of settings, when the run was resumed
         self.settings, self.text = settings, text
         self.progress = next((each for each in callbacks if isinstance(each, ProgressLogger)), None)
         self.samples = next((each for each in callbacks if isinstance(each, SampleLogger)), None)
         self.guard = LossGuard(self)
+        self.saving = BackgroundSave()
         self.announced_step: int | None = None  # the step at which the user was told that training resumes
         self.add_callback(_RestoreTotals(self))
+
+    # -- sharding -----------------------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Overridden because accelerate ignores FSDP on CPU."""
+        with sharding_accelerator(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Overridden because training with DDP although FSDP was requested would not be noticed."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.fsdp:
+            check_is_sharded(self.model)
+        return prepared
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model to save and to publish, on rank 0; called on all ranks.
+
+        If the model is sharded, this is a copy with whole weights in the memory of the host.
+        """
+        if not self.is_fsdp_enabled:
+            return self.model
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if not self.args.should_save:
+            return self.model
+        with no_init_weights():
+            model = MiniGPTForCausalLM(self.model.config)
+        self._issue_warnings_after_load(model.load_state_dict(weights, strict=False, assign=True))
+        model.tie_weights()
+        model.generation_config = self.model.generation_config
+        return model.eval()
 
     # -- data and schedule --------------------------------------------------------------------------------------------
 
@@ -134,12 +186,20 @@ class MiniGPTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Overridden because data loader workers must survive a signal to their process group and leave the random state
-        as it is.
+        as it is, and because accelerate computes the addresses of all ranks on each rank.
 
         A data loader draws the base seed of its workers from the global random state when it creates them. Persistent
         workers are created once per process, so a resumed run would draw it in another epoch: they get a separate generator.
         """
         loader = super().get_train_dataloader()
+        if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
+            sampler = self.block_sampler
+            sampler.batch_size, sampler.rank, sampler.num_ranks = (
+                shard.batch_size,
+                shard.process_index,
+                shard.num_processes,
+            )
+            shard.process_index, shard.num_processes = 0, 1  # passes the batches of this rank on
         torch_loader = loader.base_dataloader  # accelerate's data loader iterates over this one
         if self.args.dataloader_num_workers:
             torch_loader.worker_init_fn = partial(ignore_signals, torch_loader.worker_init_fn)
@@ -159,10 +219,10 @@ class MiniGPTTrainer(Trainer):
     def _init_training_state(
         self, max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ) -> tuple[int, int]:
-        """Overridden because the Trainer resumes by discarding batches, and with the paths and intervals of the checkpoint.
+        """Overridden because the Trainer resumes with the paths and intervals of the checkpoint.
 
-        Here the sampler starts at an index, the best checkpoint is searched for in the current run folder, and the batch size
-        and the intervals (`logging_steps`, `eval_steps`, `save_steps`) are those of the arguments.
+        Here the best checkpoint is searched for in the current run folder, and the batch size and the intervals
+        (`logging_steps`, `eval_steps`, `save_steps`) are those of the arguments.
         """
         self.began = time.perf_counter()
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -187,14 +247,19 @@ class MiniGPTTrainer(Trainer):
                 if (new := getattr(self.state, name)) != saved[name]:
                     logger.info(f"{name} was {saved[name]} and is {new} from this step on")
             self._find_best_checkpoint()
+            self.changes = changes_since(self.resumed_from, self.fingerprint, self.state.global_step)
             if self.announced_step not in (None, self.state.global_step):
                 raise MiniGPTError(
                     f"{self.resumed_from}: was saved at step {self.announced_step}, but loaded at step "
                     f"{self.state.global_step}: it was changed in the meantime; run the same command again"
                 )
-        # With several processes, the epoch that the Trainer sets does not reach the sampler of a resumed epoch.
-        self.block_sampler.set_epoch(epochs)
-        self.block_sampler.num_skipped = batches * self._train_batch_size * self.args.world_size
+        if self.state.global_step > max_steps:
+            epochs_given = f"num_train_epochs {self.args.num_train_epochs:g}, "
+            cause = f"{'' if self.args.max_steps > 0 else epochs_given}max_steps"
+            logger.warning(
+                f"{cause} {max_steps}: the run has already taken {self.state.global_step} steps; its model is published "
+                "without further training"
+            )
         self.steps_logged = self.state.global_step
         # After the last step no epoch is left; `_run_epoch` must be called once nevertheless.
         return (num_train_epochs - 1, 0) if self.state.global_step >= max_steps else (epochs, batches)
@@ -239,14 +304,26 @@ class MiniGPTTrainer(Trainer):
     def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
         """Overridden because a run interrupted at a step is evaluated at that step when it resumes, and a run with all
         steps taken must not take another one."""
+        self.saving.wait()  # the data loader may fork workers, which must not happen while a thread writes
         if self._lacks_evaluation():
             metrics = self._evaluate(trial, ignore_keys_for_eval)
             if self._determine_best_metric(metrics, trial):
                 self.state.best_model_checkpoint = str(self.resumed_from)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        self.resumed_batches = None
+        batches = kwargs["steps_trained_in_current_epoch"] if kwargs["epoch"] == kwargs["epochs_trained"] else 0
+        if self.resumed_from is not None and batches:
+            kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
+            self.block_sampler.num_skipped = batches * self._train_batch_size
+            self.resumed_batches = iter(kwargs["train_dataloader"])
         if not self.control.should_training_stop:
             super()._run_epoch(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Overridden because the iterator of a resumed epoch generates and discards all earlier batches; here the sampler
+        starts at the position of the run."""
+        return super().get_batch_samples(self.resumed_batches or epoch_iterator, num_batches, device)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float] | None:
         """Overridden because `eval_on_start`, the only caller with `skip_scheduler`, would evaluate on every resume."""
@@ -270,6 +347,7 @@ class MiniGPTTrainer(Trainer):
     def _finalize_training(self, trial, num_train_samples, start_time):
         """Overridden because the Trainer averages the loss of one process only, uses the wall clock, deletes the last
         checkpoint if `save_total_limit` is 1, and loads the best checkpoint without verifying it."""
+        self.saving.wait()
         self.guard.check_pending()
         if self.args.world_size > 1:
             self._tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
@@ -296,12 +374,14 @@ class MiniGPTTrainer(Trainer):
             "logged_step": self._globalstep_last_logged,
             "skipped_steps": self.guard.skipped_steps,
             "skipped_since_log": self.guard.skipped_since_log,
+            "changes": self.changes,
         }
 
     def _restore_totals(self) -> None:
         if self.resumed_from is None or not (totals := self.state.stateful_callbacks.get(TOTALS)):
             return
         values = totals["attributes"]
+        self.changes = [*values.get("changes", []), *self.changes]
         losses = values["loss_since_log"]
         same_world_size = len(losses) == self.args.world_size  # otherwise each rank takes the mean, which is logged
         loss = losses[self.args.process_index] if same_world_size else sum(losses) / len(losses)
@@ -358,7 +438,8 @@ class MiniGPTTrainer(Trainer):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Overridden to keep the batches of a step until its loss is known to be finite."""
+        """Overridden to keep the batches of a step until its loss is known to be finite, and to report a failed save."""
+        self.saving.check()
         self.guard.record(inputs["input_ids"], self._tr_loss)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -399,6 +480,7 @@ class MiniGPTTrainer(Trainer):
         """Overridden because it is called between clipping and the optimizer step, where a bad step can still be stopped;
         the callback event at this point, `on_pre_optimizer_step`, does not receive the gradient norm."""
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.guard.check(model, self._tr_loss, norm)
         return norm
 
@@ -421,14 +503,35 @@ class MiniGPTTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Overridden because checkpoints are atomic, and the Trainer writes file by file into the final folder."""
+        self.saving.wait()
         self.guard.check_pending()
         check_weights(self)
         run, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = RunFolder(run).checkpoint(step)
         self.state.stateful_callbacks[TOTALS] = {"args": {}, "attributes": self._totals()}
+
+        def complete(seal_and_rename: Callable[[], None], best: Path | None) -> None:
+            seal_and_rename()
+            remove_old_checkpoints(RunFolder(run), self.args.save_total_limit, checkpoint, best)
+
+        def complete_in_thread(*args) -> None:
+            with self._full_disk_reported(step):
+                complete(*args)
+
+        def finish(seal_and_rename: Callable[[], None]) -> None:
+            self.args.output_dir = str(run)
+            best = str(checkpoint) if self.state.best_global_step == step else self.state.best_model_checkpoint
+            args = seal_and_rename, Path(best) if best else None
+            if self.args.async_checkpoints:
+                self.saving.start(partial(complete_in_thread, *args))
+            else:
+                complete(*args)
+
+        staged: AbstractContextManager[Path] = nullcontext(staging_folder(checkpoint))
+        if self.args.should_save:
+            staged = atomic_checkpoint(checkpoint, finish)
         try:
-            staged = atomic_checkpoint(checkpoint) if self.args.should_save else nullcontext(staging_folder(checkpoint))
-            with staged as folder:
+            with self._full_disk_reported(step), staged as folder, without_crc32():
                 self.args.output_dir = str(folder.parent)
                 self.accelerator.wait_for_everyone()  # the main process has created the folder
                 super()._save_checkpoint(model, trial)
@@ -438,18 +541,22 @@ class MiniGPTTrainer(Trainer):
                     state = dataclasses.replace(self.state, best_model_checkpoint=None)
                     state.save_to_json(folder / "trainer_state.json")
                     (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
-        except Exception as error:
-            self.args.output_dir = str(run)
-            if found := no_space(self, error, f"checkpoint-{step}", guess=not isinstance(error, OSError)):
-                raise found from error
-            raise
         finally:
             self.args.output_dir = str(run)
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(checkpoint)  # the Trainer recorded the staging folder
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            remove_old_checkpoints(RunFolder(run), self.args.save_total_limit, checkpoint, Path(best) if best else None)
+
+    @contextmanager
+    def _full_disk_reported(self, step: int) -> Iterator[None]:
+        """Translate errors in a save that mean a full disk or too large a file."""
+        run = self.args.output_dir
+        try:
+            yield
+        except Exception as error:
+            self.args.output_dir = run
+            if found := no_space(self, error, f"checkpoint-{step}", guess=not isinstance(error, OSError)):
+                raise found from error
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Overridden because the Trainer pickles its arguments next to the weights and publishes `use_cache: false`."""
@@ -463,10 +570,40 @@ class MiniGPTTrainer(Trainer):
         if self.args.mtp_loss_weight:
             save_auxiliary_head(model, folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Overridden because transformers copies the code of the class of the model, which `fully_shard` has replaced."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        model = self.whole_model()
+        if self.args.should_save:
+            save_model_files(model, self.processing_class, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Overridden because with FSDP the Trainer saves files of its own, which only a sharded run can resume from."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_best_model(self) -> None:
+        """Overridden because the Trainer expects files of its own with FSDP."""
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, Path(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Overridden because the auxiliary head is in a separate file, and tensors of another dtype would be converted."""
         checkpoint = Path(resume_from_checkpoint)
         self._check_weights(checkpoint)
+        if self.is_fsdp_enabled:
+            load_weights(self.model, checkpoint)
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.mtp_loss_weight and read_json(checkpoint / FINGERPRINT).get("mtp_loss_weight"):
             load_auxiliary_head(self.model, checkpoint)
@@ -482,6 +619,10 @@ class MiniGPTTrainer(Trainer):
             self._check_states(Path(checkpoint))
         if checkpoint is not None and self._has_another_optimizer(Path(checkpoint)):
             self._restore_schedule_position(Path(checkpoint))
+        elif checkpoint is not None and self.is_fsdp_enabled:
+            assert self.lr_scheduler is not None
+            load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
@@ -499,7 +640,7 @@ class MiniGPTTrainer(Trainer):
         Raises:
             MiniGPTError: if they do not fit the model.
         """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not self.is_deepspeed_enabled:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             check_tensors(checkpoint, without_auxiliary_head(model.state_dict()), set(model.all_tied_weights_keys))
 
@@ -509,7 +650,7 @@ class MiniGPTTrainer(Trainer):
         Raises:
             MiniGPTError: if they do not fit the run.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             return  # each rank has a part of the states
         if not self._has_another_optimizer(checkpoint):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

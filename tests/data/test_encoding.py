@@ -20,6 +20,7 @@ from minigpt_hf.data.encoding import DIFFICULT, FAST_ENGINES, Encoder, difficult
 from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_level_bpe, byte_tokenizer, character_tokenizer
 from minigpt_hf.errors import MiniGPTError
+from tests.conftest import representative
 from tests.data.test_corpus import write_files
 
 ENGINES = [
@@ -214,7 +215,7 @@ def test_an_unknown_character_in_any_text_of_a_batch_is_an_error_that_names_it(c
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "tokenizers"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("newline", representative(["\n", "\r\n", "\r"], "\r\n"))
 def test_a_long_text_has_the_same_stream_with_every_encoder(
     engine, newline, trained, text, tmp_path, monkeypatch, caplog
 ):

@@ -119,6 +119,7 @@ def test_the_longest_match_is_exact_below_the_length_from_which_each_is_known():
     assert (match.lengths.argmax(), match.places[match.lengths.argmax()]) == (3, 4)
 
 
+@pytest.mark.slow
 def test_equal_hashes_of_different_windows_are_no_match():
     """Windows of 1,024 tokens of the Thue-Morse sequence and of its complement have equal polynomial hashes modulo 2^64."""
     thue_morse = np.array([bin(i).count("1") % 2 for i in range(1024)]) + 1

@@ -26,6 +26,16 @@ def test_a_valid_model_passes(check):
     assert result_of(check, valid_model())[0] == "pass"
 
 
+def test_a_model_whose_most_probable_token_is_an_eos_token_stops_at_the_end():
+    model = tiny_model(tie_word_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)  # all logits are equal, so the first token is chosen
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [0, 1], 2
+    model.generation_config.do_sample = True
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert result_of(behaviour.stops, model)[0] == "pass"
+
+
 def modify_forward(model, change) -> None:
     """Apply `change` to the keyword arguments of every forward pass."""
     original = model.forward

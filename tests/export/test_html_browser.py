@@ -1,6 +1,6 @@
 """The exported page in headless Chromium, opened by its path: equal text and attention, every control by keyboard, attacks.
 
-Skipped where Chromium or Playwright is not installed; `make browser-test` installs both.
+Skipped where Chromium or Playwright is not installed; `make browser-test` installs both and runs them.
 """
 
 import json
@@ -25,7 +25,10 @@ from tests.export.page_runner import exported_page, greedy
 from tests.export.test_html import chat_tokenizer, copy_with_samples
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser-test").expect
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test"),
+]
 
 SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1360, 900)}
 PROMPT = "def format_help(self):\n    "

@@ -29,6 +29,7 @@ def model(run_folder):
     return AutoModelForCausalLM.from_pretrained(run_folder / "model").eval()
 
 
+@pytest.mark.slow
 def test_the_folder_is_self_contained(exported):
     files = {str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()}
     assert files == {
@@ -112,6 +113,7 @@ def test_half_precision_is_rejected_and_weights_are_not_converted_implicitly(run
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_neither_truncated_nor_padded_and_generation_stops_where_generate_does(tmp_path):
     """A tokenizer is saved with the truncation and padding of its last call; `generation_config.json` has its own EOS."""
     tokenizer = byte_tokenizer()

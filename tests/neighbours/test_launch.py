@@ -1,7 +1,7 @@
 """The launch files with their engines: two CPU processes of accelerate and two workers of Ray give the losses of one process.
 
-The TrainJob is parsed by the models of Kubeflow Trainer. `test_slurm.py` runs `slurm.sbatch`, and `tests/test_launch.py`
-parses the other files.
+The TrainJob is parsed by the models of Kubeflow Trainer. `test_slurm.py` runs `slurm.sbatch`; `tests/test_launch.py` parses
+the other files.
 """
 
 import importlib.util
@@ -53,11 +53,14 @@ def assert_two_processes_equal_one(run: Path, two: list[float], one: list[float]
     assert len(one) == 6
 
 
-def test_two_cpu_processes_of_accelerate_give_the_losses_of_one(recipe_file, text_file, one, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCH / "two_cpu_processes.yaml"]
+@pytest.mark.parametrize("file", ["two_cpu_processes.yaml", "fsdp_two_cpu_processes.yaml"])
+def test_two_cpu_processes_of_accelerate_give_the_losses_of_one(file, recipe_file, text_file, one, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCH / file]
     command = [*launch, "--main_process_port", 0, "-m", "minigpt_cli", "train"]
     two = train(command, tmp_path / "run", recipe_file, text_file, 2)
     assert_two_processes_equal_one(tmp_path / "run", two, one)
+    fingerprint = json.loads((tmp_path / "run" / "fingerprint.json").read_text())
+    assert bool(fingerprint["fsdp"]) == file.startswith("fsdp")
 
 
 @needs("ray")

@@ -78,6 +78,7 @@ def test_non_finite_weights_are_never_published(metadata, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_when_figures_are_drawn():
     code = (
         "import sys; import minigpt_hf.publish.push, minigpt_hf.training.train; sys.exit('matplotlib' in sys.modules)"

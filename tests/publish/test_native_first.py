@@ -18,7 +18,7 @@ from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.native import export_native
 from minigpt_hf.publish.model_folder import save_model_files, write_metadata
 from minigpt_hf.publish.push import push_folder
-from tests.conftest import random_ids, tiny_model
+from tests.conftest import random_ids, representative, tiny_model
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False)
 CLEAN_PROCESS = """
@@ -160,7 +160,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", representative(VARIANTS, "sliding window in the upper layers", "untied head", "bfloat16 in shards")
+)
 def test_each_architecture_is_published_natively_with_equal_logits(variant, run_folder, hub, tmp_path):
     settings = dict(VARIANTS[variant])
     model = tiny_model(vocab_size=258, **{name: settings[name] for name in settings if name != "dtype"})

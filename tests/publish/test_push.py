@@ -20,8 +20,8 @@ from minigpt_hf.data.tokenizer import tokenizer_fingerprint
 from minigpt_hf.model.native import qwen3_settings
 from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files
 from minigpt_hf.publish.push import file_states, push_folder
-from tests.conftest import random_ids, tiny_model
-from tests.hub_server import TOKEN
+from tests.conftest import random_ids, representative, tiny_model
+from tests.hub_server import TOKEN, retry_without_pauses
 
 FOLDER = {*REQUIRED, "figures/loss.png", "figures/training.png"}  # in the branch `minigpt`
 MODEL = FOLDER - {*CODE}  # in `main`
@@ -29,8 +29,7 @@ MODEL = FOLDER - {*CODE}  # in `main`
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    """huggingface_hub retries five times over 23 seconds; the tests do so without pauses."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    retry_without_pauses(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +124,7 @@ print("all loaded")
 """
 
 
+@pytest.mark.slow
 def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub, tmp_path, capsys):
     folder = run_folder / "model"
     assert push(capsys, folder, "--repo-id", "user/tiny", "--revision", "old")[0] == 0
@@ -327,6 +327,8 @@ def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, h
         ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),
         ([model, "--repo-id", "user/tiny", "--revision", "minigpt"], "the branch minigpt holds the code"),
+        ([model, "--repo-id", "user/tiny", "--revision", "refs/heads/minigpt"], "is not the name of a branch"),
+        ([model, "--repo-id", "user/tiny", "--revision", "main "], "is not the name of a branch"),
         ([model, "--repo-id", "user/../tiny"], "Repo id must"),
         ([model], "--repo-id"),
     ]
@@ -364,7 +366,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", representative(FAULTS, "401 to all", "412 at the commit", "500 in the storage", "answer lost")
+)
 def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retry_succeeds(
     fault, run_folder, hub, tmp_path, capsys
 ):
@@ -412,6 +416,53 @@ def test_a_concurrent_commit_is_not_overwritten(run_folder, hub, monkeypatch):
     with pytest.raises(OSError, match=r"answered 412 \(A commit has happened since.*try again"):
         push_folder(run_folder / "model", "user/tiny")
     assert set(uploaded(hub, "user/tiny")) == {"notes.txt"}
+
+
+def test_of_two_concurrent_pushes_one_fails_so_that_both_branches_hold_one_model(
+    run_folder, hub, tmp_path, capsys, monkeypatch
+):
+    """The second push is complete between the two commits of the first one."""
+    from huggingface_hub import HfApi
+
+    other = tmp_path / "model"
+    shutil.copytree(run_folder / "model", other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(other)
+    create, urls = HfApi.create_commit, []
+
+    def create_and_meanwhile(self, *args, **kwargs):
+        result = create(self, *args, **kwargs)
+        if not urls:
+            urls.append("in progress")
+            urls[:] = push_folder(other, "user/tiny")
+        return result
+
+    push_folder(run_folder / "model", "user/tiny")  # both branches exist
+    monkeypatch.setattr(HfApi, "create_commit", create_and_meanwhile)
+    changed = tmp_path / "changed"
+    shutil.copytree(run_folder / "model", changed)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(changed)
+    code, _, err = push(capsys, changed, "--repo-id", "user/tiny")
+    assert code == 2
+    assert re.match(r"minigpt push: user/tiny: the Hub answered 412 .*try again", err.splitlines()[-1])
+    weights = [hub.files("user/tiny", branch)["model.safetensors"] for branch in ("main", "minigpt")]
+    assert weights == [(other / "model.safetensors").read_bytes()] * 2
+
+
+def test_the_card_of_another_branch_loads_that_branch(run_folder, hub, tmp_path, capsys):
+    """The repository has another model in `main`, and no other branch."""
+    hub.put("user/tiny", {"config.json": b"{}"})
+    assert push(capsys, run_folder / "model", "--repo-id", "user/tiny", "--revision", "v2")[0] == 0
+    card = hub.files("user/tiny", "v2")["README.md"].decode()
+    assert "minigpt`]" not in card and "blob/minigpt" not in card
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    loaded, expected = names["generator"].model.state_dict(), load_file(run_folder / "model" / "model.safetensors")
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    assert "hf download user/tiny --revision v2 --local-dir tiny\nminigpt generate tiny" in card
 
 
 # -- during training ----------------------------------------------------------------------------------------------------

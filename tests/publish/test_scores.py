@@ -69,7 +69,7 @@ def test_a_score_is_in_the_metadata_the_card_and_its_model_index(folder, questio
     assert result.dataset_revision == data["fingerprint"]
     assert result.metric_args["answers"] == 12 and {*result.metric_args["baselines"]} == {*expected.baselines}
     assert {"loss", "perplexity", "bits_per_byte"} < {result.metric_type for result in card.data.eval_results}
-    assert doctor.failures(doctor.examine(folder)) == []
+    assert doctor.failures(doctor.examine_files(folder)) == []
 
 
 def test_a_score_replaces_that_of_the_same_data_and_metric_only(folder, questions, chats, tmp_path):

@@ -1,6 +1,6 @@
 """The page of a Space, fetched from the local Hub server by headless Chromium, writes the greedy text of torch.
 
-Skipped where Chromium or Playwright is not installed; `make browser-test` installs both.
+Skipped where Chromium or Playwright is not installed; `make browser-test` installs both and runs them.
 """
 
 import pytest
@@ -11,7 +11,10 @@ from minigpt_hf.cli import main
 from tests.export.page_runner import greedy
 
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser-test").expect
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed: make browser-test"),
+]
 
 PROMPT = "def format_help(self):\n    "
 NEW_TOKENS = 200  # the default of the page

@@ -13,6 +13,7 @@ from minigpt_hf.training.initialize import build_config
 from minigpt_hf.training.recipe import parse_arguments, read_recipe, recipe_names, recipe_notes, resolved
 from minigpt_hf.training.report import duration
 from minigpt_hf.training.train import train
+from tests.conftest import representative
 
 # The 65 characters of Tiny Shakespeare: letters, eleven punctuation marks, "3", space and newline.
 SHAKESPEARE_LETTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -37,7 +38,7 @@ def test_every_recipe_has_as_many_parameters_and_tokens_as_its_arithmetic_says(n
     assert set(notes) == {"what", "parameters", "tokens", "cost", "result"}
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", representative(recipe_names(), "demo", "shakespeare-char", "chat"))
 def test_every_recipe_takes_two_steps(name, run_folder, text_file, tmp_path):
     """With a small model and text; all other settings are those of the recipe."""
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}

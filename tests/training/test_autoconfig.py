@@ -268,6 +268,15 @@ def test_a_setting_that_is_switched_off_counts_as_given_when_resuming(flag, name
         assert yaml.safe_load((interrupted / "recipe.yaml").read_text())["muon"] is False
 
 
+def test_an_automatically_configured_run_may_continue_without_validation(sized, tmp_path, capsys):
+    argv, finished = sized
+    run = tmp_path / "run"
+    go_back(finished, run, 1)
+    argv = [*argv[:-2], "--output_dir", str(run), "--validation_fraction", "0"]  # without --eval_steps
+    assert main([*argv, "--allow_change", "data", "validation", "load_best_model_at_end"]) == 0
+    assert "resuming from step 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--minutes", "5.0"), ("--size", "800k")])
 def test_another_budget_of_a_run_that_has_begun_is_rejected_because_it_would_have_no_effect(
     flag, value, sized, tmp_path, capsys

@@ -24,7 +24,7 @@ from minigpt_hf.data.conversations import build_conversation_stream
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.packing import ConversationDataset
 from minigpt_hf.errors import MiniGPTError
-from tests.conftest import CHAT_FLAGS, ROOT, fine_tune
+from tests.conftest import CHAT_FLAGS, ROOT, fine_tune, representative
 
 from .conftest import assert_equal, rows, state_of
 
@@ -45,6 +45,7 @@ def test_the_published_model_stops_at_the_end_of_an_answer_and_has_the_template(
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_card_run_and_ask_a_question(chat_run, tmp_path):
     card = (chat_run / "model" / "README.md").read_text()
     first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -154,7 +155,7 @@ def test_reserved_tokens_are_used_later_without_a_larger_vocabulary(kind, size, 
     size = size or 4 + len({*text})
     assert len(base) == size and {"<|im_start|>", "<|im_end|>"} <= {*base.all_special_tokens}
     assert base.eos_token == "<|endoftext|>" and base.chat_template is None
-    assert doctor.failures(doctor.examine(tmp_path / "base" / "model")) == []
+    assert doctor.failures(doctor.examine_files(tmp_path / "base" / "model")) == []
 
     run = fine_tune(tmp_path / "base", chats, tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -183,7 +184,9 @@ def test_a_vocabulary_without_space_for_the_reserved_tokens_is_an_error(recipe_f
     assert "chat_tokens is determined by the model of init_from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--no_muon"], ["--no_muon", "--lora_rank", "2"]])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(["--no_muon"], marks=pytest.mark.slow), ["--no_muon", "--lora_rank", "2"]]
+)
 def test_only_lora_leaves_the_other_embeddings_unchanged(flags, run_folder, chats, tmp_path):
     run = fine_tune(run_folder, chats, tmp_path / "run", *flags)
     old, new = (
@@ -222,7 +225,7 @@ def test_settings_that_do_not_fit_are_rejected(flags, message, run_folder, chats
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", ["assistant", "system"])
+@pytest.mark.parametrize("first", representative(["assistant", "system"], "assistant"))
 def test_conversations_that_start_with_an_answer_are_trained_on_and_published(first, tmp_path):
     """They have no question that could be shown in a sample."""
     start = [{"role": "system", "content": "Add."}] if first == "system" else []
@@ -366,6 +369,7 @@ def test_a_conversation_in_the_terminal(chat_run, tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == first[turn]["content"]
 
 
+@pytest.mark.slow
 def test_invalid_utf8_and_empty_answers_in_the_terminal(chat_run, tmp_path):
     """The conversation continues after a byte that is not UTF-8."""
     typed = b"1 + 1\n\xff\n/save %s\n" % str(tmp_path / "chats.jsonl").encode()
@@ -382,6 +386,7 @@ def end_of(chat_run) -> int:
     return AutoTokenizer.from_pretrained(chat_run / "model").eos_token_id
 
 
+@pytest.mark.slow
 def test_the_oldest_questions_are_forgotten_when_the_context_is_full(chat_run):
     context = AutoModelForCausalLM.from_pretrained(chat_run / "model").config.max_position_embeddings
     code, _, errors = chat(chat_run, f"{'9' * (context // 2)}\n{'8' * (context // 2)}\n")
@@ -389,6 +394,7 @@ def test_the_oldest_questions_are_forgotten_when_the_context_is_full(chat_run):
     assert "(1 earlier questions no longer fit" in errors
 
 
+@pytest.mark.slow
 def test_a_base_model_continues_each_text(run_folder):
     code, out, errors = chat(run_folder, "def \n")
     assert code == 0

@@ -43,6 +43,7 @@ from minigpt_hf.training.scaling import (
     vocabulary_for_text,
 )
 from minigpt_hf.training.text import prepare_text
+from tests.conftest import representative
 
 LETTER = "Liebe Grete, ich schreibe dir aus Köln.\nDer Rhein steht hoch, und die Glocken läuten früh.\n"
 SHORT = {"max_steps": 2, "sample_tokens": 2, "use_cpu": True}
@@ -191,7 +192,7 @@ def test_minutes_choose_a_width_whose_heads_share_the_given_key_and_value_heads(
 
 
 @pytest.mark.parametrize(
-    "vocabulary", [67, 4096, *(pytest.param(size, marks=pytest.mark.slow) for size in (258, 1024, 32768))]
+    "vocabulary", [67, *(pytest.param(size, marks=pytest.mark.slow) for size in (258, 1024, 4096, 32768))]
 )
 def test_a_size_is_met_within_15_percent_unless_the_embeddings_alone_exceed_it(vocabulary):
     for number in (1e5 * 2000 ** (i / 60) for i in range(61)):  # 100 k to 200 m
@@ -391,7 +392,7 @@ def test_language_and_prompt_of_a_recipe_apply_to_the_text_of_the_recipe():
         ("\u202e\n-\n", "Liebe Grete, ich"),  # lines without letters and digits are skipped
     ],
 )
-@pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
+@pytest.mark.parametrize("tokenizer", representative(["bpe", "bytes", "characters"], "bytes"))
 def test_the_prompt_is_the_first_words_of_the_text(text, prompt, tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(text + "\n" + LETTER * 20, encoding="utf-8")

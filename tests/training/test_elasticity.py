@@ -64,8 +64,8 @@ def test_one_two_four_and_one_process_in_turn_equal_one_process(recipe, words, t
     )
     assert codes == [2, 2, 0]
     assert (
-        "effective_batch was 4 and is 8, world_size was 1 and is 2); give --gradient_accumulation_steps 1 to keep 4 "
-        in log
+        "effective_batch was 4 and is 8), which determine its position in the text: give --gradient_accumulation_steps 1 to "
+        "keep 4 " in log
     )
     assert "several processes omit the incomplete last step of an epoch (2 of 4 sequences)" in log
     assert "do not match the ones" not in log

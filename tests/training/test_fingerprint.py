@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from minigpt_hf.atomic import seal
+from tests.conftest import representative
 from tests.training.conftest import go_back, rows, train
 
 FLAGS = ["--validation_fraction", "0.3", "--eval_steps", "2"]
@@ -24,7 +27,6 @@ CHANGES = {
     "load_best_model_at_end": ["--load_best_model_at_end", "false"],
     "full_determinism": ["--full_determinism", "true"],
     "average_tokens_across_devices": ["--average_tokens_across_devices", "false"],
-    "block_size": ["--block_size", "8", "--max_position_embeddings", "16"],
 }
 
 
@@ -68,7 +70,7 @@ def test_a_setting_that_an_earlier_version_did_not_record_is_unchanged_if_it_has
     fingerprint = json.loads((run / "fingerprint.json").read_text())
     for name in (
         *("neftune_noise_alpha", "gradient_accumulation_steps", "load_best_model_at_end", "full_determinism"),
-        *("accelerator_config", "activation_checkpointing", "fsdp_config", "gradient_checkpointing", "deepspeed"),
+        *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "deepspeed"),
     ):
         del fingerprint[name]
     (run / "fingerprint.json").write_text(json.dumps(fingerprint))
@@ -94,6 +96,63 @@ def test_another_optimizer_that_is_allowed_starts_without_moments(interrupted, r
     names = ("checkpoint-4", "checkpoint-6")
     before, after = (load_file(run / name / "model.safetensors") for name in names)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+POSITIONS = {
+    "effective_batch": ["--gradient_accumulation_steps", "2"],
+    "block_size": ["--block_size", "8", "--max_position_embeddings", "16"],
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_what_determines_the_position_in_the_text_cannot_be_changed(name, interrupted, recipe, words, tmp_path, capsys):
+    """Sequences would be used twice or not at all, and the number of tokens would be wrong."""
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    allowed = ["effective_batch", "block_size"]
+    assert train(recipe, words, run, *FLAGS, *POSITIONS[name], "--allow_change", *allowed) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"other sequences per step ({name} was " in line and "--init_from" in line
+
+
+def test_changes_are_in_the_metadata_and_the_card_also_after_another_resume(
+    interrupted, recipe, words, tmp_path, capsys
+):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    flags = ["--learning_rate", "0.001", "--seed", "7"]
+    assert train(recipe, words, run, *FLAGS, *flags, "--allow_change", "learning_rate", "seed") == 0
+    assert "seed: the rest of the epoch has another order" in capsys.readouterr().err
+    go_back(run, tmp_path / "again", 6)
+    assert (
+        train(
+            recipe, words, tmp_path / "again", *FLAGS, *flags, "--weight_decay", "0.2", "--allow_change", "weight_decay"
+        )
+        == 0
+    )
+    expected = [(4, "learning_rate", 0.004, 0.001), (4, "seed", 42, 7), (6, "weight_decay", 0.0, 0.2)]
+    for folder, count in ((run, 2), (tmp_path / "again", 3)):
+        metadata = json.loads((folder / "model" / "minigpt.json").read_text())
+        stated = [
+            (each["step"], each["setting"], each["before"], each["after"]) for each in metadata["training"]["changes"]
+        ]
+        assert sorted(stated) == sorted(expected[:count])
+        card = (folder / "model" / "README.md").read_text()
+        assert "`seed` from `42` to `7` after step 4" in card and "so it does not reproduce the model" in card
+        assert "Not a score of unseen text" not in card
+
+
+def test_a_score_is_not_one_of_unseen_text_if_the_training_text_was_changed(interrupted, recipe, words, tmp_path):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    flags = ["--validation_fraction", "0.5", "--eval_steps", "2"]
+    assert train(recipe, words, run, *flags, "--allow_change", "data", "validation") == 0
+    card = ModelCard((run / "model" / "README.md").read_text())
+    assert "**Not a score of unseen text**: the training text was changed during training" in card.text
+    assert not card.data.eval_results
+    (first,) = [
+        each
+        for each in json.loads((run / "model" / "minigpt.json").read_text())["training"]["changes"]
+        if each["setting"] == "data"
+    ]
+    assert first == {"step": 4, "setting": "data", "before": None, "after": None}
 
 
 def test_another_division_of_the_same_effective_batch_can_be_allowed(interrupted, recipe, words, tmp_path):
@@ -128,7 +187,7 @@ def test_the_initial_model_is_identified_by_its_content(interrupted, recipe, wor
     assert "resuming from step 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["[]", "{", None])
+@pytest.mark.parametrize("content", representative(["[]", "{", None], "{"))
 def test_a_damaged_fingerprint_is_restored_from_a_checkpoint(content, interrupted, recipe, words, tmp_path, capsys):
     run = shutil.copytree(interrupted, tmp_path / "run")
     good = (run / "fingerprint.json").read_text()
@@ -177,9 +236,42 @@ def test_a_run_without_checkpoints_starts_again_and_renames_its_log(interrupted,
     assert (run / "log.jsonl.aside-1").read_bytes() == log
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_max_steps_below_the_steps_already_taken_is_reported(steps, interrupted, recipe, words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        (["--max_steps", "1"], "max_steps 1"),
+        (["--max_steps", "3"], "max_steps 3"),
+        (["--max_steps", "-1", "--num_train_epochs", "0.2"], "num_train_epochs 0.2, max_steps 2"),
+    ],
+)
+def test_a_number_of_steps_below_those_already_taken_is_reported(
+    flags, given, interrupted, recipe, words, tmp_path, capsys
+):
     run = shutil.copytree(interrupted, tmp_path / "run")
-    assert train(recipe, words, run, *FLAGS, "--max_steps", str(steps), "--allow_change", "max_steps") == 0
-    message = f"max_steps {steps}: the run has already taken 4 steps; its model is published without further training"
+    allowed = ["--allow_change", *(flag.removeprefix("--") for flag in flags if flag.startswith("--"))]
+    assert train(recipe, words, run, *FLAGS, *flags, *allowed) == 0
+    message = f"{given}: the run has already taken 4 steps; its model is published without further training"
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_size_is_another_architecture(interrupted, recipe, words, tmp_path, capsys):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    flags = ["--tokenizer", "characters", "--allow_change", "tokenizer", "data", "validation"]
+    assert train(recipe, words, run, *FLAGS, *flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "contains a run with another architecture (tokenizer" in line and "config.vocab_size" in line
+    assert line.endswith("use another folder, or --fresh")
+
+
+def test_a_run_of_an_earlier_version_that_did_not_record_the_vocabulary_is_resumed(
+    interrupted, recipe, words, tmp_path, capsys
+):
+    run = shutil.copytree(interrupted, tmp_path / "run")
+    for file in (run / "fingerprint.json", run / "checkpoint-4" / "fingerprint.json"):
+        fingerprint = json.loads(file.read_text())
+        assert fingerprint.pop("config.vocab_size") == 258
+        file.write_text(json.dumps(fingerprint))
+    (run / "checkpoint-4" / "manifest.json").unlink()
+    seal(run / "checkpoint-4")
+    assert train(recipe, words, run, *FLAGS) == 0
+    assert "resuming from step 4" in capsys.readouterr().err

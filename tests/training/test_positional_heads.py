@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.atomic import seal
 from minigpt_hf.cli import main
+from tests.conftest import representative
 from tests.training.conftest import go_back, train
 
 UNTRAINED = ["--learning_rate", "0", "--muon_learning_rate", "0", "--max_steps", "1"]
@@ -122,19 +123,19 @@ def test_a_run_of_an_earlier_version_that_recorded_no_heads_had_none(recipe, wor
     assert "resuming from step 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--num_hidden_layers", "1"], [[1, 2, 3]]),
-        (["--num_key_value_heads", "2"], [[1, 2], [1, 4]]),
-        (["--block_size", "4"], [[1, 2, 3], [1]]),
-        (["--block_size", "1"], []),
-        (["--use_sliding_window", "true", "--sliding_window", "4"], [[1, 2, 3], [1]]),
-        (["--use_sliding_window", "true", "--sliding_window", "2", "--max_window_layers", "1"], [[1, 2, 3], [1]]),
-        (["--positional_heads", "none"], []),
-        (["--num_attention_heads", "8"], [[1, 2, 3], [1, 4]]),
-    ],
-)
+UNFIT = [
+    (["--num_hidden_layers", "1"], [[1, 2, 3]]),
+    (["--num_key_value_heads", "2"], [[1, 2], [1, 4]]),
+    (["--block_size", "4"], [[1, 2, 3], [1]]),
+    (["--block_size", "1"], []),
+    (["--use_sliding_window", "true", "--sliding_window", "4"], [[1, 2, 3], [1]]),
+    (["--use_sliding_window", "true", "--sliding_window", "2", "--max_window_layers", "1"], [[1, 2, 3], [1]]),
+    (["--positional_heads", "none"], []),
+    (["--num_attention_heads", "8"], [[1, 2, 3], [1, 4]]),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), representative(UNFIT, *UNFIT[1:3], UNFIT[6]))
 def test_heads_of_a_recipe_that_do_not_fit_other_settings_are_dropped_with_a_message(
     flags, expected, recipe, words, tmp_path, capsys
 ):

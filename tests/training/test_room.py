@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from tests.conftest import representative
 from tests.training.conftest import train
 
 
@@ -12,7 +13,7 @@ def size_of(folder) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize("limit", [1, 6])
+@pytest.mark.parametrize("limit", representative([1, 6], 6))
 @pytest.mark.parametrize("muon", [True, False])
 def test_a_run_needs_space_for_one_checkpoint_more_than_it_retains(muon, limit, recipe, words, tmp_path, monkeypatch):
     """The estimate exceeds the size of a checkpoint by at most 60 %."""

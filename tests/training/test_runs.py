@@ -21,6 +21,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.training import checkpoint
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.trainer import MiniGPTTrainer
+from tests.conftest import representative
 from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 
 
@@ -255,7 +256,7 @@ def damaged(model, how: str) -> None:
 DAMAGE = ["emptied", "cut", "empty weights", "no tokenizer", "no config", "lost tensor", "other shape"]
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", representative(DAMAGE, "cut", "lost tensor"))
 def test_a_damaged_model_of_a_finished_run_is_renamed_and_published_again(
     how, recipe, words, evaluated, tmp_path, capsys
 ):
@@ -288,7 +289,9 @@ def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finishe
     assert files_of(folder) == before
 
 
-@pytest.mark.parametrize("difference", ["text", "number of steps", "seed", "learning rate"])
+@pytest.mark.parametrize(
+    "difference", representative(["text", "number of steps", "seed", "learning rate"], "text", "seed")
+)
 def test_the_model_of_another_run_is_renamed_and_that_of_the_run_published(
     difference, recipe, words, finished, tmp_path, capsys
 ):
@@ -725,7 +728,9 @@ def signal_at(step: int, number: int, monkeypatch):
     return lambda: monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
 
 
-@pytest.mark.parametrize("strategy", ["steps", "steps after a delay", "epoch"])
+@pytest.mark.parametrize(
+    "strategy", ["steps", *(pytest.param(each, marks=pytest.mark.slow) for each in ("steps after a delay", "epoch"))]
+)
 def test_an_evaluation_skipped_because_of_a_signal_is_performed_when_the_run_is_resumed(
     strategy, recipe, words, tmp_path, capsys, monkeypatch
 ):

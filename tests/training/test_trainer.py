@@ -254,6 +254,7 @@ SIGNATURES = {
     "get_train_dataloader": "",
     "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
     "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    "get_batch_samples": "epoch_iterator num_batches device",
     "_evaluate": "trial ignore_keys_for_eval skip_scheduler",
     "_finalize_training": "trial num_train_samples start_time",
     "_determine_best_metric": "metrics trial",
@@ -271,6 +272,11 @@ SIGNATURES = {
     "_issue_warnings_after_load": "load_result",
     "init_hf_repo": "token private",
     "_push_from_checkpoint": "checkpoint_folder",
+    "create_accelerator_and_postprocess": "",
+    "_prepare_for_training": "max_steps train_dataloader resume_from_checkpoint",
+    "_save_optimizer_and_scheduler": "output_dir",
+    "save_model": "output_dir _internal_call",
+    "_load_best_model": "",
 }
 
 

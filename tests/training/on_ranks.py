@@ -1,0 +1,109 @@
+"""Take steps of MuonAdamW with sharded and replicated parameters, and whole ones for comparison; then run commands.
+
+    python -m torch.distributed.run --nproc_per_node 2 on_ranks.py FOLDER
+
+Rank 0 saves the parameters and states to FOLDER/muon.pt. Each rank executes `minigpt train` with each list of arguments in
+FOLDER/commands.json, and writes the exit codes and the placements of the parameters in training to FOLDER/rank-R.json. The
+argument `--with_ddp` stands for an accelerate that ignores FSDP. Started by `test_sharded.py`.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from minigpt_hf.cli import main
+from minigpt_hf.errors import MiniGPTError
+from minigpt_hf.training import trainer
+from minigpt_hf.training.optimizer import MuonAdamW
+from minigpt_hf.training.trainer import MiniGPTTrainer
+
+# Rows that the ranks cannot share equally, fewer rows than ranks, and several matrices of a shape.
+SHAPES = [(32, 32), (96, 32), (96, 32), (32, 96), (16, 32), (7, 32), (1, 32), (32, 1), (32, 32)]
+
+
+class Matrices(nn.Module):
+    """Matrices for Muon, and a vector and an embedding for AdamW."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.muon = nn.ParameterList(nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES)
+        self.adamw = nn.ParameterList(nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(5, 8), (3,)])
+
+
+def take_steps(model: nn.Module, second_moment_decay: float, replicas: dist.ProcessGroup | None = None) -> dict:
+    """Take five steps with given gradients, and return the parameters and states of the optimizer."""
+    settings = {"algorithm": "muon", "lr": 0.02, "weight_decay": 0.1, "second_moment_decay": second_moment_decay}
+    groups = [{"params": [*model.muon], **settings}, {"params": [*model.adamw], "algorithm": "adamw", "lr": 0.01}]
+    optimizer = MuonAdamW(groups, replicas=replicas)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        for p in model.parameters():
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+        optimizer.step()
+    states = optimizer.state_dict()["state"].values()
+    return {
+        "parameters": [full(p.detach()) for p in model.parameters()],
+        "states": [{name: full(value) for name, value in state.items()} for state in states],
+        "placements": [str(p.placements) if isinstance(p, DTensor) else "" for p in model.parameters()],
+        "state placements": [
+            str(value.placements) if isinstance(value, DTensor) else ""
+            for state in states
+            for name, value in state.items()
+            if name != "step"
+        ],
+    }
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a DTensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+ranks, rank = dist.get_world_size(), dist.get_rank()
+meshes = {"sharded": dist.init_device_mesh("cpu", (ranks,))}
+if ranks == 4:
+    meshes["HSDP"] = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+results = {}
+for decay in (0.0, 0.95):
+    results["whole", decay] = take_steps(Matrices(), decay)
+    results["replicated", decay] = take_steps(Matrices(), decay, dist.group.WORLD)
+    for name, mesh in meshes.items():
+        results[name, decay] = take_steps(fully_shard(Matrices(), mesh=mesh), decay)
+by_columns = Matrices()
+by_columns.muon[0] = nn.Parameter(distribute_tensor(by_columns.muon[0].detach(), meshes["sharded"], [Shard(1)]))
+try:
+    take_steps(by_columns, 0.0)
+except MiniGPTError as error:
+    results["error"] = str(error)
+if rank == 0:
+    torch.save(results, folder / "muon.pt")
+
+placements: dict[str, str] = {}
+prepare, sharding_accelerator = MiniGPTTrainer._prepare_for_training, trainer.sharding_accelerator
+
+
+def recorded(self, *args):
+    """Prepare for training, and record the placements of the parameters."""
+    prepared = prepare(self, *args)
+    placements.update({name: str(p.placements) for name, p in self.model.named_parameters()})
+    return prepared
+
+
+MiniGPTTrainer._prepare_for_training = recorded
+codes = []
+for command in json.loads((folder / "commands.json").read_text()):
+    trainer.sharding_accelerator = nullcontext if "--with_ddp" in command else sharding_accelerator
+    codes.append(main(["train", *(word for word in command if word != "--with_ddp")]))
+(folder / f"rank-{rank}.json").write_text(json.dumps({"codes": codes, "placements": placements}))
