@@ -50,18 +50,10 @@ def test_a_difference_above_the_tolerance_fails(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs the command ip")
 def test_two_network_namespaces_give_the_losses_of_one_process(tmp_path):
-    argv = [
-        "--row",
-        "DDP 2, 2 hosts",
-        "--column",
-        "losses equal",
-        "--steps",
-        "20",
-        "--output",
-        str(tmp_path / "a.json"),
-    ]
+    file = str(tmp_path / "table.json")
+    argv = ["--row", "DDP 2, 2 hosts", "--column", "losses equal", "--steps", "20", "--output", file]
     code = cluster.main(argv)
-    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"].values()
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"].values()
     if "cannot be created" in row["losses equal"]:
         pytest.skip(row["losses equal"])
     assert code == 0

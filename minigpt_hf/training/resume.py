@@ -245,7 +245,7 @@ def another_world_size(old: dict[str, Any], training: MiniGPTTrainingArguments, 
     complete = sequences // batch
     if complete and (
         sequences % batch == 0
-        or (old["dataloader_drop_last"] and training.dataloader_drop_last)
+        or (old.get("dataloader_drop_last") and training.dataloader_drop_last)
         or 0 < training.max_steps <= complete
     ):
         return ""
