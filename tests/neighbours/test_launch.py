@@ -14,6 +14,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from minigpt_hf.model.modeling_minigpt import MiniGPTDecoderLayer
+from minigpt_hf.training.sharding import check_config, launcher_config
 from tests.conftest import ROOT, tiny_model
 
 LAUNCH = ROOT / "scripts" / "launch"
@@ -58,11 +59,14 @@ def launch_arguments(file: str):
     return _validate_launch_command(parsed)[0]
 
 
-def test_the_fsdp_configuration_wraps_each_decoder_layer(monkeypatch):
-    arguments = launch_arguments("fsdp.yaml")
+@pytest.mark.parametrize(("file", "groups"), [("fsdp.yaml", 1), ("hsdp.yaml", 2)])
+def test_the_fsdp_configuration_wraps_each_decoder_layer(file, groups, monkeypatch):
+    arguments = launch_arguments(file)
     assert arguments.use_fsdp
     for name, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(name, value)
+    assert int((launcher_config() or {}).get("dp_replicate_size", 1)) == groups
+    check_config(launcher_config())
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
