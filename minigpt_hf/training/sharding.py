@@ -216,11 +216,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a whole tensor that belongs to the part of a parameter on this rank; no rank sends anything."""
-    if not isinstance(parameter, DTensor) or tensor.ndim == 0:
-        return tensor
-    part = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return part.clone()  # frees the whole tensor, or the file it is in
+    """A copy of the part of a whole tensor that belongs to the part of a parameter on this rank; no rank sends anything."""
+    if isinstance(parameter, DTensor) and tensor.ndim:
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor.clone()  # so that the whole tensor, or the file it is in, is released
 
 
 @torch.no_grad()
