@@ -18,6 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 import minigpt_cli
 from minigpt_hf.model.modeling_minigpt import MiniGPTDecoderLayer
 from minigpt_hf.training.recipe import recipe_names
+from minigpt_hf.training.sharding import check_config, launcher_config
 from tests.conftest import ROOT, tiny_model
 
 FILES = sorted(file for file in (ROOT / "minigpt_hf" / "launch").iterdir() if file.is_file())
@@ -123,11 +124,13 @@ def test_accelerate_reads_the_engine_and_the_number_of_processes(file, processes
     assert arguments.mixed_precision == ("no" if "cpu" in file else "bf16")
 
 
-@pytest.mark.parametrize("file", ["fsdp2.yaml", "hsdp.yaml"])
-def test_fsdp_wraps_each_decoder_layer(file, monkeypatch):
+@pytest.mark.parametrize(("file", "groups"), [("fsdp2.yaml", 1), ("hsdp.yaml", 4), ("fsdp_two_cpu_processes.yaml", 1)])
+def test_fsdp_wraps_each_decoder_layer(file, groups, monkeypatch):
     address = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500", "--machine_rank", "1"]
     for name, value in prepare_multi_gpu_env(parsed_by_accelerate(file, *address)).items():
         monkeypatch.setenv(name, value)
+    assert int(launcher_config().get("dp_replicate_size", 1)) == groups
+    check_config(launcher_config())
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True

@@ -26,6 +26,7 @@ from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .auxiliary_head import auxiliary_parameters
 from .recipe import resolved
 from .run_folder import identity_of
+from .sharding import replicas
 
 if TYPE_CHECKING:
     from .trainer import MiniGPTTrainer
@@ -228,7 +229,7 @@ def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
 def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:
     """Check that weights, gradients and two moments per parameter fit into memory, in float32: 16 bytes per parameter.
 
-    With LoRA few parameters are trained, and 4 bytes suffice; with FSDP the memory is divided among the processes.
+    With LoRA few parameters are trained, and 4 bytes suffice; with FSDP the processes that shard a model divide it.
 
     Raises:
         MiniGPTError: before anything is allocated, if they do not fit.
@@ -239,7 +240,8 @@ def check_memory(config: PreTrainedConfig, architecture: ModelArguments, trainin
     parameters = config.num_hidden_layers * layer + embeddings
     on_gpu = training.device.type == "cuda"
     free = torch.cuda.mem_get_info(training.device)[0] if on_gpu else psutil.virtual_memory().available
-    needed = (4 if architecture.lora_rank else 16) * parameters / (training.world_size if training.fsdp else 1)
+    shards = training.world_size // replicas(training) if training.fsdp else 1
+    needed = (4 if architecture.lora_rank else 16) * parameters / shards
     if needed > free:
         raise MiniGPTError(
             f"this model has {parameters:,} parameters, which need about {needed / 1e9:,.1f} GB to train, and "

@@ -31,6 +31,7 @@ from .initialize import content_hash
 from .lock import LOCK, FolderLock
 from .report import tokens_per_step
 from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, is_model_of, read_json, truncate_log
+from .sharding import replicas
 
 logger = logging.getLogger(__name__)
 
@@ -326,8 +327,6 @@ NOT_IN_FINGERPRINT = {
     *("metric_for_best_model", "greater_is_better"),
     # Handling of steps that would otherwise have stopped the run.
     "on_bad_loss",
-    # Grouping of parameters into shards; entries that would change results are not supported.
-    "fsdp_config",
     # Transfer of batches to the device, and freeing of memory.
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "torch_empty_cache_steps"),
@@ -367,6 +366,8 @@ def numeric_settings(training: MiniGPTTrainingArguments) -> dict[str, Any]:
     values = {name: value for name, value in training.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     if values["accelerator_config"].items() <= AcceleratorConfig().to_dict().items():
         values["accelerator_config"] = None  # the default, filled in by `TrainingArguments`
+    groups = replicas(training)  # the other entries have no effect
+    values["fsdp_config"] = {"dp_replicate_size": groups} if groups > 1 else None
     if training.lr_scheduler_type == "reduce_lr_on_plateau":  # evaluations determine the learning rate
         values |= {name: training.to_dict()[name] for name in ("eval_strategy", "eval_steps", "eval_delay")}
     return json.loads(json.dumps(values, default=str))

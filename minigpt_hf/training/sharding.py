@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2): settings, CPU, and whole checkpoints.
+"""Fully sharded data parallelism (FSDP2) and hybrid sharding (HSDP): settings, CPU, and whole checkpoints.
 
 Each rank stores a part of every parameter, gradient and optimizer state; a layer is gathered while it is used. accelerate
 shards the model with torch's `fully_shard`. Checkpoints have the same files and contents as those of unsharded training:
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from torch import nn
@@ -35,6 +36,7 @@ SUPPORTED = {
     "activation_checkpointing": (False, "use --gradient_checkpointing true"),
     "cpu_ram_efficient_loading": (False, "each rank initializes the same model; omit it"),
     "xla": (False, "XLA devices are not supported; omit it"),
+    **dict.fromkeys(("tp_size", "cp_size", "sp_size"), (1, "only batches are divided among ranks in training; use 1")),
 }
 # Settings of `accelerate launch` and the entries of `fsdp_config` that they determine.
 FROM_LAUNCHER = {
@@ -45,6 +47,7 @@ FROM_LAUNCHER = {
     "FSDP_RESHARD_AFTER_FORWARD": "reshard_after_forward",
     "FSDP_AUTO_WRAP_POLICY": "auto_wrap_policy",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "transformer_layer_cls_to_wrap",
+    **{f"PARALLELISM_CONFIG_{name.upper()}": name for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size")},
 }
 REQUESTED = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
 
@@ -76,6 +79,14 @@ def check_config(config: dict[str, Any]) -> None:
             raise MiniGPTError(f"fsdp_config: {name} {value} is not supported: {reason}")
 
 
+def replicas(training: "MiniGPTTrainingArguments") -> int:
+    """Number of groups of ranks of which each shares all parameters; more than 1 for hybrid sharding (HSDP).
+
+    Within a group, e.g. a node, parameters are gathered; between groups, only gradients are averaged.
+    """
+    return int((training.fsdp_config or {}).get("dp_replicate_size", 1)) if training.fsdp else 1
+
+
 def check_sharded_run(training: "MiniGPTTrainingArguments", lora_rank: int) -> None:
     """Check settings that cannot be combined with FSDP.
 
@@ -88,6 +99,12 @@ def check_sharded_run(training: "MiniGPTTrainingArguments", lora_rank: int) -> N
         raise MiniGPTError(
             "fsdp shards a model over several processes, and this is the only one: start N of them with `torchrun "
             "--nproc_per_node N` or `accelerate launch`, or add --fsdp false"
+        )
+    groups = replicas(training)
+    if not 1 <= groups < training.world_size or training.world_size % groups:
+        raise MiniGPTError(
+            f"fsdp_config: dp_replicate_size is {groups}: it must divide the number of processes, {training.world_size}, and "
+            "be less, so that each group shards the model over several of them"
         )
     if training.device.type == "cpu" and torch.accelerator.is_available():
         raise MiniGPTError(
@@ -120,6 +137,10 @@ def sharding_accelerator(training: "MiniGPTTrainingArguments") -> Iterator[None]
         assert training.fsdp_plugin_args is not None
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         training.fsdp_plugin_args = training.fsdp_plugin_args | {"mixed_precision_policy": policy}
+    if (groups := replicas(training)) > 1:
+        training.parallelism_config = ParallelismConfig(
+            dp_replicate_size=groups, dp_shard_size=training.world_size // groups
+        )
     try:
         yield
     finally:
@@ -195,11 +216,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a whole tensor that belongs to the part of a parameter on this rank; no rank sends anything."""
-    if not isinstance(parameter, DTensor) or tensor.ndim == 0:
-        return tensor
-    part = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return part.clone()  # frees the whole tensor, or the file it is in
+    """A copy of the part of a whole tensor that belongs to the part of a parameter on this rank; no rank sends anything."""
+    if isinstance(parameter, DTensor) and tensor.ndim:
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor.clone()  # so that the whole tensor, or the file it is in, is released
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.training import trainer
 from minigpt_hf.training.optimizer import MuonAdamW
+from minigpt_hf.training.sharding import shard_like
 from minigpt_hf.training.trainer import MiniGPTTrainer
 
 # Rows that the ranks cannot share equally, fewer rows than ranks, and several matrices of a shape.
@@ -39,15 +40,15 @@ class Matrices(nn.Module):
 
 
 def take_steps(model: nn.Module, second_moment_decay: float, replicas: dist.ProcessGroup | None = None) -> dict:
-    """Take five steps with given gradients, and return the parameters and states of the optimizer."""
+    """Take three steps with given gradients, and return the parameters and states of the optimizer."""
     settings = {"algorithm": "muon", "lr": 0.02, "weight_decay": 0.1, "second_moment_decay": second_moment_decay}
     groups = [{"params": [*model.muon], **settings}, {"params": [*model.adamw], "algorithm": "adamw", "lr": 0.01}]
     optimizer = MuonAdamW(groups, replicas=replicas)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(5):
+    for _ in range(3):
         for p in model.parameters():
             gradient = torch.randn(p.shape, generator=generator)
-            p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+            p.grad = shard_like(gradient, p)
         optimizer.step()
     states = optimizer.state_dict()["state"].values()
     return {

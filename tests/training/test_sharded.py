@@ -90,16 +90,18 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
     fsdp = [*flags, "--fsdp", "--output_dir"]
     commands = [
         [*fsdp, tmp_path / "refused", "--torch_compile", "true"],
+        [*fsdp, tmp_path / "refused", "--fsdp_config", '{"dp_replicate_size": 2}'],
         [*fsdp, tmp_path / "ddp", "--with_ddp"],
         [*fsdp, tmp_path / "two"],
     ]
     (tmp_path / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
     out = finish(start(2, Path(__file__).with_name("on_ranks.py"), tmp_path))
     assert out.count("torch_compile is not supported with fsdp: omit one of them") == 2
+    assert out.count("dp_replicate_size is 2: it must divide the number of processes, 2, and be less") == 2
     assert out.count("fsdp was requested, but model.embed_tokens.weight is not sharded") == 2
     for rank in (0, 1):
         result = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert result["codes"] == [2, 2, 0]
+        assert result["codes"] == [2, 2, 2, 0]
         assert len(result["placements"]) == 24
         assert set(result["placements"].values()) == {"(Shard(dim=0),)"}
     assert muon_results_are_equal(torch.load(tmp_path / "muon.pt"), {"whole", "replicated", "sharded"})
@@ -126,18 +128,23 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "tolerance", "flags"),
-    [(2, 1e-5, [*ADAMW, "--tie_word_embeddings", "false"]), (4, 1e-3, [*WITHOUT_DROPOUT, *EVALUATED])],
+    [
+        (2, 1e-5, [*ADAMW, "--tie_word_embeddings", "false"]),
+        (4, 1e-3, [*WITHOUT_DROPOUT, *EVALUATED]),
+        (4, 1e-5, [*ADAMW, "--fsdp_config", '{"dp_replicate_size": 2}']),
+    ],
 )
 def test_sharded_training_equals_one_process_and_a_resumed_run_an_uninterrupted_one(
     ranks, tolerance, flags, recipe, words, tmp_path
 ):
-    """Batches of 4 in one process; AdamW untied, Muon tied, with evaluations; a vocabulary of 258 is not divisible by 4.
+    """Batches of 4 in one process; AdamW untied; Muon tied, with evaluations; HSDP. 258 rows are not divisible by 4.
 
     The resumed run is equal bit for bit.
     """
     flags = [*flags, "--max_steps", "6", "--gradient_accumulation_steps", "2"]
     one, straight, resumed = tmp_path / "one", tmp_path / "straight", tmp_path / "resumed"
-    assert train(recipe, words, one, *flags, "--per_device_train_batch_size", "4") == 0
+    whole = [flag for flag in flags if "fsdp_config" not in flag and "dp_replicate_size" not in flag]
+    assert train(recipe, words, one, *whole, "--per_device_train_batch_size", "4") == 0
     batch = ["--per_device_train_batch_size", 4 // ranks]
     finish(start_training(ranks, recipe, words, straight, *flags, *batch))
     # An epoch has 3 steps of 8 sequences; one process takes another one of the 2 sequences that may be left.
@@ -214,6 +221,7 @@ def test_a_signal_and_a_killed_process_lose_no_step(recipe, words, tmp_path):
         (["--fsdp_config", '{"version": 1}'], "fsdp_config: version 1 is not supported: FSDP1 has been removed"),
         (["--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}'], "state_dict_type SHARDED_STATE_DICT is not"),
         (["--fsdp_config", '{"cpu_offload": true}'], "fsdp_config: cpu_offload True is not supported: parameters stay"),
+        (["--fsdp_config", '{"tp_size": 2}'], "fsdp_config: tp_size 2 is not supported: only batches are divided"),
         (["--logits_chunk_size", "8"], "logits_chunk_size is not supported with fsdp: omit one of them"),
     ],
 )
