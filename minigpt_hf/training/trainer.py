@@ -312,13 +312,17 @@ class MiniGPTTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         self.resumed_batches = None
+        if self.control.should_training_stop:
+            return
         batches = kwargs["steps_trained_in_current_epoch"] if kwargs["epoch"] == kwargs["epochs_trained"] else 0
         if self.resumed_from is not None and batches:
             kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
             self.block_sampler.num_skipped = batches * self._train_batch_size
             self.resumed_batches = iter(kwargs["train_dataloader"])
-        if not self.control.should_training_stop:
+        try:
             super()._run_epoch(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+        finally:
+            self.resumed_batches = None  # its workers end with it
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Overridden because the iterator of a resumed epoch generates and discards all earlier batches; here the sampler

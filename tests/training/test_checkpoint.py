@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -48,10 +49,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(accumulation, muon, workers, 
     flags += [f"--max_steps={last}", "--save_steps=1", "--save_total_limit=99"]
     straight = tmp_path / "straight"
     assert train(recipe, words, straight, *flags) == 0
-    for cut in (2, steps_per_epoch, steps_per_epoch + 1, last):
+    for cut in (2, steps_per_epoch, steps_per_epoch + 1, last - 1, last):
         resumed = tmp_path / f"cut-{cut}"
         go_back(straight, resumed, cut)
         assert train(recipe, words, resumed, *flags) == 0
+        assert multiprocessing.active_children() == []  # workers ignore SIGTERM: at the end, Python would wait for them
         assert rows(resumed) == rows(straight)
         assert_equal(state_of(resumed / f"checkpoint-{last}"), state_of(straight / f"checkpoint-{last}"))
 
