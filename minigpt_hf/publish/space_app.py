@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 MODEL = "USER/NAME"
 REVISION = "main"
 
-source = {"revision": REVISION, "trust_remote_code": False}
-tokenizer = AutoTokenizer.from_pretrained(MODEL, **source)
-model = AutoModelForCausalLM.from_pretrained(MODEL, use_safetensors=True, **source)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION, trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, trust_remote_code=False, use_safetensors=True)
 longest = model.config.max_position_embeddings // 2  # tokens of the prompt and of the generated text
 options = [
     gr.Slider(1, min(longest, 500), value=min(longest, 100), step=1, label="Maximum number of new tokens"),
