@@ -195,6 +195,7 @@ def test_stop_ends_the_generation_and_the_next_one_starts(browser, tmp_path):
             assert server.cpu_times().user - spent < 0.5
 
 
+@pytest.mark.slow
 def test_the_server_listens_on_the_loopback_interface_and_connects_to_no_other(run_folder):
     with served(run_folder / "model") as (process, url):
         connections = psutil.Process(process.pid).net_connections(kind="inet")

@@ -10,9 +10,10 @@ import pytest
 
 from minigpt_hf.atomic import storage_error
 from minigpt_hf.cli import main
+from tests.conftest import representative
 
 
-@pytest.mark.parametrize("target", ["gguf", "native", "onnx", "html"])
+@pytest.mark.parametrize("target", representative(["gguf", "native", "onnx", "html"], "gguf", "native", "html"))
 def test_an_export_that_exceeds_the_limit_leaves_nothing(target, run_folder, tmp_path, limit_file_size, capsys):
     argv = ["export", str(run_folder / "model"), "--to", target, "--output_dir", str(tmp_path / "out" / "x")]
     argv += ["--context", "33"] if target == "gguf" else []
