@@ -131,10 +131,11 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
     code, out, err = push(capsys, folder, "--repo-id", "user/tiny")
     assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
     assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "minigpt") == ["Upload model", "initial commit"]
-    card = {"README.md": uploaded(hub, "user/tiny")["README.md"]}
+    cards = {branch: uploaded(hub, "user/tiny", branch)["README.md"] for branch in ("main", "old", "minigpt")}
+    assert cards["main"] == cards["minigpt"] and b'revision="old"' in cards["old"]
     for branch in ("main", "old"):
-        assert uploaded(hub, "user/tiny", branch) == native(folder) | card
-    assert uploaded(hub, "user/tiny", "minigpt") == named(folder) | card
+        assert uploaded(hub, "user/tiny", branch) == native(folder) | {"README.md": cards[branch]}
+    assert uploaded(hub, "user/tiny", "minigpt") == named(folder) | {"README.md": cards["minigpt"]}
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for _ in range(2):
