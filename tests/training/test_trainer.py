@@ -20,6 +20,7 @@ from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.callbacks import preserved_random_state
 from minigpt_hf.training.recipe import parse_arguments
 from minigpt_hf.training.trainer import MiniGPTTrainer
+from minigpt_hf.training.trainer_checkpoints import CheckpointingTrainer
 from tests.conftest import tiny_model
 from tests.training.conftest import go_back, train
 
@@ -286,7 +287,8 @@ def test_the_trainer_has_the_methods_that_are_overridden_with_these_parameters()
 
 
 def test_every_override_is_in_the_table_and_states_why_it_is_needed():
-    overrides = {name: method for name, method in vars(MiniGPTTrainer).items() if name in vars(Trainer)}
+    own = {**vars(CheckpointingTrainer), **vars(MiniGPTTrainer)}
+    overrides = {name: method for name, method in own.items() if name in vars(Trainer)}
     overrides = {name: method for name, method in overrides.items() if not name.startswith("__")}
     assert set(overrides) == set(SIGNATURES)
     assert all(method.__doc__.startswith("Overridden ") for method in overrides.values())
