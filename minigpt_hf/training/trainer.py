@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -40,7 +41,7 @@ from .auxiliary_head import (
     add_auxiliary_loss,
     attach_auxiliary_head,
 )
-from .callbacks import ProgressLogger, SampleLogger
+from .callbacks import ProgressLogger, SampleLogger, preserved_random_state
 from .checkpoint import (
     BackgroundSave,
     best_checkpoint,
@@ -126,11 +127,27 @@ class MiniGPTTrainer(CheckpointingTrainer):
             super().create_accelerator_and_postprocess()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Overridden because training with DDP although FSDP was requested would not be noticed."""
+        """Overridden because training with DDP although FSDP was requested would not be noticed, and because DDP arranges
+        its buckets after its first step, also in a resumed run."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.fsdp:
             check_is_sharded(self.model)
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            self._arrange_buckets(self.model_wrapped)
         return prepared
+
+    def _arrange_buckets(self, model: DistributedDataParallel) -> None:
+        """Let DDP arrange its buckets before the first step; gradients are discarded and random states restored.
+
+        DDP copies gradients to buckets in the order of the parameters, and after the first backward pass in the order in
+        which that pass has computed them. The order in which more than two ranks are summed depends on the place in a
+        bucket, so the first step of a resumed run would differ from that of an uninterrupted one in the last bits.
+        """
+        batch = self.train_dataset.collate([self.train_dataset[0, 0]])
+        with preserved_random_state():
+            loss = self.compute_loss(model.train(), self._prepare_inputs(batch))
+            self.accelerator.backward(loss)
+        model.zero_grad()
 
     # -- data and schedule --------------------------------------------------------------------------------------------
 

@@ -89,6 +89,20 @@ def test_one_two_four_and_one_process_in_turn_equal_one_process(recipe, words, t
         assert (tensor - weights[1][name]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
+def test_four_processes_that_are_resumed_equal_four_that_are_not(recipe, words, tmp_path):
+    """The sum over more than two processes depends on their order, and that on the place of a gradient in its bucket."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = ["--recipe", recipe, "--data", words, *FLAGS, "--per_device_train_batch_size", "1", "--output_dir"]
+    assert on(4, [[*flags, straight]], tmp_path)[0] == [0]
+    go_back(straight, resumed, 8)
+    codes, log = on(4, [[*flags, resumed]], tmp_path)
+    assert codes == [0] and "resuming from step 8" in log
+    assert rows(resumed) == rows(straight)
+    for name in ("model.safetensors", "optimizer.pt"):
+        assert (resumed / "checkpoint-14" / name).read_bytes() == (straight / "checkpoint-14" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("sequences", [24, 26, 29])
 @pytest.mark.parametrize(("processes", "size", "accumulated"), [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)])
 def test_a_step_has_the_same_sequences_for_every_division(sequences, processes, size, accumulated):
