@@ -46,6 +46,7 @@ save_steps: 20
 validation_characters: 20000
 sample_tokens: 10
 sample_prompt: "def "
+figures: false
 use_cpu: true
 """
 
@@ -53,7 +54,7 @@ use_cpu: true
 # A fine-tuning run on conversations.
 CHAT_FLAGS = (
     "--recipe chat --use_cpu --block_size 64 --per_device_train_batch_size 2 --warmup_steps 2 "
-    "--max_steps 8 --save_steps 2 --eval_steps 4 --logging_steps 1 --save_total_limit 9"
+    "--max_steps 8 --save_steps 2 --eval_steps 4 --logging_steps 1 --save_total_limit 9 --no_figures"
 ).split()
 
 
@@ -166,8 +167,8 @@ def recipe_file(tmp_path_factory) -> Path:
 def run_folder(text_file, recipe_file, tmp_path_factory) -> Path:
     """A run folder trained by `minigpt train`."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(folder)]
-    assert main(argv) == 0
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", folder, "--figures"]
+    assert main([str(word) for word in argv]) == 0
     return folder
 
 

@@ -97,14 +97,14 @@ def write_model_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     metadata: dict[str, Any],
-    log: list[dict[str, Any]],
+    log: list[dict[str, Any]] | None,
 ) -> None:
     """Write a model folder atomically: it is filled under a temporary name, synchronized to disk and renamed.
 
     Args:
         folder: Target folder; it must not exist.
         metadata: Content of `minigpt.json`: recipe, data, tokenizer, training, results.
-        log: Rows of `log.jsonl`, for the figures.
+        log: Rows of `log.jsonl`, for the figures. `None`: no figures.
 
     Raises:
         MiniGPTError: if a weight is not finite.
@@ -169,19 +169,22 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def write_metadata(folder: Path, metadata: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]]) -> None:
+def write_metadata(
+    folder: Path, metadata: dict[str, Any], config: MiniGPTConfig, log: list[dict[str, Any]] | None
+) -> None:
     """Write `minigpt.json`, the figures and the model card into a folder.
 
     Args:
         metadata: Content of `minigpt.json`.
-        log: Rows of `log.jsonl`, for the figures.
+        log: Rows of `log.jsonl`, for the figures. `None`: no figures.
     """
-    from .figures import draw_learning, draw_training  # imports matplotlib
-
     (folder / "minigpt.json").write_text(_json(metadata), encoding="utf-8")
-    (folder / "figures").mkdir()
-    draw_learning(log, folder / "figures" / "loss.png")
-    draw_training(log, folder / "figures" / "training.png")
+    if log is not None:
+        from .figures import draw_learning, draw_training  # imports matplotlib
+
+        (folder / "figures").mkdir()
+        draw_learning(log, folder / "figures" / "loss.png")
+        draw_training(log, folder / "figures" / "training.png")
     (folder / "README.md").write_text(render_card(metadata, config), encoding="utf-8")
 
 

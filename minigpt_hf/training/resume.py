@@ -316,7 +316,7 @@ NOT_IN_FINGERPRINT = {
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
     *("trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics"),
-    *("sample_prompt", "sample_tokens"),
+    *("sample_prompt", "sample_tokens", "figures"),
     # Evaluations and checkpoints, which consume no random numbers. Their intervals may change when a run is resumed.
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
     *("save_on_each_node", "save_only_model", "enable_jit_checkpoint", "async_checkpoints"),

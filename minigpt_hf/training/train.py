@@ -350,7 +350,8 @@ def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBou
         detach_auxiliary_head(model)
         model = merge_lora(model) if plan.settings.model.lora_rank else model
         metadata = describe(plan.settings, plan.text, training_result(trainer, model))
-        write_model_folder(folder, model, plan.text.tokenizer, metadata, read_log(run.log))
+        log = read_log(run.log) if training.figures else None
+        write_model_folder(folder, model, plan.text.tokenizer, metadata, log)
     progress.print(f"the model is in {folder}")
     if training.push_to_hub:
         if stop.number is not None:

@@ -487,7 +487,7 @@ class MiniGPTTrainer(CheckpointingTrainer):
             shutil.copyfile(file, folder / file.name)
         assert self.settings is not None and self.text is not None
         metadata = describe(self.settings, self.text, training_result(self))
-        write_metadata(folder, metadata, self.model.config, read_log(run.log))
+        write_metadata(folder, metadata, self.model.config, read_log(run.log) if self.args.figures else None)
         message = f"Training in progress, step {self.state.global_step}"
         job = commit_in_background(folder, self.hub_model_id, self.args.hub_revision, message)
         self.push_in_progress = PushInProgress([*(earlier.jobs if earlier is not None and busy else []), job])

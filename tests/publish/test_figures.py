@@ -22,6 +22,14 @@ def test_every_figure_is_drawn_and_each_curve_has_points(run_folder):
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # not blank
 
 
+def test_figures_are_omitted_from_folder_and_card_on_request(run_folder, recipe_file, text_file, tmp_path):
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run", "--max_steps", "1"]
+    assert main([str(word) for word in [*argv, "--no_figures"]]) == 0
+    assert not (tmp_path / "run" / "model" / "figures").exists()
+    for folder, count in ((tmp_path / "run", 0), (run_folder, 2)):
+        assert (folder / "model" / "README.md").read_text(encoding="utf-8").count("](figures/") == count
+
+
 def test_samples_are_listed_with_their_validation_loss(run_folder):
     lines = (run_folder / "samples.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| step | validation loss | sample |"

@@ -27,6 +27,7 @@ save_steps: 2
 save_total_limit: 9
 sample_tokens: 0
 sample_prompt: ""
+figures: false
 use_cpu: true
 """
 
