@@ -99,6 +99,13 @@ def test_an_ablation_reports_differences_from_the_recipe_and_reuses_its_log(reci
     assert {row["loss"] for row in ablation.run(parser.parse_args(argv))["ablation"]} == {"1.0000"}
 
 
+@pytest.mark.parametrize("heads", [2, 8])
+def test_another_number_of_heads_applies_to_a_recipe_of_two_layers_with_positional_heads(heads, text_file):
+    change = ablation.CHANGES[f"{heads} attention heads"]
+    model = trial.prepare("shakespeare-char-fast", ["--data", str(text_file), *change.flags]).model
+    assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (2, heads)
+
+
 @pytest.mark.parametrize(
     ("name", "standard_deviations"),
     [

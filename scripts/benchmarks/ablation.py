@@ -98,7 +98,7 @@ CHANGES = {
     "same offset in every epoch": Change(dataset_class=FixedOffsetSequences),
     "half the batch size, twice the steps": Change(batch_factor=0.5),
     "twice the batch size, half the steps": Change(batch_factor=2),
-    "2 attention heads": _flags("--num_attention_heads 2 --positional_heads 1 1 1"),
+    "2 attention heads": _flags("--num_attention_heads 2"),
     "8 attention heads": _flags("--num_attention_heads 8"),
     "RoPE theta 1,000": _flags("--rope_theta 1000"),
     "RoPE theta 10,000": _flags("--rope_theta 10000"),
