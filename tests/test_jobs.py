@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -42,6 +43,7 @@ def run(*flags: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=180, env=environment)
 
 
+@pytest.mark.slow
 def test_a_run_publishes_the_model(hub, recipe_file, text_file, tmp_path):
     flags = ["--recipe", recipe_file, "--data", text_file, "--output_dir", tmp_path / "run", "--max_steps", "2"]
     flags += ["--logging_steps", "1", "--hub_model_id", "user/job"]

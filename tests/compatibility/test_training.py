@@ -46,6 +46,7 @@ def test_activation_checkpointing_recomputes_activations_and_gives_equal_gradien
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_a_training_step_compiles_without_graph_breaks_and_gives_equal_gradients(mixed):
     ids, gradients = random_ids(2, 20), []
     for forward in (mixed.train(), torch.compile(mixed, fullgraph=True, backend="aot_eager")):
@@ -55,6 +56,7 @@ def test_a_training_step_compiles_without_graph_breaks_and_gives_equal_gradients
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_decoding_with_a_static_cache_compiles_once_without_graph_breaks():
     torch._dynamo.reset()
@@ -207,6 +209,7 @@ def test_an_exported_graph_gives_equal_logits_for_any_length(mixed):
         torch.testing.assert_close(program(input_ids=ids, use_cache=False).logits, mixed(ids).logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_decoder_with_a_static_cache_generates_the_greedy_tokens():
     model, ids = tiny_model(), random_ids(1, 6)

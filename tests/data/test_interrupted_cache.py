@@ -222,10 +222,8 @@ sys.exit(main(["train", "--cache_dir", str(cache), *sys.argv[3:]]))
 """
 
 
-@pytest.mark.parametrize(
-    ("size", "workers"),
-    [(1000, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 0), (1000, 2)])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "workers"), [(1000, 0), (0, 0), (1000, 2)])
 def test_a_stream_that_is_truncated_during_training_ends_it_in_one_line(
     size, workers, text_file, recipe_file, tmp_path, capsys
 ):

@@ -382,6 +382,7 @@ def remote(merged, tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_training_on_remote_shards_equals_training_on_local_ones(merged, remote, recipe_file, tmp_path):
     """With room for one shard in the cache, and two workers that read the same shards."""
     url, _, requested = remote
@@ -422,8 +423,9 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-@pytest.mark.parametrize("what", ["merge", pytest.param("copy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["merge", "copy"])
 def test_nothing_remains_of_a_merge_or_copy_that_was_killed(what, remote, tmp_path):
     url, folder, _ = remote
     if what == "merge":

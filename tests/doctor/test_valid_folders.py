@@ -30,6 +30,7 @@ def not_applicable(rows) -> set[str]:
     return {name for name, state in states(rows).items() if state == "not applicable"}
 
 
+@pytest.mark.slow
 def test_a_minigpt_with_bpe_passes_every_check_including_its_remote_code(run_folder):
     rows = doctor.examine(run_folder / "model", trust_remote_code=True)
     assert not_applicable(rows) == {"chat template", "chat format", "weights index"}

@@ -94,6 +94,7 @@ def test_a_signal_leaves_no_file_and_the_exit_code_states_it(number, run_folder,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_has_left_is_removed_by_the_next_one(run_folder, tmp_path):
     process = start_export(run_folder, tmp_path / "native")
     wait_for(tmp_path, "*/content/config.json")

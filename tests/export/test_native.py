@@ -42,6 +42,7 @@ def test_qwen3_gives_the_same_logits_bit_for_bit_beyond_the_window(run_folder, t
     assert torch.equal(theirs(ids).logits, ours(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_loads_it_and_encodes_the_same(run_folder, twin, tmp_path):
     code = (
         "import sys; sys.modules['minigpt_hf'] = None\n"

@@ -24,11 +24,12 @@ from minigpt_hf.data.conversations import build_conversation_stream
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.packing import ConversationDataset
 from minigpt_hf.errors import MiniGPTError
-from tests.conftest import CHAT_FLAGS, ROOT, fine_tune, representative
+from tests.conftest import CHAT_FLAGS, ROOT, fine_tune
 
 from .conftest import assert_equal, rows, state_of
 
 
+@pytest.mark.slow
 def test_the_published_model_stops_at_the_end_of_an_answer_and_has_the_template(chat_run, run_folder):
     model = AutoModelForCausalLM.from_pretrained(chat_run / "model")
     tokenizer = AutoTokenizer.from_pretrained(chat_run / "model")
@@ -138,14 +139,8 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
     assert len(metadata["sample"]["texts"]) == 1 and metadata["sample"]["texts"][0].startswith("1 + 1\n")
 
 
-@pytest.mark.parametrize(
-    "kind, size",
-    [
-        pytest.param("bpe", 300, marks=pytest.mark.slow),
-        pytest.param("characters", None, marks=pytest.mark.slow),
-        ("bytes", 260),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, size", [("bpe", 300), ("characters", None), ("bytes", 260)])
 def test_reserved_tokens_are_used_later_without_a_larger_vocabulary(kind, size, recipe_file, text, chats, tmp_path):
     text += "0123456789"  # of the conversations
     (tmp_path / "text.txt").write_text(text)
@@ -184,9 +179,8 @@ def test_a_vocabulary_without_space_for_the_reserved_tokens_is_an_error(recipe_f
     assert "chat_tokens is determined by the model of init_from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags", [pytest.param(["--no_muon"], marks=pytest.mark.slow), ["--no_muon", "--lora_rank", "2"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--no_muon"], ["--no_muon", "--lora_rank", "2"]])
 def test_only_lora_leaves_the_other_embeddings_unchanged(flags, run_folder, chats, tmp_path):
     run = fine_tune(run_folder, chats, tmp_path / "run", *flags)
     old, new = (
@@ -225,7 +219,8 @@ def test_settings_that_do_not_fit_are_rejected(flags, message, run_folder, chats
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", representative(["assistant", "system"], "assistant"))
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["assistant", "system"])
 def test_conversations_that_start_with_an_answer_are_trained_on_and_published(first, tmp_path):
     """They have no question that could be shown in a sample."""
     start = [{"role": "system", "content": "Add."}] if first == "system" else []
@@ -257,6 +252,7 @@ def test_settings_without_an_effect_on_conversations_are_rejected(name, value, c
         minigpt_hf.train(chats, recipe, chat=True, output_dir=tmp_path / "run", **{name: value})
 
 
+@pytest.mark.slow
 def test_all_held_out_conversations_are_scored(chats, run_folder, tmp_path, caplog):
     fine_tune(run_folder, chats, tmp_path / "run", "--validation_characters", "10")
     assert "validation_characters 10: no effect, all conversations are scored" in caplog.text
@@ -401,6 +397,7 @@ def test_a_base_model_continues_each_text(run_folder):
     assert "> def " in out and "has no chat template" in errors
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(run_folder):
     argv = [sys.executable, "-m", "minigpt_hf.cli", "chat", str(run_folder / "model"), "--max_new_tokens", "100000"]
     with subprocess.Popen(

@@ -37,7 +37,7 @@ from tests.training.conftest import assert_equal, go_back, rows, state_of, train
 @pytest.mark.parametrize(
     ("accumulation", "muon", "workers"),
     [
-        pytest.param(*case, marks=() if case in [(1, True, 0), (2, False, 2)] else pytest.mark.slow)
+        pytest.param(*case, marks=() if case == (2, True, 0) else pytest.mark.slow)
         for case in product((1, 2, 3), (True, False), (0, 2))
     ],
 )
@@ -208,7 +208,9 @@ def test_checkpoints_contain_nothing_that_executes_code_when_loaded(finished):
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)])
+@pytest.mark.parametrize(
+    ("name", "code"), representative([("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75)], ("SIGTERM", 143))
+)
 def test_a_signal_saves_at_the_next_step_boundary_and_the_run_is_resumed_exactly(
     name, code, recipe, words, tmp_path, capsys, monkeypatch
 ):
@@ -343,6 +345,7 @@ def test_training_continues_while_a_checkpoint_is_written_and_the_next_save_wait
     assert_equal(state_of(folder / "checkpoint-8"), state_of(finished / "checkpoint-8"))
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_signal_and_an_error_wait_for_the_checkpoint_that_is_being_written(
     recipe, words, finished, tmp_path, capsys, monkeypatch
@@ -371,7 +374,7 @@ def test_a_signal_and_an_error_wait_for_the_checkpoint_that_is_being_written(
 
 
 @needs_proc
-@pytest.mark.parametrize("killed_at", [0, 6, 13])
+@pytest.mark.parametrize("killed_at", representative([0, 6, 13], 6))
 def test_a_kill_while_a_checkpoint_is_written_in_the_background_leaves_the_previous_one(
     killed_at, recipe, words, finished, tmp_path
 ):

@@ -473,6 +473,7 @@ def test_a_run_folder_that_vanishes_ends_the_run_with_a_message(recipe, words, t
 # -- a resumed run logs what an uninterrupted one does -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_losses_are_averaged_over_the_same_steps_after_a_resume(recipe, words, tmp_path, capsys):
     """Logged every 3 steps, interrupted at 2, 4 and 8: equal rows and `train_loss`; the plan states the remaining steps."""
     straight, flags = tmp_path / "straight", ["--logging_steps", "3"]
@@ -728,9 +729,8 @@ def signal_at(step: int, number: int, monkeypatch):
     return lambda: monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["steps", *(pytest.param(each, marks=pytest.mark.slow) for each in ("steps after a delay", "epoch"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["steps", "steps after a delay", "epoch"])
 def test_an_evaluation_skipped_because_of_a_signal_is_performed_when_the_run_is_resumed(
     strategy, recipe, words, tmp_path, capsys, monkeypatch
 ):
@@ -807,6 +807,7 @@ def test_publishing_is_completed_after_a_signal(recipe, words, tmp_path, monkeyp
 # -- around a run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_its_output_and_saves_when_its_process_group_is_terminated(recipe, words, tmp_path):
     """`minigpt train … <&- 2>&1 | head -3`, with data loader workers; then SIGTERM twice to the process group."""
     folder = tmp_path / "run"

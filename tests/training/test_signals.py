@@ -36,10 +36,13 @@ def test_after_a_signal_the_run_only_saves(number, recipe, words, tmp_path, monk
     ("flags", "stops", "due"),
     [
         ("--save_steps 2", [3, 4, 8], [0, 2, 4, 6, 8]),
-        ("--validation_fraction 0.3 --eval_steps 2", [3, 4], [0, 2, 4, 6, 8]),
-        ("--save_strategy epoch --per_device_train_batch_size 8", [3, 4], [0, 4, 8]),  # 26 sequences: 4 steps per epoch
+        # 26 sequences: 4 steps per epoch.
+        pytest.param(
+            "--save_strategy epoch --per_device_train_batch_size 8", [3, 4], [0, 4, 8], marks=pytest.mark.slow
+        ),
+        pytest.param("--validation_fraction 0.3 --eval_steps 2", [3, 4], [0, 2, 4, 6, 8], marks=pytest.mark.slow),
     ],
-    ids=["checkpoints", "evaluations", "epochs"],
+    ids=["checkpoints", "epochs", "evaluations"],
 )
 def test_a_stopped_and_resumed_run_logs_the_samples_of_an_uninterrupted_one(
     flags, stops, due, recipe, words, tmp_path, monkeypatch
