@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # A file can change twice within one tick of the file system's clock, so states more recent than this are not stored.
 TICK_SECONDS = 2
-# Of an entry with a file of at least this size, the state is stored when it is created: it is hashed once a tick has passed.
+# The state of an entry with a file of at least this size is recorded when it is created, after waiting for one tick.
 RECORDED_BYTES = 100_000_000
 ANNOUNCED_BYTES = 1_000_000_000  # hashing this much takes a second or more and is logged
 

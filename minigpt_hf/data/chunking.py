@@ -30,8 +30,7 @@ SAFE_BOUNDARY = re.compile(
 # A position inside a match: at least three characters from its start and from its end.
 INSIDE_RUN = re.compile(rf"(?<=[{LETTER}]{{3}})(?=[{LETTER}]{{3}})|(?<=[{PUNCTUATION}]{{3}})(?=[{PUNCTUATION}]{{3}})")
 
-# A chunk takes about 50 ms to encode, long compared with sending it to another process; memory stays bounded.
-CHUNK_CHARACTERS = 100_000
+CHUNK_CHARACTERS = 100_000  # large enough that the overhead per chunk is negligible; bounds the memory
 
 
 def split_into_chunks(

@@ -1,8 +1,8 @@
 """Drop duplicates among documents: exact copies, or also documents that have most of their word sequences in common.
 
-Near duplicates are found by MinHash and locality-sensitive hashing (the package `rensa`): the similarity of two documents is
-the share of their distinct sequences of `SHINGLE` words that both contain, estimated from `NUM_HASHES` hashes, which take 512
-bytes of memory per document. The first of several duplicates is kept.
+Near duplicates are found by MinHash (Broder 1997) and locality-sensitive hashing (the package `rensa`): the similarity of two
+documents is the share of their distinct sequences of `SHINGLE` words that both contain (Jaccard index), estimated from
+`NUM_HASHES` hashes, which take 512 bytes of memory per document. The first of several duplicates is kept.
 """
 
 import hashlib

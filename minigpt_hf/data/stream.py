@@ -358,7 +358,7 @@ def _encoder_for(documents: Documents, tokenizer_json: str) -> tuple[Encoder, It
 def _encode(
     encoder: Encoder, chunks: Iterable[Chunk], bos: int, dtype: np.dtype, num_threads: int
 ) -> Generator[EncodedBatch]:
-    """Encode chunks in order; with several threads, while at most twice as many batches are waiting."""
+    """Encode chunks in order; with several threads, at most two batches per thread are pending."""
     if num_threads == 1:
         for batch in _batches(chunks):
             yield EncodedBatch.encode(encoder, batch, bos, dtype)

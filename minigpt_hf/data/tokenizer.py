@@ -30,7 +30,7 @@ MAX_SAMPLES = 1000  # of all long words; training time grows more than linearly 
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, reserved: int = 0) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer.
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; on bytes: Radford et al. 2019).
 
     Args:
         vocab_size: 2 special tokens, 256 bytes, and merges. The vocabulary is smaller if the text has too few pairs that
