@@ -109,8 +109,8 @@ def beams(subject: Subject) -> Row:
 
 
 class EndAt(LogitsProcessor):
-    """Makes the first EOS token the most probable one from a given length on, unless it is suppressed, and all impossible
-    before."""
+    """Makes EOS tokens impossible below a given length, and from there on the first one the most probable token, unless it
+    is suppressed."""
 
     def __init__(self, ends: list[int], length: int):
         self.ends, self.length = ends, length

@@ -1,7 +1,7 @@
 """Load the model of a folder as users do, in a separate process; the checks of the files must have passed.
 
-Weights are loaded from safetensors only, in float32. With `code="own"` the code of the folder is executed; then the package
-`minigpt_hf` is made unimportable.
+Weights are loaded from safetensors only, in float32. With `code="own"` the code of the folder is executed, and importing
+`minigpt_hf` is disabled.
 """
 
 import sys

@@ -170,7 +170,7 @@ def places_of(folder: Folder) -> dict[str, str]:
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether head and embedding share weights; the default is no for Qwen3, and yes for other architectures."""
+    """Whether head and embedding share weights. Default: false for Qwen3, true for other architectures."""
     return bool(config.get("tie_word_embeddings", config.get("model_type") != "qwen3"))
 
 

@@ -51,12 +51,12 @@ def no_code(folder: Broken):
     folder.delete("modeling_minigpt.py")
 
 
-@plant("files known", reason=r"foreign: checkpoint\.tar\.xz")
+@plant("files known", reason=r"not files of a model folder: checkpoint\.tar\.xz")
 def a_foreign_file(folder: Broken):
     folder.write("checkpoint.tar.xz", b"\xfd7zXZ\x00")
 
 
-@plant("files known", reason=r"foreign: helpers/more\.py")
+@plant("files known", reason=r"not files of a model folder: helpers/more\.py")
 def a_subfolder_with_code(folder: Broken):
     folder.write("helpers/more.py", "x = 1\n")
 
