@@ -131,7 +131,7 @@ def generate_answers(
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda answers: None,
 ) -> tuple[list[str], int]:
-    """Generate the most probable answer to each prompt.
+    """Generate an answer to each prompt by greedy decoding.
 
     Prompts of similar length are padded on the left and answered together.
 

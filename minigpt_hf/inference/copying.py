@@ -1,11 +1,11 @@
-"""How much of a text occurs verbatim in the training text.
+"""Measure how much of a text occurs verbatim in the training text (memorization, Carlini et al. 2023).
 
-A sample of a model may repeat its training text. Measured are its longest stretch of tokens that occurs in the training
-stream, and the share of its tokens in stretches of at least 8, 16 and 32 tokens. Common phrases occur in any two texts of a
-kind, so the same figures of held-out text of equal length are the baseline.
+The figures of a sample are the length of its longest stretch of consecutive tokens that occurs in the training stream, and
+the share of its tokens in stretches of at least 8, 16 and 32 tokens. Any two texts of the same kind share common phrases, so
+the baseline is the same figures for held-out text of equal length.
 
-A stretch lies within one document. Of conversations, the answers are measured, and compared with the complete stream. Texts
-are encoded again, so a stretch ends where the tokens differ, even if single characters of the next token are equal.
+A stretch lies within one document. For conversations, the answers are measured, and compared with the complete stream. Texts
+are encoded again, so a stretch ends where the tokens differ, even if the next token begins with the same characters.
 """
 
 from bisect import bisect_right

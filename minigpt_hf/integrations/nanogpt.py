@@ -52,8 +52,8 @@ def import_checkpoint(checkpoint: Path, folder: Path, vocabulary: PreTrainedToke
         )
     if unused := architecture["vocab_size"] - vocabulary_size(vocabulary):
         logger.warning(
-            "%s has %s tokens, %s more than the vocabulary, whose text is empty: nanoGPT pads the vocabulary of GPT-2 from "
-            "50,257 to 50,304 tokens; otherwise give the vocabulary that it was trained with",
+            "%s has %s tokens, %s more than the vocabulary; these decode to an empty text. nanoGPT pads the vocabulary of "
+            "GPT-2 from 50,257 to 50,304 tokens; otherwise give the vocabulary that it was trained with",
             checkpoint,
             f"{architecture['vocab_size']:,}",
             f"{unused:,}",
