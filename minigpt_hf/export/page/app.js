@@ -1,5 +1,5 @@
 "use strict";
-/* What the views share: elements, the model in its worker, token lists, tabs.
+/* Shared by the views: elements, the model in its worker, token lists, tabs.
 
 Text of the model folder is inserted only as text nodes and attributes, never as markup. */
 
@@ -60,7 +60,7 @@ function percent(p) {
 }
 
 const bits = (p) => -Math.log2(p);
-// Surprise on a scale from 0 (certain) to 1 (8 bits or more), the strength of the shading.
+// Surprisal on a scale from 0 (certain) to 1 (8 bits or more): the strength of the shading.
 const heat = (p) => Math.min(1, bits(p) / 8);
 
 // A visible name of one token: white space as symbols, incomplete UTF-8 as hexadecimal bytes.

@@ -3,7 +3,7 @@
 
 Special tokens in a text, such as <|endoftext|>, are ordinary text, as during training. */
 
-// Words of byte-level BPE, with an optional space or other character before them. `\p{White_Space}` is `\s` of Python.
+// Words of byte-level BPE, with an optional space or other character before them. `\p{White_Space}` is `\s` of `tokenizers`.
 const PATTERNS = {
   qwen2: new RegExp(
     "'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" +
