@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _training = threading.Lock()  # held while this process trains
-SAMPLE_TOKENS = 200  # of a model without a recipe
+SAMPLE_TOKENS = 200  # length of a sample, for a model without a recipe
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
 
@@ -92,8 +92,8 @@ def train(
 ) -> ModelFolder:
     """Train a GPT and return its model folder. An interrupted run is resumed exactly.
 
-    torch has one random state per process. Code that draws random numbers in another thread meanwhile changes dropout, so the
-    run cannot be repeated exactly.
+    torch has one global random state per process: if another thread draws random numbers during training, the dropout masks
+    change, and the run is not reproducible.
 
     Args:
         data: Training text, see `load_corpus`. Default: that of the recipe.

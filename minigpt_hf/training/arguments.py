@@ -190,7 +190,7 @@ class DataArguments:
     chat_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Reserve the tokens of ChatML in the tokenizer of a text, so that the recipe chat later neither extends "
+            "help": "Reserve the special tokens of ChatML in the vocabulary, so that the recipe chat later neither extends "
             "the tokenizer nor resizes the embeddings."
         },
     )
@@ -446,8 +446,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
             "help": "Publish the checkpoint with the lowest validation loss; default: if every checkpoint is evaluated."
         },
     )
-    # With the filter, the Trainer would log 0.0 in place of a non-finite loss.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log."})
+    # With the filter, the Trainer would log the mean of the previous losses in place of a non-finite one.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace non-finite losses in the log by the mean of the previous ones."}
+    )
     # The Trainer would remove `shift_labels`, which `forward` accepts as one of its **kwargs.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that are not named arguments of `forward`."}

@@ -1,4 +1,4 @@
-"""Checks that protect a run: non-finite and exploded losses, models without training, batches and disk space.
+"""Checks that protect a run: non-finite and exploded losses, untrained models, batches and disk space.
 
 Everything here returns without effect, warns or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
 """
