@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(argv[1:])
 
     set_openmp_policy()
-    gc.disable()  # imports create many objects, none of which becomes garbage: collections would take half a second
+    gc.disable()  # imports create many objects, few of which become garbage: collections would take half a second
     from minigpt_hf.cli import main
 
     gc.freeze()

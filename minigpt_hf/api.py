@@ -209,7 +209,7 @@ def evaluate(
     loaded, tokenizer = load(model, trust_remote_code)
     if fault := changed_arithmetic(loaded.device.type):
         logger.warning(f"torch's {fault} before evaluating: the score differs from that with the default settings")
-    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     recipe = recipe_of(folder)
 
     chat = recipe.get("chat", False) if chat is None else chat
@@ -288,7 +288,7 @@ def score_answers(
     from .trust import checked_folder
 
     check_type("model", model, str, os.PathLike)
-    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     before = model_files(folder)
     loaded, tokenizer = load(model, trust_remote_code)
     documents = read_part(data, split, recipe_of(folder), reading)
@@ -373,7 +373,7 @@ def measure_copying(
     from .trust import checked_folder
 
     check_type("model", model, str, os.PathLike)
-    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     recipe = recipe_of(folder)
     reading = reading_of(data, recipe, reading)
     tokenizer, train, validation = training_text(folder, os.fspath(data), recipe, reading)

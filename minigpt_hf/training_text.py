@@ -68,7 +68,7 @@ def read_part(
 
     Args:
         split: See `evaluate`.
-        recipe: Of the model; its values apply where `reading` has none.
+        recipe: Recipe of the model; its values apply where `reading` has none.
         reading: Settings by name, see `READING`.
         as_shards: Divide the text as if it were tokenized in shards.
 
@@ -126,7 +126,7 @@ def training_text(
 
     Args:
         data: The text, or a folder written by `minigpt tokenize`.
-        recipe: Of the model.
+        recipe: Recipe of the model.
         reading: Settings by name, see `READING`.
 
     Returns:

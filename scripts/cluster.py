@@ -44,10 +44,10 @@ from minigpt_hf.training.checkpoint import verification_error
 from minigpt_hf.training.run_folder import RunFolder
 
 COLUMNS = ("losses equal", "resume bit-identical", "kill", "SIGTERM", "merge", "elastic")
-TOLERANCE = 1e-5  # of a loss of about 5; gradients are summed in another order
+TOLERANCE = 1e-5  # for losses of about 5; gradients are summed in another order
 COMPARED = 40  # steps; later ones amplify the differences of the first
 BATCH = 4  # sequences per step, divided among the processes
-SECONDS = 300  # until a process that does not end is reported
+SECONDS = 300  # time limit of a process
 
 # 26 sequences, i.e. six steps per epoch and an incomplete one that is omitted. No dropout: its masks differ between ranks.
 RECIPE = """
@@ -78,10 +78,10 @@ class Engine:
     """A row of the table.
 
     Args:
-        name: Of the engine.
+        name: Name of the engine.
         processes: Number of ranks.
         hosts: Number of network namespaces.
-        flags: Of `minigpt train`, for this engine.
+        flags: Flags of `minigpt train` for this engine.
         unsupported: Why the row is not run; empty if it is.
     """
 

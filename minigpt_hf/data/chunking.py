@@ -50,7 +50,7 @@ def split_into_chunks(
         (whether the chunk starts a document, text). Documents without text are omitted.
     """
     pending: list[str] = []
-    starts_document, length = True, 0  # of the next chunk, whose text is `pending`
+    starts_document, length = True, 0  # state of the next chunk, whose text is `pending`
     for part_starts_document, text in parts:
         if part_starts_document:
             if length:

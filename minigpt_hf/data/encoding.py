@@ -203,7 +203,7 @@ def fastest_encoder(tokenizer_json: str, texts: list[str]) -> Encoder:
             rejected.append(f"{candidate} {version(candidate)} gives other ids")
         except ImportError:
             rejected.append(f"{candidate} is not installed")
-        except Exception as error:  # of any type, from compiled code
+        except Exception as error:  # compiled code raises exceptions of any type
             rejected.append(f"{candidate} {version(candidate)} does not support this tokenizer ({_first_line(error)})")
     if rejected:
         logger.info("encoding with %s: %s (the extra `fast` installs the fastest encoder)", name, ", ".join(rejected))

@@ -37,7 +37,7 @@ from .tokenizer import bos_token_id, load_tokenizer, tokenizer_fingerprint, voca
 
 logger = logging.getLogger(__name__)
 
-SHARD_VERSION = 1  # of the format of a shard
+SHARD_VERSION = 1  # version of the format of a shard
 NAME = re.compile(r"shard-(\d{5})-of-(\d{5})")
 STREAM_FILES = ("tokens.bin", "documents.npy", "stream.json")
 # Settings of a text that another program has tokenized.

@@ -112,10 +112,8 @@ class TokenStream:
         )
 
     def __reduce__(self):
-        return TokenStream.open, (
-            self.folder,
-            self.store,
-        )  # other processes open the files instead of receiving the tokens
+        # Other processes open the files instead of receiving the tokens.
+        return TokenStream.open, (self.folder, self.store)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 SAMPLE_CHARACTERS = 1000  # length of a sample of a long word
-MAX_SAMPLES = 1000  # of all long words; training time grows more than linearly with the length of a word
+MAX_SAMPLES = 1000  # samples of all long words; training time grows more than linearly with the length of a word
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, reserved: int = 0) -> PreTrainedTokenizerFast:

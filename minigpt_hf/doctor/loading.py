@@ -38,8 +38,8 @@ class LoadedFolder:
         self.path = str(path)
         self.config = self.folder.json("config.json")
         self.is_minigpt = self.config.get("model_type") == "minigpt"
-        self.native: PreTrainedModel | None = None  # of a transformers class
-        self.own: PreTrainedModel | None = None  # of this package's class, or of the folder's code
+        self.native: PreTrainedModel | None = None  # instance of a transformers class
+        self.own: PreTrainedModel | None = None  # instance of this package's class, or of that in the folder's code
 
     @property
     def model(self) -> PreTrainedModel:

@@ -158,7 +158,7 @@ def chat_format(folder: Folder) -> Row:
     try:
         prompt = ids([question], True)
         whole = ids([question, {"role": "assistant", "content": answer}], False)
-    except Exception as error:  # of the template, or of `tokenizers` for a character without an id
+    except Exception as error:  # raised by the template, or by `tokenizers` for a character without an id
         return failed(f"a conversation cannot be encoded: {in_one_line(error)}", "correct the template")
     if whole[: len(prompt)] != prompt:
         return failed(

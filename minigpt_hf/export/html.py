@@ -39,7 +39,8 @@ from .native import comparison_ids, comparison_prompts
 logger = logging.getLogger(__name__)
 
 VERIFIED = "the page contains the rounded weights that were compared with the model"
-MAX_MEGABYTES = 100  # of weights; base64 takes a third more, and browsers limit the length of a string to about 500 MB
+# Size of the weights; base64 takes a third more, and browsers limit the length of a string to about 500 MB.
+MAX_MEGABYTES = 100
 PROMPTS, NEW_TOKENS = 20, 32
 LOG_ROWS = 1000  # rows of the log in the page, at most
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
@@ -224,7 +225,7 @@ class Weights:
     """The weights of a page, and how much they change the model.
 
     Args:
-        dtype: Of the matrices.
+        dtype: Data type of the matrices.
         tensors: Name, shape, dtype and offset of each tensor in `content`, which `page/weights.js` decodes.
         content: All tensors.
         model: The model with these weights.
@@ -441,4 +442,4 @@ def _log(folder: Path) -> dict[str, list]:
         if "sample" in row:
             log["samples"].append([tokens, row["sample"]])
     log["samples"] = list(dict(log["samples"]).items())  # one per step: the last of a resumed run
-    return {name: rows[:: -1 - len(rows) // LOG_ROWS][::-1] for name, rows in log.items()}  # with the last row
+    return {name: rows[:: -1 - len(rows) // LOG_ROWS][::-1] for name, rows in log.items()}  # including the last row

@@ -74,7 +74,7 @@ class CompiledModel:
         )
 
 
-# Options that require more than one token per step, or that `compile_for_generation` sets itself.
+# Options that one compiled step with a static cache does not support, or that `compile_for_generation` sets itself.
 UNSUPPORTED_OPTIONS = (
     "num_beams",
     "prompt_lookup_num_tokens",

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MAX_SIZE = 10_000_000  # of any value in `model_args`
+MAX_SIZE = 10_000_000  # largest value in `model_args`
 TOLERANCE = 1e-4  # relative to the largest logit; the order of float32 summation causes differences of about 1e-6
 
 

@@ -229,7 +229,7 @@ def add_to_collection(collection: str, repo_id: str, space: str | None, private:
 
 @contextmanager
 def naming(urls: list[str]) -> Iterator[None]:
-    """Append to an `OSError` in the block what was updated before."""
+    """Append to the message of an `OSError` in the block the URLs that were updated before it."""
     try:
         yield
     except OSError as error:

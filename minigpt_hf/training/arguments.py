@@ -26,7 +26,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 AUTO = "auto"  # value of `size`: choose the settings from the text
-METRICS = ("loss", "perplexity", "bits_per_byte")  # of the validation split; lower is better for each
+METRICS = ("loss", "perplexity", "bits_per_byte")  # metrics of the validation split; lower is better for each
 
 logger = logging.getLogger(__name__)
 

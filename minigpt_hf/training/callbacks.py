@@ -117,7 +117,7 @@ class ProgressLogger(TrainerCallback):
 
 
 class SampleLogger(TrainerCallback):
-    """Generates a sample before training, after each evaluation and at the end.
+    """Generates samples before training, after each evaluation (without evaluations, after each checkpoint) and at the end.
 
     A loss does not show whether the text resembles the training text. The samples are printed, appended to `log.jsonl`, and
     collected in `samples.md`.

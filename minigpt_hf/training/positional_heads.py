@@ -35,7 +35,7 @@ QK_NORM_WEIGHT = 1.5  # weights of q_norm and k_norm in these layers; sharpens t
 MIN_FREQUENCY = 0.1  # radians per token; slower pairs hardly distinguish neighboring tokens and are not used
 
 
-MAX_OTHER_SCORE = 0.95  # of a nearer distance, relative to the score of the intended one
+MAX_OTHER_SCORE = 0.95  # maximum score of a nearer distance, relative to the score of the intended one
 
 
 def check_positional_heads(architecture: ModelArguments, block_size: int) -> None:
@@ -89,7 +89,7 @@ def _fault(distance: int, layer: int, architecture: ModelArguments, block_size: 
         return None  # `build_config` rejects the architecture
     frequency = (architecture.rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)  # [D/2]
     frequency = frequency[frequency >= MIN_FREQUENCY]
-    offsets = np.arange(distance) - distance  # of the nearer tokens from the intended one
+    offsets = np.arange(distance) - distance  # distances of the nearer tokens from the intended one
     scores = np.cos(np.outer(offsets, frequency)).sum(1) / len(frequency)
     if (other := np.flatnonzero(scores > MAX_OTHER_SCORE)).size:
         return (

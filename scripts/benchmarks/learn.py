@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps of the shorter run (default: 400 of shakespeare-char for --peer hf, otherwise those of its recipe)",
     )
     parser.add_argument(
-        "--max_steps", type=int, default=STEPS, help="steps of the peers; ours are scaled likewise (default: 2000)"
+        "--max_steps",
+        type=int,
+        default=STEPS,
+        help="steps of the peers; those of minigpt are scaled by the same factor (default: 2000)",
     )
 
 
