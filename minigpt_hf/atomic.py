@@ -120,8 +120,8 @@ def remove_abandoned(parent: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes `folder` after the block: it is synchronized to disk and renamed.
 
-    If the block raises an exception, nothing remains, and folders created above `folder` are removed. So are temporary
-    directories next to it whose writers no longer run.
+    If the block raises an exception, nothing remains, and folders created above `folder` are removed. Temporary directories
+    next to it whose writers no longer run are removed first.
 
     Raises:
         MiniGPTError: if `folder` exists or cannot be created.

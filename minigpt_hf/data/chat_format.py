@@ -100,7 +100,7 @@ class ChatFormat:
         ids = self._text(f"{message['role']}\n{message['content']}")
         prefix = self.assistant
         if message["role"] == "assistant" and not np.array_equal(ids[: len(prefix)], prefix):
-            # The first token of the answer would include the line end before it. In generation, the prompt ends there.
+            # The first token of the answer would include the line feed before it. In generation, the prompt ends there.
             return np.concatenate([prefix, self._text(message["content"])])
         return ids
 

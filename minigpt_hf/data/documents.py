@@ -445,7 +445,7 @@ class TextFiles:
         return self.names.get(path, path)
 
     def _report(self, statistics: list[DecodingStatistics]) -> None:
-        """Log byte order marks, zero characters and converted line ends."""
+        """Log byte order marks, zero characters and converted line endings."""
         with_mark = [path for path, one in zip(self.paths, statistics, strict=True) if one.byte_order_mark]
         if with_mark:
             without_mark = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
@@ -463,7 +463,7 @@ class TextFiles:
             )
         if self.decoding.newline == "universal":
             logger.info(
-                "converted %s line ends (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in statistics):,}"
+                "converted %s line endings (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in statistics):,}"
             )
 
     def _subject(self, paths: list[str], singular_verb: str, plural_verb: str) -> str:

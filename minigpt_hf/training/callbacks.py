@@ -208,7 +208,7 @@ class SampleLogger(TrainerCallback):
         return first if isinstance(first, str) else last_question(first)
 
     def given(self, number: int) -> list[str]:
-        """What each of `number` final samples starts with: the prompt, or the question and a line end."""
+        """What each of `number` final samples starts with: the prompt, or the question and a line feed."""
         prompts = self.prompts + self.prompts[:1] * (number - len(self.prompts))
         return [given_text(prompt) for prompt in prompts]
 

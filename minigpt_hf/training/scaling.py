@@ -129,7 +129,7 @@ def shape_for(
 ) -> Shape:
     """Choose a shape with approximately the given number of parameters.
 
-    Depths within a factor of 1.5 of `typical_layers` are considered. Among the shapes within 10 % of the number of parameters,
+    Depths within a factor of 1.5 of `typical_layers` are considered. Of the shapes within 10 % of the number of parameters,
     the one closest to the typical depth and number of heads is chosen; if there is none, the closest in size.
 
     Args:

@@ -127,7 +127,7 @@ def write_files(folder: Path, lines: list[str], size: int, file_bytes: int | Non
     """Write a text of `size` bytes.
 
     Args:
-        file_bytes: Approximate size of a file, which has a distinct first line; None for one file without line ends.
+        file_bytes: Approximate size of a file, which has a distinct first line; None for one file without line endings.
     """
     folder.mkdir()
     rotated, number = rotations(lines), 0

@@ -115,7 +115,7 @@ class TokenList {
         id: `${this.node.id}-${this.tokens.length}`,
       });
       if (!text) option.dataset.label = label;
-      // A visible symbol before each line end, which is not part of the text when it is copied.
+      // A visible symbol before each line ending, which is not part of the text when it is copied.
       text.split(/(\r?\n)/).forEach((part, i) => option.append(...(i % 2 ? [element("span.line-end"), part] : [part])));
       if (token.isPrompt) option.classList.add("prompt");
       if (token.p !== undefined) {

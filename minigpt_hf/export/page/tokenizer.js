@@ -99,7 +99,7 @@ class Tokenizer {
   }
 }
 
-// The ids of a conversation in ChatML, up to the reply: <|im_start|>role, line end, content, <|im_end|>, line end, …
+// The ids of a conversation in ChatML, up to the reply: <|im_start|>role, line feed, content, <|im_end|>, line feed, …
 function chatPrompt(tokenizer, { start, end, system }, messages) {
   const hasSystem = system === null || messages[0]?.role === "system";
   const all = hasSystem ? messages : [{ role: "system", content: system }, ...messages];
