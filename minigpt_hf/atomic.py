@@ -1,6 +1,6 @@
 """Atomic writing and verification of directories.
 
-A directory is filled under a temporary name, sealed with a manifest of sizes and SHA-256 sums, synchronized to disk (fsync)
+A directory is filled under a temporary name, sealed with a manifest of sizes and SHA-256 hashes, synchronized to disk (fsync)
 and renamed: after a kill or on a full disk there is either no directory or a complete one. Temporary directories of processes
 that no longer run are recognized by their locks and can be removed.
 

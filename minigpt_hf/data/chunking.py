@@ -39,7 +39,8 @@ def split_into_chunks(
     """Split (or join) parts of documents at positions that do not change the tokens.
 
     A chunk has at least `CHUNK_CHARACTERS` characters unless it ends a document. It ends at the first line ending before
-    twice that length, or else at the next safe boundary. The result does not depend on how the documents are divided into parts.
+    twice that length, or else at the next safe boundary. The result does not depend on how the documents are divided into
+    parts.
 
     Args:
         parts: (whether the part starts a document, text).

@@ -28,8 +28,8 @@ from .chunking import CHUNK_CHARACTERS, INSIDE_RUN, split_into_chunks
 logger = logging.getLogger(__name__)
 
 # The pre-tokenizer of Qwen2: contractions, words with an optional leading character, single digits, punctuation, line
-# endings, other white space. llama.cpp, vLLM and other engines recognize exactly this pattern. (Qwen2 also normalizes to NFC, which
-# is omitted here because it is not lossless.)
+# endings, other white space. llama.cpp, vLLM and other engines recognize exactly this pattern. (Qwen2 also normalizes to
+# NFC, which is omitted here because it is not lossless.)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
