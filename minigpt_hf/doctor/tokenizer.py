@@ -89,7 +89,7 @@ def vocabulary(folder: Folder) -> Row:
         raise NotApplicable("config.json has no vocab_size")
     if beyond := sorted(token for token, number in tokens.items() if number >= rows):
         return failed(
-            f"{some(beyond)}: ids beyond the {rows} of the embedding",
+            f"{some(beyond)}: ids beyond the {rows} rows of the embedding",
             "use the tokenizer that the model was trained with",
         )
     if len(set(tokens.values())) < len(tokens):

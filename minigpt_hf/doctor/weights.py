@@ -126,7 +126,7 @@ def header(folder: Folder) -> Row:
             number += len(read_header(folder, name))
         except Unsound as error:
             return failed(str(error), RENEW)
-    return passed(f"{number} contiguous tensors, of the size of the files")
+    return passed(f"{number} contiguous tensors, which fill the files")
 
 
 @check("weights index")
