@@ -11,8 +11,8 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | approximately as in the recipes                       |
 | block_size         | 128 up to 10⁷ characters, doubled for each | longer contexts cost more and are useful only after   |
 |                    | factor of 10, up to 1,024                  | longer training                                       |
-| tokens per step    | 768 · √(D / 1.5 million), at least 768     | 12 · 64 in nanoGPT's CPU example, scaled approximately|
-|                    |                                            | as the critical batch size (arXiv:2505.13738)         |
+| tokens per step    | 768 · √(D / 1.5 million), at least 768     | 12 · 64 in nanoGPT's CPU example, scaled roughly as   |
+|                    |                                            | the critical batch size (arXiv:2505.13738)            |
 | muon_learning_rate | 0.02 at every width                        | updates have the same operator norm at every width,   |
 |                    |                                            | so the learning rate transfers (arXiv:2310.17813)     |
 | learning_rate      | 0.01 · √(128 / width)                      | geometric mean of the rules for input embeddings      |
