@@ -17,11 +17,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Longer tests: several processes, concurrent caches, compilation, kills, the commands of the README, notebooks.
+# Longer tests: several processes, concurrent caches, compilation, killed processes, the commands of the README, notebooks.
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# The exported page, from a file and from a Space, under node, and both pages in headless Chromium, which apt installs if missing.
+# The exported page under node, and in headless Chromium (installed by apt if missing) that page, from a file and from a
+# Space, and the page of `minigpt chat --web`.
 browser-test: install
 	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes chromium nodejs; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser,web]'
@@ -32,7 +33,8 @@ browser-test: install
 torture: install
 	$(BIN)/python scripts/torture.py --kills 100
 
-# Engines and numbers of processes: losses, resuming, kills, signals, weights, another number of processes.
+# Train with each distributed engine and several world sizes: equal losses, SIGKILL and SIGTERM, exact resume, merged
+# weights, resume with another world size.
 cluster: install
 	$(BIN)/python scripts/cluster.py
 
@@ -68,7 +70,7 @@ docs-check:
 site: .venv/slow
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Build wheel and sdist in dist/, check them, and install each alone in a new environment of every Python on this machine.
+# Build sdist and wheel in dist/, check them, and install each in a new environment of every supported Python on this machine.
 release: .venv/slow
 	$(BIN)/python scripts/release.py
 

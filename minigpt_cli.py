@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Each command is a module of the same name in `minigpt_hf/cli/`.
 COMMANDS = {
     "train": "train a GPT on a text and write a model folder",
-    "data": "build a task, questions and answers for training a model that answers",
+    "data": "build the questions and answers of a task, in three splits, for `minigpt train`",
     "tokenize": "tokenize a text in advance, for one or several training runs",
     "recipes": "list the recipes with model size, cost and result, or print one",
     "plot": "plot the loss curves of runs",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(argv[1:])
 
     set_openmp_policy()
-    gc.disable()  # the modules stay loaded: searching them for unreachable objects would take half a second
+    gc.disable()  # imports create many objects, few of which become garbage: collections would take half a second
     from minigpt_hf.cli import main
 
     gc.freeze()
@@ -63,7 +63,7 @@ def set_openmp_policy() -> None:
     Subprocesses inherit the setting. It has no effect after torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Iterations of GNU OpenMP; its default is 300,000. Fewer than 5,000 make training slower on an idle machine.
+        # Spin iterations of GNU OpenMP; default: 300,000. Fewer than 5,000 make training slower on an idle machine.
         os.environ.setdefault("GOMP_SPINCOUNT", "8000")
 
 
@@ -83,7 +83,7 @@ def launch_parser() -> "argparse.ArgumentParser":
 
 
 def launch(argv: Sequence[str]) -> int:
-    """Run `minigpt launch`. The list has the first and the last line of the comment that each file begins with."""
+    """Run `minigpt launch`. `list` prints the first and the last line of the comment at the start of each file."""
     files = sorted(file for file in (Path(__file__).parent / "minigpt_hf" / "launch").iterdir() if file.is_file())
     try:
         args = launch_parser().parse_args(argv)

@@ -1,7 +1,7 @@
 """Train small GPTs from scratch and load them anywhere through `AutoModelForCausalLM`.
 
-Importing the package registers MiniGPT with the Auto classes of transformers, so that model folders load without
-`trust_remote_code`. It has no other side effects.
+Importing the package registers MiniGPT with the Auto classes and the causal LM mapping of transformers, so that model folders
+load without `trust_remote_code`. It has no other side effects.
 """
 
 from transformers import (

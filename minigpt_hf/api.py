@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _training = threading.Lock()  # held while this process trains
-SAMPLE_TOKENS = 200  # of a model without a recipe
+SAMPLE_TOKENS = 200  # length of a sample, for a model without a recipe
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
 
@@ -92,8 +92,8 @@ def train(
 ) -> ModelFolder:
     """Train a GPT and return its model folder. An interrupted run is resumed exactly.
 
-    torch has one random state per process. Code that draws random numbers in another thread meanwhile changes dropout, so the
-    run cannot be repeated exactly.
+    torch has one global random state per process: if another thread draws random numbers during training, the dropout masks
+    change, and the run is not reproducible.
 
     Args:
         data: Training text, see `load_corpus`. Default: that of the recipe.
@@ -209,7 +209,7 @@ def evaluate(
     loaded, tokenizer = load(model, trust_remote_code)
     if fault := changed_arithmetic(loaded.device.type):
         logger.warning(f"torch's {fault} before evaluating: the score differs from that with the default settings")
-    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     recipe = recipe_of(folder)
 
     chat = recipe.get("chat", False) if chat is None else chat
@@ -288,7 +288,7 @@ def score_answers(
     from .trust import checked_folder
 
     check_type("model", model, str, os.PathLike)
-    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     before = model_files(folder)
     loaded, tokenizer = load(model, trust_remote_code)
     documents = read_part(data, split, recipe_of(folder), reading)
@@ -373,7 +373,7 @@ def measure_copying(
     from .trust import checked_folder
 
     check_type("model", model, str, os.PathLike)
-    folder = checked_folder(os.fspath(model), trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     recipe = recipe_of(folder)
     reading = reading_of(data, recipe, reading)
     tokenizer, train, validation = training_text(folder, os.fspath(data), recipe, reading)

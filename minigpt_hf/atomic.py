@@ -1,6 +1,6 @@
 """Atomic writing and verification of directories.
 
-A directory is filled under a temporary name, sealed with a manifest of sizes and SHA-256 sums, synchronized to disk (fsync)
+A directory is filled under a temporary name, sealed with a manifest of sizes and SHA-256 hashes, synchronized to disk (fsync)
 and renamed: after a kill or on a full disk there is either no directory or a complete one. Temporary directories of processes
 that no longer run are recognized by their locks and can be removed.
 
@@ -42,7 +42,7 @@ def file_size_limit() -> int | None:
 def storage_error(error: Exception, path: Path) -> OSError | None:
     """Return the error to raise instead of `error` if it means that a disk is full (ENOSPC) or a file too large (EFBIG).
 
-    Libraries in Rust state the number in the message, NumPy the number of items that were written.
+    Libraries in Rust state the cause only in the message, and NumPy only the number of items that were written.
 
     Args:
         path: What was written.
@@ -120,8 +120,8 @@ def remove_abandoned(parent: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes `folder` after the block: it is synchronized to disk and renamed.
 
-    If the block raises an exception, nothing remains, and folders created above `folder` are removed. So are temporary
-    directories next to it whose writers no longer run.
+    If the block raises an exception, nothing remains, and folders created above `folder` are removed. Temporary directories
+    next to it whose writers no longer run are removed first.
 
     Raises:
         MiniGPTError: if `folder` exists or cannot be created.
@@ -149,7 +149,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Check that a folder does not exist and that no link without a target is in its way.
+    """Check that a folder does not exist and that its path has no dangling symbolic link.
 
     Raises:
         MiniGPTError: otherwise.
@@ -164,7 +164,7 @@ def _already_exists(folder: Path) -> MiniGPTError:
 
 
 def check_links(folder: Path) -> None:
-    """Check that neither a folder nor a folder above it is a symbolic link without a target.
+    """Check that neither a folder nor a folder above it is a dangling symbolic link.
 
     Raises:
         MiniGPTError: otherwise; `mkdir` would fail because the link exists.
@@ -229,7 +229,7 @@ def sha256(file: Path) -> str:
 def fsync(path: Path) -> None:
     """Synchronize a file's content, or a directory's entries, to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open directories and writes their entries immediately
+        return  # Windows cannot open directories for `fsync`
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -259,7 +259,7 @@ def write_files(contents: dict[Path, str]) -> None:
 
 
 def temporary_name(file: Path) -> Path:
-    """Where `write_files` writes before the rename."""
+    """Return the path to which `write_files` writes before it renames it to `file`."""
     return file.with_name(f".{file.name}.unfinished")
 
 

@@ -23,7 +23,7 @@ class MiniGPTError(ValueError):
 
 
 class UnreadableFileError(MiniGPTError):
-    """A file is damaged, is not text, or is not the table that it should be. The message names it."""
+    """A file is damaged, is not text, or is not a table of the expected format. The message names it."""
 
 
 class TrainingStopped(MiniGPTError):

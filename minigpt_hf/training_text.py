@@ -1,4 +1,4 @@
-"""Read a text as the training of a model has read it, to evaluate the model on it or to search it.
+"""Read a text as it was read for the training of a model, to evaluate the model on it or to search it.
 
 `minigpt.json` states how the text was read and divided; arguments take precedence.
 """
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("all", "train", "validation")
 
-# Of a model without a recipe: tokens of a window, and characters of held-out text to read.
+# For a model without a recipe: window length in tokens, and number of held-out characters to read.
 BLOCK_SIZE, HELD_OUT_CHARACTERS = 1024, 1_000_000
 # How a text is read, as in `load_corpus`: names and types of the keywords of `evaluate`.
 READING: dict[str, tuple[type, ...]] = {
@@ -42,7 +42,7 @@ EVALUATION_SETTINGS = {
 
 
 def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> str:
-    """Check how a text is to be read, and return its name.
+    """Check the settings with which a text is read, and return its name.
 
     Args:
         reading: Settings by name, see `READING`.
@@ -68,7 +68,7 @@ def read_part(
 
     Args:
         split: See `evaluate`.
-        recipe: Of the model; its values apply where `reading` has none.
+        recipe: Recipe of the model; its values apply where `reading` has none.
         reading: Settings by name, see `READING`.
         as_shards: Divide the text as if it were tokenized in shards.
 
@@ -122,16 +122,16 @@ def reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str,
 def training_text(
     model: str | os.PathLike, data: str, recipe: dict[str, Any], reading: dict[str, Any]
 ) -> "tuple[PreTrainedTokenizerBase, TokenStream, TokenStream | None]":
-    """Encode a training text as the training of a model did, in the cache; of the same text, the cached streams are used.
+    """Encode a training text as in the training of a model. The streams are cached, and reused for the same text.
 
     Args:
         data: The text, or a folder written by `minigpt tokenize`.
-        recipe: Of the model.
+        recipe: Recipe of the model.
         reading: Settings by name, see `READING`.
 
     Returns:
-        The tokenizer of the model, the training split, and a sample of the validation split, if there is one. A training
-        split other than that of the model is logged.
+        The tokenizer of the model, the training split, and a sample of the validation split, if there is one. A warning is
+        logged if the training split is not the one that the model was trained on.
 
     Raises:
         MiniGPTError: if the text cannot be read, or was prepared with another tokenizer.
@@ -177,7 +177,7 @@ def training_text(
 
 
 def _warn_if_other_text(model: str | os.PathLike, data: str, train: "TokenStream") -> None:
-    """Log if the metadata of a model state another training split."""
+    """Log a warning if the metadata of a model state another training split."""
     from .trust import read_metadata
 
     known: Any = read_metadata(model)

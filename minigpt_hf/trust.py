@@ -163,7 +163,7 @@ def _malformed(folder: Folder, with_weights: bool) -> Iterator[str]:
     settings = {file: folder.json_if_there(file) for file in JSON_FILES}
     config = settings["config.json"]
     if "model_type" in config and not isinstance(config["model_type"], str):
-        yield f"config.json: `model_type` is {config['model_type']!r}, not text"
+        yield f"config.json: `model_type` is {config['model_type']!r}, not a string"
     yield from (f"config.json: {fault}" for fault in size_faults(config))
     rope = config.get("rope_parameters")
     if rope is not None and not isinstance(rope, dict):

@@ -1,4 +1,4 @@
-"""Train the same tiny model with each engine and number of processes, interrupt it, and print what equals what.
+"""Train the same tiny model with each distributed engine and world size, interrupt it, and compare the results.
 
     python scripts/cluster.py                                  # all rows
     python scripts/cluster.py --row "DDP 2" --output FILE.md   # one row; the table as Markdown, or as JSON (FILE.json)
@@ -10,8 +10,8 @@ Columns, each compared with a run of one process or with an uninterrupted run of
 - SIGTERM: the launcher receives SIGTERM. All ranks save one checkpoint, at the same step, and the same command resumes it.
 - resume bit-identical: after both, weights, optimizer, schedule and logged losses equal those of an uninterrupted run.
 - merge: `model/` and every checkpoint hold whole weights, which `from_pretrained` loads.
-- elastic: the run is continued by one process (that of one process by two, FSDP2 by the same engine with two or four); the
-  difference of a loss as in the first column.
+- elastic: the run is resumed with another world size: DDP with one process, one process with two, FSDP2 with four instead of
+  two or with two instead of four; the difference of a loss as in the first column.
 
 The processes are started by torchrun and communicate over gloo. "Two hosts" are two network namespaces that are connected by
 a virtual Ethernet cable; each starts torchrun. They need root and `ip`. The exit code is 1 if a cell has failed; a cell that
@@ -44,10 +44,10 @@ from minigpt_hf.training.checkpoint import verification_error
 from minigpt_hf.training.run_folder import RunFolder
 
 COLUMNS = ("losses equal", "resume bit-identical", "kill", "SIGTERM", "merge", "elastic")
-TOLERANCE = 1e-5  # of a loss of about 5; gradients are summed in another order
+TOLERANCE = 1e-5  # for losses of about 5; gradients are summed in another order
 COMPARED = 40  # steps; later ones amplify the differences of the first
 BATCH = 4  # sequences per step, divided among the processes
-SECONDS = 300  # until a process that does not end is reported
+SECONDS = 300  # time limit of a process
 
 # 26 sequences, i.e. six steps per epoch and an incomplete one that is omitted. No dropout: its masks differ between ranks.
 RECIPE = """
@@ -78,10 +78,10 @@ class Engine:
     """A row of the table.
 
     Args:
-        name: Of the engine.
+        name: Name of the engine.
         processes: Number of ranks.
         hosts: Number of network namespaces.
-        flags: Of `minigpt train`, for this engine.
+        flags: Flags of `minigpt train` for this engine.
         unsupported: Why the row is not run; empty if it is.
     """
 

@@ -189,7 +189,7 @@ class MutationCollector(cst.CSTVisitor):
         self.found: list[tuple[cst.CSTNode, cst.CSTNode, int, range]] = []
         self.statements: list[range] = []
         self.function_bodies: list[cst.BaseSuite] = []
-        self.depth = 0  # of function bodies
+        self.depth = 0  # nesting depth of function bodies
 
     def on_visit(self, node: cst.CSTNode) -> bool:
         if self._is_left_out(node):

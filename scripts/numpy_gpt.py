@@ -2,8 +2,8 @@
 
     python scripts/numpy_gpt.py runs/bard/model --prompt "ROMEO:" --max_new_tokens 200
 
-Loads a MiniGPT model folder of any architecture, except with RoPE scaling, and samples text. Weights are arrays in a
-dictionary, as in the safetensors file.
+Loads a MiniGPT model folder of any shape, with the default activation and without RoPE scaling, and samples text. Weights
+are arrays in a dictionary, as in the safetensors file.
 
 Shapes: T time, H hidden size, N query heads, K key/value heads, D head dimension, F intermediate size, V vocabulary
 size.

@@ -39,7 +39,7 @@ def open_page(browser: Any, address: Path | str, **options: Any) -> Any:
 
     Args:
         address: A path, which is opened without network, or a URL.
-        options: Of `browser.new_context`, e.g. `viewport` and `color_scheme`.
+        options: Options of `browser.new_context`, e.g. `viewport` and `color_scheme`.
     """
     page = browser.new_context(offline=isinstance(address, Path), **options).new_page()
     page.goto(address.resolve().as_uri() if isinstance(address, Path) else address)

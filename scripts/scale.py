@@ -30,7 +30,7 @@ def _input(default, description: str):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan rests on."""
+    """The assumptions of a plan."""
 
     tokens: int = _input(10**12, "training tokens, one epoch")
     model: str = _input("6b", f"shape of the model: {', '.join(SHAPES)}")
@@ -138,7 +138,7 @@ def model_of(name: str, inputs: Inputs) -> Model:
 
 
 def inputs_table(inputs: Inputs) -> str:
-    """The inputs that the other tables rest on."""
+    """The inputs on which the other tables are based."""
     rows = [
         [f"`--{each.name}`", shown(getattr(inputs, each.name)), each.metadata["help"].replace("|", "\\|")]
         for each in fields(inputs)

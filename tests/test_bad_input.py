@@ -387,7 +387,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
     },
     "models": {
         "no such model": (["generate", "absent"], "absent: no model can be loaded"),
-        "a run folder instead of a model folder": (["generate", "RUN"], "this is a run; its model is in"),
+        "a run folder instead of a model folder": (["generate", "RUN"], "this is a run folder; its model folder is"),
         "a model folder without weights": (["generate", "half-model"], "half-model: no model can be loaded"),
         "truncated weights": (["generate", "cut-model"], "cut-model: no model can be loaded"),
         "another architecture as init_from": (train("--init_from", "llama", "--recipe", "finetune"), "this is a llama"),

@@ -74,11 +74,8 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
         if debug:
             raise
         _print_error(command, error)
-        no_space = error.errno in (
-            *DISK_FULL,
-            errno.EFBIG,
-        )  # the exit code is that of `DiskFullError`: logs need space, too
-        return errno.ENOSPC if no_space else 2
+        # As for `DiskFullError`: a log or a sample may not fit on the disk either.
+        return errno.ENOSPC if error.errno in (*DISK_FULL, errno.EFBIG) else 2
     except Exception as error:
         error.add_note("This is a bug: please report it with this traceback and the command.")
         raise

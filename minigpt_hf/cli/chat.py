@@ -64,7 +64,7 @@ def run(argv: list[str]) -> None:
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
-    folder = checked_folder(args.model, args.trust_remote_code)  # of a Hub id: its cached snapshot
+    folder = checked_folder(args.model, args.trust_remote_code)  # for a Hub id, its cached snapshot
     system = recipe_of(folder).get("system") if args.system is None else args.system
     if args.web:
         from ..trust import read_metadata

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UPDATE_SECONDS = 0.05  # between two updates of the page
-MAX_NEW_TOKENS = 2048  # the end of the slider
+MAX_NEW_TOKENS = 2048  # maximum of the slider
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 CSS = """
 footer { display: none !important }

@@ -1,4 +1,4 @@
-"""`minigpt data`: build a task, questions and answers in three splits, into a folder that `minigpt train --data` reads."""
+"""`minigpt data`: build the questions and answers of a task, in three splits, for `minigpt train --data`."""
 
 from pathlib import Path
 

@@ -41,7 +41,13 @@ def parser() -> Parser:
         default=None,
         help=f"score the answers of conversations, the rows of tables {how}",
     )
-    parser.add_argument("--no_chat", dest="chat", action="store_false", help="score a text, whatever the training")
+    parser.add_argument(
+        "--no_chat",
+        dest="chat",
+        action="store_false",
+        default=None,
+        help="score all text, even if the model was trained on conversations",
+    )
     parser.add_argument("--system", help=f"with --chat: system message of conversations that have none {how}")
     parser.add_argument(
         "--max_characters",

@@ -50,7 +50,10 @@ def run(argv: list[str]) -> None:
         from ..inference.compiled import UNSUPPORTED_OPTIONS, compile_for_generation
 
         if unsupported := [name for name in UNSUPPORTED_OPTIONS if name in options]:
-            raise MiniGPTError(f"--{unsupported[0]} cannot be combined with --fast, which decodes one token per step")
+            raise MiniGPTError(
+                f"--{unsupported[0]} cannot be combined with --fast, which compiles one decoding step with a static cache: "
+                "omit one of them"
+            )
         print("compiling the model …", file=sys.stderr, flush=True)
         sizes = {name: options[name] for name in ("max_new_tokens", "num_return_sequences") if name in options}
         longest = max(options.pop("max_cache_len", 0), options.get("max_length", 0))

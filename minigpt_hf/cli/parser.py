@@ -1,5 +1,5 @@
-"""What the commands share: a parser that raises `MiniGPTError`, options of generation, SIGTERM as an exception, and settings
-of library output.
+"""Shared by the commands: a parser that raises `MiniGPTError`, the options of generation, SIGTERM as an exception, and the
+verbosity of libraries.
 """
 
 import argparse

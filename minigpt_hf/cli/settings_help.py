@@ -17,7 +17,7 @@ COMMON = {
         "validation_fraction": "share of the text in the validation split",
         "tokenizer": "bpe, characters, bytes, or a folder or Hub id",
         "vocab_size": "maximum vocabulary size of bpe",
-        "chat_tokens": "reserve the tokens of a later chat",
+        "chat_tokens": "reserve ChatML tokens for a later chat model",
         "block_size": "tokens per training sequence",
     },
     "model": {

@@ -32,7 +32,7 @@ class TextStreamer(BaseStreamer):
     def put(self, value) -> None:
         self.ids += value.flatten().tolist()
         if not self.written:
-            self.written = len(self.ids)  # of the prompt, which is the first value
+            self.written = len(self.ids)  # the first value is the prompt
             return
         self.write_text()
 

@@ -48,7 +48,7 @@ class ArrayFile:
         return np.frombuffer(content, self.dtype)
 
     def _read(self, size: int, position: int) -> bytes:
-        if os.name == "nt":  # has no `pread`
+        if os.name == "nt":  # Windows has no `pread`
             os.lseek(self._descriptor, position, os.SEEK_SET)
             return os.read(self._descriptor, size)
         return os.pread(self._descriptor, size, position)

@@ -48,10 +48,11 @@ def selected(array: np.ndarray, positions: np.ndarray, folder: Path | None) -> n
 
 
 def lowest_distinct(keys: np.ndarray, share: float) -> int | None:
-    """Return the largest of the lowest distinct values that are a share of all distinct values, and at least one.
+    """Return the quantile of the distinct values: the largest of the lowest `share` of them, which is at least one value.
 
     Args:
         keys: Integers, which are sorted in place.
+        share: In [0, 1].
 
     Returns:
         The value; None if there are no keys.

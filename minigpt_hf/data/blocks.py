@@ -100,14 +100,14 @@ class SequenceDataset(Dataset):
 class SequenceSampler(Sampler):
     """Yields the (epoch, index) of the sequences of an epoch, in a seeded order that differs between epochs.
 
-    Of several processes, each yields its share: of the batches of an epoch, number k is of rank k mod R. Batches that not
-    every rank would get are omitted.
+    With R processes, batch k of an epoch belongs to rank k mod R. Batches of an incomplete last round, which not every rank
+    would get, are omitted.
 
     Args:
         num_sequences: Number of sequences per epoch.
         seed: Determines the order.
-        window: Permute within windows of this many consecutive sequences, and the order of the windows; an incomplete one is
-            the last. For a text that is larger than the local cache of its shards. 0: permute all sequences.
+        window: Permute the windows of this many consecutive sequences, and the sequences within each; an incomplete window
+            comes last. For a text that is larger than the local cache of its shards. 0: permute all sequences.
         step: Number of sequences in a step of all ranks, if those of an incomplete last step are omitted. The steps of an
             epoch are then the same for every division of a step among ranks and accumulated batches.
 

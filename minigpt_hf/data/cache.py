@@ -1,7 +1,7 @@
 """Directories that are verified against their manifests when they are opened: cache entries and prepared texts.
 
-Sizes are compared each time a directory is opened. SHA-256 sums are computed once per state of a file:
-`cache_dir/verified/` stores the inode, modification time and change time of every file whose sum was correct. Every write
+Sizes are compared each time a directory is opened. SHA-256 hashes are computed once per state of a file:
+`cache_dir/verified/` stores the inode, modification time and change time of every file whose hash was correct. Every write
 updates the change time, which programs cannot set.
 """
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # A file can change twice within one tick of the file system's clock, so states more recent than this are not stored.
 TICK_SECONDS = 2
-# Of an entry with a file of at least this size, the state is stored when it is created: it is hashed once a tick has passed.
+# The state of an entry with a file of at least this size is recorded when it is created, after waiting for one tick.
 RECORDED_BYTES = 100_000_000
 ANNOUNCED_BYTES = 1_000_000_000  # hashing this much takes a second or more and is logged
 
@@ -132,7 +132,7 @@ def verification_error(directory: Path, cache_dir: Path) -> str | None:
     known, verified = _read_record(record), {}
     unverified = sum(size for name, size in sizes.items() if known.get(name) != _state(directory / name, entries[name]))
     if unverified >= ANNOUNCED_BYTES:
-        logger.info("%s: verifying the SHA-256 sums of %.1f GB", directory, unverified / 1e9)
+        logger.info("%s: verifying the SHA-256 hashes of %.1f GB", directory, unverified / 1e9)
     for name, entry in entries.items():
         file = directory / name
         state = _state(file, entry)

@@ -31,14 +31,17 @@ Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content":
 
 
 def with_reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Add the tokens of ChatML to a tokenizer that lacks them, without using them; ordinary tokens become special ones."""
+    """Add the special tokens of ChatML to a tokenizer that lacks them, without a chat template.
+
+    Ordinary tokens of these names become special tokens.
+    """
     missing = [token for token in (START, END) if token not in special_tokens(tokenizer)]
     tokenizer.add_special_tokens({"additional_special_tokens": missing} if missing else {})
     return tokenizer
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The tokens that text is never encoded as with `split_special_tokens=True`."""
+    """Return the special tokens, which `split_special_tokens=True` never produces from text."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
@@ -61,7 +64,7 @@ class ChatFormat:
     """Encodes conversations with a tokenizer that has the tokens of ChatML.
 
     Raises:
-        MiniGPTError: if it has not.
+        MiniGPTError: if the tokenizer lacks them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -97,7 +100,7 @@ class ChatFormat:
         ids = self._text(f"{message['role']}\n{message['content']}")
         prefix = self.assistant
         if message["role"] == "assistant" and not np.array_equal(ids[: len(prefix)], prefix):
-            # The first token of the answer would include the line end before it. In generation, the prompt ends there.
+            # The first token of the answer would include the line feed before it. In generation, the prompt ends there.
             return np.concatenate([prefix, self._text(message["content"])])
         return ids
 

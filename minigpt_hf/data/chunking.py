@@ -4,14 +4,14 @@ The pre-tokenizer (`encoding.PATTERN`) matches runs of characters of one class: 
 character that is neither a letter, a digit nor white space), and white space. A position is a safe boundary if a match ends
 there in every text and no earlier match depends on the characters that follow:
 
-- after a line end, if the next line is not blank: no match extends across it;
+- after a line ending, if the next line is not blank: no match extends across it;
 - between a character that is not white space and a space: a match of letters, a digit or punctuation ends before a space,
   and no alternative looks further ahead;
 - after a digit: a digit is a match of its own;
 - between a letter and punctuation: a match of letters extends to the last letter.
 
 The character classes below contain only characters that have the same class in every version of Unicode. Text without a safe
-boundary is a single long word, such as DNA without line ends. It can be split inside a run as well, but then the tokens of
+boundary is a single long word, such as DNA without line endings. It can be split inside a run as well, but then the tokens of
 the parts must be merged; see `encoding.Encoder`.
 """
 
@@ -30,8 +30,7 @@ SAFE_BOUNDARY = re.compile(
 # A position inside a match: at least three characters from its start and from its end.
 INSIDE_RUN = re.compile(rf"(?<=[{LETTER}]{{3}})(?=[{LETTER}]{{3}})|(?<=[{PUNCTUATION}]{{3}})(?=[{PUNCTUATION}]{{3}})")
 
-# A chunk takes about 50 ms to encode, long compared with sending it to another process; memory stays bounded.
-CHUNK_CHARACTERS = 100_000
+CHUNK_CHARACTERS = 100_000  # large enough that the overhead per chunk is negligible; bounds the memory
 
 
 def split_into_chunks(
@@ -39,8 +38,9 @@ def split_into_chunks(
 ) -> Iterator[tuple[bool, str]]:
     """Split (or join) parts of documents at positions that do not change the tokens.
 
-    A chunk has at least `CHUNK_CHARACTERS` characters unless it ends a document. It ends at the first line end before twice
-    that length, or else at the next safe boundary. The result does not depend on how the documents are divided into parts.
+    A chunk has at least `CHUNK_CHARACTERS` characters unless it ends a document. It ends at the first line ending before
+    twice that length, or else at the next safe boundary. The result does not depend on how the documents are divided into
+    parts.
 
     Args:
         parts: (whether the part starts a document, text).
@@ -51,7 +51,7 @@ def split_into_chunks(
         (whether the chunk starts a document, text). Documents without text are omitted.
     """
     pending: list[str] = []
-    starts_document, length = True, 0  # of the next chunk, whose text is `pending`
+    starts_document, length = True, 0  # state of the next chunk, whose text is `pending`
     for part_starts_document, text in parts:
         if part_starts_document:
             if length:
@@ -82,7 +82,7 @@ def split_into_chunks(
 
 
 def _find_boundary(text: str, first: int, line_end_before: int, anywhere: bool) -> int | None:
-    """Return the first boundary at or after `first`, preferring a line end; None if more text is needed to decide."""
+    """Return the first boundary at or after `first`, preferring a line ending; None if more text is needed to decide."""
     if len(text) <= first:
         return None
     if anywhere:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
 CACHED_BYTES = 1 << 26  # the index of uncompressed text files is cached if they have at least this size in total
-TEXT_INDEX_VERSION = 1  # of its format
+TEXT_INDEX_VERSION = 1  # version of the format of this index
 # Minimum number of excerpts in a sample, so that no single passage of a long document dominates a score.
 MIN_EXCERPTS = 20
 
@@ -162,7 +162,7 @@ class IndexedDocuments(Documents):
         """Return the first `characters` characters and the rest; a document may be divided between both."""
         if characters <= 0:
             return self.select(np.arange(0)), self
-        last = before = 0  # of the documents before `last`, the number of characters
+        last = before = 0  # index of the divided document, and number of characters before its block
         for block in blocks(self.index):
             ends = before + np.cumsum(block["end"] - block["begin"])
             position = int(np.searchsorted(ends, characters))
@@ -365,7 +365,7 @@ class TextFiles:
         Raises:
             UnreadableFileError: if the content of a file no longer has the hash in the index.
         """
-        number = 0  # of the batch, or of the part of a long document
+        number = 0  # index of the batch, or of the part of a long document
         for batch in document_batches(index):
             is_long = len(batch) == 1 and batch["end"][0] - batch["begin"][0] > PART_CHARACTERS
             if is_long or number % every == 0:
@@ -445,7 +445,7 @@ class TextFiles:
         return self.names.get(path, path)
 
     def _report(self, statistics: list[DecodingStatistics]) -> None:
-        """Log byte order marks, zero characters and converted line ends."""
+        """Log byte order marks, zero characters and converted line endings."""
         with_mark = [path for path, one in zip(self.paths, statistics, strict=True) if one.byte_order_mark]
         if with_mark:
             without_mark = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
@@ -463,7 +463,7 @@ class TextFiles:
             )
         if self.decoding.newline == "universal":
             logger.info(
-                "converted %s line ends (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in statistics):,}"
+                "converted %s line endings (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in statistics):,}"
             )
 
     def _subject(self, paths: list[str], singular_verb: str, plural_verb: str) -> str:

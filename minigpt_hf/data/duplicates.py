@@ -1,8 +1,8 @@
 """Drop duplicates among documents: exact copies, or also documents that have most of their word sequences in common.
 
-Near duplicates are found by MinHash and locality-sensitive hashing (the package `rensa`): the similarity of two documents is
-the share of their distinct sequences of `SHINGLE` words that both contain, estimated from `NUM_HASHES` hashes, which take 512
-bytes of memory per document. The first of several duplicates is kept.
+Near duplicates are found by MinHash (Broder 1997) and locality-sensitive hashing (the package `rensa`): the similarity of two
+documents is the share of their distinct sequences of `SHINGLE` words that both contain (Jaccard index), estimated from
+`NUM_HASHES` hashes, which take 512 bytes of memory per document. The first of several duplicates is kept.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from .documents import IndexedDocuments, StreamedDocuments, TextFiles
 logger = logging.getLogger(__name__)
 
 KINDS = ("none", "exact", "near")
-VERSION = 1  # of the result in the cache
+VERSION = 1  # version of the format of the cached result
 NUM_HASHES, THRESHOLD, SHINGLE = 128, 0.8, 5
-CHARACTERS_PER_WORD = 20  # of a text with longer words, such as Chinese, sequences of characters are compared
+CHARACTERS_PER_WORD = 20  # in a text with longer words, such as Chinese, sequences of characters are compared
 BATCH_DOCUMENTS = 1000
 DROPPED = "duplicates.jsonl"
 
@@ -109,7 +109,7 @@ def _exact(documents: IndexedDocuments) -> Pairs:
     """Find copies by their SHA-256."""
     keys = documents.keys
     order = np.argsort(keys, kind="stable")
-    is_repeated = keys[order[1:]] == keys[order[:-1]]  # of the first 64 bits
+    is_repeated = keys[order[1:]] == keys[order[:-1]]  # compares the first 64 bits
     first: dict[bytes, int] = {}
     for position in np.unique(np.concatenate([order[1:][is_repeated], order[:-1][is_repeated]])).tolist():
         kept = first.setdefault(documents.index[position]["digest"].tobytes(), position)

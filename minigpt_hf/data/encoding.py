@@ -27,9 +27,9 @@ from .chunking import CHUNK_CHARACTERS, INSIDE_RUN, split_into_chunks
 
 logger = logging.getLogger(__name__)
 
-# The pre-tokenizer of Qwen2: contractions, words with an optional leading character, single digits, punctuation, line ends,
-# other white space. llama.cpp, vLLM and other engines recognize exactly this pattern. (Qwen2 also normalizes to NFC, which
-# is omitted here because it is not lossless.)
+# The pre-tokenizer of Qwen2: contractions, words with an optional leading character, single digits, punctuation, line
+# endings, other white space. llama.cpp, vLLM and other engines recognize exactly this pattern. (Qwen2 also normalizes to
+# NFC, which is omitted here because it is not lossless.)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -41,7 +41,7 @@ BYTE_LEVEL_PRE_TOKENIZER = pre_tokenizers.Sequence(
 )
 CHARACTER_PRE_TOKENIZER = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
 
-# A longer word, such as DNA without line ends, is encoded in windows, and its merges are learned from a sample.
+# A longer word, such as DNA without line endings, is encoded in windows, and its merges are learned from a sample.
 LONG_WORD = 3 * CHUNK_CHARACTERS
 OVERLAP = 1000  # characters shared by two consecutive windows
 
@@ -203,7 +203,7 @@ def fastest_encoder(tokenizer_json: str, texts: list[str]) -> Encoder:
             rejected.append(f"{candidate} {version(candidate)} gives other ids")
         except ImportError:
             rejected.append(f"{candidate} is not installed")
-        except Exception as error:  # of any type, from compiled code
+        except Exception as error:  # compiled code raises exceptions of any type
             rejected.append(f"{candidate} {version(candidate)} does not support this tokenizer ({_first_line(error)})")
     if rejected:
         logger.info("encoding with %s: %s (the extra `fast` installs the fastest encoder)", name, ", ".join(rejected))
@@ -284,8 +284,8 @@ def _fastokens_engine(tokenizer: Tokenizer, merges: list[list[str]]) -> Engine:
 def _tiktoken_engine(tokenizer: Tokenizer, merges: list[list[str]]) -> Engine:
     """Represent the merges as ranks of tokens.
 
-    tiktoken merges two neighbours if their concatenation is a token, lowest id first. BPE does the same if the merges are in
-    the order of the ids that they produce, and if each token is encoded as itself: if two neighbours could form a token
+    tiktoken merges two neighbors if their concatenation is a token, lowest id first. BPE does the same if the merges are in
+    the order of the ids that they produce, and if each token is encoded as itself: if two neighbors could form a token
     without a merge, this token would be encoded as these two.
     """
     import tiktoken

@@ -1,6 +1,6 @@
 """Find sequences of tokens verbatim in a token stream of any length: the longest match from each of their positions.
 
-The stream is read once, in blocks. Every window of ℓ tokens of a block has a hash,
+The stream is read once, in blocks. Every window of ℓ tokens of a block has a polynomial hash (Karp and Rabin 1987),
 
     (S[p + ℓ] - S[p]) · B^-p  with  S[p] = Σ_{j<p} token_j · B^j  (mod 2^64),
 

@@ -57,7 +57,7 @@ TOKEN_LOSS_STANDARD_DEVIATION = 3.0
 BPE_CHARACTERS = 100_000_000
 # An existing tokenizer is checked on excerpts of all documents: characters in total, and per window.
 CHECKED_CHARACTERS, CHECKED_WINDOW = 100_000, 1000
-VERSION = 3  # of the format of a prepared text; 1 had no manifest, 2 no settings
+VERSION = 3  # version of the format of a prepared text; 1 had no manifest, 2 no settings
 REMEDY = "create it again with `minigpt tokenize`"
 # The settings that, together with the text, determine the content of a prepared text. (Which part of the validation split is
 # scored also depends on the window length, see `ValidationSample`.)
@@ -65,10 +65,8 @@ TEXT_SETTINGS = (
     *("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "streaming", "max_tokens"),
     *("validation_fraction", "validation_characters", "tokenizer", "vocab_size", "chat_tokens", "dedup"),
 )
-BEFORE_INTRODUCTION = {
-    "dedup": "none",
-    "chat_tokens": False,
-}  # settings that a folder of an earlier version does not have
+# Values of settings that a folder of an earlier version does not have.
+BEFORE_INTRODUCTION = {"dedup": "none", "chat_tokens": False}
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def _copied_index(url: str, cache_dir: Path) -> Path | None:
     try:
         with fsspec.open(f"{url}/index/{MANIFEST}", "rb") as file:
             manifest = file.read()
-    except Exception:  # of many types, by file system; reading the URL as text reports it
+    except Exception:  # its type depends on the file system; reading the URL as text reports it
         return None
 
     def copy(folder: Path) -> None:
@@ -263,7 +261,7 @@ def _store_of(index: Path, cache_dir: Path, shard_cache: float) -> ShardStore:
     """Return the files that an index of merged shards refers to.
 
     Raises:
-        MiniGPTError: if it refers to files elsewhere.
+        MiniGPTError: if it refers to files outside its folder.
     """
     files = {name[3:]: entry for name, entry in read_manifest(index).items() if name.startswith("../")}
     for name in files:

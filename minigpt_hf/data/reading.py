@@ -201,7 +201,7 @@ class DecodingStatistics:
 
     Attributes:
         byte_order_mark: Whether the text starts with U+FEFF.
-        newlines_converted: Number of CRLF and CR line ends converted to LF.
+        newlines_converted: Number of CRLF and CR line endings converted to LF.
         zeros: Number of U+0000 characters.
     """
 
@@ -276,7 +276,7 @@ def _utf8(text: str, name: str) -> bytes:
 def text_chunks(
     path: str, name: str, decoding: Decoding, size: int, digest: "hashlib._Hash | None" = None
 ) -> Iterator[str]:
-    """Yield the text of a file in chunks of at most `size` characters, which end after a line end if there is one nearby.
+    """Yield the text of a file in chunks of at most `size` characters, which end after a line ending if there is one nearby.
 
     Args:
         digest: Updated with the UTF-8 encoding of the text.
@@ -296,7 +296,7 @@ def text_chunks(
 
 
 def _last_line_end(text: str, first: int, last: int) -> int:
-    """Return the last position in (first, last) after a line end and before a character that is not white space.
+    """Return the last position in (first, last) after a line ending and before a character that is not white space.
 
     No word of a byte-level BPE tokenizer extends across such a position. If there is none, return `last`.
     """

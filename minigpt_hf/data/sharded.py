@@ -96,9 +96,8 @@ class ShardStore:
     files: dict[str, dict]
     cache: Path | None = None
     max_bytes: int = 0
-    verified: set[str] = field(
-        default_factory=set, init=False, compare=False
-    )  # copies whose content this process has read
+    # Copies that this process has verified.
+    verified: set[str] = field(default_factory=set, init=False, compare=False)
 
     def max_open(self) -> int:
         """Number of files to keep open: those that were removed from the cache occupy space while they are open."""
@@ -166,7 +165,7 @@ class ShardStore:
                 break
             except FileNotFoundError as error:
                 raise UnreadableFileError(f"{url}: is missing; upload the complete folder") from error
-            except Exception as error:  # of many types, by file system
+            except Exception as error:  # its type depends on the file system
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -37,10 +37,10 @@ from .tokenizer import bos_token_id, load_tokenizer, tokenizer_fingerprint, voca
 
 logger = logging.getLogger(__name__)
 
-SHARD_VERSION = 1  # of the format of a shard
+SHARD_VERSION = 1  # version of the format of a shard
 NAME = re.compile(r"shard-(\d{5})-of-(\d{5})")
 STREAM_FILES = ("tokens.bin", "documents.npy", "stream.json")
-# Of a text that was read by another program.
+# Settings of a text that another program has tokenized.
 UNKNOWN_SETTINGS = dict.fromkeys(TEXT_SETTINGS) | {
     "dedup": "none",
     "encoding": "utf-8",
@@ -270,8 +270,8 @@ def _of_shards(
     counts = {int(match[2]) if match else 0 for match in numbers.values()}
     if len(counts) > 1:
         raise MiniGPTError(
-            f"{output}: has shards of different divisions ({', '.join(map(str, sorted(counts)))}): "
-            "remove all but those of one"
+            f"{output}: has shards of runs with different numbers of shards ({', '.join(map(str, sorted(counts)))}): keep "
+            "those of one"
         )
     (count,) = counts
     if missing := sorted(set(range(count)) - {int(match[1]) for match in numbers.values() if match}):
@@ -293,7 +293,8 @@ def _of_shards(
     for number, (folder, shard) in enumerate(shards.items()):
         if shard["shard"] != asdict(Share(number, count)):
             raise MiniGPTError(
-                f"{folder}: a copy of shard {shard['shard']['index']} of {shard['shard']['count']}: remove it and write it"
+                f"{folder}: is a copy of shard {shard['shard']['index']} of {shard['shard']['count']}: remove it, and write "
+                "this shard"
             )
         if different := _differences(common, shard):
             raise MiniGPTError(

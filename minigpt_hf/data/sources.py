@@ -147,7 +147,7 @@ class Source:
                     return self._read_hub_dataset()
         except UnreadableFileError:
             raise
-        except ImportError as error:  # of a package that `fsspec` needs for a protocol
+        except ImportError as error:  # a package that `fsspec` needs for a protocol is missing
             raise MiniGPTError(f"{self.data}: cannot be read: {_first_line(error)}") from error
         except DatasetGenerationError as error:
             raise _unwrapped(self.data, error) from error
@@ -275,7 +275,7 @@ class Source:
                 raise MiniGPTError(f"--text_column {self.text_column}: conversations have fixed columns; omit it")
             rows = read_conversations(data_format, files, self.names, self.decoding, self.cache_dir, self.system)
         else:
-            if not files:  # the other shares have all of them
+            if not files:  # all files are in other shares
                 return TextFiles((), self.decoding).documents(self.cache_dir)
             rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
         return TableRows(self._share_of(rows) if is_share_of_rows else rows).documents(self.cache_dir)
@@ -284,7 +284,7 @@ class Source:
         """Return the files of the share, and whether it is a share of the rows of all files instead.
 
         Args:
-            sizes: Of the files in bytes; of local files [].
+            sizes: Size of each file in bytes; empty for local files, whose sizes are read.
 
         Raises:
             MiniGPTError: if there are fewer text files than shares.

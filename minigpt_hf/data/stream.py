@@ -112,10 +112,8 @@ class TokenStream:
         )
 
     def __reduce__(self):
-        return TokenStream.open, (
-            self.folder,
-            self.store,
-        )  # other processes open the files instead of receiving the tokens
+        # Other processes open the files instead of receiving the tokens.
+        return TokenStream.open, (self.folder, self.store)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -358,7 +356,7 @@ def _encoder_for(documents: Documents, tokenizer_json: str) -> tuple[Encoder, It
 def _encode(
     encoder: Encoder, chunks: Iterable[Chunk], bos: int, dtype: np.dtype, num_threads: int
 ) -> Generator[EncodedBatch]:
-    """Encode chunks in order; with several threads, while at most twice as many batches are waiting."""
+    """Encode chunks in order; with several threads, at most two batches per thread are pending."""
     if num_threads == 1:
         for batch in _batches(chunks):
             yield EncodedBatch.encode(encoder, batch, bos, dtype)

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})
 BATCH_ROWS, BATCH_CHARACTERS = 10_000, 1_000_000  # limits of a written batch
-VERSION = 1  # of the format in the cache
+VERSION = 1  # version of the format of the cache
 # A CSV column is considered text if one of its first values is neither a number nor one of these.
 INSPECTED_ROWS = 1_000
 NOT_TEXT = {"", "na", "n/a", "nan", "null", "none", "true", "false"}

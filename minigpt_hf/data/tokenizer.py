@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 SAMPLE_CHARACTERS = 1000  # length of a sample of a long word
-MAX_SAMPLES = 1000  # of all long words; training time grows more than linearly with the length of a word
+MAX_SAMPLES = 1000  # samples of all long words; training time grows more than linearly with the length of a word
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, reserved: int = 0) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer.
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; on bytes: Radford et al. 2019).
 
     Args:
         vocab_size: 2 special tokens, 256 bytes, and merges. The vocabulary is smaller if the text has too few pairs that

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .row import NotApplicable, Row, check, failed, passed
 
-TOLERANCE = 1e-4  # of the largest logit; the float32 precision of 6e-8, times 1,000 for sums in another order
+TOLERANCE = 1e-4  # relative to the largest logit: float32 precision, 6e-8, times 1,000 for sums in another order
 NEW = 4  # tokens to generate
 REMEDY = "correct the model's code: "
 
@@ -109,8 +109,8 @@ def beams(subject: Subject) -> Row:
 
 
 class EndAt(LogitsProcessor):
-    """Makes the first EOS token the most probable one from a given length on, unless it is suppressed, and all impossible
-    before."""
+    """Makes EOS tokens impossible below a given length, and from there on the first one the most probable token, unless it
+    is suppressed."""
 
     def __init__(self, ends: list[int], length: int):
         self.ends, self.length = ends, length

@@ -1,8 +1,8 @@
 """Run a module of this package in a separate process with time and memory limits: it may hang, crash or run untrusted code.
 
 The module yields rows, which are written to a file as soon as they are known. The process has no standard input, a minimal
-environment (no token, offline mode of the Hub client) and an empty working directory. `minigpt_hf` is not importable in it:
-only `doctor` is on the path while it is imported.
+environment (no token, offline mode of the Hub client) and an empty working directory. This package is imported as `doctor`,
+not as `minigpt_hf.doctor`, so that `minigpt_hf` is imported, and its classes are registered, only where a check does so.
 """
 
 import json

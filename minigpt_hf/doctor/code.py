@@ -140,7 +140,7 @@ def _imports(folder: Folder, name: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.ImportFrom) and node.level:
             spelled = f"from {'.' * node.level}{node.module or ''} import …"
             if node.level > 1 or not node.module or "." in node.module:
-                yield "", f"line {node.lineno}: `{spelled}` is more than one level"
+                yield "", f"line {node.lineno}: `{spelled}` does not name a module of the folder"
             elif f"{node.module}.py" not in folder.files:
                 yield "", f"line {node.lineno}: `{spelled}`, and there is no {node.module}.py"
             else:

@@ -161,9 +161,8 @@ def recipe(folder: Folder) -> Row:
     now["rope_type"] = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     trained = {"hidden_act": "silu"} | trained
     block_size = trained.get("block_size")
-    if not trained.get("init_from") and isinstance(
-        block_size, int
-    ):  # values derived in training if the recipe has none
+    # Values that training derives if the recipe has none.
+    if not trained.get("init_from") and isinstance(block_size, int):
         slides = trained.get("use_sliding_window")
         derived = {"rope_type": "default", "max_position_embeddings": block_size * (16 if slides else 1)}
         derived |= {"sliding_window": block_size + 1} if slides else {}

@@ -59,9 +59,9 @@ def known(folder: Folder) -> Row:
     if not is_minigpt(folder):
         raise NotApplicable("only MiniGPT folders have a known set of files")
     code = CODE if folder.json_if_there("config.json").get("model_type", "minigpt") == "minigpt" else ()
-    foreign = [name for name in folder.files if not KNOWN.fullmatch(name) and name not in code]
-    if foreign:
-        return failed(f"foreign: {some(foreign, 9)}", "move or delete them")
+    unknown = [name for name in folder.files if not KNOWN.fullmatch(name) and name not in code]
+    if unknown:
+        return failed(f"not files of a model folder: {some(unknown, 9)}", "move or delete them")
     return passed("no other files")
 
 

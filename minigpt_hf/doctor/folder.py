@@ -57,7 +57,7 @@ class Folder:
             self._link_targets = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
         self._list(self.path, "")
         if "config.json" not in self.files and "model/config.json" in self.files:
-            raise ValueError(f"{path}: this is a run; its model is in {self.path / 'model'}")
+            raise ValueError(f"{path}: this is a run folder; its model folder is {self.path / 'model'}")
 
     def _list(self, path: Path, prefix: str) -> None:
         with os.scandir(path) as entries:

@@ -1,7 +1,7 @@
 """Load the model of a folder as users do, in a separate process; the checks of the files must have passed.
 
-Weights are loaded from safetensors only, in float32. With `code="own"` the code of the folder is executed; then the package
-`minigpt_hf` is made unimportable.
+Weights are loaded from safetensors only, in float32. With `code="own"` the code of the folder is executed, and importing
+`minigpt_hf` is disabled.
 """
 
 import sys
@@ -38,8 +38,8 @@ class LoadedFolder:
         self.path = str(path)
         self.config = self.folder.json("config.json")
         self.is_minigpt = self.config.get("model_type") == "minigpt"
-        self.native: PreTrainedModel | None = None  # of a transformers class
-        self.own: PreTrainedModel | None = None  # of this package's class, or of the folder's code
+        self.native: PreTrainedModel | None = None  # instance of a transformers class
+        self.own: PreTrainedModel | None = None  # instance of this package's class, or of that in the folder's code
 
     @property
     def model(self) -> PreTrainedModel:

@@ -89,7 +89,7 @@ def vocabulary(folder: Folder) -> Row:
         raise NotApplicable("config.json has no vocab_size")
     if beyond := sorted(token for token, number in tokens.items() if number >= rows):
         return failed(
-            f"{some(beyond)}: ids beyond the {rows} of the embedding",
+            f"{some(beyond)}: ids beyond the {rows} rows of the embedding",
             "use the tokenizer that the model was trained with",
         )
     if len(set(tokens.values())) < len(tokens):
@@ -158,7 +158,7 @@ def chat_format(folder: Folder) -> Row:
     try:
         prompt = ids([question], True)
         whole = ids([question, {"role": "assistant", "content": answer}], False)
-    except Exception as error:  # of the template, or of `tokenizers` for a character without an id
+    except Exception as error:  # raised by the template, or by `tokenizers` for a character without an id
         return failed(f"a conversation cannot be encoded: {in_one_line(error)}", "correct the template")
     if whole[: len(prompt)] != prompt:
         return failed(

@@ -126,7 +126,7 @@ def header(folder: Folder) -> Row:
             number += len(read_header(folder, name))
         except Unsound as error:
             return failed(str(error), RENEW)
-    return passed(f"{number} contiguous tensors, of the size of the files")
+    return passed(f"{number} contiguous tensors, which fill the files")
 
 
 @check("weights index")
@@ -170,7 +170,7 @@ def places_of(folder: Folder) -> dict[str, str]:
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether head and embedding share weights; the default is no for Qwen3, and yes for other architectures."""
+    """Whether head and embedding share weights. Default: false for Qwen3, true for other architectures."""
     return bool(config.get("tie_word_embeddings", config.get("model_type") != "qwen3"))
 
 

@@ -1,4 +1,4 @@
-"""Export as one HTML file that runs the model in a browser and shows its inside, without server, network or installation.
+"""Export as one HTML file that runs the model in a browser and shows its internal states, without server or network.
 
 The output folder contains `NAME.html`: weights, tokenizer, the model in JavaScript (`page/gpt.js`), the figures of the card
 and, if the model folder is in a run folder, the losses and samples of the log.
@@ -39,7 +39,8 @@ from .native import comparison_ids, comparison_prompts
 logger = logging.getLogger(__name__)
 
 VERIFIED = "the page contains the rounded weights that were compared with the model"
-MAX_MEGABYTES = 100  # of weights; base64 takes a third more, and browsers limit the length of a text to about 500 MB
+# Size of the weights; base64 takes a third more, and browsers limit the length of a string to about 500 MB.
+MAX_MEGABYTES = 100
 PROMPTS, NEW_TOKENS = 20, 32
 LOG_ROWS = 1000  # rows of the log in the page, at most
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
@@ -145,10 +146,8 @@ def _source(folder: Path) -> Source:
         raise NotInPage(f"{folder}: its activation is {config.hidden_act}; the page supports only silu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary, chat = page_tokenizer(tokenizer, config.vocab_size), chat_format(tokenizer)
-    if chat is not None and chat["system"] is None:
-        chat["system"] = (
-            _text(read_metadata(folder), "recipe", "system") or None
-        )  # of all training conversations without one
+    if chat is not None and chat["system"] is None:  # training added it to conversations without a system message
+        chat["system"] = _text(read_metadata(folder), "recipe", "system") or None
     return Source(folder, model, tokenizer, vocabulary, chat)
 
 
@@ -226,7 +225,7 @@ class Weights:
     """The weights of a page, and how much they change the model.
 
     Args:
-        dtype: Of the matrices.
+        dtype: Data type of the matrices.
         tensors: Name, shape, dtype and offset of each tensor in `content`, which `page/weights.js` decodes.
         content: All tensors.
         model: The model with these weights.
@@ -443,4 +442,4 @@ def _log(folder: Path) -> dict[str, list]:
         if "sample" in row:
             log["samples"].append([tokens, row["sample"]])
     log["samples"] = list(dict(log["samples"]).items())  # one per step: the last of a resumed run
-    return {name: rows[:: -1 - len(rows) // LOG_ROWS][::-1] for name, rows in log.items()}  # with the last row
+    return {name: rows[:: -1 - len(rows) // LOG_ROWS][::-1] for name, rows in log.items()}  # including the last row

@@ -107,7 +107,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
             rendered(*messages) == chatml(*([] if messages[0][0] == "system" else default), *messages)
             for messages in ([question], several, [("system", "e"), *several])
         )
-    except Exception:  # a template raises any exception
+    except Exception:  # a template may raise any exception
         return None
     return {"start": start, "end": end, "system": system} if is_chatml else None
 

@@ -1,7 +1,8 @@
 """Export as the native twin: a folder that transformers, mlx-lm and others load as `Qwen3ForCausalLM` without remote code.
 
-Only `config.json` and the examples of the card differ from the model folder; weights and tokenizer are the same bytes. The
-export is verified: it loads with `trust_remote_code=False`, and its logits are equal bit for bit.
+Only `config.json`, the examples of the card and, with `context`, `model_max_length` in `tokenizer_config.json` differ from
+the model folder, and its code is omitted; the weights are the same bytes. The export is verified: it loads with
+`trust_remote_code=False`, and its logits are equal bit for bit.
 """
 
 import filecmp

@@ -125,12 +125,8 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
 
 def _write(file: Path, model: MiniGPTForCausalLM) -> None:
     config = model.config
-    layers, batch, new, old = (
-        config.num_hidden_layers,
-        2,
-        3,
-        5,
-    )  # of the example; the last three are dynamic in the graph
+    # Of the example; all but the number of layers are dynamic in the graph.
+    layers, batch, new, old = config.num_hidden_layers, 2, 3, 5
     shape = (batch, config.num_key_value_heads, old, config.head_dim)
     example = (
         torch.zeros(batch, new, dtype=torch.long),

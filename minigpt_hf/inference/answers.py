@@ -27,7 +27,7 @@ from ..errors import MiniGPTError
 from .evaluation import longest_context
 from .generation import encode_prompt
 
-SPARE_TOKENS = 32  # by which an answer may be longer than the longest reference before it is ended
+SPARE_TOKENS = 32  # tokens by which an answer may exceed the longest reference before it is ended
 BOOTSTRAP_SAMPLES = 1000
 Z95 = 1.959964  # 97.5 % quantile of the standard normal distribution
 
@@ -38,7 +38,7 @@ class AnswerScore:
 
     Attributes:
         metric: `exact`, `chrf`, `bleu` or `rouge`.
-        score: Of the model.
+        score: Score of the model.
         low, high: 95 % interval of the score.
         ended: Share of answers that the model ended itself.
         answers: Number of answers.
@@ -131,7 +131,7 @@ def generate_answers(
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda answers: None,
 ) -> tuple[list[str], int]:
-    """Generate the most probable answer to each prompt.
+    """Generate an answer to each prompt by greedy decoding.
 
     Prompts of similar length are padded on the left and answered together.
 

@@ -74,7 +74,7 @@ class CompiledModel:
         )
 
 
-# Options that require more than one token per step, or that `compile_for_generation` sets itself.
+# Options that one compiled step with a static cache does not support, or that `compile_for_generation` sets itself.
 UNSUPPORTED_OPTIONS = (
     "num_beams",
     "prompt_lookup_num_tokens",
@@ -125,9 +125,8 @@ def compile_for_generation(
     greedy |= {"output_logits": True, "return_dict_in_generate": True}
     reference = model.generate(ids, **greedy)
 
-    for (
-        parameter
-    ) in model.parameters():  # not the buffers: rounded RoPE frequencies would shift the angles of far positions
+    # Not the buffers: rounded RoPE frequencies would shift the angles of distant positions.
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="max-autotune" if tune else "reduce-overhead")
     inductor_options: dict[str, Any] = {}

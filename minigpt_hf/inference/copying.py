@@ -1,11 +1,11 @@
-"""How much of a text occurs verbatim in the training text.
+"""Measure how much of a text occurs verbatim in the training text (memorization, Carlini et al. 2023).
 
-A sample of a model may repeat its training text. Measured are its longest stretch of tokens that occurs in the training
-stream, and the share of its tokens in stretches of at least 8, 16 and 32 tokens. Common phrases occur in any two texts of a
-kind, so the same figures of held-out text of equal length are the baseline.
+The figures of a sample are the length of its longest stretch of consecutive tokens that occurs in the training stream, and
+the share of its tokens in stretches of at least 8, 16 and 32 tokens. Any two texts of the same kind share common phrases, so
+the baseline is the same figures for held-out text of equal length.
 
-A stretch lies within one document. Of conversations, the answers are measured, and compared with the complete stream. Texts
-are encoded again, so a stretch ends where the tokens differ, even if single characters of the next token are equal.
+A stretch lies within one document. For conversations, the answers are measured, and compared with the complete stream. Texts
+are encoded again, so a stretch ends where the tokens differ, even if the next token begins with the same characters.
 """
 
 from bisect import bisect_right
@@ -63,8 +63,8 @@ class Copying:
 
     Attributes:
         training_tokens: Length of the training text.
-        samples: Of the samples.
-        held_out: Of held-out text of equal length; None if there is none.
+        samples: Figures of the samples.
+        held_out: Figures of held-out text of equal length; None if there is none.
         stretches: The longest stretch of each sample.
     """
 
@@ -103,7 +103,7 @@ class CopiedSample:
     Attributes:
         given: Its beginning, which was not generated.
         ids: The other tokens.
-        passages: Of at least 8 tokens, in their order.
+        passages: Passages of at least 8 tokens, by position in the sample.
     """
 
     given: str
@@ -181,10 +181,10 @@ def copied_samples(
 def encode_samples(
     tokenizer: PreTrainedTokenizerBase, samples: Iterable[tuple[str, str]], is_chat: bool = False
 ) -> list[np.ndarray]:
-    """Return the ids of samples without what was given.
+    """Return the token ids of the generated part of samples.
 
     Args:
-        samples: For each sample what was given to the model, and the text, which starts with it.
+        samples: For each sample, the prompt or question that was given, and the text, which starts with it.
         is_chat: Whether the generated texts are answers.
     """
     texts = [text.removeprefix(given) for given, text in samples]

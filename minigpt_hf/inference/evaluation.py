@@ -105,10 +105,8 @@ def evaluate_texts(
     if not 1 <= block_size <= longest:
         raise MiniGPTError(f"block_size is {block_size}: this model supports windows of 1 to {longest} tokens")
     bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if bos_token_id is None:
-        bos_token_id = (
-            model.config.bos_token_id
-        )  # nanoGPT's tokenizers have no special tokens; the line feed is the BOS
+    if bos_token_id is None:  # nanoGPT's tokenizers have no special tokens; the configuration names the line feed
+        bos_token_id = model.config.bos_token_id
     if bos_token_id is None:
         raise MiniGPTError(
             "neither the tokenizer nor the configuration of the model defines a BOS token: add one to either"

@@ -100,7 +100,7 @@ def evaluate_tasks(
             f"tasks {', '.join(tasks)}: a definition or its data cannot be read ({reason}); data on the Hub need the "
             "network once, local data files must exist"
         ) from error
-    assert found is not None  # on the main process
+    assert found is not None  # None is returned on other ranks only
     return _results(found, lm_eval.__version__)
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MAX_SIZE = 10_000_000  # of any value in `model_args`
+MAX_SIZE = 10_000_000  # largest value in `model_args`
 TOLERANCE = 1e-4  # relative to the largest logit; the order of float32 summation causes differences of about 1e-6
 
 
@@ -52,8 +52,8 @@ def import_checkpoint(checkpoint: Path, folder: Path, vocabulary: PreTrainedToke
         )
     if unused := architecture["vocab_size"] - vocabulary_size(vocabulary):
         logger.warning(
-            "%s has %s tokens, %s more than the vocabulary, whose text is empty: nanoGPT pads the vocabulary of GPT-2 from "
-            "50,257 to 50,304 tokens; otherwise give the vocabulary that it was trained with",
+            "%s has %s tokens, %s more than the vocabulary; these decode to an empty text. nanoGPT pads the vocabulary of "
+            "GPT-2 from 50,257 to 50,304 tokens; otherwise give the vocabulary that it was trained with",
             checkpoint,
             f"{architecture['vocab_size']:,}",
             f"{unused:,}",

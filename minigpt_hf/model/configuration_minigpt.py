@@ -36,13 +36,13 @@ class MiniGPTConfig(PreTrainedConfig):
         head_dim: Dimension of a head. Default: `hidden_size / num_attention_heads`.
         hidden_act: Activation function of the gate in the feed-forward network (`silu` makes it SwiGLU, arXiv:2002.05202).
         max_position_embeddings: Maximum sequence length in tokens.
-        initializer_range: Standard deviation of the initial embeddings; see `MiniGPTPreTrainedModel` for all parameters.
+        initializer_range: Standard deviation of the initial weights; for exceptions see `MiniGPTPreTrainedModel`.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         use_cache: Whether to return keys and values for the next generation step.
         tie_word_embeddings: Whether the language modeling head shares the embedding matrix (arXiv:1608.05859).
         rope_parameters: `rope_type`, `rope_theta` and the parameters of a scaled type, as defined by transformers.
         use_sliding_window, sliding_window, max_window_layers: If enabled, the layers from index `max_window_layers` on attend
-            only to the last `sliding_window` tokens.
+            only to the last `sliding_window` tokens, including the current one.
         layer_types: `full_attention` or `sliding_attention` for each layer. Default: derived from the sliding window fields.
         attention_dropout: Dropout probability of attention weights.
         embedding_dropout: Dropout probability of embedding values.

@@ -36,7 +36,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CARBON_INTENSITY = 475
 
 
-# Scores of generated answers: what they are called, and their identifiers on the Hub (https://hf.co/metrics).
+# Names of the scores of generated answers, and their identifiers on the Hub (https://hf.co/metrics).
 SCORE_NAMES = {"exact": "exact match", "chrf": "chrF", "bleu": "BLEU", "rouge": "ROUGE-L"}
 HUB_METRICS = {"exact": "exact_match", "chrf": "chrf", "bleu": "bleu", "rouge": "rouge"}
 

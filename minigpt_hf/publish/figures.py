@@ -51,9 +51,8 @@ def draw_training(log: Log, file: Path) -> None:
         axes.plot(*columns(log, name), color=COLORS[0], linewidth=1.2)
         axes.set_ylim(bottom=0)
         _finish(axes, unit)
-        axes.yaxis.set_major_formatter(
-            lambda value, _: short(value)
-        )  # 0.00025 fits into the margin, 0.00025000 does not
+        # 0.00025 fits into the margin, 0.00025000 does not.
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
     figure.savefig(file)
 
 

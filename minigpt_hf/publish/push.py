@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 CODE_BRANCH = "minigpt"
 
-# Files that a model folder does not have, or not always, and that `from_pretrained` would read next to its files.
+# Files that are not part of every model folder, and that `from_pretrained` would read if an earlier model left them.
 FOREIGN = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -93,7 +93,8 @@ def push_folder(
         The URL of each updated branch, of the Space and of the collection.
 
     Raises:
-        MiniGPTError: if the folder is incomplete or has changed, `revision` is `minigpt`, or the Space is another one's.
+        MiniGPTError: if the folder is incomplete or has changed, `revision` is `minigpt`, or the Space demonstrates another
+            model.
         OSError: if the Hub rejects the request or cannot be reached.
     """
     check_complete(folder)
@@ -228,7 +229,7 @@ def add_to_collection(collection: str, repo_id: str, space: str | None, private:
 
 @contextmanager
 def naming(urls: list[str]) -> Iterator[None]:
-    """Append to an `OSError` in the block what was updated before."""
+    """Append to the message of an `OSError` in the block the URLs that were updated before it."""
     try:
         yield
     except OSError as error:
@@ -244,7 +245,7 @@ def _commit(
     branches cannot be left with files of different calls without an error.
 
     Files that transformers would read in addition are deleted, and named in the log: old shards would be loaded instead of
-    the new weights, a foreign `added_tokens.json` would change the tokenizer. Other files are not changed.
+    the new weights, and an old `added_tokens.json` would change the tokenizer. Other files are not changed.
 
     Args:
         branches: Content by path, for each branch.

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub import SpaceCardData
 
 APP = Path(__file__).with_name("space_app.py")
-# In `APP`.
+# Lines of `APP` that are replaced.
 MODEL, REVISION = 'MODEL = "USER/NAME"', 'REVISION = "main"'
 GRADIO = "6.31.0"
 # Files of Spaces of any SDK; those of another SDK are deleted.

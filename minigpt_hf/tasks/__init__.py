@@ -1,12 +1,12 @@
-"""Tasks for models that answer: questions and answers, built on the user's machine by `minigpt data`.
+"""Tasks: questions and answers to train chat models on, built on the user's machine by `minigpt data`.
 
 A task is a folder that `minigpt train --data` reads:
 
     train.jsonl, validation.jsonl, test.jsonl    rows with `prompt` and `completion`
     README.md                                    source, license, split, counts
 
-Training reads the first, scores the second, and skips the third, which is for `minigpt evaluate --score`. The project has
-no text of a source. The same seed and source give the same files.
+Training uses the first file, validation the second; the third is for `minigpt evaluate --score`. The package contains no text
+of any source. The same seed and source give the same files.
 """
 
 from collections.abc import Callable

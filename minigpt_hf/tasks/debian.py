@@ -19,7 +19,7 @@ from .task import Task, row, split_by_group
 
 LICENSE = "that of each package's description, see https://www.debian.org/legal/licenses/"
 SPLIT = "by source package, without its version: the packages built from one source are in one split"
-MAX_CHARACTERS = 600  # of a long description: complete paragraphs, or the first one cut at a sentence
+MAX_CHARACTERS = 600  # length of a shortened description: complete paragraphs, or the first one cut at a sentence
 # The defaults of the system, except for the folders and the languages. Hooks after an update would change the system.
 CONFIGURATION = """\
 #clear Acquire::Languages;

@@ -6,7 +6,7 @@ from datetime import date, timedelta
 
 from .task import Row, Task, row, split_by_group
 
-RANDOM_ROWS = 10_000  # of the tasks that draw their questions
+RANDOM_ROWS = 10_000  # rows of a task whose questions are drawn at random
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import MiniGPTError
 
 SPLITS = ("train", "validation", "test")
-# Shares of the held-out splits; of large tasks fewer, because answers are generated one token at a time.
+# Shares of the held-out splits, and limits for large tasks, because answers are generated one token at a time.
 MAX_SHARES = {"validation": 0.05, "test": 0.1}
 MAX_ROWS = {"validation": 500, "test": 1000}
 
@@ -21,14 +21,14 @@ class Task:
     """Questions and answers.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         description: What is asked and answered.
-        source: Where the text is from.
-        license: Of the text.
+        source: Origin of the text.
+        license: License of the text.
         split: How the rows were divided.
         rows: Rows by split.
-        seed: With which the task was built.
-        metric: For `minigpt evaluate --score`.
+        seed: Seed with which the task was built.
+        metric: Metric for `minigpt evaluate --score`.
     """
 
     name: str

@@ -26,7 +26,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 AUTO = "auto"  # value of `size`: choose the settings from the text
-METRICS = ("loss", "perplexity", "bits_per_byte")  # of the validation split; lower is better for each
+METRICS = ("loss", "perplexity", "bits_per_byte")  # metrics of the validation split; lower is better for each
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class DataArguments:
     chat_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Reserve the tokens of ChatML in the tokenizer of a text, so that the recipe chat later neither extends "
+            "help": "Reserve the special tokens of ChatML in the vocabulary, so that the recipe chat later neither extends "
             "the tokenizer nor resizes the embeddings."
         },
     )
@@ -449,8 +449,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
             "help": "Publish the checkpoint with the lowest validation loss; default: if every checkpoint is evaluated."
         },
     )
-    # With the filter, the Trainer would log 0.0 in place of a non-finite loss.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log."})
+    # With the filter, the Trainer would log the mean of the previous losses in place of a non-finite one.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace non-finite losses in the log by the mean of the previous ones."}
+    )
     # The Trainer would remove `shift_labels`, which `forward` accepts as one of its **kwargs.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that are not named arguments of `forward`."}

@@ -82,7 +82,7 @@ class AutoConfigurator:
         self.settings, self.began = settings, began
         self.requested_vocab_size = self.data.vocab_size
         self.is_auto = self.training.size == AUTO
-        self.tokens_per_second: float | None = None  # of the chosen shape, if it was measured
+        self.tokens_per_second: float | None = None  # speed of the chosen shape, if it was measured
         self.enabled = bool(self.training.minutes or self.training.size)
         if not self.enabled:
             return

@@ -49,7 +49,7 @@ def atomic_checkpoint(checkpoint: Path, finish: Callable[[Callable[[], None]], N
     def seal_and_rename() -> None:
         try:
             seal(folder)
-            if checkpoint.exists():  # of the run before it was resumed from an earlier checkpoint
+            if checkpoint.exists():  # left by the run before it was resumed from an earlier checkpoint
                 rename_aside(checkpoint)
             folder.rename(checkpoint)
             fsync(checkpoint.parent)
@@ -319,7 +319,7 @@ def load_checked(checkpoint: Path, name: str) -> Any:
         raise changed_error(checkpoint, f"{name} is missing")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of the archive, the pickle or a tensor
+    except Exception as error:  # the archive, the pickle or a tensor is damaged
         raise changed_error(checkpoint, f"{name} cannot be read ({type(error).__name__})") from error
 
 

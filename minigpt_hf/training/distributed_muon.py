@@ -92,7 +92,7 @@ class Exchange:
         """Start to send rows of the tensors owned by this rank, in the order of `owned`, to the ranks that have these rows.
 
         Args:
-            dtype: Of the tensors of all ranks.
+            dtype: Data type of the tensors, the same on all ranks.
 
         Returns:
             A function that waits for the rows on this rank, of all tensors.

@@ -135,8 +135,8 @@ def build_model(
     """Create the model to train: fresh or pretrained weights in float32, optional LoRA, and a generation configuration.
 
     Args:
-        chat_tokens: Ids of the tokens of ChatML, for conversations. With LoRA, their embeddings are trained as well. By
-            default, the model generates the most probable answer instead of sampling.
+        chat_tokens: Ids of the tokens of ChatML, for conversations. With LoRA, their embeddings are trained as well. The
+            default of the generation configuration is then greedy decoding instead of sampling.
     """
     folder = architecture.init_from
     if folder:

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 HELD_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 UNSUPPORTED_ERRORS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-WINDOWS_OFFSET = 1 << 30  # of the locked byte: beyond the content, because other processes cannot read it on Windows
+# Position of the locked byte: beyond the content, because other processes cannot read it on Windows.
+WINDOWS_OFFSET = 1 << 30
 
 
 class FolderLock:

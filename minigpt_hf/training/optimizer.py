@@ -231,13 +231,14 @@ def _sharded_updates(
     bfloat16 in which they are orthogonalized, and so are updates that are not normalized, so that no bit is lost.
 
     Args:
-        shapes: Of the whole matrices.
+        shapes: Shapes of the whole matrices.
         batches: Indices of the matrices of each shape.
         directions: The rows of each matrix on this rank.
         moments: The part of each vector of second moments on this rank; updated.
     """
     device = directions[0].device
-    costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]  # of a Newton-Schulz iteration
+    # Multiply-adds of a Newton-Schulz iteration.
+    costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
     owners = balanced_owners(costs, dist.get_world_size(group))
     on_their_way = []
     for indices in batches:

@@ -1,8 +1,9 @@
 """Positional-head initialization: selected heads of a fresh model attend to the token a fixed distance back.
 
-A randomly initialized transformer must first discover that the previous tokens matter most. Here, selected heads of the first
-layers know it from the start: their queries and keys contain a part that is the same for every token, so that their scores
-depend on the distance of two tokens only. These are ordinary weights; the architecture and the training are unchanged.
+A randomly initialized transformer must first learn that the previous tokens matter most. Here, selected heads of the first
+layers attend to them at initialization: their queries and keys contain a part that is the same for every token, whose
+contribution to the scores depends only on the distance of two tokens. These are ordinary weights; the architecture and the
+training are unchanged.
 
 1. Every embedding gets the same constant c·r in each of its H elements, with r = `initializer_range`. RMSNorm preserves this
    direction, so the vector 1 = (1, …, 1) is part of the input of every layer. A tied output head adds the same number to all
@@ -29,12 +30,12 @@ from ..model.modeling_minigpt import MiniGPTForCausalLM
 from .arguments import ModelArguments, parse_positional_heads
 
 EMBEDDING_CONSTANT = 2.0  # c: constant of an embedding over the standard deviation of its random part
-TEMPLATE_SHARE = 0.95  # share of the template in the mean square of a query or key, for an input of equal parts
+TEMPLATE_SHARE = 0.95  # share of the template in the sum of its mean square and that of a random query or key
 QK_NORM_WEIGHT = 1.5  # weights of q_norm and k_norm in these layers; sharpens the attention of their heads
 MIN_FREQUENCY = 0.1  # radians per token; slower pairs hardly distinguish neighboring tokens and are not used
 
 
-MAX_OTHER_SCORE = 0.95  # of a nearer distance, relative to the score of the intended one
+MAX_OTHER_SCORE = 0.95  # maximum score of a nearer distance, relative to the score of the intended one
 
 
 def check_positional_heads(architecture: ModelArguments, block_size: int) -> None:
@@ -88,7 +89,7 @@ def _fault(distance: int, layer: int, architecture: ModelArguments, block_size: 
         return None  # `build_config` rejects the architecture
     frequency = (architecture.rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)  # [D/2]
     frequency = frequency[frequency >= MIN_FREQUENCY]
-    offsets = np.arange(distance) - distance  # of the nearer tokens from the intended one
+    offsets = np.arange(distance) - distance  # distances of the nearer tokens from the intended one
     scores = np.cos(np.outer(offsets, frequency)).sum(1) / len(frequency)
     if (other := np.flatnonzero(scores > MAX_OTHER_SCORE)).size:
         return (

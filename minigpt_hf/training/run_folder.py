@@ -91,9 +91,6 @@ def identity_of(fingerprint: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
-# -- the log ----------------------------------------------------------------------------------------------------------
-
-
 def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether a model was published by the run with this fingerprint."""
     metadata = read_metadata(model)
@@ -110,6 +107,9 @@ def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
     except (KeyError, TypeError):
         return False
     return all(published[name] == fingerprint[name] for name in published)
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
 
 
 def truncate_log(file: Path, step: int) -> None:

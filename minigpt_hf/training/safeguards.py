@@ -1,4 +1,4 @@
-"""Checks that protect a run: non-finite and exploded losses, models without training, batches and disk space.
+"""Checks that protect a run: non-finite and exploded losses, untrained models, batches and disk space.
 
 Everything here returns without effect, warns or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
 """
@@ -85,7 +85,7 @@ class LossGuard:
         self.trainer = trainer
         self.deferred = trainer.args.device.type == "cuda" and trainer.args.on_bad_loss == "stop"
         self.skipped_steps = self.skipped_since_log = 0
-        self._batches: list[torch.Tensor] = []  # of the current step
+        self._batches: list[torch.Tensor] = []  # micro-batches of the current step
         self._loss_before = torch.zeros(())  # accumulated loss at the beginning of the current step
         self._pending: list[_Step] = []
 
@@ -405,7 +405,7 @@ def check_disk_space(trainer: Trainer) -> None:
     if args.save_strategy == "no":
         return
     checkpoints = args.save_total_limit or math.ceil(1 / args.save_steps if args.save_steps < 1 else 1)
-    copies = 2 if args.push_to_hub else 1  # of the model: its folder, and the copy that is uploaded
+    copies = 2 if args.push_to_hub else 1  # the model folder, and the copy that is uploaded
     needed = (checkpoints + 1) * checkpoint_bytes(trainer) + 4 * trainer.model.num_parameters() * copies
     free = shutil.disk_usage(args.output_dir).free
     if free < needed:
@@ -457,11 +457,11 @@ def no_space(trainer: Trainer, error: Exception, content: str, guess: bool = Fal
 
 @contextmanager
 def storage_errors(trainer: Trainer) -> Iterator[None]:
-    """Translate errors of a full disk, of a run folder that is no longer writable, or of a token stream that is no longer
-    readable, into what they mean for the run.
+    """Convert errors of the file system in the block to errors that state how to resume.
 
     Raises:
-        DiskFullError, StorageError: see above.
+        DiskFullError: if the disk is full, or a file is too large.
+        StorageError: if the run folder is no longer writable, or a token stream is no longer readable.
     """
     try:
         yield

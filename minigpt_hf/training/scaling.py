@@ -6,12 +6,12 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | setting            | rule                                       | reason                                                |
 |--------------------|--------------------------------------------|-------------------------------------------------------|
 | P                  | D = 10 P                                   | D = 20 P is optimal for AdamW on large texts          |
-|                    |                                            | (arXiv:2203.15556); the recipes, with Muon on small   |
-|                    |                                            | texts, have 0.4 to 2                                  |
-| num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | as in the recipes                                     |
+|                    |                                            | (arXiv:2203.15556); the recipes for small texts, with |
+|                    |                                            | Muon, have 1.3 to 3.1                                 |
+| num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | approximately as in the recipes                       |
 | block_size         | 128 up to 10⁷ characters, doubled for each | longer contexts cost more and are useful only after   |
 |                    | factor of 10, up to 1,024                  | longer training                                       |
-| tokens per step    | 768 · √(D / 1.5 million), at least 768     | from the Shakespeare recipe, scaled approximately as  |
+| tokens per step    | 768 · √(D / 1.5 million), at least 768     | 12 · 64 in nanoGPT's CPU example, scaled roughly as   |
 |                    |                                            | the critical batch size (arXiv:2505.13738)            |
 | muon_learning_rate | 0.02 at every width                        | updates have the same operator norm at every width,   |
 |                    |                                            | so the learning rate transfers (arXiv:2310.17813)     |
@@ -62,7 +62,7 @@ class Shape:
 
     Args:
         width: `hidden_size`.
-        depth: `num_hidden_layers`. Default: as in recipes of this width.
+        depth: `num_hidden_layers`. Default: `typical_layers`.
         heads: `num_attention_heads`. Default: heads of dimension 32, or 64 from width 256 on.
         key_value_heads: `num_key_value_heads`; the number of heads is a multiple of it. Default: no constraint.
     """
@@ -89,12 +89,12 @@ class Shape:
 
 
 def typical_layers(width: int) -> int:
-    """Number of layers in recipes of this width: 32 -> 2, 64 -> 2, 128 -> 4, 256 -> 5, 384 -> 7, 768 -> 12."""
+    """Typical number of layers at a width: 32 -> 2, 64 -> 2, 128 -> 4, 256 -> 5, 384 -> 7, 768 -> 12."""
     return max(2, min(width // 32, 4 + (width - 128) // 80))
 
 
 def typical_heads(width: int) -> float:
-    """Width divided by the head dimension of the recipes, 32, or 64 from width 256 on; may be fractional."""
+    """Width divided by the typical head dimension, 32, or 64 from width 256 on; may be fractional."""
     return width / (32 if width < 256 else 64)
 
 
@@ -130,7 +130,7 @@ def shape_for(
     """Choose a shape with approximately the given number of parameters.
 
     Depths within a factor of 1.5 of `typical_layers` are considered. Of the shapes within 10 % of the number of parameters,
-    the one most similar to the recipes in depth and head dimension is chosen; if there is none, the closest in size.
+    the one closest to the typical depth and number of heads is chosen; if there is none, the closest in size.
 
     Args:
         parameters: Target number of parameters.

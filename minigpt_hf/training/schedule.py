@@ -10,7 +10,7 @@ from .arguments import MiniGPTTrainingArguments
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer, training: MiniGPTTrainingArguments, steps: int
 ) -> LRScheduler:
-    """Create the schedule of a run: linear warm-up, then the decay named by `lr_scheduler_type`.
+    """Create the schedule of a run: linear warmup, then the decay named by `lr_scheduler_type`.
 
     Args:
         optimizer: Its learning rates are the peaks of the schedule.

@@ -1,4 +1,4 @@
-"""Orderly stops: signals that save a checkpoint at the next step boundary, and early stopping."""
+"""Graceful stopping: signals that save a checkpoint at the next step boundary, and early stopping."""
 
 import logging
 import math

@@ -18,7 +18,7 @@ from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 # With several processes, the main process tokenizes while the others wait, at most `ddp_timeout` (30 minutes by default). A
 # gigabyte took 15.6 minutes on one core, including the training of the tokenizer (docs/results.md).
 MAX_CHARACTERS_TO_TOKENIZE = 1_000_000_000
-CHARACTERS_PER_TOKEN = 4  # of a stream, whose length is known in tokens
+CHARACTERS_PER_TOKEN = 4  # estimate for a stream, whose length is known in tokens only
 
 
 def prepare_text(
@@ -171,7 +171,7 @@ def raise_unless_same_tokenizer(text: PreparedText, settings: Settings) -> None:
 
 
 def raise_unless_same_text(text: PreparedText, training: MiniGPTTrainingArguments) -> None:
-    """Check that all ranks have read the same text: each reads it by itself, and a file may be written to meanwhile.
+    """Check that all ranks have read the same text: each reads it separately, and a file may change in the meantime.
 
     Raises:
         MiniGPTError: if the ranks have read different texts.

@@ -110,7 +110,7 @@ class MiniGPTTrainer(CheckpointingTrainer):
         )
         self.remove_callback(PrinterCallback)  # `ProgressLogger` replaces it
         self.fingerprint = fingerprint or {}
-        self.changes: list[dict[str, Any]] = []  # of settings, when the run was resumed
+        self.changes: list[dict[str, Any]] = []  # settings that were changed when the run was resumed
         self.settings, self.text = settings, text
         self.progress = next((each for each in callbacks if isinstance(each, ProgressLogger)), None)
         self.samples = next((each for each in callbacks if isinstance(each, SampleLogger)), None)

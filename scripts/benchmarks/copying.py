@@ -19,7 +19,7 @@ import numpy as np
 TOKENIZERS = ("bytes", "bpe")
 EXCERPTS, EXCERPT_TOKENS = 6, 500
 VOCAB_SIZE = 8192
-WRITTEN_TOKENS = 1 << 24  # in memory while the stream is written
+WRITTEN_TOKENS = 1 << 24  # tokens that are written at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,10 @@
 """Tokenization throughput and memory, from files to a training set on disk, compared with transformers' `run_clm.py`.
 
 minigpt-hf reads documents and writes one token stream. `run_clm.py` reads lines, tokenizes them with `datasets.map` and
-concatenates them into sequences with a second `map` (`group_texts`). Every case is a process with an empty cache. All cases
-alternate for several rounds, and ratios are those of the throughput to `run_clm.py` on one file in the same round. Times
-exclude the start of Python and imports; CPU time is comparable if other programs use the cores. Memory is the peak of the
-process, mapped pages included.
+concatenates them into sequences with a second `map` (`group_texts`). Every case is a process with an empty cache, except for
+`second start`, which reads the cache of `first start`. All cases alternate for several rounds, and ratios are those of the
+throughput to `run_clm.py` on one file in the same round. Times exclude the start of Python and imports; CPU time is
+comparable if other programs use the cores. Memory is the peak of the process, mapped pages included.
 
 The text is the standard library, repeated with rotated lines. With MINIGPT_GIGABYTES=1 in the environment, the text of the
 first and second start has a gigabyte, and there are 200,000 files of 1 kB and a line of 100 MB.
@@ -127,7 +127,7 @@ def write_files(folder: Path, lines: list[str], size: int, file_bytes: int | Non
     """Write a text of `size` bytes.
 
     Args:
-        file_bytes: Approximate size of a file, which has a distinct first line; None for one file without line ends.
+        file_bytes: Approximate size of a file, which has a distinct first line; None for one file without line endings.
     """
     folder.mkdir()
     rotated, number = rotations(lines), 0

@@ -161,10 +161,8 @@ def compiled_generator(minigpt, batch: int, tokens: int) -> tuple[Callable[[], f
     prompt = "x" * PROMPT_TOKENS
     compiled = compile_for_generation(model, tokenizer, prompt, max_new_tokens=tokens, num_return_sequences=batch)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_return_sequences": batch}
-    options |= {
-        "do_sample": batch > 1,
-        "top_k": 1 if batch > 1 else 50,
-    }  # `generate` rejects num_return_sequences > 1 with greedy decoding
+    # `generate` rejects num_return_sequences > 1 with greedy decoding.
+    options |= {"do_sample": batch > 1, "top_k": 1 if batch > 1 else 50}
 
     def generate_once() -> float:
         start = time.perf_counter()

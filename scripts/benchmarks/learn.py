@@ -1,10 +1,10 @@
 """Validation loss and training time, compared with nanoGPT or with models of transformers.
 
-All candidates use the same text, split, number of threads and tokens, and minigpt-hf has no more parameters. `--peer
-nanogpt` runs the unmodified `train.py` of a copy of nanoGPT with its CPU example. `--peer hf` runs transformers' GPT-2
-and Llama in the stock Trainer, with its default settings and with tuned AdamW. Each training run is a separate process. All
-models are evaluated by `minigpt evaluate` on the last tenth of the text, each character once, in windows of 64. The
-training time is that of the training steps, without evaluation, saving and sampling.
+All candidates use the same text, split and number of threads and, except for the shorter run `minigpt, fast`, the same number
+of tokens. `--peer nanogpt` runs the unmodified `train.py` of a copy of nanoGPT with its CPU example. `--peer hf` runs
+transformers' GPT-2 and Llama in the stock Trainer, with its default settings and with tuned AdamW. Each training run is a
+separate process. All models are evaluated as by `minigpt evaluate` on the last tenth of the text, each character once, in
+windows of 64. The training time is that of the training steps, without evaluation, saving and sampling.
 """
 
 import argparse
@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps of the shorter run (default: 400 of shakespeare-char for --peer hf, otherwise those of its recipe)",
     )
     parser.add_argument(
-        "--max_steps", type=int, default=STEPS, help="steps of the peers; ours are scaled likewise (default: 2000)"
+        "--max_steps",
+        type=int,
+        default=STEPS,
+        help="steps of the peers; those of minigpt are scaled by the same factor (default: 2000)",
     )
 
 

@@ -1,10 +1,10 @@
 """Share of a training step spent in Muon, at the model sizes of two recipes.
 
 Forward and backward pass, gradient clipping, AdamW and Muon are timed separately, alternating; the optimizer skips
-parameters without a gradient, so each algorithm can be timed alone. A step of `shakespeare-char` is measured
-completely. A step of `gpt2-124m` has 480 sequences of 1,024 tokens: the forward and backward pass of one sequence is
-measured and multiplied by 480. Times are CPU times (`time.process_time`), which depend less on other load than wall
-times.
+parameters without a gradient, so each algorithm can be timed alone. Steps have the size of nanoGPT's: 12 sequences of 64
+tokens for `shakespeare-char`, which are measured completely, and 480 sequences of 1,024 tokens for `gpt2-124m`, of which
+the forward and backward pass of one sequence is measured and multiplied by 480. Times are CPU times
+(`time.process_time`), which depend less on other load than wall times.
 """
 
 import argparse

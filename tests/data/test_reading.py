@@ -229,7 +229,7 @@ def test_universal_newlines_equal_those_of_python(size, tmp_path, monkeypatch, c
     (tmp_path / "a.txt").write_bytes(text.encode())
     with caplog.at_level(logging.INFO):
         assert "".join(texts_of(tmp_path / "a.txt", newline="universal")) == (tmp_path / "a.txt").read_text()
-    assert "converted 6 line ends (CRLF, CR) to LF" in caplog.text
+    assert "converted 6 line endings (CRLF, CR) to LF" in caplog.text
     with pytest.raises(ValueError, match="newline is 'unix': it must be one of preserve, universal"):
         texts_of(tmp_path / "a.txt", newline="unix")
 

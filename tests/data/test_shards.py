@@ -206,8 +206,8 @@ def add_division(output: Path) -> None:
 MERGING = {
     "missing": (remove_shard, "1 of 4 shards are missing (2): write them with `minigpt tokenize --shard 2/4`"),
     "damaged": (flip, "1 of 4 shards are damaged (shard-00002-of-00004: the content of train/tokens.bin has changed)"),
-    "copied": (copy_shard, "shard-00002-of-00004: a copy of shard 1 of 4: remove it and write it"),
-    "of another division": (add_division, "has shards of different divisions (4, 8)"),
+    "copied": (copy_shard, "shard-00002-of-00004: is a copy of shard 1 of 4: remove it, and write this shard"),
+    "of another division": (add_division, "has shards of runs with different numbers of shards (4, 8)"),
     "of another tokenizer": (
         lambda output: change_metadata(output / "shard-00003-of-00004", tokenizer="0"),
         "shard-00003-of-00004: has other tokenizer than shard-00000-of-00004",

@@ -51,12 +51,12 @@ def no_code(folder: Broken):
     folder.delete("modeling_minigpt.py")
 
 
-@plant("files known", reason=r"foreign: checkpoint\.tar\.xz")
+@plant("files known", reason=r"not files of a model folder: checkpoint\.tar\.xz")
 def a_foreign_file(folder: Broken):
     folder.write("checkpoint.tar.xz", b"\xfd7zXZ\x00")
 
 
-@plant("files known", reason=r"foreign: helpers/more\.py")
+@plant("files known", reason=r"not files of a model folder: helpers/more\.py")
 def a_subfolder_with_code(folder: Broken):
     folder.write("helpers/more.py", "x = 1\n")
 
@@ -196,12 +196,12 @@ def code_that_does_not_parse(folder: Broken):
     folder.append("modeling_minigpt.py", "\ndef broken(:\n")
 
 
-@plant("code", reason=r"`from \.\.configuration_minigpt import …` is more than one level")
+@plant("code", reason=r"`from \.\.configuration_minigpt import …` does not name a module of the folder")
 def an_import_of_two_levels(folder: Broken):
     folder.replace("modeling_minigpt.py", "from .configuration_minigpt", "from ..configuration_minigpt")
 
 
-@plant("code", reason=r"`from \. import …` is more than one level")
+@plant("code", reason=r"`from \. import …` does not name a module of the folder")
 def an_import_of_the_folder(folder: Broken):
     folder.append("modeling_minigpt.py", "\nfrom . import configuration_minigpt\n")
 
@@ -353,7 +353,7 @@ def the_tokenizer_of_another_text(folder: Broken):
     folder.write("tokenizer.json", other.backend_tokenizer.to_str())
 
 
-@plant("vocabulary", "fingerprint", reason=r"ids beyond the 300 of the embedding")
+@plant("vocabulary", "fingerprint", reason=r"ids beyond the 300 rows of the embedding")
 def a_tokenizer_that_is_too_big(folder: Broken):
     content = folder.get("tokenizer.json")
     model = {**content["model"], "vocab": {**content["model"]["vocab"], "zzzzzz": 300}}

@@ -165,7 +165,7 @@ def test_the_document_lists_exactly_the_checks():
 
 def test_for_a_run_folder_the_error_names_the_model_folder(run_folder, capsys):
     assert main(["doctor", str(run_folder)]) == 2
-    assert "this is a run; its model is in" in capsys.readouterr().err
+    assert "this is a run folder; its model folder is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["absent", "README.md"])

@@ -173,4 +173,4 @@ def test_tokens_of_the_checkpoint_without_text_are_reported(tmp_path, capsys):
     argv = write(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {character: i for i, character in enumerate("abc")}}))
     assert main(argv) == 0
-    assert "ckpt.pt has 11 tokens, 8 more than the vocabulary, whose text is empty" in capsys.readouterr().err
+    assert "ckpt.pt has 11 tokens, 8 more than the vocabulary; these decode to an empty text" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 "use strict";
-/* What the views share: elements, the model in its worker, token lists, tabs.
+/* Shared by the views: elements, the model in its worker, token lists, tabs.
 
 Text of the model folder is inserted only as text nodes and attributes, never as markup. */
 
@@ -60,7 +60,7 @@ function percent(p) {
 }
 
 const bits = (p) => -Math.log2(p);
-// Surprise on a scale from 0 (certain) to 1 (8 bits or more), the strength of the shading.
+// Surprisal on a scale from 0 (certain) to 1 (8 bits or more): the strength of the shading.
 const heat = (p) => Math.min(1, bits(p) / 8);
 
 // A visible name of one token: white space as symbols, incomplete UTF-8 as hexadecimal bytes.
@@ -115,7 +115,7 @@ class TokenList {
         id: `${this.node.id}-${this.tokens.length}`,
       });
       if (!text) option.dataset.label = label;
-      // A visible symbol before each line end, which is not part of the text when it is copied.
+      // A visible symbol before each line ending, which is not part of the text when it is copied.
       text.split(/(\r?\n)/).forEach((part, i) => option.append(...(i % 2 ? [element("span.line-end"), part] : [part])));
       if (token.isPrompt) option.classList.add("prompt");
       if (token.p !== undefined) {

@@ -25,7 +25,7 @@ function generateView() {
       min: 0,
       max: Math.min(200, page.config.vocab_size),
       step: 1,
-      value: initial.temperature === 0 ? 0 : initial.top_k, // greedy text has a top-k of 1, which would stay greedy
+      value: initial.temperature === 0 ? 0 : initial.top_k, // a greedy model has top_k 1, which would exclude sampling
       format: (k) => (k === 0 ? "off" : k),
     }),
     slider("Top-p", sampling, "topP", {

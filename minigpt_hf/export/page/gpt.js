@@ -220,7 +220,7 @@ class GPT {
     this.matmul(output, gate, this.weights[`${name}.down_proj.weight`], T, F, H);
   }
 
-  // Residual stream of one position [H] -> logits [V]. Applied to an earlier stage, this is the logit lens.
+  // Residual stream of one position [H] -> logits [V]. Applied to an earlier stage: the logit lens (nostalgebraist 2020).
   unembed(x) {
     const { hidden_size: H, vocab_size: V, rms_norm_eps } = this.config;
     rmsNorm(this.buffers.normed, x, this.weights["model.norm.weight"], 1, H, rms_norm_eps);

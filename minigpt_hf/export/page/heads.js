@@ -1,10 +1,10 @@
 "use strict";
-/* What an attention head does on a text, measured: the average weight that it gives to a fixed place.
+/* Scores of the behavior of an attention head on a text: the average weight that it gives to certain positions.
 
 weights: [T, T], a row for each query and a column for each key; ids: the T tokens. The scores are averages over queries:
     current token, previous token, 2 to 8 back    the weight at that distance
     first token                                   the weight of position 0
-    induction                                     the total weight of the tokens that followed earlier occurrences of the
+    induction (Olsson et al. 2022)                the total weight of the tokens that followed earlier occurrences of the
                                                   query's token; over the queries that have such tokens
 The first queries are excluded, because they have few keys to choose from. */
 

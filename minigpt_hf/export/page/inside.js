@@ -10,7 +10,7 @@ function insideView() {
   const { hidden_size: H, intermediate_size: F, vocab_size: V } = page.config;
   const state = { position: 0, layer: 0, head: 0, ablated: new Set(), temperature: 1, topK: 0, topP: 1 };
   let [intact, current, run] = [null, null, 0];
-  let [ids, analysed] = [[], null]; // of the text, and of the results, which are older while the text is analysed
+  let [ids, analyzed] = [[], null]; // of the text, and of the results, which are older while the text is analyzed
   const text = byId("inside-text");
   const list = new TokenList(byId("inside-tokens"), "Tokens of the text", select);
 
@@ -44,7 +44,7 @@ function insideView() {
 
   // -- analysis --------------------------------------------------------------------------------------------------------
 
-  function analyse(all, note = "") {
+  function analyze(all, note = "") {
     ids = all.slice(-LONGEST_TEXT);
     byId("inside-note").textContent =
       ids.length < all.length ? `The last ${LONGEST_TEXT} of ${integer(all.length)} tokens. ${note}` : note;
@@ -56,10 +56,10 @@ function insideView() {
   async function update() {
     const number = ++run; // results of earlier texts are discarded
     try {
-      const whole = analysed === ids ? intact : await engine.run("inspect", { ids, ablated: [] });
+      const whole = analyzed === ids ? intact : await engine.run("inspect", { ids, ablated: [] });
       const changed = state.ablated.size ? await engine.run("inspect", { ids, ablated: [...state.ablated] }) : whole;
       if (number !== run) return;
-      [intact, current, analysed] = [whole, changed, ids];
+      [intact, current, analyzed] = [whole, changed, ids];
       byId("inside-stages").hidden = false;
       showHeads();
       select(Math.min(state.position, ids.length - 1));
@@ -406,7 +406,7 @@ function insideView() {
     clearTimeout(timer);
     timer = setTimeout(() => {
       const entered = views.generate.idsOf(text.value);
-      if (entered) analyse(entered);
+      if (entered) analyze(entered);
     }, 300);
   });
   byId("use-generated").addEventListener("click", useGenerated);
@@ -444,7 +444,7 @@ function insideView() {
     text.value = views.generate.isChat()
       ? views.generate.lastQuestion()
       : tokenizer.decode(generated.slice(-LONGEST_TEXT)).replace(/^\ufffd+/, "");
-    analyse(generated);
+    analyze(generated);
     return true;
   }
 
@@ -455,7 +455,7 @@ function insideView() {
       if (current || useGenerated()) return;
       text.value = (!isChat && page.log.samples.at(-1)?.[1].slice(0, 48)) || page.prompt || "";
       const entered = views.generate.idsOf(text.value);
-      if (entered) analyse(entered);
+      if (entered) analyze(entered);
     },
     redraw() {
       if (!current) return;

@@ -3,7 +3,7 @@
 
 Special tokens in a text, such as <|endoftext|>, are ordinary text, as during training. */
 
-// Words of byte-level BPE, with an optional space or other character before them. `\p{White_Space}` is `\s` of Python.
+// Words of byte-level BPE, with an optional space or other character before them. `\p{White_Space}` is `\s` of `tokenizers`.
 const PATTERNS = {
   qwen2: new RegExp(
     "'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" +
@@ -99,7 +99,7 @@ class Tokenizer {
   }
 }
 
-// The ids of a conversation in ChatML, up to the reply: <|im_start|>role, line end, content, <|im_end|>, line end, …
+// The ids of a conversation in ChatML, up to the reply: <|im_start|>role, line feed, content, <|im_end|>, line feed, …
 function chatPrompt(tokenizer, { start, end, system }, messages) {
   const hasSystem = system === null || messages[0]?.role === "system";
   const all = hasSystem ? messages : [{ role: "system", content: system }, ...messages];

@@ -109,9 +109,9 @@ const jobs = {
     return { id, neighbors: top(similarity, 8) };
   },
 
-  /* Negative log-likelihood of each token in nats, after the BOS token, if there is one. Without a sliding window in every layer, a text beyond
-     the context is scored in windows; each starts with the last token of the previous one. */
-  // A text follows the BOS token, if there is one; a conversation does not, and its first token is not scored.
+  /* Negative log-likelihood of each token in nats. A text follows the BOS token, if there is one; a conversation does not, and
+     its first token is not scored. Unless every layer has a sliding window, a text beyond the context is scored in windows; each
+     starts with the last token of the previous one. */
   async score({ job, ids, isConversation = false }) {
     const isUnlimited = data.config.layer_types.every((type) => type === "sliding_attention");
     const inputs = [...(data.bos === null || isConversation ? [] : [data.bos]), ...ids.slice(0, -1)];
