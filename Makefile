@@ -32,7 +32,7 @@ browser-test: install
 torture: install
 	$(BIN)/python scripts/torture.py --kills 100
 
-# Engines and numbers of processes: losses, resuming, kills, signals, weights, another number of processes.
+# Train with DDP and FSDP2 on several processes, interrupt and resume the runs, and compare them with one process.
 cluster: install
 	$(BIN)/python scripts/cluster.py
 
