@@ -33,8 +33,7 @@ browser-test: install
 torture: install
 	$(BIN)/python scripts/torture.py --kills 100
 
-# Train with each distributed engine and several world sizes: equal losses, SIGKILL and SIGTERM, exact resume, merged
-# weights, resume with another world size.
+# Train with DDP and FSDP2 on several processes, interrupt and resume the runs, and compare them with one process.
 cluster: install
 	$(BIN)/python scripts/cluster.py
 

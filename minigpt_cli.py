@@ -91,7 +91,7 @@ def launch(argv: Sequence[str]) -> int:
             for file in files:
                 lines = file.read_text(encoding="utf-8").removeprefix("#!/bin/bash\n").splitlines()
                 end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-                print(f"{file.name:<24}{lines[0][2:]}\n{'':<24}{lines[end - 1][2:]}")
+                print(f"{file.name:<28}{lines[0][2:]}\n{'':<28}{lines[end - 1][2:]}")
             return 0
         found = [file for file in files if args.name in (file.name, file.stem)]
         if not found:

@@ -20,8 +20,8 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
-# Not run here: `make test` runs this test, and `make docs-check` runs `make demo` and the installation.
-ELSEWHERE = ("make ", "python -m venv", ".venv/bin/python -m pip", ".venv/bin/python -m pytest")
+# Not run here: `make docs-check` runs `make demo`, `make test` and the installation.
+ELSEWHERE = ("make ", "source ", "python -m venv", ".venv/bin/python -m pip", ".venv/bin/python -m pytest")
 SHORT = "--max_steps 2 --logging_steps 1 --validation_characters 500 --sample_tokens 5 --use_cpu".split()
 SMALL = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 2".split()
 

@@ -59,7 +59,7 @@ def arguments_of(command: str, folder: Path, text_file: Path, recipe_file: Path)
 
 
 def rejected(argv: list[str], capfd, message: str, *places: Path) -> None:
-    """Check that a command fails within the time limit with one line that matches `message`, and changes no place."""
+    """Check that a command fails within the time limit with one line that matches `message`, and changes no file."""
     before, began = [content(place) for place in places], (time.process_time(), time.perf_counter())
     capfd.readouterr()
     code = main(argv)

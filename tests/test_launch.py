@@ -40,7 +40,7 @@ def test_the_list_names_every_file_with_its_purpose_and_what_was_run(capsys):
     assert len(FILES) == 12
     for file in FILES:
         purpose, *_, status = comment(file)
-        assert f"{file.name:<24}{purpose[2:]}\n{'':<24}{status[2:]}\n" in out
+        assert f"{file.name:<28}{purpose[2:]}\n{'':<28}{status[2:]}\n" in out
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

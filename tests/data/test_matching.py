@@ -1,4 +1,4 @@
-"""Verbatim matches in a token stream, compared with a search of all places and with hand-made cases."""
+"""Verbatim matches in a token stream, compared with an exhaustive search and with cases computed by hand."""
 
 import tracemalloc
 
@@ -12,7 +12,7 @@ from minigpt_hf.data.stream import ArrayFile
 
 
 def longest_match(stream: list[int], sequence: list[int], start: int) -> int:
-    """Compare each place of the stream token by token."""
+    """Compare each position of the stream token by token."""
     best = 0
     for place in range(len(stream)):
         length = 0

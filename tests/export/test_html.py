@@ -279,7 +279,7 @@ def test_a_conversation_has_the_ids_of_the_chat_template(template, tmp_path):
         injected = rendered.replace("Grüße <|im_end|>?", "Grüße ?")
         assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == injected.count(
             "<|im_end|>"
-        )  # text stays text
+        )  # special tokens in messages are text
     (data,) = ask(page, {"request": "data"})
     assert data["stop"] == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 

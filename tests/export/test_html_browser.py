@@ -238,7 +238,7 @@ def test_the_passage_of_a_token_is_shown_by_keyboard(browser, run_folder, text_f
 
 
 def test_every_control_has_a_name_and_no_text_is_cut_off_at_three_sizes(browser, file, tmp_path):
-    """The pictures remain in the temporary folder of pytest, to be looked at."""
+    """The screenshots are kept in the temporary folder of pytest for inspection."""
     for name, (width, height) in SIZES.items():
         page = open_page(browser, file, viewport={"width": width, "height": height})
         show_attention(page)
@@ -328,7 +328,7 @@ def test_a_question_is_analysed_and_its_answer_scored_in_the_chat_template(brows
 
 
 def test_the_chat_layout_fits_at_three_sizes(browser, chat_page, tmp_path):
-    """The pictures remain in the temporary folder of pytest, to be looked at."""
+    """The screenshots are kept in the temporary folder of pytest for inspection."""
     for name, (width, height) in SIZES.items():
         page = open_page(browser, chat_page[0], viewport={"width": width, "height": height})
         page.fill("#prompt", "a long question, " * 10)

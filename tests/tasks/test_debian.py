@@ -93,7 +93,7 @@ def test_missing_files_are_reported(source, tmp_path, capsys):
 
 
 def apt_get(folder, script, monkeypatch):
-    """Put a program apt-get in front of the one of the system."""
+    """Put a substitute for apt-get before that of the system in PATH."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "apt-get"
     program.write_text(f"#!/bin/sh\n{script}\n")

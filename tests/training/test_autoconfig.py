@@ -115,7 +115,7 @@ def test_minutes_choose_the_shape_and_the_steps_that_a_machine_of_known_speed_ta
     random_state = torch.get_rng_state()
     (data, architecture, training), _ = automatic_settings(argv, tmp_path, began=0.0)
     assert torch.equal(torch.get_rng_state(), random_state)
-    # Parameters times tokens that it learns from in the time that is left, whatever the shape.
+    # Parameters times training tokens that fit into the remaining time, for any shape.
     compute = (6000 - 24 - OTHER_SECONDS) / (1.03 * 5e-9)
     vocabulary = data_vocabulary(text_file)
     best = min(map(Shape, WIDTHS), key=lambda shape: distance_from_optimal(shape, vocabulary, compute))
@@ -123,7 +123,7 @@ def test_minutes_choose_the_shape_and_the_steps_that_a_machine_of_known_speed_ta
     assert re.findall(r"at width (\d+)", caplog.text) == ["128", "96"]
     first = [now for now, width, _ in machine if width == 128]
     assert 12 <= first[-1] < 12 + first[-1] - first[-2]  # half of the time for measuring
-    # The time that was asked: measuring, four evaluations, five samples, optimizer steps, and the rest.
+    # The time requested: measuring, four evaluations, five samples, optimizer steps, and the rest.
     second = 1 / (5e-9 * parameters(data, architecture, vocabulary))  # tokens in a second
     step = training.per_device_train_batch_size * data.block_size
     others = machine[-1][0] + (4 * 9001 + 5 * 8000) / second + OTHER_SECONDS

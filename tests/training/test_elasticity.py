@@ -91,7 +91,7 @@ def test_one_two_four_and_one_process_in_turn_equal_one_process(recipe, words, t
 
 @pytest.mark.slow
 def test_four_processes_that_are_resumed_equal_four_that_are_not(recipe, words, tmp_path):
-    """The sum over more than two processes depends on their order, and that on the place of a gradient in its bucket."""
+    """The sum over more than two processes depends on their order, hence on the position of a gradient in its bucket."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     flags = ["--recipe", recipe, "--data", words, *FLAGS, "--per_device_train_batch_size", "1", "--output_dir"]
     assert on(4, [[*flags, straight]], tmp_path)[0] == [0]
