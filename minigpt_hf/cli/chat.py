@@ -21,7 +21,7 @@ HELP = """\
 /exit           end, as Ctrl-D does; Ctrl-C stops an answer
 //              start of a message that begins with a slash"""
 
-FORGOTTEN = "{} earlier questions no longer fit into the context and are forgotten"
+FORGOTTEN = "number of earlier questions that no longer fit into the context and are forgotten: {}"
 
 
 def parser() -> Parser:

@@ -154,14 +154,19 @@ def build_conversation_stream(
     Args:
         documents: Serialized conversations.
         block_size: Longer conversations are omitted.
-        progress: Called with 1 after each conversation.
+        progress: Called with 1 after each conversation, including omitted ones.
     """
     fingerprint = f"{stream_fingerprint(documents, tokenizer)}-chat{VERSION}-{block_size}"
+
+    def conversations() -> Iterator[list[Message]]:
+        for messages in conversations_in(documents):
+            yield messages
+            progress(1)
 
     def write(folder: Path) -> None:
         dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
         chat_format, bos = ChatFormat(tokenizer), bos_token_id(tokenizer)
-        encoded = EncodedConversations(conversations_in(documents), chat_format, block_size)
+        encoded = EncodedConversations(conversations(), chat_format, block_size)
         offsets, written, targets = [], 0, 0
         with (folder / "tokens.bin").open("wb") as file:
             for ids in encoded:
@@ -169,7 +174,6 @@ def build_conversation_stream(
                 file.write(np.concatenate([[bos], ids]).astype(dtype).data)
                 written += 1 + len(ids)
                 targets += int(chat_format.is_answer(ids).sum())
-                progress(1)
         np.save(folder / "documents.npy", np.array(offsets, dtype=np.int64))
         metadata = {
             "dtype": dtype.str,

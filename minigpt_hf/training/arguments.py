@@ -383,7 +383,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
     )
     sample_tokens: int = field(default=120, metadata={"help": "Number of tokens in each sample; 0: no samples."})
     figures: bool = field(
-        default=True, metadata={"help": "Draw losses, learning rate and throughput for the model card, with matplotlib."}
+        default=True,
+        metadata={"help": "Draw losses, learning rate and throughput for the model card, with matplotlib."},
     )
 
     early_stopping_patience: int | None = field(

@@ -387,7 +387,7 @@ def test_the_oldest_questions_are_forgotten_when_the_context_is_full(chat_run):
     context = AutoModelForCausalLM.from_pretrained(chat_run / "model").config.max_position_embeddings
     code, _, errors = chat(chat_run, f"{'9' * (context // 2)}\n{'8' * (context // 2)}\n")
     assert code == 0
-    assert "(1 earlier questions no longer fit" in errors
+    assert "no longer fit into the context and are forgotten: 1)" in errors
 
 
 @pytest.mark.slow
