@@ -365,6 +365,5 @@ def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBou
 def push_finished(run: RunFolder, training: MiniGPTTrainingArguments) -> None:
     """Upload the model of a finished run: its push may have failed. Branches that hold it already are not changed."""
     name = training.hub_model_id or run.path.absolute().name
-    urls = push_folder(run.model, name, training.hub_revision, bool(training.hub_private_repo))
-    if shows_progress(training):
-        print(*urls, sep="\n", flush=True)
+    for url in push_folder(run.model, name, training.hub_revision, bool(training.hub_private_repo)):
+        logger.info(url)
