@@ -141,6 +141,7 @@ def test_an_adapter_is_resumed_only_with_its_model_and_rank(finetune, run_folder
         (["--tokenizer", "bytes"], "tokenizer is determined by the model of init_from"),
         (["--block_size", "5000"], "is less than block_size 5000"),
         (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
+        (["--lora_rank", "2", "--push_to_hub"], "hub_strategy every_save is not supported with lora_rank"),
     ],
 )
 def test_settings_that_contradict_an_existing_model_are_rejected(flags, message, finetune, capsys):
