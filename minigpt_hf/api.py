@@ -20,7 +20,7 @@ from .training_text import (
     READING,
     check_data,
     has_training_text,
-    is_sharded,
+    is_divided_by_threshold,
     read_part,
     reading_of,
     recipe_of,
@@ -217,7 +217,7 @@ def evaluate(
         raise MiniGPTError(
             "max_characters and stride do not apply to conversations, which are scored in full: omit them"
         )
-    whole = read_part(data, split, recipe, reading, is_sharded(folder))
+    whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = recipe.get("block_size") if block_size is None else block_size

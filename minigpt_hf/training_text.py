@@ -70,7 +70,7 @@ def read_part(
         split: See `evaluate`.
         recipe: Recipe of the model; its values apply where `reading` has none.
         reading: Settings by name, see `READING`.
-        as_shards: Divide the text as if it were tokenized in shards.
+        as_shards: Divide the text as if it were tokenized in shards, or streamed.
 
     Raises:
         MiniGPTError: if the text cannot be read, or there is no validation split.
@@ -156,7 +156,9 @@ def training_text(
             )
         _warn_if_other_text(model, data, text.train)
         return tokenizer, text.train, text.validation
-    corpus = read_divided(data, recipe, reading | {"dedup": recipe.get("dedup", "none")}, is_sharded(model))
+    corpus = read_divided(
+        data, recipe, reading | {"dedup": recipe.get("dedup", "none")}, is_divided_by_threshold(model)
+    )
     block_size = recipe.get("block_size") or BLOCK_SIZE
 
     def encode(documents: "Documents", max_tokens: int | None = None) -> "TokenStream":
@@ -201,12 +203,17 @@ def window_characters_of(model: str | os.PathLike) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def is_sharded(model: str | os.PathLike) -> bool:
-    """Whether a model was trained on merged shards, which are split as in `load_corpus` with a share."""
+def is_divided_by_threshold(model: str | os.PathLike) -> bool:
+    """Whether the text of a model was divided by a threshold for hashes, as merged shards and streamed datasets are: as in
+    `load_corpus` with a share. A mixture of streamed datasets is not read in shares."""
+    from .data.corpus import mixture
     from .trust import read_metadata
 
-    data = read_metadata(model).get("data")
-    return isinstance(data, dict) and bool(data.get("shards"))
+    metadata = read_metadata(model)
+    data, recipe = metadata.get("data"), metadata.get("recipe")
+    if isinstance(data, dict) and data.get("shards"):
+        return True
+    return isinstance(recipe, dict) and recipe.get("streaming") is True and mixture(str(recipe.get("data"))) is None
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:

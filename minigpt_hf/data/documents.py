@@ -569,7 +569,10 @@ class Mixture(Documents):
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(" ".join(component.fingerprint for component in self.components).encode()).hexdigest()
+        parts = [component.fingerprint for component in self.components]
+        if self.characters is None:  # the shares determine how streams are interleaved
+            parts.append(" ".join(map(str, self.shares)))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
     def number_of_documents(self) -> int | None:

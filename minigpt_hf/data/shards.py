@@ -344,18 +344,20 @@ def _merged(folders: list[Path], tokenizer: PreTrainedTokenizerBase) -> MergedSt
     """Return the index of the streams of shards, which have been verified."""
     shards: list[dict[str, Any]] = []
     files: dict[str, dict[str, Any]] = {}
-    texts: dict[str, str] = {}
+    texts: list[str] = []
+    first: dict[str, str] = {}  # path of the first shard with each text
     for folder in folders:
         stream = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
         TokenStream.open(folder)
         path = f"{folder.parent.name}/{folder.name}"
         if stream["tokens"]:
             shards.append({"path": path} | {name: stream[name] for name in COUNTS})
-            if (same := texts.setdefault(stream["fingerprint"], path)) != path:
+            texts.append(stream["fingerprint"])
+            if (same := first.setdefault(stream["fingerprint"], path)) != path:
                 logger.warning("%s and %s contain the same text, which occurs twice in the inputs", same, path)
         manifest = read_manifest(folder.parent)
         files |= {f"{path}/{name}": manifest[f"{folder.name}/{name}"] for name in STREAM_FILES}
-    return MergedStream(_index(shards, tokenizer, list(texts)), files)
+    return MergedStream(_index(shards, tokenizer, texts), files)
 
 
 COUNTS = ("tokens", "documents", "characters", "bytes")

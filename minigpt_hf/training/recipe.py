@@ -118,6 +118,11 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             raise MiniGPTError(f"{name} is not supported with lora_rank, which freezes the model: omit one of them")
     if model.lora_rank and training.muon:
         raise MiniGPTError("lora_rank: LoRA is trained with AdamW, not with Muon; add --no_muon, or use --recipe lora")
+    if model.lora_rank and training.push_to_hub and training.hub_strategy != "end":
+        raise MiniGPTError(
+            "hub_strategy every_save is not supported with lora_rank, whose checkpoints have the factors but not the weights "
+            "of the model: use --hub_strategy end, which uploads the merged model"
+        )
     settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))
     training = settings.training
     if training.minutes and "num_train_epochs" in training.given:

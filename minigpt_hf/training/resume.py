@@ -174,6 +174,13 @@ def checkpoint_to_resume(
             f"({described({'positional_heads': changed['positional_heads']})}): it has no effect after step 0; give the "
             "previous value, or use another folder or --fresh"
         )
+    has_adapter = fingerprint["lora_rank"] or old.get("lora_rank")
+    if adapted := {name: pair for name, pair in changed.items() if has_adapter and name in ADAPTER}:
+        raise MiniGPTError(
+            f"output_dir {run.path}: contains a run with another adapter or without one ({described(adapted)}): LoRA factors "
+            "fit only the model and the rank that they were trained with; give the previous value, or use another folder or "
+            "--fresh"
+        )
     if moved := {name: pair for name, pair in changed.items() if name in POSITION}:
         advice = "give the previous value; or "
         if changed.keys() >= {"effective_batch", "world_size"}:
@@ -347,6 +354,9 @@ BEFORE_INTRODUCTION = {"muon_beta2": 0.0, "positional_heads": [], "shuffle_windo
 
 # The position in the text counts in these units, so they cannot change when a run is resumed.
 POSITION = {"effective_batch", "block_size"}
+
+# With LoRA, the frozen weights and the shapes of the factors, which checkpoints do not contain or cannot change.
+ADAPTER = {"init_from", "lora_rank"}
 
 # Settings that determine the order of the sequences.
 ORDER = {"data", "seed", "data_seed", "shuffle_window"}

@@ -102,7 +102,8 @@ class Plan:
 
 
 def train(settings: Settings, began: float | None = None) -> Path:
-    """Train a GPT and return its model folder. An interrupted run resumes exactly; a finished one is not changed.
+    """Train a GPT and return its model folder. An interrupted run resumes exactly; a finished one is not changed, but
+    pushed with `push_to_hub`.
 
     Args:
         began: `time.perf_counter()` when the command started, for `--minutes`; default: now.
@@ -111,19 +112,21 @@ def train(settings: Settings, began: float | None = None) -> Path:
         MiniGPTError: if the text, the configuration or the output folder cannot be used, or settings have changed.
         TrainingStopped: if the run ended early: by a signal, a full disk, or a non-finite loss.
     """
-    stop, began = StopAtBoundary(), began or time.perf_counter()
-    check_torch_settings(settings.training)
+    stop, began, training = StopAtBoundary(), began or time.perf_counter(), settings.training
+    check_torch_settings(training)
     with (
         guarded_output(lasting=True),
-        logging_level(settings.training),
+        logging_level(training),
         stop.listening(),
-        locked_run_folder(settings.training) as lock,
+        locked_run_folder(training) as lock,
     ):
         run = RunFolder(lock.folder)
         plan = resolve(settings, run, began)
         if not plan.is_finished:
             trainer = run_training(plan, lock, stop)
             publish(plan, trainer, run, stop)
+        elif training.push_to_hub and training.process_index == 0:
+            push_finished(run, training)
         leave_process_group(plan.settings.training)
         return run.model
 
@@ -358,3 +361,10 @@ def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBou
             raise TrainingInterrupted(stop.number, f"before the push; push with `minigpt push {folder} USER/NAME`")
         for url in push_folder(folder, trainer.hub_model_id, training.hub_revision):
             progress.print(url)
+
+
+def push_finished(run: RunFolder, training: MiniGPTTrainingArguments) -> None:
+    """Upload the model of a finished run: its push may have failed. Branches that hold it already are not changed."""
+    name = training.hub_model_id or run.path.absolute().name
+    for url in push_folder(run.model, name, training.hub_revision, bool(training.hub_private_repo)):
+        logger.info(url)

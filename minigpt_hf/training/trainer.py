@@ -26,6 +26,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import PushInProgress
 
 from ..data.blocks import SequenceDataset, SequenceSampler
@@ -273,8 +274,12 @@ class MiniGPTTrainer(CheckpointingTrainer):
         state.best_model_checkpoint = str(folder) if folder else None
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Overridden because the Trainer keeps a NaN as the best metric until the end: no number compares better."""
-        return math.isfinite(metrics.get("eval_loss", 0.0)) and super()._determine_best_metric(metrics, trial)
+        """Overridden because the Trainer keeps a NaN as the best metric until the end: no number compares better; and because
+        it compares a checkpoint with scores of steps that have none, so that the best checkpoint would be deleted."""
+        is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        is_saved = is_saved or self.state.global_step == self._initial_global_step  # resumed from there
+        is_candidate = is_saved and math.isfinite(metrics.get("eval_loss", 0.0))
+        return is_candidate and super()._determine_best_metric(metrics, trial)
 
     def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
         """Overridden because a run interrupted at a step is evaluated at that step when it resumes, and a run with all

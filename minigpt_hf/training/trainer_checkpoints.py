@@ -21,7 +21,7 @@ from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.model_folder import save_model_files
 from .auxiliary_head import load_auxiliary_head, save_auxiliary_head, without_auxiliary_head
-from .callbacks import preserved_random_state
+from .callbacks import ProgressLogger, preserved_random_state
 from .checkpoint import (
     OPTIMIZER,
     SCHEDULER,
@@ -53,6 +53,7 @@ class CheckpointingTrainer(Trainer):
         resumed_from: The checkpoint that the run was resumed from.
         guard: Decides whether the weights may be saved.
         saving: The checkpoint that is being completed in the background.
+        progress: Measures the training time.
     """
 
     lr_scheduler: LRScheduler | None
@@ -61,6 +62,7 @@ class CheckpointingTrainer(Trainer):
     resumed_from: Path | None
     guard: LossGuard
     saving: BackgroundSave
+    progress: ProgressLogger | None
 
     # -- totals -------------------------------------------------------------------------------------------------------
 
@@ -74,6 +76,7 @@ class CheckpointingTrainer(Trainer):
             "skipped_steps": self.guard.skipped_steps,
             "skipped_since_log": self.guard.skipped_since_log,
             "changes": self.changes,
+            "seconds": self.progress.seconds if self.progress else 0.0,
         }
 
     def _restore_totals(self) -> None:
@@ -88,6 +91,8 @@ class CheckpointingTrainer(Trainer):
         self._total_loss_scalar = values["loss_until_log"]
         self._globalstep_last_logged = self.steps_logged = values["logged_step"]
         self.guard.skipped_steps, self.guard.skipped_since_log = values["skipped_steps"], values["skipped_since_log"]
+        if self.progress:  # the log may have no row of the steps before the checkpoint
+            self.progress.earlier = max(self.progress.earlier, values.get("seconds", 0.0))
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

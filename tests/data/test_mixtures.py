@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from tests.data.test_corpus import write_files
 
@@ -146,3 +147,18 @@ def test_a_mixture_of_streams_shares_no_document_between_splits(hub, tmp_path):
     )
     assert train.isdisjoint(validation)
     assert train | validation == set(WORDS)
+
+
+def test_streams_mixed_in_other_shares_are_another_text(hub, tmp_path):
+    """Neither the cached token stream of the first mixture is used for the second, nor a run resumed on it."""
+    for name, texts in (("one", WORDS[:40]), ("other", WORDS[40:80])):
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "rows.parquet")
+        hub.put(f"user/{name}", {"train.parquet": (tmp_path / "rows.parquet").read_bytes()}, repo_type="datasets")
+    tokens = []
+    for number, shares in enumerate(((1, 1), (9, 1), (1, 1))):
+        data, output = "user/one:{},user/other:{}".format(*shares), tmp_path / f"prepared-{number}"
+        argv = ["tokenize", "--data", data, "--streaming", "--max_tokens", "400", "--tokenizer", "bytes"]
+        argv += ["--validation_fraction", "0", "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(output)]
+        assert main(argv) == 0
+        tokens.append((output / "train" / "tokens.bin").read_bytes())
+    assert tokens[0] == tokens[2] != tokens[1]

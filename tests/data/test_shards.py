@@ -103,6 +103,21 @@ def test_training_on_merged_shards_equals_training_on_one_stream_and_resumes_exa
     assert (tmp_path / "resumed" / "model" / "model.safetensors").read_bytes() == weights[0]
 
 
+def test_a_text_that_occurs_twice_is_another_text(corpus, recipe_file, text, tmp_path, capsys):
+    """Copies of a file in several shards are part of the identity of the merged text: a run is not resumed on them."""
+    for count in (1, 2):
+        (folder := tmp_path / f"texts-{count}").mkdir()
+        for number in range(count):
+            (folder / f"{number}.txt").write_text(text[:3000])
+        write_shards(tmp_path / str(count), folder, corpus / "whole/tokenizer", count, "--validation_fraction", "0")
+        assert run("tokenize", "--merge", tmp_path / str(count)) == 0
+    once, twice = (opened(tmp_path / name).train for name in ("1", "2"))
+    assert len(twice) == 2 * len(once)
+    flags = ["train", "--recipe", recipe_file, "--max_steps", 2, "--output_dir", tmp_path / "run"]
+    assert run(*flags, "--data", tmp_path / "1") == 0
+    assert "contains another run" in fails(capsys, *flags, "--data", tmp_path / "2")
+
+
 def test_a_complete_shard_is_not_written_again(corpus, merged, capsys):
     file = merged / "shard-00001-of-00004" / "train" / "tokens.bin"
     before = file.stat()

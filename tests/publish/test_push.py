@@ -528,8 +528,14 @@ def test_a_failed_push_during_training_is_logged_and_training_continues(recipe_f
     assert re.search("^minigpt train: user/tiny: the connection to .*\n$", captured.err, re.MULTILINE)
     assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["steps"] == 4
     assert set(uploaded(hub, "user/tiny")) == set()
+
+    # The message advises to run the same command again: it pushes the finished model.
+    assert "run the same command again" in captured.err
+    assert train(recipe_file, text_file, run, *flags) == 2
+    assert "already finished" in (err := capsys.readouterr().err) and "user/tiny: the connection to" in err
     hub.faults.clear()
-    assert push(capsys, run / "model", "--repo-id", "user/tiny")[0] == 0
+    assert train(recipe_file, text_file, run, *flags) == 0
+    assert pushed(hub, "user/tiny") in capsys.readouterr().err
     assert set(uploaded(hub, "user/tiny")) == MODEL
 
 

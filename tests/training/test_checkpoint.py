@@ -198,6 +198,30 @@ def test_save_total_limit_retains_the_last_and_the_best_checkpoint(recipe, words
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
+def test_of_evaluations_between_checkpoints_none_decides_which_checkpoint_is_the_best(
+    recipe, words, tmp_path, monkeypatch, capsys
+):
+    """The lowest loss is that of step 3, which has no checkpoint; among those that have one, it is that of step 4."""
+    from minigpt_hf.training import trainer
+
+    losses, real = iter([3.0, 2.9, 1.0, 2.0, 2.6, 2.5, 2.4, 2.3]), trainer.score_documents
+
+    def score_documents(*args, **kwargs):
+        _, tokens, documents = real(*args, **kwargs)
+        return next(losses) * tokens, tokens, documents
+
+    monkeypatch.setattr(trainer, "score_documents", score_documents)
+    flags = "--validation_fraction 0.3 --eval_steps 1 --save_steps 2 --save_total_limit 1".split()
+    flags += "--load_best_model_at_end true --early_stopping_patience 0".split()
+    assert train(recipe, words, tmp_path / "run", *flags) == 0
+    assert "missing" not in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
+    assert about["results"]["loss"] == pytest.approx(2.0, rel=1e-9)
+    weights = [tmp_path / "run" / name / "model.safetensors" for name in ("checkpoint-4", "model")]
+    assert_equal(*map(load_file, weights))
+
+
 def test_checkpoints_contain_nothing_that_executes_code_when_loaded(finished):
     for file in (finished / "checkpoint-8").iterdir():
         assert file.name != "training_args.bin"

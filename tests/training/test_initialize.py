@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from minigpt_hf.cli import main
@@ -116,6 +116,24 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(finetune, tmp_path):
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_an_adapter_is_resumed_only_with_its_model_and_rank(finetune, run_folder, tmp_path, capsys):
+    """Checkpoints have the factors only: with another model, the best one would be other weights than those scored."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert finetune("run", "--lora_rank", "2", "--save_total_limit", "9") == 0
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoint-6")
+    shutil.copytree(run_folder / "model", other)
+    weights = {name: 0.9 * weight for name, weight in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    for folder, name, rank in ((other, "init_from", "2"), (run_folder / "model", "lora_rank", "4")):
+        assert finetune("run", "--lora_rank", rank, "--allow_change", name, folder=folder) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt train")]
+        assert f"another adapter or without one ({name} was" in line
+    assert finetune("run", "--recipe", "finetune", "--allow_change", "lora_rank") == 2
+    assert "another adapter or without one (lora_rank was 2 and is 0)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -123,6 +141,7 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(finetune, tmp_path):
         (["--tokenizer", "bytes"], "tokenizer is determined by the model of init_from"),
         (["--block_size", "5000"], "is less than block_size 5000"),
         (["--lora_rank", "2", "--muon"], "LoRA is trained with AdamW"),
+        (["--lora_rank", "2", "--push_to_hub"], "hub_strategy every_save is not supported with lora_rank"),
     ],
 )
 def test_settings_that_contradict_an_existing_model_are_rejected(flags, message, finetune, capsys):

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import shutil
+import time
 
 import bare_loop
 import pytest
@@ -231,6 +233,23 @@ def test_the_time_of_a_resumed_run_includes_the_time_before_the_interruption(rec
     assert later[0]["seconds"] >= 1000
     about = json.loads((tmp_path / "second" / "model" / "minigpt.json").read_text())["training"]
     assert about["seconds"] >= later[-1]["seconds"] - 0.1  # rounded
+
+
+def test_the_time_includes_steps_that_were_not_logged_before_the_interruption(recipe, words, tmp_path, monkeypatch):
+    """Without a row in the log before the checkpoint, the time is that of the checkpoint."""
+    step, run = Trainer.training_step, tmp_path / "run"
+    flags = ["--logging_steps", "8"]
+
+    def slow(*args, **kwargs):
+        time.sleep(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", slow)
+    assert train(recipe, words, run, *flags, "--max_steps", "4") == 0
+    shutil.rmtree(run / "model")
+    monkeypatch.setattr(Trainer, "training_step", step)
+    assert train(recipe, words, run, *flags, "--allow_change", "max_steps") == 0
+    assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["seconds"] >= 4
 
 
 def test_generating_samples_restores_all_rng_states():
