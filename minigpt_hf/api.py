@@ -19,6 +19,7 @@ from .errors import MiniGPTError, check_type
 from .training_text import (
     READING,
     check_data,
+    check_split_is_reproducible,
     has_training_text,
     is_divided_by_threshold,
     read_part,
@@ -217,6 +218,8 @@ def evaluate(
         raise MiniGPTError(
             "max_characters and stride do not apply to conversations, which are scored in full: omit them"
         )
+    if split != "all":
+        check_split_is_reproducible(folder)
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")

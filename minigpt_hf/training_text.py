@@ -203,6 +203,22 @@ def window_characters_of(model: str | os.PathLike) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+def check_split_is_reproducible(model: str | os.PathLike) -> None:
+    """Check that the split of the text of a model can be computed again.
+
+    Raises:
+        MiniGPTError: for a mixture of streamed datasets, whose training documents would be scored.
+    """
+    from .data.corpus import mixture
+
+    recipe = recipe_of(model)
+    if recipe.get("streaming") and mixture(str(recipe.get("data"))) is not None:
+        raise MiniGPTError(
+            f"{model}: was trained on a mixture of streamed datasets, whose split cannot be reproduced: give a text that "
+            "it was not trained on, with --split all"
+        )
+
+
 def is_divided_by_threshold(model: str | os.PathLike) -> bool:
     """Whether the text of a model was divided by a threshold for hashes, as merged shards and streamed datasets are: as in
     `load_corpus` with a share. A mixture of streamed datasets is not read in shares."""

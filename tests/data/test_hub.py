@@ -1,6 +1,7 @@
 """Hub datasets: downloaded or streamed, with configurations and splits. The Hub is a server on loopback."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -76,32 +77,39 @@ def test_a_model_is_trained_on_a_streamed_dataset(plays, hub, recipe_file, tmp_p
     assert about["data"]["train"]["tokens"] >= 2000
 
 
-def test_evaluate_repeats_the_score_of_a_streamed_dataset(hub, recipe_file, tmp_path, capsys):
-    """A stream is divided by a threshold, a stored dataset by the exact share of documents: here 31 or 36 are held out."""
+@pytest.fixture
+def streamed(hub, recipe_file, tmp_path):
+    """A function that trains a model on streamed datasets and returns its folder."""
     texts = [f"document {i}: {'word ' * (i % 9)}" for i in range(120)]
     datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "rows.parquet")
     hub.put("user/words", {"train.parquet": (tmp_path / "rows.parquet").read_bytes()}, repo_type="datasets")
-    argv = ["train", "--recipe", recipe_file, "--data", "user/words", "--streaming", "--max_tokens", 2000]
-    argv += [
-        "--tokenizer",
-        "bytes",
-        "--validation_fraction",
-        0.3,
-        "--max_steps",
-        2,
-        "--eval_steps",
-        2,
-        "--save_steps",
-        2,
-    ]
-    assert main([*map(str, argv), "--output_dir", str(tmp_path / "run")]) == 0
-    model = tmp_path / "run" / "model"
+    flags = "--streaming --max_tokens 2000 --tokenizer bytes --validation_fraction 0.3 --max_steps 2 --eval_steps 2"
+
+    def train(data: str) -> Path:
+        argv = ["train", "--recipe", recipe_file, "--data", data, "--output_dir", tmp_path / "run", "--save_steps", 2]
+        assert main([*map(str, argv), *flags.split()]) == 0
+        return tmp_path / "run" / "model"
+
+    return train
+
+
+def test_evaluate_repeats_the_score_of_a_streamed_dataset(streamed, capsys):
+    """A stream is divided by a threshold, a stored dataset by the exact share of documents: here 31 or 36 are held out."""
+    model = streamed("user/words")
     published = json.loads((model / "minigpt.json").read_text())["results"]
     assert published["documents"] == 31
     capsys.readouterr()
     assert main(["evaluate", str(model), "--data", "user/words", "--split", "validation", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
     assert {name: score[name] for name in published} == published
+
+
+def test_evaluate_rejects_the_split_of_a_mixture_of_streamed_datasets(streamed, plays, capsys):
+    mixture = f"user/words:0.5,{plays}:long:0.5"
+    model = streamed(mixture)
+    assert main(["evaluate", str(model), "--data", mixture, "--split", "validation"]) == 2
+    assert "a mixture of streamed datasets, whose split cannot be reproduced" in capsys.readouterr().err
+    assert main(["evaluate", str(model), "--data", "user/words", "--split", "all"]) == 0
 
 
 def test_files_of_a_repository_are_read_by_their_urls(plays, tmp_path):
