@@ -113,18 +113,20 @@ def check_sharded_run(training: "MiniGPTTrainingArguments", lora_rank: int) -> N
         raise MiniGPTError(
             f"fsdp_config: tp_size {tp_size} is not supported with Muon, which exchanges whole rows: use --muon false"
         )
+    if tp_size > 1 and groups > 1:
+        raise MiniGPTError(
+            f"fsdp_config: tp_size {tp_size} is not supported with dp_replicate_size {groups}: omit one of them"
+        )
     if training.world_size == 1:
         raise MiniGPTError(
             "fsdp shards a model over several processes, and this is the only one: start N of them with `torchrun "
             "--nproc_per_node N` or `accelerate launch`, or add --fsdp false"
         )
-    if groups * tp_size >= training.world_size or training.world_size % (groups * tp_size):
-        sizes = f"dp_replicate_size is {groups}"
-        if tp_size > 1:
-            sizes = f"tp_size is {tp_size}" if groups == 1 else f"dp_replicate_size × tp_size is {groups} × {tp_size}"
+    name, size = ("tp_size", tp_size) if tp_size > 1 else ("dp_replicate_size", groups)
+    if size >= training.world_size or training.world_size % size:
         raise MiniGPTError(
-            f"fsdp_config: {sizes}: it must divide the number of processes, {training.world_size}, and "
-            "be less, so that each group shards the model over several of them"
+            f"fsdp_config: {name} is {size}: it must divide the number of processes, {training.world_size}, and "
+            "be less, so that FSDP shards the model over several of them"
         )
     if training.device.type == "cpu" and torch.accelerator.is_available():
         raise MiniGPTError(

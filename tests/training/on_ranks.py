@@ -111,6 +111,11 @@ def differences(tied: bool) -> dict[str, float]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    for each in model.parameters():  # replicated parameters have not diverged
+        weight = full(each.detach())
+        copies = [torch.empty_like(weight) for _ in range(ranks)]
+        dist.all_gather(copies, weight)
+        assert all(torch.equal(copy, weight) for copy in copies)
     return largest
 
 

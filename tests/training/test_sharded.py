@@ -246,6 +246,10 @@ def test_a_signal_and_a_killed_process_lose_no_step(recipe, words, tmp_path):
             TENSOR_PARALLEL,
             "fsdp_config: tp_size 2 is not supported with Muon, which exchanges whole rows: use --muon false",
         ),
+        (
+            ["--muon", "false", "--fsdp_config", '{"tp_size": 2, "dp_replicate_size": 2}'],
+            "fsdp_config: tp_size 2 is not supported with dp_replicate_size 2: omit one of them",
+        ),
         (["--logits_chunk_size", "8"], "logits_chunk_size is not supported with fsdp: omit one of them"),
     ],
 )
