@@ -358,6 +358,7 @@ BUDGET = ("minutes", "size")
 IMPLIED = {
     "effective_batch": {"per_device_train_batch_size", "gradient_accumulation_steps"},
     "world_size": {"per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last"},
+    "fsdp_config": {"per_device_train_batch_size", "gradient_accumulation_steps"},  # tp_size
 }
 
 
