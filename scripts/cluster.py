@@ -13,6 +13,8 @@ Columns, each compared with a run of one process or with an uninterrupted run of
 - elastic: the run is resumed with another world size: DDP with one process, one process with two, FSDP2 with four instead of
   two or with two instead of four; the difference of a loss as in the first column.
 
+"TP 2 × FSDP 2" are four processes: two groups, of two ranks each that divide every layer and receive the same sequences.
+
 The processes are started by torchrun and communicate over gloo. "Two hosts" are two network namespaces that are connected by
 a virtual Ethernet cable; each starts torchrun. They need root and `ip`. The exit code is 1 if a cell has failed; a cell that
 was not run states why.
@@ -80,6 +82,7 @@ class Engine:
     Args:
         name: Name of the engine.
         processes: Number of ranks.
+        tp_size: Number of ranks that divide each layer and receive the same sequences.
         hosts: Number of network namespaces.
         flags: Flags of `minigpt train` for this engine.
         unsupported: Why the row is not run; empty if it is.
@@ -87,12 +90,14 @@ class Engine:
 
     name: str
     processes: int
+    tp_size: int = 1
     hosts: int = 1
     flags: tuple[str, ...] = ()
     unsupported: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.processes}" + (f", {self.hosts} hosts" if self.hosts > 1 else "")
+        name = f"TP {self.tp_size} × {self.name}" if self.tp_size > 1 else self.name
+        return f"{name} {self.processes // self.tp_size}" + (f", {self.hosts} hosts" if self.hosts > 1 else "")
 
 
 ONE = Engine("process", 1)
@@ -103,6 +108,7 @@ ENGINES = [
     Engine("DDP", 2, hosts=2),
     Engine("FSDP2", 2, flags=("--fsdp",)),
     Engine("FSDP2", 4, flags=("--fsdp",)),
+    Engine("FSDP", 4, tp_size=2, flags=("--fsdp", "--fsdp_config", '{"tp_size": 2}')),
 ]
 
 
@@ -118,7 +124,7 @@ class Job:
         self.output = folder / "output.txt"
         train = ["-m", "minigpt_cli", "train", "--recipe", folder / "recipe.yaml", "--data", folder / "text.txt"]
         train += ["--output_dir", run, "--max_steps", steps]
-        train += ["--per_device_train_batch_size", BATCH // engine.processes, *engine.flags]
+        train += ["--per_device_train_batch_size", BATCH * engine.tp_size // engine.processes, *engine.flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
         commands = [[sys.executable, *train]]
         if engine.processes > 1:
@@ -385,7 +391,9 @@ def fill(
     def continue_elsewhere() -> str:
         copy_until(straight, folder / "elastic", 20)
         other = Engine("DDP", 2) if engine == ONE else ONE
-        if engine.flags:  # the same engine with two instead of four processes, or with four instead of two
+        if engine.tp_size > 1:
+            other = dataclasses.replace(ONE, flags=("--allow_change", "fsdp", "fsdp_config"))
+        elif engine.flags:  # the same engine with two instead of four processes, or with four instead of two
             other = dataclasses.replace(engine, processes=6 - engine.processes)
         start(folder / "elastic", other).finish()
         return f"{engine.processes} to {other.processes}: {difference(folder / 'elastic', reference)}"

@@ -53,6 +53,7 @@ from .scaling import (
     vocabulary_for_text,
     weight_decay,
 )
+from .sharding import data_parallel_size
 
 MEASURED_SHARE = 0.1  # maximum share of the time budget for measuring speeds
 TRAINER_OVERHEAD = 1.03  # time of a Trainer step divided by that of the measured loop
@@ -355,7 +356,7 @@ class AutoConfigurator:
         if training.max_steps > 0:
             return training.max_steps
         sequences = len(stream) // self.data.block_size
-        batches = -(-sequences // (training.train_batch_size * training.world_size))
+        batches = -(-sequences // (training.train_batch_size * data_parallel_size(training)))
         return math.ceil(-(-batches // training.gradient_accumulation_steps) * training.num_train_epochs)
 
     def _shape(self, parameters: float, vocabulary: int | None = None) -> Shape:
@@ -388,7 +389,7 @@ class AutoConfigurator:
 
     def _batches_per_step(self) -> int:
         """Batches of `per_device_train_batch_size` sequences per optimizer step."""
-        return self.training.gradient_accumulation_steps * self.training.world_size
+        return self.training.gradient_accumulation_steps * data_parallel_size(self.training)
 
     def _choose(self, reason: str, **values: Any) -> None:
         """Set those of the values that are not given, and log them with the reason."""

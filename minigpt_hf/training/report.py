@@ -26,7 +26,7 @@ from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .auxiliary_head import auxiliary_parameters
 from .recipe import resolved
 from .run_folder import identity_of
-from .sharding import replicas
+from .sharding import data_parallel_size, replicas
 
 if TYPE_CHECKING:
     from .trainer import MiniGPTTrainer
@@ -222,7 +222,7 @@ def describe_stream(stream: TokenStream) -> dict[str, Any]:
 
 def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
     """Training tokens of an optimizer step, over all processes."""
-    sequences = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    sequences = training.train_batch_size * training.gradient_accumulation_steps * data_parallel_size(training)
     return sequences * block_size
 
 

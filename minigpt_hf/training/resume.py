@@ -31,7 +31,7 @@ from .initialize import content_hash
 from .lock import LOCK, FolderLock
 from .report import tokens_per_step
 from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, is_model_of, read_json, truncate_log
-from .sharding import replicas
+from .sharding import data_parallel_size, replicas, tensor_parallel_size
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def another_world_size(old: dict[str, Any], training: MiniGPTTrainingArguments, 
     Returns:
         An empty string if so, otherwise advice.
     """
-    batch, size, processes = old["effective_batch"], training.per_device_train_batch_size, training.world_size
+    batch, size, processes = old["effective_batch"], training.per_device_train_batch_size, data_parallel_size(training)
     if batch != size * training.gradient_accumulation_steps * processes:
         steps, remainder = divmod(batch, size * processes)
         if remainder:
@@ -368,6 +368,7 @@ BUDGET = ("minutes", "size")
 IMPLIED = {
     "effective_batch": {"per_device_train_batch_size", "gradient_accumulation_steps"},
     "world_size": {"per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last"},
+    "fsdp_config": {"per_device_train_batch_size", "gradient_accumulation_steps"},  # tp_size
 }
 
 
@@ -376,8 +377,8 @@ def numeric_settings(training: MiniGPTTrainingArguments) -> dict[str, Any]:
     values = {name: value for name, value in training.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     if values["accelerator_config"].items() <= AcceleratorConfig().to_dict().items():
         values["accelerator_config"] = None  # the default, filled in by `TrainingArguments`
-    groups = replicas(training)  # the other entries have no effect
-    values["fsdp_config"] = {"dp_replicate_size": groups} if groups > 1 else None
+    layout = {"dp_replicate_size": replicas(training), "tp_size": tensor_parallel_size(training)}
+    values["fsdp_config"] = {name: size for name, size in layout.items() if size > 1} or None  # others have no effect
     if training.lr_scheduler_type == "reduce_lr_on_plateau":  # evaluations determine the learning rate
         values |= {name: training.to_dict()[name] for name in ("eval_strategy", "eval_steps", "eval_delay")}
     return json.loads(json.dumps(values, default=str))

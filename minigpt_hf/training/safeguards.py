@@ -36,6 +36,7 @@ from ..publish.model_folder import non_finite_parameter
 from .callbacks import preserved_random_state
 from .run_folder import RunFolder
 from .schedule import learning_rate_schedule
+from .sharding import data_parallel_size
 
 if TYPE_CHECKING:
     from .arguments import MiniGPTTrainingArguments
@@ -372,7 +373,7 @@ def check_batches(trainer: Trainer) -> None:
     """
     if len(trainer.get_train_dataloader()) == 0:
         args, sequences = trainer.args, trainer.train_dataset
-        size, processes = args.train_batch_size, args.world_size
+        size, processes = args.train_batch_size, data_parallel_size(args)
         raise MiniGPTError(
             f"the training text has {len(sequences):,} sequences of {sequences.block_size:,} tokens, and a step needs "
             f"{size * processes:,}: per_device_train_batch_size {size} × {processes} processes; lower "

@@ -36,7 +36,7 @@ SUPPORTED = {
     "activation_checkpointing": (False, "use --gradient_checkpointing true"),
     "cpu_ram_efficient_loading": (False, "each rank initializes the same model; omit it"),
     "xla": (False, "XLA devices are not supported; omit it"),
-    **dict.fromkeys(("tp_size", "cp_size", "sp_size"), (1, "only batches are divided among ranks in training; use 1")),
+    **dict.fromkeys(("cp_size", "sp_size"), (1, "sequences are not divided among ranks in training; use 1")),
 }
 # Settings of `accelerate launch` and the entries of `fsdp_config` that they determine.
 FROM_LAUNCHER = {
@@ -77,6 +77,9 @@ def check_config(config: dict[str, Any]) -> None:
         value = config.get(name, supported)
         if str(value).lower() != str(supported).lower():
             raise MiniGPTError(f"fsdp_config: {name} {value} is not supported: {reason}")
+    for name in ("dp_replicate_size", "tp_size"):
+        if not str(value := config.get(name, 1)).isdecimal() or int(value) < 1:
+            raise MiniGPTError(f"fsdp_config: {name} {value} is not a number of ranks: give a positive integer")
 
 
 def replicas(training: "MiniGPTTrainingArguments") -> int:
@@ -87,6 +90,16 @@ def replicas(training: "MiniGPTTrainingArguments") -> int:
     return int((training.fsdp_config or {}).get("dp_replicate_size", 1)) if training.fsdp else 1
 
 
+def tensor_parallel_size(training: "MiniGPTTrainingArguments") -> int:
+    """Number of ranks that divide each matrix multiplication and receive the same sequences."""
+    return int((training.fsdp_config or {}).get("tp_size", 1)) if training.fsdp else 1
+
+
+def data_parallel_size(training: "MiniGPTTrainingArguments") -> int:
+    """Number of ranks, or groups of tensor-parallel ranks, that receive different sequences."""
+    return training.world_size // tensor_parallel_size(training)
+
+
 def check_sharded_run(training: "MiniGPTTrainingArguments", lora_rank: int) -> None:
     """Check settings that cannot be combined with FSDP.
 
@@ -95,16 +108,25 @@ def check_sharded_run(training: "MiniGPTTrainingArguments", lora_rank: int) -> N
     """
     if not training.fsdp:
         return
+    groups, tp_size = replicas(training), tensor_parallel_size(training)
+    if tp_size > 1 and training.muon:
+        raise MiniGPTError(
+            f"fsdp_config: tp_size {tp_size} is not supported with Muon, which exchanges whole rows: use --muon false"
+        )
+    if tp_size > 1 and groups > 1:
+        raise MiniGPTError(
+            f"fsdp_config: tp_size {tp_size} is not supported with dp_replicate_size {groups}: omit one of them"
+        )
     if training.world_size == 1:
         raise MiniGPTError(
             "fsdp shards a model over several processes, and this is the only one: start N of them with `torchrun "
             "--nproc_per_node N` or `accelerate launch`, or add --fsdp false"
         )
-    groups = replicas(training)
-    if not 1 <= groups < training.world_size or training.world_size % groups:
+    name, size = ("tp_size", tp_size) if tp_size > 1 else ("dp_replicate_size", groups)
+    if size >= training.world_size or training.world_size % size:
         raise MiniGPTError(
-            f"fsdp_config: dp_replicate_size is {groups}: it must divide the number of processes, {training.world_size}, and "
-            "be less, so that each group shards the model over several of them"
+            f"fsdp_config: {name} is {size}: it must divide the number of processes, {training.world_size}, and "
+            "be less, so that FSDP shards the model over several of them"
         )
     if training.device.type == "cpu" and torch.accelerator.is_available():
         raise MiniGPTError(
@@ -137,9 +159,10 @@ def sharding_accelerator(training: "MiniGPTTrainingArguments") -> Iterator[None]
         assert training.fsdp_plugin_args is not None
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         training.fsdp_plugin_args = training.fsdp_plugin_args | {"mixed_precision_policy": policy}
-    if (groups := replicas(training)) > 1:
+    groups, tp_size = replicas(training), tensor_parallel_size(training)
+    if groups * tp_size > 1:
         training.parallelism_config = ParallelismConfig(
-            dp_replicate_size=groups, dp_shard_size=training.world_size // groups
+            dp_replicate_size=groups, dp_shard_size=training.world_size // (groups * tp_size), tp_size=tp_size
         )
     try:
         yield

@@ -71,6 +71,7 @@ from .safeguards import (
 )
 from .sharding import check_host_memory, check_sharded_run
 from .stopping import EarlyStopping, StopAtBoundary
+from .tensor_parallel import check_divisible
 from .text import prepare_text, raise_unless_same_text, raise_unless_same_tokenizer
 from .trainer import MiniGPTTrainer
 
@@ -158,6 +159,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
     if not settings.model.init_from:
         config = build_config(settings.model, settings.data.block_size, byte_tokenizer())
         check_memory(config, settings.model, training)
+        check_divisible(config, training)
 
     with training.main_process_first(desc="text"):  # the other processes find the result in the cache
         text = prepare_text(settings.data, configurator.choose_tokenizer, training.world_size)
@@ -166,6 +168,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
     settings = configurator.choose_remaining(text)
     config = build_config(settings.model, settings.data.block_size, text.tokenizer, settings.data.chat)
     check_memory(config, settings.model, training)
+    check_divisible(config, training)
 
     settings = keep_omitting(settings, run)
     fingerprint = {**fingerprint_of(settings, text, config), "minigpt_hf": __version__}

@@ -56,9 +56,12 @@ from .safeguards import LossGuard, advice, check_weights
 from .schedule import learning_rate_schedule
 from .sharding import (
     check_is_sharded,
+    data_parallel_size,
     sharding_accelerator,
+    tensor_parallel_size,
 )
 from .stopping import ignore_signals
+from .tensor_parallel import divide_among_ranks
 from .trainer_checkpoints import CheckpointingTrainer, RestoreTotals
 
 logger = logging.getLogger(__name__)
@@ -128,8 +131,14 @@ class MiniGPTTrainer(CheckpointingTrainer):
             super().create_accelerator_and_postprocess()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Overridden because training with DDP although FSDP was requested would not be noticed, and because DDP arranges
-        its buckets after its first step, also in a resumed run."""
+        """Overridden because the Trainer applies tensor parallelism only to models that it loads, because training with DDP
+        although FSDP was requested would not be noticed, and because DDP arranges its buckets after its first step, also in
+        a resumed run."""
+        if tensor_parallel_size(self.args) > 1:
+            divide_among_ranks(self.model, self.accelerator.torch_device_mesh["tp"])
+            # accelerate 1.15 replicates parameters that are not divided by a class that transformers 5.23 does not have
+            # (`ReplicateParallel`: ImportError); none are left.
+            self.accelerator._prepare_tp = lambda *objects: objects  # type: ignore[method-assign]
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.fsdp:
             check_is_sharded(self.model)
@@ -367,7 +376,8 @@ class MiniGPTTrainer(CheckpointingTrainer):
         block_size = self.train_dataset.block_size
         began = time.perf_counter()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            share = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+            groups, tp_size = data_parallel_size(self.args), tensor_parallel_size(self.args)
+            share = self.args.per_device_eval_batch_size, self.args.process_index // tp_size, groups
             texts = stream.iterate_documents()
             if isinstance(self.train_dataset, ConversationDataset):
                 nats, tokens, excerpts = score_conversations(self.model, texts, self.train_dataset.chat_format, *share)
@@ -377,7 +387,8 @@ class MiniGPTTrainer(CheckpointingTrainer):
                 )
         # float32 is precise enough for the sums of a few ranks; MPS has no float64.
         sums = torch.tensor([nats, tokens], device=self.args.device)
-        nats, tokens = self.accelerator.reduce(sums, "sum").tolist() if self.args.world_size > 1 else (nats, tokens)
+        if self.args.world_size > 1:
+            nats, tokens = (self.accelerator.reduce(sums, "sum") / tp_size).tolist()  # equal in a group
         score = summarize(nats / tokens, int(tokens), stream.bytes, excerpts, excerpts, block_size, None).to_dict()
         if not math.isfinite(score["loss"]):
             check_weights(self)
@@ -432,7 +443,7 @@ class MiniGPTTrainer(CheckpointingTrainer):
         outputs = model(**others)
         loss = self.label_smoother(outputs, inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, not summed
+            loss = loss * data_parallel_size(self.args)  # gradients are averaged over processes, not summed
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):

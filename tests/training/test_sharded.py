@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP2) on gloo processes: Muon, the Trainer, checkpoints, signals and failures."""
+"""Sharded training (FSDP2) on gloo processes: Muon, tensor parallelism, the Trainer, checkpoints, signals and failures."""
 
 import json
 import os
@@ -16,12 +16,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from minigpt_hf import MiniGPTConfig
+from minigpt_hf.errors import MiniGPTError
+from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.run_folder import RunFolder
+from minigpt_hf.training.tensor_parallel import check_divisible
 from tests.conftest import ROOT
 from tests.training.conftest import assert_equal, go_back, rows, train
 
 WITHOUT_DROPOUT = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0".split()
 ADAMW = [*WITHOUT_DROPOUT, "--muon", "false"]
+TENSOR_PARALLEL = ["--fsdp_config", '{"tp_size": 2}']
 EVALUATED = "--validation_fraction 0.08 --eval_strategy steps --eval_steps 2 --sample_tokens 4".split()
 
 
@@ -84,6 +89,8 @@ def muon_results_are_equal(results: dict, expected: set[str]) -> bool:
 def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are_rejected(recipe, words, tmp_path):
     """Steps of Muon on sharded and replicated matrices, bit for bit: each matrix is orthogonalized whole, on one rank.
 
+    Steps of AdamW on models that tensor parallelism divides: losses, gradients and their norms, tied and untied.
+
     Training: gradients are summed in another order, and Muon rounds them to bfloat16: 1e-3 in a loss of 5. Each parameter
     is sharded in training, whole in the checkpoints and in the model folder.
     """
@@ -92,6 +99,7 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
     commands = [
         [*fsdp, tmp_path / "refused", "--torch_compile", "true"],
         [*fsdp, tmp_path / "refused", "--fsdp_config", '{"dp_replicate_size": 2}'],
+        [*fsdp, tmp_path / "refused", *TENSOR_PARALLEL, "--muon", "false"],
         [*fsdp, tmp_path / "ddp", "--with_ddp"],
         [*fsdp, tmp_path / "two"],
     ]
@@ -99,10 +107,12 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
     out = finish(start(2, Path(__file__).with_name("on_ranks.py"), tmp_path))
     assert out.count("torch_compile is not supported with fsdp: omit one of them") == 2
     assert out.count("dp_replicate_size is 2: it must divide the number of processes, 2, and be less") == 2
+    assert out.count("tp_size is 2: it must divide the number of processes, 2, and be less") == 2
     assert out.count("fsdp was requested, but model.embed_tokens.weight is not sharded") == 2
     for rank in (0, 1):
         result = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert result["codes"] == [2, 2, 2, 0]
+        assert result["codes"] == [2, 2, 2, 2, 0]
+        assert max(value for each in result["tensor_parallel"] for value in each.values()) <= 2e-6
         assert len(result["placements"]) == 24
         assert set(result["placements"].values()) == {"(Shard(dim=0),)"}
     assert muon_results_are_equal(torch.load(tmp_path / "muon.pt"), {"whole", "replicated", "sharded"})
@@ -128,31 +138,34 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "tolerance", "flags"),
+    ("ranks", "batch", "tolerance", "flags"),
     [
-        (2, 1e-5, [*ADAMW, "--tie_word_embeddings", "false"]),
-        (4, 1e-3, [*WITHOUT_DROPOUT, *EVALUATED]),
-        (4, 1e-5, [*ADAMW, "--fsdp_config", '{"dp_replicate_size": 2}']),
+        (2, 2, 1e-5, [*ADAMW, "--tie_word_embeddings", "false"]),
+        (4, 1, 1e-3, [*WITHOUT_DROPOUT, *EVALUATED]),
+        (4, 1, 1e-5, [*ADAMW, "--fsdp_config", '{"dp_replicate_size": 2}']),
+        (4, 2, 1e-5, [*ADAMW, *EVALUATED, *TENSOR_PARALLEL, "--label_smoothing_factor", "0.1"]),
     ],
 )
 def test_sharded_training_equals_one_process_and_a_resumed_run_an_uninterrupted_one(
-    ranks, tolerance, flags, recipe, words, tmp_path
+    ranks, batch, tolerance, flags, recipe, words, tmp_path
 ):
-    """Batches of 4 in one process; AdamW untied; Muon tied, with evaluations; HSDP. 258 rows are not divisible by 4.
+    """Batches of 4 in one process; AdamW untied; Muon tied, with evaluations; HSDP; tensor parallelism of two groups of two.
 
-    The resumed run is equal bit for bit.
+    258 rows are not divisible by 4. The resumed run is equal bit for bit.
     """
     flags = [*flags, "--max_steps", "6", "--gradient_accumulation_steps", "2"]
     one, straight, resumed = tmp_path / "one", tmp_path / "straight", tmp_path / "resumed"
-    whole = [flag for flag in flags if "fsdp_config" not in flag and "dp_replicate_size" not in flag]
+    whole = [flag for flag in flags if "fsdp_config" not in flag and not flag.startswith("{")]
     assert train(recipe, words, one, *whole, "--per_device_train_batch_size", "4") == 0
-    batch = ["--per_device_train_batch_size", 4 // ranks]
-    finish(start_training(ranks, recipe, words, straight, *flags, *batch))
+    flags += ["--per_device_train_batch_size", batch]
+    finish(start_training(ranks, recipe, words, straight, *flags))
     # An epoch has 3 steps of 8 sequences; one process takes another one of the 2 sequences that may be left.
-    losses = [[row["loss"] for row in rows(run)[:3]] for run in (straight, one)]
-    assert losses[0] == pytest.approx(losses[1], abs=tolerance)
+    for name, steps in (("loss", 3), ("eval_loss", 1)):
+        logs = [map(json.loads, (run / "log.jsonl").read_text().splitlines()) for run in (straight, one)]
+        values = [[row[name] for row in log if name in row][:steps] for log in logs]
+        assert values[0] == pytest.approx(values[1], abs=tolerance)
     go_back(straight, resumed, 4)
-    assert "resuming from step 4" in finish(start_training(ranks, recipe, words, resumed, *flags, *batch))
+    assert "resuming from step 4" in finish(start_training(ranks, recipe, words, resumed, *flags))
     assert rows(resumed) == rows(straight)
     assert_same_checkpoint(resumed / "checkpoint-6", straight / "checkpoint-6", ranks)
     published = [(run / "model" / "model.safetensors").read_bytes() for run in (resumed, straight)]
@@ -161,16 +174,18 @@ def test_sharded_training_equals_one_process_and_a_resumed_run_an_uninterrupted_
 
 @pytest.mark.slow
 def test_a_checkpoint_is_resumed_with_another_number_of_processes_sharded_or_not(recipe, words, tmp_path):
-    """1 whole → 4 sharded → 2 sharded → 1 whole, two steps each: the losses are those of one process."""
+    """1 whole → 4 sharded → 4 tensor-parallel → 2 sharded → 1 whole: the losses are those of one process."""
     flags = [*ADAMW, "--max_steps", "6", "--save_steps", "1"]
     straight, run = tmp_path / "straight", tmp_path / "run"
     assert train(recipe, words, straight, *flags, "--per_device_train_batch_size", "4") == 0
     go_back(straight, run, 1)
-    changed = ["--allow_change", "world_size", "fsdp"]
-    for ranks, step in ((4, 2), (2, 4)):
-        batch = ["--per_device_train_batch_size", 4 // ranks]
-        finish(start_training(ranks, recipe, words, run, *flags, *batch, *changed))
-        assert json.loads((run / "checkpoint-6" / "fingerprint.json").read_text())["world_size"] == ranks
+    changed = ["--allow_change", "world_size", "fsdp", "fsdp_config"]
+    for ranks, batch, step, layout in ((4, 1, 2, []), (4, 2, 3, TENSOR_PARALLEL), (2, 2, 4, [])):
+        batches = ["--per_device_train_batch_size", batch]
+        finish(start_training(ranks, recipe, words, run, *flags, *batches, *layout, *changed))
+        fingerprint = json.loads((run / "checkpoint-6" / "fingerprint.json").read_text())
+        assert fingerprint["world_size"] == ranks
+        assert fingerprint["fsdp_config"] == ({"tp_size": 2} if layout else None)
         shutil.rmtree(run / "model")
         for each in [each for each in run.glob("checkpoint-*") if int(each.name.split("-")[1]) > step]:
             shutil.rmtree(each)
@@ -245,7 +260,20 @@ def test_a_signal_and_a_killed_process_lose_no_step(recipe, words, tmp_path):
         (["--fsdp_config", '{"version": 1}'], "fsdp_config: version 1 is not supported: FSDP1 has been removed"),
         (["--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}'], "state_dict_type SHARDED_STATE_DICT is not"),
         (["--fsdp_config", '{"cpu_offload": true}'], "fsdp_config: cpu_offload True is not supported: parameters stay"),
-        (["--fsdp_config", '{"tp_size": 2}'], "fsdp_config: tp_size 2 is not supported: only batches are divided"),
+        (["--fsdp_config", '{"cp_size": 2}'], "fsdp_config: cp_size 2 is not supported: sequences are not divided"),
+        (["--fsdp_config", '{"sp_size": 2}'], "fsdp_config: sp_size 2 is not supported: sequences are not divided"),
+        (
+            ["--fsdp_config", '{"tp_size": 0}'],
+            "fsdp_config: tp_size 0 is not a number of ranks: give a positive integer",
+        ),
+        (
+            TENSOR_PARALLEL,
+            "fsdp_config: tp_size 2 is not supported with Muon, which exchanges whole rows: use --muon false",
+        ),
+        (
+            ["--muon", "false", "--fsdp_config", '{"tp_size": 2, "dp_replicate_size": 2}'],
+            "fsdp_config: tp_size 2 is not supported with dp_replicate_size 2: omit one of them",
+        ),
         (["--logits_chunk_size", "8"], "logits_chunk_size is not supported with fsdp: omit one of them"),
     ],
 )
@@ -254,3 +282,25 @@ def test_settings_that_cannot_be_sharded_are_rejected_in_one_line(flags, message
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "message"),
+    [
+        (4, {}, "tp_size 4 does not divide num_key_value_heads, 2: choose a multiple of 4"),
+        (3, {}, "tp_size 3 does not divide num_attention_heads, 4: choose a multiple of 3"),
+        (2, {"intermediate_size": 33}, "tp_size 2 does not divide intermediate_size, 33: choose a multiple of 2"),
+        (
+            2,
+            {"residual_dropout": 0.1},
+            "residual_dropout 0.1 is not supported with tp_size 2: the ranks of a group would",
+        ),
+    ],
+)
+def test_a_model_that_tensor_parallelism_cannot_divide_is_rejected(size, settings, message, tmp_path):
+    training = MiniGPTTrainingArguments(
+        output_dir=str(tmp_path), fsdp=True, fsdp_config={"tp_size": size}, use_cpu=True
+    )
+    config = MiniGPTConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **settings)
+    with pytest.raises(MiniGPTError, match=message):
+        check_divisible(config, training)
