@@ -470,8 +470,8 @@ def test_the_card_of_another_branch_loads_that_branch(run_folder, hub, tmp_path,
 
 
 def train(recipe_file, text_file, folder, *flags) -> int:
-    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", folder, "--push_to_hub", *flags]
-    return main([str(word) for word in argv])
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", folder, "--push_to_hub", "--figures"]
+    return main([str(word) for word in [*argv, *flags]])
 
 
 def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_the_end(

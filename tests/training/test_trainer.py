@@ -204,7 +204,7 @@ def test_the_recipe_of_a_run_reproduces_its_settings(run_folder, recipe_file, te
     recipe = run_folder / "recipe.yaml"
     flags = ["--output_dir", str(tmp_path), "--use_cpu"]
     again = parse_arguments(flags, recipe=str(recipe))
-    first = parse_arguments(["--data", str(text_file), *flags], recipe=str(recipe_file))
+    first = parse_arguments(["--data", str(text_file), "--figures", *flags], recipe=str(recipe_file))
     assert again[:2] == first[:2]
     assert again[2].to_dict() == first[2].to_dict()
     assert yaml.safe_load(recipe.read_text())["max_steps"] == 40
@@ -241,7 +241,7 @@ def test_the_time_includes_steps_that_were_not_logged_before_the_interruption(re
     flags = ["--logging_steps", "8"]
 
     def slow(*args, **kwargs):
-        time.sleep(1)
+        time.sleep(0.3)
         return step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", slow)
@@ -249,7 +249,7 @@ def test_the_time_includes_steps_that_were_not_logged_before_the_interruption(re
     shutil.rmtree(run / "model")
     monkeypatch.setattr(Trainer, "training_step", step)
     assert train(recipe, words, run, *flags, "--allow_change", "max_steps") == 0
-    assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["seconds"] >= 4
+    assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["seconds"] >= 1.2
 
 
 def test_generating_samples_restores_all_rng_states():
