@@ -144,7 +144,8 @@ def test_a_folder_that_needs_its_code_is_rejected(command, folder, text_file, re
     assert not folder.canary.exists()
 
 
-@pytest.mark.parametrize("command", ["init_from", pytest.param("export", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["init_from", "export"])
 def test_an_answer_on_standard_input_does_not_permit_code(command, folder, text_file, recipe_file):
     foreign(folder)
     argv = arguments_of(command, folder.path, text_file, recipe_file)

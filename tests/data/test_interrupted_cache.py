@@ -128,14 +128,9 @@ def test_the_next_process_removes_the_files_of_a_killed_one(large, expected, tmp
     assert leftovers(cache) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "group"),
-    [
-        (signal.SIGTERM, True),
-        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
-    ],
-    ids=str,
+    ("number", "group"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)], ids=str
 )
 def test_a_signal_during_tokenization_ends_the_process_and_leaves_no_files(number, group, large, tmp_path):
     """`minigpt tokenize` in its own process group; Ctrl+C is sent to the entire group."""

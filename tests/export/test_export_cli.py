@@ -82,7 +82,8 @@ def test_an_invalid_request_is_reported_in_one_line_and_writes_nothing(flags, me
     assert sorted(runs.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_no_file_and_the_exit_code_states_it(number, run_folder, tmp_path):
     """The signal arrives while the new folder is written or verified."""
     process = start_export(run_folder, tmp_path / "a" / "native")
