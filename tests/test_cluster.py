@@ -1,4 +1,4 @@
-"""`make cluster`: one row in the default tests, two hosts in the longer ones, and cells that claim no more than was run."""
+"""`make cluster`: one row in the default tests, others in the longer ones; no cell claims more than was run."""
 
 import json
 import shutil
@@ -7,6 +7,16 @@ import cluster
 import pytest
 
 
+def test_the_columns_that_are_not_requested_are_not_run(tmp_path, capsys):
+    argv = ["--row", "process 1", "--column", "merge", "--steps", "4", "--output", str(tmp_path / "table.json")]
+    assert cluster.main(argv) == 0
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"].values()
+    assert (row.pop("merge"), row.pop("losses equal")) == ("whole", "reference")
+    assert set(row.values()) == {"not run"}
+    assert "| process 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_and_the_other_columns_are_not_run(tmp_path, capsys):
     argv = ["--row", "DDP 2", "--column", "losses equal", "--steps", "20", "--output", str(tmp_path / "table.json")]
     assert cluster.main(argv) == 0

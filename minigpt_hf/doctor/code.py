@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -118,7 +119,11 @@ def importable(folder: Folder) -> Row:
 
 
 def _tree(folder: Folder, name: str) -> ast.Module:
-    text = folder.text(name)
+    return _parse(name, folder.text(name))
+
+
+@lru_cache(maxsize=16)
+def _parse(name: str, text: str) -> ast.Module:
     if match := BIDIRECTIONAL.search(text):
         raise SyntaxError(
             f"a character that changes the direction of text ({plain(match[0])})", (name, None, None, None)

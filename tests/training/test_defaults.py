@@ -267,7 +267,12 @@ OF_THE_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @pytest.mark.parametrize(
-    ("where", "size"), [("flag", "auto"), ("keyword", "auto"), ("recipe", "auto"), ("flag", "40k"), ("recipe", "40k")]
+    ("where", "size"),
+    representative(
+        [("flag", "auto"), ("keyword", "auto"), ("recipe", "auto"), ("flag", "40k"), ("recipe", "40k")],
+        ("flag", "auto"),
+        ("recipe", "40k"),
+    ),
 )
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_given_setting_is_not_replaced_and_not_logged_as_chosen(name, size, where, letters, tmp_path, caplog):
