@@ -470,7 +470,7 @@ def test_the_card_of_another_branch_loads_that_branch(run_folder, hub, tmp_path,
 
 
 def train(recipe_file, text_file, folder, *flags) -> int:
-    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", folder, "--push_to_hub", "--figures"]
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--output_dir", folder, "--push_to_hub"]
     return main([str(word) for word in [*argv, *flags]])
 
 
@@ -478,7 +478,17 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
     recipe_file, text_file, hub, tmp_path, capsys
 ):
     run = tmp_path / "run"
-    flags = ["--hub_model_id", "tiny", "--hub_private_repo", "true", "--hub_always_push", "true", "--license", "mit"]
+    flags = [
+        "--hub_model_id",
+        "tiny",
+        "--hub_private_repo",
+        "true",
+        "--hub_always_push",
+        "true",
+        "--license",
+        "mit",
+        "--figures",
+    ]
     assert train(recipe_file, text_file, run, *flags) == 0
     out = capsys.readouterr().out
     assert out.endswith(f"the model is in {run / 'model'}\n{pushed(hub, 'user/tiny')}")
@@ -520,7 +530,7 @@ def test_a_failed_push_during_training_is_logged_and_training_continues(recipe_f
     hub.fail("PUT", "/lfs/", "disconnect")
     run = tmp_path / "run"
     flags = ["--hub_model_id", "user/tiny", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2"]
-    flags += ["--logging_steps", "2", "--warmup_steps", "2"]
+    flags += ["--logging_steps", "2", "--warmup_steps", "2", "--figures"]
     assert train(recipe_file, text_file, run, *flags) == 2
     captured = capsys.readouterr()
     assert "not pushed: user/tiny: the connection to" in captured.err
