@@ -70,18 +70,21 @@ def test_a_head_ablated_by_transformer_lens_contributes_nothing(twin, ids):
     assert not close(ablated, intact)
 
 
-def test_nnsight_reads_and_changes_the_residual_stream(twin, trained, ids, outputs):
+def test_nnsight_reads_and_changes_the_residual_stream(twin, ids, outputs, tmp_path, monkeypatch):
+    # By default, its import adds a method `save` to every object of the process, which hides the lazy `onnx_ir.save`.
+    (tmp_path / "config.yaml").write_text("APP:\n  PYMOUNT: false\n")
+    monkeypatch.setenv("NNSIGHT_CONFIG", str(tmp_path / "config.yaml"))
     nnsight = pytest.importorskip("nnsight")
     model = AutoModelForCausalLM.from_pretrained(twin, attn_implementation="eager").eval()
     sight = nnsight.TransformersModel(model, task="text-generation", tokenizer=AutoTokenizer.from_pretrained(twin))
     with torch.no_grad(), sight.trace(ids):
-        stream = sight.model.layers[LAYER].output.save()
-        logits = sight.lm_head.output.save()
+        stream = nnsight.save(sight.model.layers[LAYER].output)
+        logits = nnsight.save(sight.lm_head.output)
     assert close(stream, outputs.hidden_states[LAYER + 1])
     assert close(logits, outputs.logits)
     with torch.no_grad(), sight.trace(ids):
         sight.model.layers[LAYER].mlp.output[:] = 0
-        changed = sight.lm_head.output.save()
+        changed = nnsight.save(sight.lm_head.output)
     with torch.no_grad():
         model.model.layers[LAYER].mlp.down_proj.weight.zero_()
         assert close(changed, model(ids).logits)
