@@ -25,7 +25,7 @@ from .errors import MiniGPTError
 
 MANIFEST = "manifest.json"
 PREFIX = ".minigpt-tmp-"
-DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TARGET_EXISTS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of `rename`
 
 
@@ -47,7 +47,8 @@ def storage_error(error: Exception, path: Path) -> OSError | None:
     Args:
         path: What was written.
     """
-    number, message, limit = getattr(error, "errno", None), str(error), file_size_limit()
+    number = error.errno if isinstance(error, OSError) else None
+    message, limit = str(error), file_size_limit()
     is_short = re.fullmatch(r"\d+ requested and \d+ written", message)
     if number == errno.EFBIG or "File too large" in message or (is_short and limit is not None):
         allowed = "the file system supports"

@@ -1,4 +1,4 @@
-"""Read a text as it was read for the training of a model, to evaluate the model on it or to search it.
+"""Repeat how the training text of a model was read and divided, for evaluation and for the search of verbatim copies.
 
 `minigpt.json` states how the text was read and divided; arguments take precedence.
 """
@@ -209,10 +209,7 @@ def check_split_is_reproducible(model: str | os.PathLike) -> None:
     Raises:
         MiniGPTError: for a mixture of streamed datasets, whose training documents would be scored.
     """
-    from .data.corpus import mixture
-
-    recipe = recipe_of(model)
-    if recipe.get("streaming") and mixture(str(recipe.get("data"))) is not None:
+    if _streamed_from(model) == "a mixture":
         raise MiniGPTError(
             f"{model}: was trained on a mixture of streamed datasets, whose split cannot be reproduced: give a text that "
             "it was not trained on, with --split all"
@@ -222,14 +219,20 @@ def check_split_is_reproducible(model: str | os.PathLike) -> None:
 def is_divided_by_threshold(model: str | os.PathLike) -> bool:
     """Whether the text of a model was divided by a threshold for hashes, as merged shards and streamed datasets are: as in
     `load_corpus` with a share. A mixture of streamed datasets is not read in shares."""
-    from .data.corpus import mixture
     from .trust import read_metadata
 
-    metadata = read_metadata(model)
-    data, recipe = metadata.get("data"), metadata.get("recipe")
-    if isinstance(data, dict) and data.get("shards"):
-        return True
-    return isinstance(recipe, dict) and recipe.get("streaming") is True and mixture(str(recipe.get("data"))) is None
+    data = read_metadata(model).get("data")
+    return (isinstance(data, dict) and bool(data.get("shards"))) or _streamed_from(model) == "one dataset"
+
+
+def _streamed_from(model: str | os.PathLike) -> str:
+    """What the training text of a model was streamed from: "one dataset", "a mixture", or "" if it was not streamed."""
+    from .data.corpus import mixture
+
+    recipe = recipe_of(model)
+    if not recipe.get("streaming"):
+        return ""
+    return "one dataset" if mixture(str(recipe.get("data"))) is None else "a mixture"
 
 
 def recipe_of(model: str | os.PathLike) -> dict[str, Any]:

@@ -121,9 +121,8 @@ def write_model_folder(
             fsync(path)
         unfinished.rename(folder)
         fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk, this frees its space
-        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # after an error; on a full disk, this frees its space
 
 
 def non_finite_parameter(model: torch.nn.Module) -> str | None:

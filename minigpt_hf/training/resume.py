@@ -313,7 +313,7 @@ def fingerprint_of(arguments: Settings, text: PreparedText, config: PreTrainedCo
     }
 
 
-# Settings that affect neither the results of a run nor what it publishes. All other settings of `TrainingArguments`,
+# Settings that affect neither the weights nor the scores of a run. All other settings of `TrainingArguments`,
 # including those of later versions of transformers, are part of the fingerprint.
 NOT_IN_FINGERPRINT = {
     # Location and start of a run. The device is a separate entry.

@@ -61,7 +61,7 @@ def test_matches_are_those_of_a_search_of_all_places(stream, sequences, block):
     check(stream, sequences, block)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), block=st.integers(1, 60))
 def test_long_passages_of_the_stream_are_found(data, block):
     """Passages of a random stream, some with a changed token, next to each other."""

@@ -90,11 +90,8 @@ def test_a_cache_quantized_by_hqq_stays_within_the_distance(bits, limit, trained
     # equal.
     options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cache_options = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", **settings}}
-    quantized, unquantized = (
-        model.generate(ids[:, :20], **cache_options, **options),
-        model.generate(ids[:, :20], **options),
-    )
+    batch = ids[:, :60].reshape(3, 20)  # a single position may deviate more than the mean
+    quantized, unquantized = model.generate(batch, **cache_options, **options), model.generate(batch, **options)
     assert type(quantized.past_key_values) is QuantizedCache
     assert torch.equal(quantized.logits[0], unquantized.logits[0])
-    # A single position deviates more than the mean of all.
-    assert 0 < distance(quantized.logits[1], unquantized.logits[1]) < 2 * limit
+    assert 0 < distance(quantized.logits[1], unquantized.logits[1]) < limit

@@ -478,17 +478,7 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
     recipe_file, text_file, hub, tmp_path, capsys
 ):
     run = tmp_path / "run"
-    flags = [
-        "--hub_model_id",
-        "tiny",
-        "--hub_private_repo",
-        "true",
-        "--hub_always_push",
-        "true",
-        "--license",
-        "mit",
-        "--figures",
-    ]
+    flags = "--hub_model_id tiny --hub_private_repo true --hub_always_push true --license mit --figures".split()
     assert train(recipe_file, text_file, run, *flags) == 0
     out = capsys.readouterr().out
     assert out.endswith(f"the model is in {run / 'model'}\n{pushed(hub, 'user/tiny')}")
