@@ -11,6 +11,7 @@ first and second start has a gigabyte, and there are 200,000 files of 1 kB and a
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rounds.append({name: run_process(name, root) for name in dict.fromkeys(names)})
             print(f"round {repeat + 1} of {args.repeats}", file=sys.stderr)
     return {
-        "encoders": [f"{name} {installed_version(name)}" for name in ("fastokens", "tiktoken", "tokenizers")],
+        "encoders": ", ".join(f"{name} {installed_version(name)}" for name in ("fastokens", "tiktoken", "tokenizers")),
         "tokenizing": [row(name, rounds) for name in rounds[0]],
     }
 
@@ -184,16 +185,34 @@ def shards(root: Path, cache: Path, text: str, tokenizer: Any, processes: int) -
 
     settings = {"validation_fraction": 0.0, "cache_dir": str(cache), "num_proc": 1}
     data = DataArguments(data=str(root / text), tokenizer=str(root / "tokenizers" / "bpe"), **settings)
-    fork = get_context("fork")  # imports are not measured
-    started = [
-        fork.Process(target=prepare_shard, args=(data, Share(i, processes), cache / "shards")) for i in range(processes)
-    ]
+    in_processes(prepare_shard, [(data, Share(i, processes), cache / "shards") for i in range(processes)])
+    return sum(file.stat().st_size for file in (cache / "shards").rglob("tokens.bin")) // 2  # uint16
+
+
+def hashing(root: Path, cache: Path, text: str, tokenizer: Any, processes: int) -> int:
+    """Compute SHA-256 of 20 times the size of the text, from 64 kB in the processor's cache. Returns 0 tokens.
+
+    Independent of memory and files, so the gain of a second process is the most that this machine allows.
+    """
+    size = sum(file.stat().st_size for file in (root / text).rglob("*.txt"))
+    in_processes(hash_blocks, [(20 * size // processes // 65536,)] * processes)
+    return 0
+
+
+def hash_blocks(blocks: int) -> None:
+    digest, block = hashlib.sha256(), bytes(65536)
+    for _ in range(blocks):
+        digest.update(block)
+
+
+def in_processes(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> None:
+    """Call a function once for each tuple of arguments, each in a forked process, so that imports are not measured."""
+    started = [get_context("fork").Process(target=function, args=each) for each in arguments]
     for process in started:
         process.start()
     for process in started:
         process.join()
         assert process.exitcode == 0
-    return sum(file.stat().st_size for file in (cache / "shards").rglob("tokens.bin")) // 2  # uint16
 
 
 def run_clm(root: Path, cache: Path, text: str, tokenizer: Any, num_proc: int) -> int:
@@ -225,6 +244,8 @@ CASES: dict[str, tuple[Callable[[Path, Path, str, Any, int], int], str, str, int
     "5 kB files": (stream_of, "5 kB files", "bpe", 1),
     "one shard": (shards, "5 kB files", "bpe", 1),
     "2 shards": (shards, "5 kB files", "bpe", 2),
+    "hashing": (hashing, "5 kB files", "bpe", 1),
+    "hashing in 2 processes": (hashing, "5 kB files", "bpe", 2),
     "1 kB files": (stream_of, "1 kB files", "bpe", 1),
     "one line": (stream_of, "one line", "bpe", 1),
     "characters": (stream_of, "one file", "characters", 1),
