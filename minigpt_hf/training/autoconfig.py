@@ -24,7 +24,16 @@ from ..data.stream import TokenStream
 from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from .arguments import AUTO, DataArguments, MiniGPTTrainingArguments, ModelArguments, Settings, log_on_main_process
+from .arguments import (
+    AUTO,
+    UNSUPPORTED_WITH,
+    DataArguments,
+    MiniGPTTrainingArguments,
+    ModelArguments,
+    Settings,
+    log_on_main_process,
+)
+from .auxiliary_head import add_auxiliary_loss, attach_auxiliary_head
 from .initialize import build_config, build_model
 from .optimizer import optimizer_factory
 from .positional_heads import fitting_positional_heads
@@ -35,7 +44,6 @@ from .scaling import (
     MAX_AUTO_PARAMETERS,
     MAX_EFFECTIVE_EPOCHS,
     PARAMETERS_PER_BYTE,
-    TOKENS_PER_PARAMETER,
     WIDTHS,
     Shape,
     batch_tokens,
@@ -45,6 +53,8 @@ from .scaling import (
     finetuning_factor,
     heads_for,
     learning_rates,
+    mtp_loss_weight,
+    optimal_tokens,
     parse_size,
     positional_heads,
     shape_for,
@@ -203,6 +213,9 @@ class AutoConfigurator:
         # `choose_tokenizer` is not called for a prepared text, which has its own tokenizer.
         characters = getattr(self, "characters", self.stream.characters)
         self._choose_block_size(block_size_for(characters), f"for a text of {characters:,.0f} characters")
+        excluded = any(getattr(self.training, name) for name in UNSUPPORTED_WITH["mtp_loss_weight"])
+        if (weight := mtp_loss_weight(self.vocabulary)) and not excluded:
+            self._choose(f"the vocabulary has only {self.vocabulary:,} tokens", mtp_loss_weight=weight)
         if self.training.minutes:
             groups = self.architecture.num_key_value_heads
             shapes = [Shape(width, key_value_heads=groups) for width in WIDTHS if heads_for(width, groups or 1)]
@@ -213,11 +226,11 @@ class AutoConfigurator:
                 )
             shape, tokens, lines = self._fit(shapes)
             self._log(*lines)
-            reason = f"of the measured shapes, the one closest to {TOKENS_PER_PARAMETER} tokens per parameter"
+            reason = "of the measured shapes, the one closest to the optimal ratio of tokens to parameters"
         else:
             size = parse_size(str(self.training.size))  # YAML and Python may give a number
             shape = self._shape(size)
-            tokens = TOKENS_PER_PARAMETER * shape.parameters(self.vocabulary)
+            tokens = optimal_tokens(shape.parameters(self.vocabulary))
             reason = f"for {size:,.0f} parameters"
         self._choose_for_shape(shape, tokens, reason)
         if self.training.size:
@@ -468,12 +481,13 @@ class AutoConfigurator:
 
     def _measure(self, shape: Shape, until: float) -> tuple[float, float]:
         """Measure training speed in tokens/s, and estimate the seconds of all evaluations and samples of the run."""
-        training = self.training
+        training, weight = self.training, self.training.mtp_loss_weight
         with torch.random.fork_rng([training.device] if training.device.type == "cuda" else []):
-            model = self._build(ModelArguments(**vars(self.architecture) | self._architecture(shape))).to(
-                training.device
-            )
-        settings, _ = self._schedule(shape, TOKENS_PER_PARAMETER * shape.parameters(self.vocabulary))
+            model = self._build(ModelArguments(**vars(self.architecture) | self._architecture(shape)))
+            if weight:
+                attach_auxiliary_head(model)
+            model.to(training.device)
+        settings, _ = self._schedule(shape, optimal_tokens(shape.parameters(self.vocabulary)))
         dataset = SequenceDataset(self.stream, self.data.block_size, training.seed)
         rows = settings["per_device_train_batch_size"]
         batch = dataset.collate([dataset[0, i % len(dataset)] for i in range(rows)])
@@ -484,7 +498,11 @@ class AutoConfigurator:
 
         def train() -> None:
             with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=bool(training.bf16)):
-                loss = model(**batch, use_cache=False).loss
+                outputs = model(**batch, use_cache=False, output_hidden_states=bool(weight))
+                loss = outputs.loss
+                if weight:
+                    states, labels = outputs.hidden_states[-1], batch["shift_labels"]
+                    loss = add_auxiliary_loss(loss, model, states, labels, weight, 1 / labels.numel())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
             optimizer.step()

@@ -5,9 +5,9 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 
 | setting            | rule                                       | reason                                                |
 |--------------------|--------------------------------------------|-------------------------------------------------------|
-| P                  | D = 10 P                                   | D = 20 P is optimal for AdamW on large texts          |
-|                    |                                            | (arXiv:2203.15556); the recipes for small texts, with |
-|                    |                                            | Muon, have 1.3 to 3.1                                 |
+| P                  | D = 2 P · ∛(P / 800,000)                   | measured below 10⁶ parameters: docs/log.md; it gives  |
+|                    |                                            | 10.7 P at 124 million, where 20 P is optimal for      |
+|                    |                                            | AdamW (arXiv:2203.15556)                              |
 | num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | approximately as in the recipes                       |
 | block_size         | 128 up to 10⁷ characters, doubled for each | longer contexts cost more and are useful only after   |
 |                    | factor of 10, up to 1,024                  | longer training                                       |
@@ -23,6 +23,8 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | rope_theta         | 4 · block_size                             | longer wavelengths than the sequence are useless      |
 | residual_dropout   | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2  | up to 4 epochs, repeated text is almost as useful as  |
 | weight_decay       | 0 up to D = 4 T, then 0.1                  | new text (arXiv:2305.16264)                           |
+| mtp_loss_weight    | 0.5 for characters and bytes               | measured: docs/results.md; with large vocabularies    |
+|                    |                                            | the auxiliary head costs more time than it gains      |
 
 In fine-tuning on conversations, both learning rates are multiplied by min(1, √(10⁶ / P)): half of the rates for training from
 scratch reduced the accuracy of a model with about 10⁶ parameters, while larger models require lower ones
@@ -38,8 +40,8 @@ from typing import Any
 
 from ..errors import MiniGPTError
 
-TOKENS_PER_PARAMETER = 10
 MAX_EFFECTIVE_EPOCHS = 4
+MAX_MTP_VOCABULARY = 320  # characters and bytes
 # Limits for `size: auto`; see `size_for_text`.
 PARAMETERS_PER_BYTE = 4
 MAX_AUTO_EPOCHS = 20
@@ -224,6 +226,16 @@ def positional_heads(layers: int, heads: int) -> list[list[int]]:
     return [distances[:most] for distances in ([1, 2, 3, 4], [1, 2, 4], [1, 2])[:layers]]
 
 
+def optimal_tokens(parameters: float) -> float:
+    """Number of training tokens of a model: 2 per parameter at 800,000 parameters, 4.6 at 10 million, 10.7 at 124 million."""
+    return 2 * parameters * (parameters / 8e5) ** (1 / 3)
+
+
+def mtp_loss_weight(vocabulary: int) -> float:
+    """Initial weight of the auxiliary loss for a vocabulary size."""
+    return 0.5 if vocabulary <= MAX_MTP_VOCABULARY else 0.0
+
+
 def weight_decay(epochs: float) -> float:
     """Weight decay for a number of epochs."""
     return 0.1 if epochs > MAX_EFFECTIVE_EPOCHS else 0.0
@@ -235,9 +247,9 @@ def dropout(epochs: float) -> float:
 
 
 def distance_from_optimal(shape: Shape, vocabulary: int, compute: float) -> float:
-    """Return |log(D / 10 P)| for a compute budget of D · P."""
+    """Return |log(D / optimal_tokens(P))| for a compute budget of D · P."""
     parameters = shape.parameters(vocabulary)
-    return abs(math.log(max(compute, 1) / parameters / (TOKENS_PER_PARAMETER * parameters)))
+    return abs(math.log(max(compute, 1) / parameters / optimal_tokens(parameters)))
 
 
 def parse_size(size: str) -> float:

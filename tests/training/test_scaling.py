@@ -12,6 +12,8 @@ from minigpt_hf.training.scaling import (
     distance_from_optimal,
     dropout,
     learning_rates,
+    mtp_loss_weight,
+    optimal_tokens,
     positional_heads,
     shape_for,
     weight_decay,
@@ -53,13 +55,23 @@ def test_the_learning_rate_of_adamw_is_inversely_proportional_to_the_root_of_the
     assert learning_rates(256)["learning_rate"] == pytest.approx(1e-2 / 2**0.5, rel=1e-3)
 
 
-def test_ten_tokens_per_parameter_are_optimal_and_twice_as_many_are_as_far_off_as_half():
-    """With compute C = D · P and D = 10 P: C = 10 P². A factor in C is the same factor in D / P."""
+def test_the_optimal_number_of_tokens_per_parameter_grows_with_the_cube_root_of_the_size():
+    assert [optimal_tokens(p) / p for p in (1e5, 8e5, 6.4e6, 1e8)] == pytest.approx([1, 2, 4, 10])
+
+
+def test_a_shape_is_optimal_for_its_number_of_tokens_and_twice_as_many_are_as_far_off_as_half():
+    """Compute is C = D · P, so a factor in C is the same factor in D."""
     shape = Shape(128)
     parameters = shape.parameters(1000)
-    assert distance_from_optimal(shape, 1000, 10 * parameters**2) == pytest.approx(0, abs=1e-9)
-    twice, half = (distance_from_optimal(shape, 1000, factor * 10 * parameters**2) for factor in (2, 0.5))
+    compute = 2 * parameters**2 * (parameters / 8e5) ** (1 / 3)
+    assert distance_from_optimal(shape, 1000, compute) == pytest.approx(0, abs=1e-9)
+    twice, half = (distance_from_optimal(shape, 1000, factor * compute) for factor in (2, 0.5))
     assert twice == pytest.approx(half) == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_small_vocabularies_have_an_auxiliary_loss():
+    """A byte vocabulary has 258 tokens; that of the smallest BPE of `minutes` has 1,024."""
+    assert [mtp_loss_weight(vocabulary) for vocabulary in (65, 258, 1024)] == [0.5, 0.5, 0.0]
 
 
 def test_positional_heads_leave_a_quarter_of_the_heads_random():
