@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minigpt_hf
+from minigpt_hf import doctor
 from minigpt_hf.cli import main
 from tests.conftest import ROOT, representative
 from tests.doctor.conftest import Broken
@@ -164,7 +165,10 @@ def test_an_answer_on_standard_input_does_not_permit_code(command, folder, text_
     assert len([line for line in done.stderr.splitlines() if line.startswith("minigpt ")]) == 1, done.stderr
 
 
-def test_push_and_its_checks_execute_no_code_of_a_folder(folder, hub, capfd):
+@pytest.mark.parametrize("checks", representative(["examine", "examine_files"], "examine_files"))
+def test_push_and_its_checks_execute_no_code_of_a_folder(checks, folder, hub, monkeypatch, capfd):
+    """With all checks, which start processes, and with those of the files."""
+    monkeypatch.setattr(doctor, "examine", getattr(doctor, checks))
     foreign(folder)
     assert main(["push", str(folder.path), "--repo-id", "user/x"]) == 2
     assert "not uploaded" in capfd.readouterr().err

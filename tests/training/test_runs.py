@@ -143,7 +143,7 @@ def test_fresh_renames_nothing_if_the_new_run_is_rejected(recipe, finished, tmp_
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1}', b"\xff\0"])
+@pytest.mark.parametrize("content", representative([b"", b"{", b'{"pid": 1}', b"\xff\0"], b'{"pid": 1}', b"\xff\0"))
 def test_a_lock_file_without_a_holder_blocks_nothing(content, recipe, words, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_bytes(content)
@@ -357,14 +357,17 @@ def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, f
 
 @pytest.mark.parametrize(
     "line",
-    [
-        {"step": 2, "sample": 3},
-        {"step": 4, "eval_loss": "x"},
-        {"step": True},
-        {"step": -1},
-        {"step": 2, "seconds": None},
-        {"step": 2, "eval_loss": 10**400},
-    ],
+    representative(
+        [
+            {"step": 2, "sample": 3},
+            {"step": 4, "eval_loss": "x"},
+            {"step": True},
+            {"step": -1},
+            {"step": 2, "seconds": None},
+            {"step": 2, "eval_loss": 10**400},
+        ],
+        *({"step": 4, "eval_loss": "x"}, {"step": True}, {"step": 2, "eval_loss": 10**400}),
+    ),
 )
 def test_lines_of_the_log_with_wrong_types_are_removed_with_a_message(line, recipe, words, finished, tmp_path, capsys):
     folder = tmp_path / "run"
@@ -634,7 +637,7 @@ def test_scores_of_another_validation_text_are_neither_compared_nor_published(
     assert_equal(*weights)
 
 
-@pytest.mark.parametrize("metric", ["loss", "eval_perplexity", "bits_per_byte"])
+@pytest.mark.parametrize("metric", representative(["loss", "eval_perplexity", "bits_per_byte"], "eval_perplexity"))
 def test_the_lowest_of_every_metric_is_the_best(metric, recipe, words, evaluated, tmp_path):
     folder = tmp_path / "run"
     assert train(recipe, words, folder, *EVALUATED, *STEEP, "--metric_for_best_model", metric) == 0
