@@ -126,9 +126,9 @@ def test_random_numbers_that_another_thread_draws_between_steps_are_reported_if_
 
 
 def test_random_numbers_that_another_thread_draws_while_the_text_is_read_do_not_change_the_model(
-    recipe_file, text_file, run_folder, tmp_path, monkeypatch
+    recipe_file, text_file, tmp_path, monkeypatch
 ):
-    real = train_module.prepare_text
+    real, settings = train_module.prepare_text, {"data": text_file, "recipe": recipe_file, **SHORT}
 
     def prepare_text(*args):
         thread = threading.Thread(target=torch.manual_seed, args=[1])
@@ -136,9 +136,10 @@ def test_random_numbers_that_another_thread_draws_while_the_text_is_read_do_not_
         thread.join()
         return real(*args)
 
+    undisturbed = minigpt_hf.train(**settings, output_dir=tmp_path / "undisturbed")
     monkeypatch.setattr(train_module, "prepare_text", prepare_text)
-    folder = minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run")
-    weights = [(path / "model.safetensors").read_bytes() for path in (folder.path, run_folder / "model")]
+    disturbed = minigpt_hf.train(**settings, output_dir=tmp_path / "disturbed")
+    weights = [(folder.path / "model.safetensors").read_bytes() for folder in (undisturbed, disturbed)]
     assert weights[0] == weights[1]
 
 

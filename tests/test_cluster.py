@@ -1,4 +1,4 @@
-"""`make cluster`: one row in the default tests, others in the longer ones; no cell claims more than was run."""
+"""`make cluster`: the rows run in the longer tests; no cell claims more than was run."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import cluster
 import pytest
 
 
+@pytest.mark.slow
 def test_the_columns_that_are_not_requested_are_not_run(tmp_path, capsys):
     argv = ["--row", "process 1", "--column", "merge", "--steps", "4", "--output", str(tmp_path / "table.json")]
     assert cluster.main(argv) == 0

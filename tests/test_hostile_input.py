@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minigpt_hf
+from minigpt_hf import doctor
 from minigpt_hf.cli import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, representative
 from tests.doctor.conftest import Broken
 
 SHORT = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --sample_tokens 0".split()
@@ -164,7 +165,10 @@ def test_an_answer_on_standard_input_does_not_permit_code(command, folder, text_
     assert len([line for line in done.stderr.splitlines() if line.startswith("minigpt ")]) == 1, done.stderr
 
 
-def test_push_and_its_checks_execute_no_code_of_a_folder(folder, hub, capfd):
+@pytest.mark.parametrize("checks", representative(["examine", "examine_files"], "examine_files"))
+def test_push_and_its_checks_execute_no_code_of_a_folder(checks, folder, hub, monkeypatch, capfd):
+    """With all checks, which start processes, and with those of the files."""
+    monkeypatch.setattr(doctor, "examine", getattr(doctor, checks))
     foreign(folder)
     assert main(["push", str(folder.path), "--repo-id", "user/x"]) == 2
     assert "not uploaded" in capfd.readouterr().err
@@ -344,7 +348,7 @@ def two_weight_maps(folder):
 @hostile("index.json names missing.safetensors, which is missing", "generate", "evaluate")
 def very_many_entries(folder):
     shards(folder, norm="model-00001-of-00001.safetensors")
-    places = {f"tensor.{i}": "missing.safetensors" for i in range(300_000)}
+    places = {f"tensor.{i}": "missing.safetensors" for i in range(100_000)}
     folder.write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": places}))
 
 
@@ -518,7 +522,12 @@ for _name, _text in {
 CASES = [(case, command) for case, (_, _, commands) in FOLDERS.items() for command in commands]
 
 
-@pytest.mark.parametrize(("case", "command"), CASES, ids=[f"{case}-{command}" for case, command in CASES])
+# Each folder with one command, and each command with several folders.
+FAST = [(case, commands[number % len(commands)]) for number, (case, (_, _, commands)) in enumerate(FOLDERS.items())]
+IDS = [f"{case}-{command}" for case, command in CASES]
+
+
+@pytest.mark.parametrize(("case", "command"), representative(CASES, *FAST), ids=IDS)
 def test_a_hostile_folder_is_rejected_in_one_line(case, command, folder, text_file, recipe_file, hub, capfd):
     make, message, _ = FOLDERS[case]
     make(folder)

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import character_tokenizer
-from tests.conftest import random_ids, tiny_model
+from tests.conftest import random_ids, representative, tiny_model
 
 GREEDY = {"do_sample": False}
 SAMPLE = {"do_sample": True, "top_k": 0}
@@ -302,7 +302,13 @@ def test_a_static_cache_gives_the_logits_of_no_cache(pair):
 
 
 # Prompt lookup supports a batch size of 1 only.
-@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "prompt lookup"])
+@pytest.mark.parametrize(
+    "strategy",
+    representative(
+        [strategy for strategy in STRATEGIES if strategy != "prompt lookup"],
+        *("greedy", "sampling", "beam search", "several sequences", "static cache", "chunked prefill"),
+    ),
+)
 def test_a_left_padded_batch_generates_what_single_prompts_generate(pair, strategy):
     """Deterministic strategies: equal tokens. Sampling depends on the batch: equal scores of the first token."""
     model, _ = pair

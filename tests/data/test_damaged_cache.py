@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.prepared import PreparedText, prepare
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
 from minigpt_hf.errors import MiniGPTError
+from tests.conftest import representative
 
 
 def flip(file: Path, position: int) -> None:
@@ -87,8 +89,14 @@ def test_the_cache_contains_the_expected_files(intact):
     )
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("kind", ["tokenizers", "streams", "documents", "tables"])
+KINDS = ("tokenizers", "streams", "documents", "tables")
+FAST = [
+    *product(["tokenizers"], DAMAGE),
+    *product(KINDS, ["missing", "a byte in the middle flipped", "an empty object"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "damage"), representative([*product(KINDS, DAMAGE)], *FAST))
 def test_a_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, intact, texts, tmp_path, caplog):
     original, expected = intact
     caplog.set_level(logging.INFO, "minigpt_hf")
@@ -196,7 +204,9 @@ def trained(recipe, folder, run) -> int:
     return main([str(word) for word in [*argv, "--max_steps", "2", "--eval_strategy", "no"]])
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage", representative(DAMAGE, "missing", "halved", "a byte in the middle flipped", "garbage", "another JSON")
+)
 def test_a_damaged_prepared_text_is_reported_in_one_line(damage, prepared_folder, recipe_file, tmp_path, capsys):
     for number, file in enumerate(sorted(file for file in prepared_folder.rglob("*") if file.is_file())):
         folder = tmp_path / str(number)

@@ -84,7 +84,7 @@ def test_fast_encoders_assign_every_character_to_the_same_class(engine, trained)
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_several_threads_may_use_one_encoder(engine, trained, text):
-    encoder, texts = Encoder(trained[1000].to_str(), engine), [text[start:] for start in range(0, 20_000, 500)]
+    encoder, texts = Encoder(trained[1000].to_str(), engine), [text[i : i + 20_000] for i in range(0, 20_000, 500)]
     expected, found = reference(trained[1000], texts), {}
     threads = [
         threading.Thread(target=lambda n=n: found.update({n: ids(encoder.encode_batch(texts[n::3]))})) for n in range(3)

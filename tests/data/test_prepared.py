@@ -64,20 +64,20 @@ def test_counts_describe_the_text_truncated_by_max_tokens(kind, tmp_path):
     assert stream.tokens[:].tolist() == complete.tokens[:].tolist()
 
 
-def test_training_on_a_prepared_text_equals_training_on_the_original(
-    text_file, recipe_file, run_folder, tmp_path, capsys
-):
+def test_training_on_a_prepared_text_equals_training_on_the_original(text_file, recipe_file, tmp_path, capsys):
     """After `minigpt tokenize` the original is not needed."""
+    short = "--max_steps 4 --eval_steps 2 --save_steps 2 --warmup_steps 2".split()
     copy = str(shutil.copy(text_file, tmp_path / "argparse.py"))
     prepared = tmp_path / "prepared"
     recipe = ["--recipe", str(recipe_file)]
     assert main(["tokenize", *recipe, "--data", copy, "--output_dir", str(prepared)]) == 0
     assert f"minigpt train --data {prepared}" in capsys.readouterr().out
     (tmp_path / "argparse.py").unlink()
-    assert main(["train", *recipe, "--data", str(prepared), "--output_dir", str(tmp_path / "run")]) == 0
-    ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", run_folder))
+    for data, folder in ((prepared, "run"), (text_file, "other")):
+        assert main(["train", *recipe, *short, "--data", str(data), "--output_dir", str(tmp_path / folder)]) == 0
+    ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "other"))
     assert ours == theirs
-    assert main(["evaluate", str(run_folder / "model"), "--data", str(prepared)]) == 2
+    assert main(["evaluate", str(tmp_path / "other" / "model"), "--data", str(prepared)]) == 2
     assert "is a prepared text, which only training accepts" in capsys.readouterr().err
     about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
     assert (about["tokenizer"]["kind"], about["recipe"]["tokenizer"]) == ("byte-level BPE", "bpe")

@@ -11,6 +11,7 @@ import torch
 
 from minigpt_hf import doctor
 from minigpt_hf.cli import main
+from tests.conftest import representative
 from tests.doctor.conftest import Broken
 from tests.doctor.test_planted_faults import weight_names
 
@@ -321,7 +322,11 @@ def code_with_bidirectional_control_characters(folder: Broken):
 # -- every attack -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+# Of the attacks that the same checks report, `make test` includes the first one.
+FIRST = {rows: name for name, (_, rows, _) in reversed(ATTACKS.items())}.values()
+
+
+@pytest.mark.parametrize("name", representative(ATTACKS, *FIRST))
 def test_an_attack_is_reported_and_nothing_is_executed_or_read_outside(name, broken, watch):
     prepare, expected, reason = ATTACKS[name]
     prepare(broken)

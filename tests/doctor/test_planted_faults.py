@@ -8,6 +8,7 @@ import torch
 
 from minigpt_hf import doctor
 from minigpt_hf.data.tokenizer import byte_level_bpe
+from tests.conftest import representative
 from tests.doctor.conftest import Broken
 
 FAULTS = {}
@@ -428,7 +429,11 @@ def a_section_left_empty(folder: Broken):
 # -- every fault ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# Of the faults that the same checks report, `make test` plants the first one.
+FIRST = {rows: name for name, (_, rows, _) in reversed(FAULTS.items())}.values()
+
+
+@pytest.mark.parametrize("name", representative(FAULTS, *FIRST))
 def test_a_fault_is_reported_by_its_checks_only(name, broken):
     damage, expected, reason = FAULTS[name]
     damage(broken)

@@ -25,7 +25,7 @@ from minigpt_hf.export import html as module
 from minigpt_hf.export.html import STAGES, export_html
 from minigpt_hf.model import modeling_minigpt
 from minigpt_hf.publish.model_folder import save_model_files
-from tests.conftest import tiny_model
+from tests.conftest import representative, tiny_model
 from tests.export.page_runner import ask, exported_page, greedy, needs_node
 from tests.publish.strings import TOKENIZERS, strings
 
@@ -72,9 +72,9 @@ def model(run_folder):
 
 
 @needs_node
-@pytest.mark.parametrize("make_tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_200_strings_have_the_same_ids_and_survive_a_round_trip(make_tokenizer, tmp_path):
-    tokenizer, texts = make_tokenizer(), strings()
+@pytest.mark.parametrize("kind", representative(TOKENIZERS, "bpe", "characters", "adversarial"))
+def test_200_strings_have_the_same_ids_and_survive_a_round_trip(kind, tmp_path):
+    tokenizer, texts = TOKENIZERS[kind](), strings()
     assert len(texts) == 200
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
@@ -128,10 +128,15 @@ def test_an_unknown_character_is_named(tmp_path):
 
 
 @needs_node
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_logits_equal_those_of_torch(architecture, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    representative(
+        ARCHITECTURES, "untied", "some layers with a window", "wide heads, odd sizes", "another base of RoPE"
+    ),
+)
+def test_logits_equal_those_of_torch(name, tmp_path):
     """In one pass of several chunks, and token by token; in WebAssembly and in JavaScript."""
-    model = tiny_model(vocab_size=258, max_position_embeddings=200, **architecture)
+    model = tiny_model(vocab_size=258, max_position_embeddings=200, **ARCHITECTURES[name])
     page = exported_page(model, byte_tokenizer(), tmp_path)
     ids = torch.randint(0, 258, (1, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -146,10 +151,10 @@ def test_logits_equal_those_of_torch(architecture, tmp_path):
 def test_greedy_text_of_twenty_prompts_equals_that_of_generate_beyond_the_window(page, run_folder, model, text):
     tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
     prompts = [tokenizer(text[start : start + 20]).input_ids for start in range(0, 20_000, 1000)]
-    options = {"temperature": 0, "maxNewTokens": 60}
+    options = {"temperature": 0, "maxNewTokens": 36}
     found = ask(page, *({"request": "generate", "ids": ids, "options": options} for ids in prompts))
-    assert model.config.sliding_window < 60
-    assert found == [greedy(model, ids, 60) for ids in prompts]
+    assert model.config.sliding_window < 36
+    assert found == [greedy(model, ids, 36) for ids in prompts]
 
 
 @needs_node
@@ -284,22 +289,24 @@ def test_a_conversation_has_the_ids_of_the_chat_template(template, tmp_path):
     assert data["stop"] == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
+TEMPLATES = {
+    "other markers": "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}",
+    "trimmed messages": CHATML.replace("message['content']", "message['content'] | trim"),
+    "an endless loop": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}" + CHATML,
+    "a long string": "{% set x = 'a' * 10000000000 %}" + CHATML,
+    "a string that doubles": "{% set a = 'aaaaaaaa' %}" + "{% set a = a + a %}" * 60 + CHATML,
+    "code": "{{ cycler.__init__.__globals__.os.popen('touch canary') }}" + CHATML,
+    "invalid syntax": "{% for",
+    "an error": "{{ raise_exception('no') }}",
+}
+
+
 @pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}",
-        CHATML.replace("message['content']", "message['content'] | trim"),
-        "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}" + CHATML,
-        "{% set x = 'a' * 10000000000 %}" + CHATML,
-        "{% set a = 'aaaaaaaa' %}" + "{% set a = a + a %}" * 60 + CHATML,
-        "{{ cycler.__init__.__globals__.os.popen('touch canary') }}" + CHATML,
-        "{% for",
-        "{{ raise_exception('no') }}",
-    ],
+    "name", representative(TEMPLATES, "trimmed messages", "an endless loop", "a string that doubles", "code")
 )
-def test_another_or_a_hostile_template_leaves_a_page_without_chat(template, tmp_path, monkeypatch, caplog):
+def test_another_or_a_hostile_template_leaves_a_page_without_chat(name, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    tokenizer = chat_tokenizer(template)
+    tokenizer = chat_tokenizer(TEMPLATES[name])
     page = exported_page(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path)
     assert '"chat": null' in page.read_text()
     assert "its chat template is not ChatML; the page continues text and offers no chat" in caplog.text

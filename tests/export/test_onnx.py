@@ -15,18 +15,28 @@ from minigpt_hf.export.native import comparison_ids
 from minigpt_hf.export.onnx import export_onnx
 from minigpt_hf.export.onnx_runner import Runner, cache_names
 from minigpt_hf.publish.model_folder import save_model_files
-from tests.conftest import random_ids, tiny_model
+from tests.conftest import random_ids, representative, tiny_model
+
+
+@pytest.fixture(scope="module", params=representative(["one layer", "trained"], "one layer"))
+def folder(request, tmp_path_factory):
+    """A model folder with a sliding window of 33 tokens. Most of the time of an export is proportional to the layers."""
+    if request.param == "trained":
+        return request.getfixturevalue("run_folder") / "model"
+    folder = tmp_path_factory.mktemp("onnx") / "model"
+    model = tiny_model(vocab_size=258, num_hidden_layers=1, use_sliding_window=True, sliding_window=33)
+    save_model_files(model, byte_tokenizer(), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def exported(run_folder, tmp_path_factory):
-    """The export of a model with a sliding window of 33 tokens."""
-    return export_onnx(run_folder / "model", tmp_path_factory.mktemp("onnx") / "out")
+def exported(folder, tmp_path_factory):
+    return export_onnx(folder, tmp_path_factory.mktemp("onnx") / "out")
 
 
 @pytest.fixture(scope="module")
-def model(run_folder):
-    return AutoModelForCausalLM.from_pretrained(run_folder / "model").eval()
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.mark.slow
@@ -39,8 +49,8 @@ def test_the_folder_is_self_contained(exported):
     }
 
 
-def test_greedy_continuations_of_twenty_prompts_are_equal_beyond_the_window(exported, run_folder, model, text):
-    runner, tokenizer = Runner(exported), AutoTokenizer.from_pretrained(run_folder / "model")
+def test_greedy_continuations_of_twenty_prompts_are_equal_beyond_the_window(exported, folder, model, text):
+    runner, tokenizer = Runner(exported), AutoTokenizer.from_pretrained(folder)
     for start in range(0, 20_000, 1000):
         ids = runner.tokenizer.encode(text[start : start + 20]).ids
         assert ids == tokenizer(text[start : start + 20]).input_ids
@@ -51,10 +61,10 @@ def test_greedy_continuations_of_twenty_prompts_are_equal_beyond_the_window(expo
 
 def test_a_padded_batch_has_the_logits_of_its_rows(exported, model):
     session = Runner(exported).session
-    ids, padding = random_ids(2, 50), 7
+    ids, padding, layers = random_ids(2, 50), 7, model.config.num_hidden_layers
     mask = torch.ones(2, 50, dtype=torch.long)
     mask[1, :padding] = 0
-    cache = {name: np.zeros((2, 2, 0, 8), dtype=np.float32) for name in cache_names("past_key_values", 2)}
+    cache = {name: np.zeros((2, 2, 0, 8), dtype=np.float32) for name in cache_names("past_key_values", layers)}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy(), **cache}
     logits = session.run(["logits"], feed)[0]
@@ -81,13 +91,13 @@ def test_the_smaller_graphs_deviate_by_what_the_card_states(graph, largest, expo
     assert deviation == pytest.approx(stated, rel=0.5)  # activations are quantized by their range in each call
 
 
-def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported, run_folder, model, tmp_path):
+def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported, folder, model, tmp_path):
     code = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['minigpt_hf'] = None; "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = [sys.executable, "-c", code, exported / "run_onnx.py", "--prompt", "def ", "--max_new_tokens", "40"]
     done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     greedy = model.generate(**tokenizer("def ", return_tensors="pt"), do_sample=False, max_new_tokens=40)
     assert done.stdout == tokenizer.decode(greedy[0], skip_special_tokens=True) + "\n"
 

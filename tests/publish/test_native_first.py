@@ -127,6 +127,7 @@ def test_the_commands_accept_main(run_folder, published, text_file, tmp_path, ca
     argv = ["train", "--init_from", published, "--data", str(text_file), "--output_dir", str(tmp_path / "tuned")]
     argv += ["--block_size", "32", "--max_steps", "1", "--learning_rate", "1e-9", "--use_cpu", "true"]
     argv += ["--validation_characters", "2000", "--warmup_steps", "0", "--muon_learning_rate", "1e-9"]
+    argv += ["--sample_tokens", "2", "--no_figures"]
     assert main(argv) == 0
     tuned = MiniGPTForCausalLM.from_pretrained(tmp_path / "tuned" / "model")
     torch.testing.assert_close(tuned(ids).logits, logits[0])

@@ -367,9 +367,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault", representative(FAULTS, "401 to all", "412 at the commit", "500 in the storage", "answer lost")
-)
+@pytest.mark.parametrize("fault", representative(FAULTS, "412 at the commit", "500 in the storage", "answer lost"))
 def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retry_succeeds(
     fault, run_folder, hub, tmp_path, capsys
 ):
@@ -397,7 +395,7 @@ def test_a_failure_is_reported_in_one_line_and_leaves_main_consistent_and_a_retr
 def test_temporary_failures_and_slow_answers_are_retried(run_folder, hub, capsys):
     hub.fail("PUT", "/lfs/", 500, times=2)
     hub.fail("POST", "/preupload/", 429, times=1)
-    hub.fail("POST", "/commit/", "slow")
+    hub.fail("POST", "/commit/", "slow", times=1)
     code, out, err = push(capsys, run_folder / "model", "--repo-id", "user/tiny")
     assert (code, out, err) == (0, pushed(hub, "user/tiny"), "")
     assert set(uploaded(hub, "user/tiny")) == MODEL
@@ -479,24 +477,25 @@ def test_training_pushes_a_complete_model_with_each_checkpoint_and_the_best_at_t
 ):
     run = tmp_path / "run"
     flags = "--hub_model_id tiny --hub_private_repo true --hub_always_push true --license mit --figures".split()
+    flags += "--max_steps 4 --save_steps 2 --eval_steps 2 --warmup_steps 2".split()
     assert train(recipe_file, text_file, run, *flags) == 0
     out = capsys.readouterr().out
     assert out.endswith(f"the model is in {run / 'model'}\n{pushed(hub, 'user/tiny')}")
     assert hub.repository("user/tiny").private
     assert titles(hub, "user/tiny") == [
         "Upload model",
-        *("Training in progress, step 40", "Training in progress, step 20", "initial commit"),
+        *("Training in progress, step 4", "Training in progress, step 2", "initial commit"),
     ]
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
-    for commit, step in zip(hub.repository("user/tiny").history(), (40, 40, 20), strict=False):
+    for commit, step in zip(hub.repository("user/tiny").history(), (4, 4, 2), strict=False):
         files = uploaded(hub, "user/tiny", commit["sha"])
         assert set(files) == MODEL
         metadata = json.loads(files["minigpt.json"])
         assert metadata["training"]["steps"] == step
         assert metadata["results"]["loss"] == pytest.approx(losses[step], rel=1e-12)
         card = ModelCard(files["README.md"].decode())
-        assert ("Training is in progress" in card.text) == (step == 20)
+        assert ("Training is in progress" in card.text) == (step == 2)
         assert (card.data.license, card.data.model_name) == ("mit", "user/tiny")
         folder = tmp_path / commit["sha"]
         for name, content in files.items():

@@ -1,10 +1,15 @@
 """A small training run, and functions that interrupt runs and compare them bit for bit."""
 
 import json
+import os
 import shutil
+import socket
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from minigpt_hf.cli import main
@@ -50,6 +55,32 @@ def words(tmp_path_factory, text):
 def train(recipe, data, folder, *flags) -> int:
     argv = ["train", "--recipe", recipe, "--data", data, "--output_dir", folder, *flags]
     return main([str(word) for word in argv])
+
+
+def call_on_ranks(function, number: int, folder: Path, *arguments) -> str:
+    """Fork processes that call a function as the ranks of a run, with the imports of this process; return their output.
+
+    Args:
+        function: Called with the rank and the arguments.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    output = folder / "output.txt"
+    output.touch()
+    # autograd cannot be used in a forked process after it has started threads for an accelerator.
+    method = "spawn" if torch.accelerator.is_available() else "fork"
+    arguments = (function, output, common, arguments)
+    torch.multiprocessing.start_processes(_call_as_rank, arguments, nprocs=number, start_method=method)
+    return output.read_text()
+
+
+def _call_as_rank(rank: int, function, output: Path, common: dict, arguments: tuple) -> None:
+    os.environ.update({name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()})
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainings in the parent process
+    with output.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        function(rank, *arguments)
 
 
 def rows(folder) -> list[dict]:

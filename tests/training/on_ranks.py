@@ -1,16 +1,13 @@
 """Take steps with sharded, replicated and tensor-parallel parameters, and whole ones for comparison; then run commands.
 
-    python -m torch.distributed.run --nproc_per_node 2 on_ranks.py FOLDER
-
 Rank 0 saves the parameters and states of MuonAdamW to FOLDER/muon.pt. Each rank executes `minigpt train` with each list of
 arguments in FOLDER/commands.json, and writes to FOLDER/rank-R.json the exit codes, the placements of the parameters in
 training, and the differences between models that tensor parallelism divides and whole ones. The argument `--with_ddp` stands
-for an accelerate that ignores FSDP. Started by `test_sharded.py`.
+for an accelerate that ignores FSDP. Called by `test_sharded.py`.
 """
 
 import copy
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -68,7 +65,7 @@ def take_steps(model: nn.Module, second_moment_decay: float, replicas: dist.Proc
     }
 
 
-def differences(tied: bool) -> dict[str, float]:
+def differences(tied: bool, ranks: int, rank: int) -> dict[str, float]:
     """Train a model whole and divided over (ranks / 2, 2) ranks; the largest differences of losses, gradients and norms.
 
     The vocabulary has fewer rows than a multiple of the ranks, and key heads are shared.
@@ -124,44 +121,41 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-folder = Path(sys.argv[1])
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-ranks, rank = dist.get_world_size(), dist.get_rank()
-meshes = {"sharded": dist.init_device_mesh("cpu", (ranks,))}
-if ranks == 4:
-    meshes["HSDP"] = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-results = {}
-for decay in (0.0, 0.95):
-    results["whole", decay] = take_steps(Matrices(), decay)
-    results["replicated", decay] = take_steps(Matrices(), decay, dist.group.WORLD)
-    for name, mesh in meshes.items():
-        results[name, decay] = take_steps(fully_shard(Matrices(), mesh=mesh), decay)
-by_columns = Matrices()
-by_columns.muon[0] = nn.Parameter(distribute_tensor(by_columns.muon[0].detach(), meshes["sharded"], [Shard(1)]))
-try:
-    take_steps(by_columns, 0.0)
-except MiniGPTError as error:
-    results["error"] = str(error)
-if rank == 0:
-    torch.save(results, folder / "muon.pt")
-tensor_parallel = [differences(tied) for tied in (True, False)]
+def run(rank: int, folder: Path) -> None:
+    """Take the steps and run the commands on one rank."""
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    meshes = {"sharded": dist.init_device_mesh("cpu", (ranks,))}
+    if ranks == 4:
+        meshes["HSDP"] = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    results = {}
+    for decay in (0.0, 0.95):
+        results["whole", decay] = take_steps(Matrices(), decay)
+        results["replicated", decay] = take_steps(Matrices(), decay, dist.group.WORLD)
+        for name, mesh in meshes.items():
+            results[name, decay] = take_steps(fully_shard(Matrices(), mesh=mesh), decay)
+    by_columns = Matrices()
+    by_columns.muon[0] = nn.Parameter(distribute_tensor(by_columns.muon[0].detach(), meshes["sharded"], [Shard(1)]))
+    try:
+        take_steps(by_columns, 0.0)
+    except MiniGPTError as error:
+        results["error"] = str(error)
+    if rank == 0:
+        torch.save(results, folder / "muon.pt")
+    tensor_parallel = [differences(tied, ranks, rank) for tied in (True, False)]
 
-placements: dict[str, str] = {}
-prepare, sharding_accelerator = MiniGPTTrainer._prepare_for_training, trainer.sharding_accelerator
+    placements: dict[str, str] = {}
+    prepare, sharding_accelerator = MiniGPTTrainer._prepare_for_training, trainer.sharding_accelerator
 
+    def recorded(self, *args):
+        prepared = prepare(self, *args)
+        placements.update({name: str(p.placements) for name, p in self.model.named_parameters()})
+        return prepared
 
-def recorded(self, *args):
-    """Prepare for training, and record the placements of the parameters."""
-    prepared = prepare(self, *args)
-    placements.update({name: str(p.placements) for name, p in self.model.named_parameters()})
-    return prepared
-
-
-MiniGPTTrainer._prepare_for_training = recorded
-codes = []
-for command in json.loads((folder / "commands.json").read_text()):
-    trainer.sharding_accelerator = nullcontext if "--with_ddp" in command else sharding_accelerator
-    codes.append(main(["train", *(word for word in command if word != "--with_ddp")]))
-report = {"codes": codes, "placements": placements, "tensor_parallel": tensor_parallel}
-(folder / f"rank-{rank}.json").write_text(json.dumps(report))
+    MiniGPTTrainer._prepare_for_training = recorded
+    codes = []
+    for command in json.loads((folder / "commands.json").read_text()):
+        trainer.sharding_accelerator = nullcontext if "--with_ddp" in command else sharding_accelerator
+        codes.append(main(["train", *(word for word in command if word != "--with_ddp")]))
+    report = {"codes": codes, "placements": placements, "tensor_parallel": tensor_parallel}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(report))

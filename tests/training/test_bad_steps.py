@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from minigpt_hf.training import callbacks
 from minigpt_hf.training.safeguards import LossGuard
+from tests.conftest import representative
 from tests.training.conftest import assert_equal, rows, state_of, train
 
 UNIFORM = math.log(258)  # loss in nats of a uniform distribution over the byte tokenizer's vocabulary
@@ -123,15 +124,20 @@ def break_weights(monkeypatch, step: int) -> None:
 
 
 # A step with an evaluation and a checkpoint, a step without, the last step.
-@pytest.mark.parametrize("step, on_bad_loss", [(4, "stop"), (5, "skip"), (8, "stop")])
+STEPS = [(4, "stop"), (5, "skip"), (8, "stop")]
+EVALUATED_AND_SAMPLED = [*EVALUATED, "--sample_tokens", "4"]
+SAVED_ONLY = ["--eval_strategy", "no"]
+NOT_SAVED = [*SAVED_ONLY, "--save_strategy", "no"]
+SAMPLED_ONLY = [*NOT_SAVED, "--sample_tokens", "4"]
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        [*EVALUATED, "--sample_tokens", "4"],
-        ["--eval_strategy", "no"],
-        ["--eval_strategy", "no", "--save_strategy", "no"],
-        ["--eval_strategy", "no", "--save_strategy", "no", "--sample_tokens", "4"],
-    ],
+    ("flags", "step", "on_bad_loss"),
+    representative(
+        [(flags, *step) for flags in (EVALUATED_AND_SAMPLED, SAVED_ONLY, NOT_SAVED, SAMPLED_ONLY) for step in STEPS],
+        *((EVALUATED_AND_SAMPLED, 4, "stop"), (SAVED_ONLY, 4, "stop"), (SAVED_ONLY, 5, "skip")),
+        *((NOT_SAVED, 8, "stop"), (SAMPLED_ONLY, 5, "skip")),
+    ),
 )
 def test_non_finite_weights_end_the_run_and_are_neither_saved_nor_published(
     flags, step, on_bad_loss, recipe, words, tmp_path, monkeypatch, capsys

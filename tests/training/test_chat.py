@@ -1,5 +1,6 @@
 """Fine-tuning on conversations: the published model, its score, exact resuming, LoRA, and `minigpt chat`."""
 
+import io
 import json
 import os
 import pickle
@@ -345,12 +346,13 @@ def chat(folder, lines: str, *flags) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_conversation_in_the_terminal(chat_run, tmp_path):
+def test_a_conversation_in_the_terminal(chat_run, tmp_path, monkeypatch, capsys):
     saved = tmp_path / "saved.jsonl"
     lines = ["3 + 1", "Thanks", f"/save {saved}", "/nonsense", "/system Add.", "//4", f"/save {saved}"]
     lines += ["/reset", f"/save {saved}", "/exit", "never"]
-    code, _, errors = chat(chat_run, "\n".join(lines))
-    assert code == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    assert main(["chat", str(chat_run / "model"), "--max_new_tokens", "8"]) == 0
+    errors = capsys.readouterr().err
     assert "/nonsense is not a command" in errors and "there is no conversation to save yet" in errors
     first, second = (json.loads(line)["messages"] for line in saved.read_text().splitlines())
     assert [message["role"] for message in first] == ["user", "assistant"] * 2

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -71,11 +72,11 @@ def start(recipe, data, folder, *flags, **settings) -> subprocess.Popen:
     return subprocess.Popen([str(word) for word in [*argv, *flags]], **settings)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, is_alive, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timeout"
-        assert process.poll() is None, process.communicate()
+        assert is_alive(), "the process has ended"
         time.sleep(0.05)
 
 
@@ -88,10 +89,11 @@ def test_a_run_folder_is_locked_until_its_process_ends_or_is_killed(recipe, word
     """While a process trains or is suspended, commands for its folder are rejected; after SIGKILL they resume the run."""
     folder = tmp_path / "runs" / "one"
     flags = ["--max_steps", "100000", "--save_steps", "20", "--save_total_limit", "2"]
-    process = start(recipe, words, folder, *flags)
+    process = multiprocessing.get_context("fork").Process(target=train, args=(recipe, words, folder, *flags))
+    process.start()
     try:
-        wait_for(lambda: list(folder.glob("checkpoint-*")), process)
-        process.send_signal(signal.SIGSTOP)  # a suspended process still holds its lock
+        wait_for(lambda: list(folder.glob("checkpoint-*")), process.is_alive)
+        os.kill(process.pid, signal.SIGSTOP)  # a suspended process still holds its lock
         time.sleep(0.2)
         before = files_of(folder)
         for more in ([], ["--fresh"], ["--max_steps", "7"]):
@@ -101,11 +103,11 @@ def test_a_run_folder_is_locked_until_its_process_ends_or_is_killed(recipe, word
             assert line.endswith("wait for it, stop it, or use another folder")
         assert files_of(folder) == before
         count = steps_logged(folder)
-        process.send_signal(signal.SIGCONT)
-        wait_for(lambda: steps_logged(folder) > count + 5, process)
+        os.kill(process.pid, signal.SIGCONT)
+        wait_for(lambda: steps_logged(folder) > count + 5, process.is_alive)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     log = log_of(folder)
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(log))
@@ -141,7 +143,7 @@ def test_fresh_renames_nothing_if_the_new_run_is_rejected(recipe, finished, tmp_
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1}', b"\xff\0"])
+@pytest.mark.parametrize("content", representative([b"", b"{", b'{"pid": 1}', b"\xff\0"], b'{"pid": 1}', b"\xff\0"))
 def test_a_lock_file_without_a_holder_blocks_nothing(content, recipe, words, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_bytes(content)
@@ -355,14 +357,17 @@ def test_incomplete_lines_of_the_log_are_removed_with_a_message(recipe, words, f
 
 @pytest.mark.parametrize(
     "line",
-    [
-        {"step": 2, "sample": 3},
-        {"step": 4, "eval_loss": "x"},
-        {"step": True},
-        {"step": -1},
-        {"step": 2, "seconds": None},
-        {"step": 2, "eval_loss": 10**400},
-    ],
+    representative(
+        [
+            {"step": 2, "sample": 3},
+            {"step": 4, "eval_loss": "x"},
+            {"step": True},
+            {"step": -1},
+            {"step": 2, "seconds": None},
+            {"step": 2, "eval_loss": 10**400},
+        ],
+        *({"step": 4, "eval_loss": "x"}, {"step": True}, {"step": 2, "eval_loss": 10**400}),
+    ),
 )
 def test_lines_of_the_log_with_wrong_types_are_removed_with_a_message(line, recipe, words, finished, tmp_path, capsys):
     folder = tmp_path / "run"
@@ -632,7 +637,7 @@ def test_scores_of_another_validation_text_are_neither_compared_nor_published(
     assert_equal(*weights)
 
 
-@pytest.mark.parametrize("metric", ["loss", "eval_perplexity", "bits_per_byte"])
+@pytest.mark.parametrize("metric", representative(["loss", "eval_perplexity", "bits_per_byte"], "eval_perplexity"))
 def test_the_lowest_of_every_metric_is_the_best(metric, recipe, words, evaluated, tmp_path):
     folder = tmp_path / "run"
     assert train(recipe, words, folder, *EVALUATED, *STEEP, "--metric_for_best_model", metric) == 0
@@ -644,12 +649,12 @@ def test_the_lowest_of_every_metric_is_the_best(metric, recipe, words, evaluated
 def test_early_stopping_is_final(recipe, words, tmp_path, capsys):
     straight, folder = tmp_path / "straight", tmp_path / "run"
     flags = ["--validation_fraction", "0.3", "--eval_steps", "2", "--early_stopping_patience", "1", *STEEP]
-    assert train(recipe, words, straight, *flags, "--max_steps", "40") == 0
+    assert train(recipe, words, straight, *flags, "--max_steps", "20") == 0
     last = max(row["step"] for row in log_of(straight))
-    assert last < 40
+    assert last < 20
     go_back(straight, folder, 99)
     capsys.readouterr()
-    assert train(recipe, words, folder, *flags, "--max_steps", "40") == 0
+    assert train(recipe, words, folder, *flags, "--max_steps", "20") == 0
     assert "early stopping" in capsys.readouterr().err
     assert rows(folder) == rows(straight)
     assert max(row["step"] for row in log_of(folder)) == last
@@ -658,8 +663,8 @@ def test_early_stopping_is_final(recipe, words, tmp_path, capsys):
     # A higher patience is a change to be allowed, after which training continues.
     shutil.rmtree(folder / "model")
     more = ["--early_stopping_patience", "30", "--allow_change", "early_stopping_patience"]
-    assert train(recipe, words, folder, *flags, "--max_steps", "40", *more) == 0
-    assert max(row["step"] for row in log_of(folder)) == 40
+    assert train(recipe, words, folder, *flags, "--max_steps", "20", *more) == 0
+    assert max(row["step"] for row in log_of(folder)) == 20
 
 
 def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(recipe, words, finished, tmp_path, capsys):
@@ -820,14 +825,14 @@ def test_a_run_continues_without_its_output_and_saves_when_its_process_group_is_
         for _ in range(3):
             assert process.stdout.readline()
         process.stdout.close()
-        wait_for(lambda: steps_logged(folder) > 20, process)
+        wait_for(lambda: steps_logged(folder) > 20, lambda: process.poll() is None)
         workers = []
 
         def has_workers() -> bool:
             workers[:] = psutil.Process(process.pid).children()
             return len(workers) >= 2
 
-        wait_for(has_workers, process)  # each epoch starts new ones
+        wait_for(has_workers, lambda: process.poll() is None)  # each epoch starts new ones
         os.killpg(process.pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 143

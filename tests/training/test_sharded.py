@@ -22,7 +22,7 @@ from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.tensor_parallel import check_divisible
 from tests.conftest import ROOT
-from tests.training.conftest import assert_equal, go_back, rows, train
+from tests.training.conftest import assert_equal, call_on_ranks, go_back, rows, train
 
 WITHOUT_DROPOUT = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0".split()
 ADAMW = [*WITHOUT_DROPOUT, "--muon", "false"]
@@ -104,7 +104,9 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
         [*fsdp, tmp_path / "two"],
     ]
     (tmp_path / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    out = finish(start(2, Path(__file__).with_name("on_ranks.py"), tmp_path))
+    from tests.training import on_ranks  # imports FSDP
+
+    out = call_on_ranks(on_ranks.run, 2, tmp_path, tmp_path)
     assert out.count("torch_compile is not supported with fsdp: omit one of them") == 2
     assert out.count("dp_replicate_size is 2: it must divide the number of processes, 2, and be less") == 2
     assert out.count("tp_size is 2: it must divide the number of processes, 2, and be less") == 2

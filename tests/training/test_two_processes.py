@@ -15,14 +15,16 @@ import pytest
 import torch
 from transformers import TrainerControl
 
+from minigpt_hf.cli import main
 from minigpt_hf.data.blocks import SequenceSampler
+from minigpt_hf.training import text
 from minigpt_hf.training.lock import FolderLock
 from minigpt_hf.training.resume import from_main_process
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.stopping import StopAtBoundary
 from minigpt_hf.training.trainer import MiniGPTTrainer
 from tests.conftest import ROOT
-from tests.training.conftest import assert_equal, go_back, rows, train
+from tests.training.conftest import assert_equal, call_on_ranks, go_back, rows, train
 
 PLAIN = "--attention_dropout 0 --embedding_dropout 0 --residual_dropout 0 --muon false --max_steps 10".split()
 MTP = ["--mtp_loss_weight", "0.5"]
@@ -219,26 +221,17 @@ def test_another_number_of_processes_preserves_the_order_of_sequences():
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
 
 
-# The loss of rank 1 explodes at step 3. The file contains the arguments of several commands, run one after another.
-EXPLODES = """
-import json, os, sys
-from pathlib import Path
-from minigpt_hf.cli import main
-from minigpt_hf.training import text
-from minigpt_hf.training.trainer import MiniGPTTrainer
+def run_commands(rank: int, commands: list, folder) -> None:
+    """Run commands one after another, and write their exit codes. The loss of rank 1 explodes at step 3."""
+    real, text.MAX_CHARACTERS_TO_TOKENIZE = MiniGPTTrainer.compute_loss, 900
 
-text.MAX_CHARACTERS_TO_TOKENIZE = 900
-rank, real = os.environ["RANK"], MiniGPTTrainer.compute_loss
+    def compute_loss(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * 1e3 if rank == 1 and self.state.global_step == 2 else loss
 
-def compute_loss(self, *args, **kwargs):
-    loss = real(self, *args, **kwargs)
-    return loss * 1e3 if rank == "1" and self.state.global_step == 2 else loss
-
-MiniGPTTrainer.compute_loss = compute_loss
-commands = json.loads(Path(sys.argv[1]).read_text())
-codes = [main(["train", *command]) for command in commands]
-Path(sys.argv[1]).with_name(f"codes-{rank}.json").write_text(json.dumps(codes))
-"""
+    MiniGPTTrainer.compute_loss = compute_loss
+    codes = [main(["train", *map(str, command)]) for command in commands]
+    (folder / f"codes-{rank}.json").write_text(json.dumps(codes))
 
 
 def test_both_processes_fail_stop_and_skip_together(recipe, words, tmp_path, monkeypatch):
@@ -258,7 +251,6 @@ def test_both_processes_fail_stop_and_skip_together(recipe, words, tmp_path, mon
         skip = [*PLAIN, "--on_bad_loss", "skip"]
         assert train(recipe, words, tmp_path / "one", "--per_device_train_batch_size", "4", *skip) == 0
 
-    (tmp_path / "explodes.py").write_text(EXPLODES)
     (tmp_path / "small.txt").write_text(words.read_text()[:60])
     (tmp_path / "long.txt").write_text(words.read_text() * 3)
     common = ["--recipe", recipe, "--data", words, *PLAIN, "--output_dir"]
@@ -269,27 +261,18 @@ def test_both_processes_fail_stop_and_skip_together(recipe, words, tmp_path, mon
         [*common, tmp_path / "stopped"],
         [*common, tmp_path / "skipped", "--on_bad_loss", "skip"],
     ]
-    (tmp_path / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     lock = FolderLock(tmp_path / "locked")
     lock.acquire()
     try:
-        done = subprocess.run(
-            [*argv, tmp_path / "explodes.py", tmp_path / "commands.json"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        out = call_on_ranks(run_commands, 2, tmp_path, commands, tmp_path)
     finally:
         lock.release()
-    assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2, 2, 65, 0]] * 2
-    assert done.stderr.count(f"locked: another process (pid {os.getpid()} on host") == 2
+    assert out.count(f"locked: another process (pid {os.getpid()} on host") == 2
     said = "has 3 sequences of 16 tokens, and a step needs 4: per_device_train_batch_size 2 × 2 processes"
-    assert done.stderr.count(said) == 2
-    assert done.stderr.count(f"{tmp_path / 'long.txt'}: 1,260 characters are too many to tokenize while") == 2
-    assert done.stderr.count("run `minigpt tokenize` with the same recipe and --data") == 2
+    assert out.count(said) == 2
+    assert out.count(f"{tmp_path / 'long.txt'}: 1,260 characters are too many to tokenize while") == 2
+    assert out.count("run `minigpt tokenize` with the same recipe and --data") == 2
     assert not (tmp_path / "small").exists() and not (tmp_path / "long").exists()
 
     shown = json.loads((tmp_path / "stopped" / "bad-step-3.json").read_text())
