@@ -139,6 +139,18 @@ def test_two_sharded_processes_equal_one_and_settings_that_cannot_be_sharded_are
 
 
 @pytest.mark.slow
+def test_steps_on_four_ranks_equal_those_of_whole_parameters(tmp_path):
+    """Muon with HSDP, two replicas of two shards, bit for bit; tensor parallelism of two groups of two."""
+    (tmp_path / "commands.json").write_text("[]")
+    from tests.training import on_ranks  # imports FSDP
+
+    call_on_ranks(on_ranks.run, 4, tmp_path, tmp_path)
+    assert muon_results_are_equal(torch.load(tmp_path / "muon.pt"), {"whole", "replicated", "sharded", "HSDP"})
+    reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert max(value for report in reports for each in report["tensor_parallel"] for value in each.values()) <= 2e-6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "batch", "tolerance", "flags"),
     [
