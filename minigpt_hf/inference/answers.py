@@ -1,11 +1,12 @@
 """Generate the answers of conversations and compare them with the given ones.
 
-The last answer of each conversation is generated from the messages before it, by greedy decoding. Scores, with 95 % intervals:
+The last answer of each conversation is generated from the messages before it, by greedy decoding. Scores, with 95 %
+intervals:
 
     exact   share of answers that equal the reference, without surrounding white space (Wilson interval)
     chrf    chrF2 of sacrebleu (Popović 2015), 0 to 100 (bootstrap over conversations)
     bleu    BLEU of sacrebleu (Papineni et al. 2002; Post 2018), 0 to 100 (bootstrap over conversations)
-    rouge   mean ROUGE-L F1 of rouge-score (Lin 2004), 0 to 1 (normal approximation)
+    rouge   mean ROUGE-L F1 of rouge-score (Lin 2004) on words of any script, 0 to 1 (normal approximation)
 
 The same scores of three trivial answers show what a score is worth: the question itself, its first sentence, and the most
 frequent answer of the data.
@@ -76,7 +77,8 @@ def score_answers(
         The score, and for each conversation `question` (the last one), `reference` and `answer`.
 
     Raises:
-        MiniGPTError: if the metric is unknown or its package is not installed, or there is no conversation.
+        MiniGPTError: if the metric is unknown, gives 0 to the references themselves, or its package is not installed, or
+            there is no conversation.
     """
     if metric not in METRICS:
         raise MiniGPTError(f"score is {metric!r}: give one of {', '.join(METRICS)}")
@@ -88,6 +90,11 @@ def score_answers(
     if not prompts:
         raise MiniGPTError("there is no conversation to answer")
     compute = METRICS[metric]()
+    if compute(references, references)[0] == 0:  # BLEU without a sequence of four words
+        raise MiniGPTError(
+            f"--score {metric} gives 0 even to the references themselves, which are too short or not divided by spaces: give "
+            "--score chrf or exact"
+        )
     longest = max(_length(tokenizer, text) for text in references)
     answers, ended = generate_answers(model, tokenizer, prompts, longest + SPARE_TOKENS, batch_size, progress)
     questions = [last_question(prompt) for prompt in prompts]
@@ -226,7 +233,7 @@ def _rouge() -> Metric:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise MiniGPTError("--score rouge requires rouge-score: `pip install 'minigpt-hf[score]'`") from error
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def compute(answers: list[str], references: list[str]) -> tuple[float, float, float]:
         values = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(answers, references, strict=True)]
@@ -234,6 +241,13 @@ def _rouge() -> Metric:
         return mean, mean - half, mean + half
 
     return compute
+
+
+class _Words:
+    """Tokenizer for rouge-score, whose own one discards all letters but a to z; on ASCII text both are equal."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 METRICS: dict[str, Callable[[], Metric]] = {

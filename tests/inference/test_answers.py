@@ -122,6 +122,21 @@ def test_rouge_is_the_mean_of_rouge_l():
     assert (high - low) / 2 == pytest.approx(1.959964 * (1 / 3) / 2**0.5)
 
 
+def test_rouge_counts_words_of_every_script_and_ascii_words_as_rouge_score_does():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    assert METRICS["rouge"]()(["привет мир"], ["привет друг"])[0] == 0.5
+    texts = ["It's the 2nd_red, House!", "the re-d house of 2 x"]
+    assert METRICS["rouge"]()(texts[:1], texts[1:])[0] == scorer.score(texts[1], texts[0])["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(("metric", "references"), [("bleu", ["42", "1 7"]), ("rouge", ["!", "🌱"])])
+def test_a_metric_that_gives_0_to_the_references_themselves_is_an_error(metric, references, model, tokenizer):
+    pytest.importorskip({"bleu": "sacrebleu", "rouge": "rouge_score"}[metric])
+    conversations = [[*prompts()[0], {"role": "assistant", "content": text}] for text in references]
+    with pytest.raises(MiniGPTError, match=f"--score {metric} gives 0 even to the references"):
+        score_answers(model, tokenizer, conversations, metric)
+
+
 def test_trivial_answers_are_scored_as_well(model, tokenizer):
     conversations = [
         [*prompt, {"role": "assistant", "content": reference}]
