@@ -152,6 +152,10 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
 
     quiet()
     if file is not None:  # an error is reported before the answers are generated
+        if Path(file).exists() and Path(settings["data"]).exists() and Path(file).samefile(settings["data"]):
+            raise MiniGPTError(
+                f"--answers {file}: is the file of --data, which would be overwritten; give another file"
+            )
         is_new = not Path(file).exists()
         Path(file).open("a", encoding="utf-8").close()
         if is_new:
