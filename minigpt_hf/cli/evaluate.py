@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_files
 from ..data.files import FORMATS
 from ..errors import MiniGPTError, NotSavedError
 from .parser import Parser, quiet
@@ -174,7 +175,11 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
             print(f"  {name:<22}{show(value)}")
         print(f"ended by the model      {score.ended:.1%} of {score.answers:,} answers", flush=True)
     if file is not None:
-        Path(file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if Path(file).exists() and not Path(file).is_file():  # /dev/stdout
+            Path(file).write_text(content, encoding="utf-8")
+        else:
+            write_files({Path(file).resolve(): content})
     if unsaved is not None:
         raise unsaved
 
