@@ -254,7 +254,7 @@ def write_files(contents: dict[Path, str] | dict[Path, bytes]) -> None:
     except OSError as error:
         for written in contents:
             temporary_name(written).unlink(missing_ok=True)
-        raise storage_error(error, file) or error from error
+        raise storage_error(error, file) or OSError(error.errno, error.strerror, str(file)) from error
     for file in contents:
         temporary_name(file).replace(file)
         fsync(file.parent)
