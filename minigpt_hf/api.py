@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import MiniGPTError, check_type
+from .atomic import storage_error
+from .errors import MiniGPTError, NotSavedError, check_type
 from .training_text import (
     READING,
     check_data,
@@ -273,6 +274,7 @@ def score_answers(
 
     Raises:
         MiniGPTError: if the model or the conversations cannot be loaded.
+        NotSavedError: if the disk is too full for the score, which its attribute `results` has.
     """
     reading = {**dict.fromkeys(READING), **reading, "chat": True}
     if unknown := reading.keys() - READING:
@@ -306,7 +308,7 @@ def score_answers(
         identity: dict[str, Any] = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
         identity |= {"of_training": True} if of_training else {}
         entry = {"data": identity, **result[0].to_dict()}
-        _save(model, before, lambda: save_score(Path(model), entry))
+        _save(model, before, lambda: save_score(Path(model), entry), result)
     return result
 
 
@@ -320,11 +322,14 @@ def model_files(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return {name: (state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states.items()}
 
 
-def _save(model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Callable[[], None]) -> None:
+def _save(model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Callable[[], None], results: Any) -> None:
     """Save results in a model folder; log the reason if that is not possible, because the results are returned as well.
 
     Args:
         before: `model_files` before the model was loaded.
+
+    Raises:
+        NotSavedError: if the disk is full, or a file larger than the process may write.
     """
     try:
         if not Path(model).is_dir():
@@ -333,6 +338,8 @@ def _save(model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Ca
             raise MiniGPTError(f"{model}: was changed during the evaluation; run the same command again")
         save()
     except (MiniGPTError, OSError) as error:
+        if isinstance(error, OSError) and storage_error(error, Path(model)):
+            raise NotSavedError(f"not saved: {error}", results) from error
         logger.warning("not saved: %s", error)
     else:
         logger.info("saved in minigpt.json and README.md of %s", model)
@@ -443,6 +450,7 @@ def evaluate_tasks(
 
     Raises:
         MiniGPTError: if the model, the harness, a task or its data cannot be loaded.
+        NotSavedError: if the disk is too full for the results, which its attribute `results` has.
     """
     check_type("task_path", task_path, str, os.PathLike, type(None))
     check_type("batch_size", batch_size, int, type(None))
@@ -461,7 +469,7 @@ def evaluate_tasks(
     path = None if task_path is None else Path(task_path)
     results = evaluate_tasks(loaded, tokenizer, tasks, path, batch_size or 16)
     if save:
-        _save(model, before, lambda: save_tasks(Path(model), [result.to_dict() for result in results]))
+        _save(model, before, lambda: save_tasks(Path(model), [result.to_dict() for result in results]), results)
     return results
 
 

@@ -238,7 +238,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_files(contents: dict[Path, str]) -> None:
+def write_files(contents: dict[Path, str] | dict[Path, bytes]) -> None:
     """Replace files atomically: each has its old or its new content, never a part of it.
 
     All of them are on disk before the first is renamed; they are renamed in the order given.
@@ -248,12 +248,13 @@ def write_files(contents: dict[Path, str]) -> None:
     """
     try:
         for file, content in contents.items():
-            temporary_name(file).write_text(content, encoding="utf-8")
+            data = content.encode() if isinstance(content, str) else content
+            temporary_name(file).write_bytes(data)
             fsync(temporary_name(file))
     except OSError as error:
         for written in contents:
             temporary_name(written).unlink(missing_ok=True)
-        raise storage_error(error, file) or error from error
+        raise storage_error(error, file) or OSError(error.errno, error.strerror, str(file)) from error
     for file in contents:
         temporary_name(file).replace(file)
         fsync(file.parent)

@@ -42,6 +42,20 @@ class TrainingInterrupted(TrainingStopped):
         super().__init__(f"stopped by {name} {what}")
 
 
+class NotSavedError(MiniGPTError):
+    """Results of an evaluation do not fit on the disk of the model folder. `exit_code` is ENOSPC.
+
+    Attributes:
+        results: What the function would have returned.
+    """
+
+    exit_code = 28
+
+    def __init__(self, message: str, results: Any):
+        self.results = results
+        super().__init__(message)
+
+
 class DiskFullError(TrainingStopped):
     """There is no space for the next checkpoint. `exit_code` is ENOSPC."""
 

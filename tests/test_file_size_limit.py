@@ -61,6 +61,61 @@ def test_metadata_that_exceed_the_limit_are_left_as_they_were(run_folder, text_f
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_score_that_exceeds_the_limit_is_printed_and_the_exit_code_is_that_of_a_full_disk(
+    answers, chat_run, chats, tmp_path, limit_file_size, capsys
+):
+    model = shutil.copytree(chat_run / "model", tmp_path / "model")
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    (tmp_path / "two.jsonl").write_text("".join(chats.read_text().splitlines(keepends=True)[:2]))
+    argv = ["evaluate", str(model), "--data", str(tmp_path / "two.jsonl"), "--score", "exact"]
+    argv += ["--answers", str(tmp_path / "answers.jsonl")] if answers else []
+    limit_file_size(4096)
+    code = main(argv)
+    limit_file_size(resource.RLIM_INFINITY)
+    printed = capsys.readouterr()
+    assert code == 28
+    assert printed.out.startswith("exact ") and "ended by the model" in printed.out
+    assert "not saved: " in printed.err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+    assert not answers or len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_answers_that_exceed_the_limit_are_left_as_they_were(chat_run, chats, tmp_path, limit_file_size, capsys):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("before")
+    argv = ["evaluate", str(chat_run / "model"), "--data", str(chats), "--score", "exact", "--no_save"]
+    limit_file_size(2048)
+    code = main([*argv, "--answers", str(answers)])
+    limit_file_size(resource.RLIM_INFINITY)
+    assert code == 28
+    assert f"{answers}: a file is larger than the file size limit" in capsys.readouterr().err
+    assert answers.read_text() == "before" and [*tmp_path.iterdir()] == [answers]
+
+
+def test_a_run_folder_in_which_nothing_can_be_written_is_named(
+    recipe_file, text_file, tmp_path, limit_file_size, capsys
+):
+    argv = ["train", "--recipe", str(recipe_file), "--data", str(text_file), "--output_dir", str(tmp_path / "run")]
+    limit_file_size(0)
+    code = main(argv)
+    limit_file_size(resource.RLIM_INFINITY)
+    assert code == 28
+    assert f"minigpt train: {tmp_path / 'run'}: a file is larger than the file size limit" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_figure_that_exceeds_the_limit_is_left_as_it_was(run_folder, tmp_path, limit_file_size, capsys):
+    figure = tmp_path / "figure.png"
+    figure.write_bytes(b"before")
+    limit_file_size(4096)
+    code = main(["plot", str(run_folder), "--output", str(figure)])
+    limit_file_size(resource.RLIM_INFINITY)
+    assert code == 28
+    assert f"{figure}: a file is larger than the file size limit" in capsys.readouterr().err
+    assert figure.read_bytes() == b"before" and [*tmp_path.iterdir()] == [figure]
+
+
 @pytest.mark.parametrize(
     "error",
     [

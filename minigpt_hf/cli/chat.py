@@ -110,9 +110,11 @@ class Chat:
         system: str | None,
         options: dict[str, Any],
     ):
+        from ..inference.evaluation import longest_context
+
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        if "max_length" not in options:
-            options.setdefault("max_new_tokens", 512)
+        if "max_length" not in options:  # half of a short context remains for the conversation
+            options.setdefault("max_new_tokens", min(512, max(1, longest_context(model) // 2)))
         self.reset(system)
 
     def reset(self, system: str | None) -> None:

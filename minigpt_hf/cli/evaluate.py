@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_files
 from ..data.files import FORMATS
-from ..errors import MiniGPTError
+from ..errors import MiniGPTError, NotSavedError
 from .parser import Parser, quiet
 
 
@@ -152,13 +153,19 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
 
     quiet()
     if file is not None:  # an error is reported before the answers are generated
+        if Path(file).exists() and Path(settings["data"]).exists() and Path(file).samefile(settings["data"]):
+            raise MiniGPTError(
+                f"--answers {file}: is the file of --data, which would be overwritten; give another file"
+            )
         is_new = not Path(file).exists()
         Path(file).open("a", encoding="utf-8").close()
         if is_new:
             Path(file).unlink()
-    score, rows = api.score_answers(
-        **{name: value for name, value in settings.items() if value is not None}, metric=metric, save=save
-    )
+    given, unsaved = {name: value for name, value in settings.items() if value is not None}, None
+    try:
+        score, rows = api.score_answers(**given, metric=metric, save=save)
+    except NotSavedError as error:
+        (score, rows), unsaved = error.results, error
     if as_json:
         print(json.dumps({name: settings[name] for name in ("model", "data", "split")} | score.to_dict()), flush=True)
     else:
@@ -168,7 +175,13 @@ def _score_answers(settings: dict[str, Any], metric: str, file: str | None, as_j
             print(f"  {name:<22}{show(value)}")
         print(f"ended by the model      {score.ended:.1%} of {score.answers:,} answers", flush=True)
     if file is not None:
-        Path(file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if Path(file).exists() and not Path(file).is_file():  # /dev/stdout
+            Path(file).write_text(content, encoding="utf-8")
+        else:
+            write_files({Path(file).resolve(): content})
+    if unsaved is not None:
+        raise unsaved
 
 
 def _measure_copying(settings: dict[str, Any], of_copying: dict[str, Any], as_json: bool) -> None:
@@ -210,11 +223,19 @@ def _evaluate_tasks(settings: dict[str, Any], tasks: str, task_path: str | None,
 
     quiet()
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    results = api.evaluate_tasks(**settings, tasks=names, task_path=task_path, save=save)
+    unsaved = None
+    try:
+        results = api.evaluate_tasks(**settings, tasks=names, task_path=task_path, save=save)
+    except NotSavedError as error:
+        results, unsaved = error.results, error
     if as_json:
-        print(json.dumps({"model": settings["model"], "tasks": [result.to_dict() for result in results]}))
-        return
-    width = max((len(result.task) for result in results), default=0)
-    for result in results:
-        error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
-        print(f"{result.task:<{width}}   {result.metric} {result.value:.4f}{error}   {result.samples:,} questions")
+        print(json.dumps({"model": settings["model"], "tasks": [result.to_dict() for result in results]}), flush=True)
+    else:
+        width = max((len(result.task) for result in results), default=0)
+        for result in results:
+            deviation = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+            print(
+                f"{result.task:<{width}}   {result.metric} {result.value:.4f}{deviation}   {result.samples:,} questions"
+            )
+    if unsaved is not None:
+        raise unsaved

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from ..atomic import write_files
 from ..errors import MiniGPTError
 from .parser import Parser
 
@@ -45,5 +46,6 @@ def run(argv: list[str]) -> None:
     names = {name: Path(name).name for name in logs}
     if len(set(names.values())) < len(names):
         names = {name: name for name in logs}  # runs of the same name in different folders
-    draw_comparison({names[name]: log for name, log in logs.items()}, output)
+    figure = draw_comparison({names[name]: log for name, log in logs.items()}, output.suffix[1:].lower())
+    write_files({output.resolve(): figure})  # a link to a figure remains a link
     print(f"the figure is in {output}")

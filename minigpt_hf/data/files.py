@@ -1,6 +1,6 @@
 """Find the files that `--data` names, and determine their formats from their names. No file is opened."""
 
-# ruff: noqa: PTH110, PTH112, PTH114, PTH116, PTH118, PTH119, PTH122, PTH206 (a `Path` for each of 200,000 files takes seconds)
+# ruff: noqa: PTH110, PTH112, PTH114, PTH116, PTH118, PTH119, PTH122, PTH206, PTH208 (a `Path` for each of 200,000 files takes seconds)
 
 import os
 import re
@@ -9,6 +9,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from glob import has_magic
 from itertools import takewhile
 from pathlib import Path
@@ -37,6 +38,7 @@ DOCUMENTATION_NAMES = ("readme", "license", "licence")
 # Of URLs: HTTP, the Hub, and the object stores of `fsspec`, which need its packages for them, such as s3fs.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hdfs", "memory")
 PROTOCOLS = tuple(f"{name}://" for name in ("http", "https", "hf", *OBJECT_STORES))
+WRITTEN = "of runs and models"  # reason to skip files
 MAX_REASONS_SHOWN = 5
 MAX_SHARES = 99_999
 SHARD_CACHE = 50.0  # GB
@@ -180,28 +182,35 @@ def folder_of(pattern: str) -> str:
 def files_matching(pattern: str) -> FileSelection:
     """Return the files that match a glob pattern, sorted.
 
-    `**` matches any number of folders, and at the end of a pattern all files below them. Hidden files and folders are
-    skipped unless a component of the pattern starts with a dot.
+    `**` matches any number of folders, and at the end of a pattern all files below them; not those of runs and models. Hidden
+    files and folders are skipped unless a component of the pattern starts with a dot.
     """
     path, selection, root = Path(pattern), FileSelection(), folder_of(pattern)
     if path.name == "**":
         path /= "*"
+
+    @cache
+    def in_written(folder: Path) -> bool:
+        return folder != Path(root) and (is_written(os.listdir(folder)) or in_written(folder.parent))
+
     includes_hidden = any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
     for match in sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
         if not includes_hidden and any(part.startswith(".") for part in os.path.relpath(match, root).split(os.sep)):
             if not match.is_dir():
                 selection.skipped["hidden"] += 1
-        elif match.is_file():
-            selection.files.append(str(match))
-        else:
+        elif not match.is_file():
             selection.skipped["folders" if match.is_dir() else "not regular files"] += 1
+        elif "**" in path.parts and in_written(match.parent):
+            selection.skipped[WRITTEN] += 1
+        else:
+            selection.files.append(str(match))
     return selection
 
 
 def files_below(
     folder: Path, extensions: Iterable[str] | None = FORMAT_BY_EXTENSION, excluded_folders: Iterable[str] = ()
 ) -> FileSelection:
-    """Return all files below a folder, sorted; hidden files and folders are skipped.
+    """Return all files below a folder, sorted; hidden files and folders, and those of runs and models, are skipped.
 
     Args:
         extensions: Extensions to select; None for all files.
@@ -211,8 +220,8 @@ def files_below(
         MiniGPTError: if a subfolder cannot be read.
     """
     selection = FileSelection()
-    for file, is_hidden in _walk(str(folder), set(excluded_folders)):
-        if reason := "hidden" if is_hidden else _reason_to_skip(file, extensions):
+    for file, reason in _walk(str(folder), set(excluded_folders)):
+        if reason := reason or _reason_to_skip(file, extensions):
             selection.skipped[reason] += 1
         else:
             selection.files.append(file)
@@ -221,8 +230,14 @@ def files_below(
     return selection
 
 
-def _walk(folder: str, excluded_folders: set[str]) -> Iterator[tuple[str, bool]]:
-    """Yield (path, whether it is hidden) of everything below a folder except the folders that are searched."""
+def is_written(names: Iterable[str]) -> bool:
+    """Whether a folder with files of these names is a run folder or a model folder, which a training in a subfolder of its
+    data has written: a resumed run must read the same text, and another run not the files of the first."""
+    return "minigpt.json" in names or ("recipe.yaml" in names and ("fingerprint.json" in names or "log.jsonl" in names))
+
+
+def _walk(folder: str, excluded_folders: set[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (path, why it is skipped) of everything below a folder except the folders that are searched."""
 
     def raise_error(error: OSError) -> None:
         raise MiniGPTError(
@@ -231,9 +246,14 @@ def _walk(folder: str, excluded_folders: set[str]) -> Iterator[tuple[str, bool]]
 
     for parent, folders, files in os.walk(folder, onerror=raise_error):
         folders[:] = [name for name in folders if name not in excluded_folders]
+        if parent != folder and is_written(files):
+            for below, _, names in os.walk(parent):
+                yield from ((os.path.join(below, name), WRITTEN) for name in names)
+            folders.clear()
+            continue
         links = [name for name in folders if name.startswith(".") or os.path.islink(os.path.join(parent, name))]
         for name in [*files, *links]:
-            yield os.path.join(parent, name), name.startswith(".")
+            yield os.path.join(parent, name), "hidden" if name.startswith(".") else None
         folders[:] = [name for name in folders if not name.startswith(".")]
 
 

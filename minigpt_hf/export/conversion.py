@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..atomic import check_links, check_new_folder
 from ..data.tokenizer import tokenizer_mismatch
@@ -38,8 +38,13 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
     if settings.get("quantization_config"):
         raise MiniGPTError(f"{folder}: its weights are quantized; export the model before quantization")
     with loading(str(folder)):
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # with the defaults of its own class
         model, report = MiniGPTForCausalLM.from_pretrained(
-            folder, output_loading_info=True, attn_implementation="eager", use_safetensors=True
+            folder,
+            config=MiniGPTConfig.from_dict(found.to_dict()),
+            output_loading_info=True,
+            attn_implementation="eager",
+            use_safetensors=True,
         )
     with loading(str(folder), "tokenizer", "an export needs the tokenizer of the model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

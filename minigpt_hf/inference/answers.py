@@ -1,11 +1,12 @@
 """Generate the answers of conversations and compare them with the given ones.
 
-The last answer of each conversation is generated from the messages before it, without sampling. Scores, with 95 % intervals:
+The last answer of each conversation is generated from the messages before it, by greedy decoding. Scores, with 95 %
+intervals:
 
     exact   share of answers that equal the reference, without surrounding white space (Wilson interval)
     chrf    chrF2 of sacrebleu (Popović 2015), 0 to 100 (bootstrap over conversations)
     bleu    BLEU of sacrebleu (Papineni et al. 2002; Post 2018), 0 to 100 (bootstrap over conversations)
-    rouge   mean ROUGE-L F1 of rouge-score (Lin 2004), 0 to 1 (normal approximation)
+    rouge   mean ROUGE-L F1 of rouge-score (Lin 2004) on words of any script, 0 to 1 (normal approximation)
 
 The same scores of three trivial answers show what a score is worth: the question itself, its first sentence, and the most
 frequent answer of the data.
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat_format import Message, last_question
 from ..errors import MiniGPTError
@@ -76,7 +77,8 @@ def score_answers(
         The score, and for each conversation `question` (the last one), `reference` and `answer`.
 
     Raises:
-        MiniGPTError: if the metric is unknown or its package is not installed, or there is no conversation.
+        MiniGPTError: if the metric is unknown, gives 0 to the references themselves, or its package is not installed, or
+            there is no conversation.
     """
     if metric not in METRICS:
         raise MiniGPTError(f"score is {metric!r}: give one of {', '.join(METRICS)}")
@@ -88,6 +90,11 @@ def score_answers(
     if not prompts:
         raise MiniGPTError("there is no conversation to answer")
     compute = METRICS[metric]()
+    if compute(references, references)[0] == 0:  # BLEU without a sequence of four words
+        raise MiniGPTError(
+            f"--score {metric} gives 0 even to the references themselves, which are too short or not divided by spaces: give "
+            "--score chrf or exact"
+        )
     longest = max(_length(tokenizer, text) for text in references)
     answers, ended = generate_answers(model, tokenizer, prompts, longest + SPARE_TOKENS, batch_size, progress)
     questions = [last_question(prompt) for prompt in prompts]
@@ -131,15 +138,16 @@ def generate_answers(
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda answers: None,
 ) -> tuple[list[str], int]:
-    """Generate an answer to each prompt by greedy decoding.
+    """Generate an answer to each prompt by greedy decoding; the settings of `model.generation_config` do not apply.
 
-    Prompts of similar length are padded on the left and answered together.
+    Prompts of similar length are padded on the left and answered together. Those that leave less than `max_new_tokens` in
+    the context are answered alone, because padding would shorten the answers of others.
 
     Returns:
         The answers, and how many of them the model ended itself.
 
     Raises:
-        MiniGPTError: if a prompt leaves no space in the context of the model.
+        MiniGPTError: if a prompt leaves no space in the context of the model, or no token ends an answer.
     """
     encoded = []
     for number, prompt in enumerate(prompts, 1):
@@ -150,32 +158,39 @@ def generate_answers(
     context, longest = longest_context(model), max(map(len, encoded))
     if longest >= context:
         raise MiniGPTError(f"a prompt has {longest:,} tokens and the context of the model is {context:,}: shorten it")
-    eos = model.generation_config.eos_token_id
+    eos = (
+        tokenizer.eos_token_id if model.generation_config.eos_token_id is None else model.generation_config.eos_token_id
+    )
+    if eos is None:
+        raise MiniGPTError("neither generation_config.json nor the tokenizer names the EOS token that ends an answer")
     ends = torch.tensor(eos if isinstance(eos, list) else [eos], device=model.device)
     padding = int(ends[0]) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    together = [number for number in order if len(encoded[number]) + max_new_tokens <= context]
+    batches = [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
+    batches += [[number] for number in order[len(together) :]]
     answers, ended = [""] * len(prompts), 0
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        width = len(encoded[batch[-1]])
-        ids = torch.full((len(batch), width), padding)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for row, number in enumerate(batch):
-            ids[row, width - len(encoded[number]) :] = encoded[number]
-            mask[row, width - len(encoded[number]) :] = 1
-        generated = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=min(max_new_tokens, context - width),
-            do_sample=False,
-            temperature=None,
-            use_cache=True,
-            pad_token_id=padding,
-        )[:, width:]
-        ended += int(torch.isin(generated, ends).any(dim=1).sum())
-        for number, text in zip(batch, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
-            answers[number] = text
-        progress(len(batch))
+    configured = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=padding, use_cache=True)
+    try:
+        for batch in batches:
+            width = len(encoded[batch[-1]])
+            ids = torch.full((len(batch), width), padding)
+            mask = torch.zeros((len(batch), width), dtype=torch.long)
+            for row, number in enumerate(batch):
+                ids[row, width - len(encoded[number]) :] = encoded[number]
+                mask[row, width - len(encoded[number]) :] = 1
+            generated = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=min(max_new_tokens, context - width),
+            )[:, width:]
+            ended += int(torch.isin(generated, ends).any(dim=1).sum())
+            for number, text in zip(batch, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+                answers[number] = text
+            progress(len(batch))
+    finally:
+        model.generation_config = configured
     return answers, ended
 
 
@@ -218,7 +233,7 @@ def _rouge() -> Metric:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise MiniGPTError("--score rouge requires rouge-score: `pip install 'minigpt-hf[score]'`") from error
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def compute(answers: list[str], references: list[str]) -> tuple[float, float, float]:
         values = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(answers, references, strict=True)]
@@ -226,6 +241,13 @@ def _rouge() -> Metric:
         return mean, mean - half, mean + half
 
     return compute
+
+
+class _Words:
+    """Tokenizer for rouge-score, whose own one discards all letters but a to z; on ASCII text both are equal."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 METRICS: dict[str, Callable[[], Metric]] = {

@@ -232,6 +232,8 @@ def _warn_of_short_context(model: PreTrainedModel, prompt_tokens: int, options: 
     """Log a warning if the text may become longer than the context, unless every layer has a sliding window."""
     longest = _longest_context(model)
     new_tokens = options.get("max_new_tokens", model.generation_config.max_new_tokens)
+    if new_tokens is None and isinstance(length := options.get("max_length", model.generation_config.max_length), int):
+        new_tokens = length - prompt_tokens
     is_windowed = set(getattr(model.config, "layer_types", None) or []) == {"sliding_attention"}
     if not (isinstance(longest, int) and isinstance(new_tokens, int)) or is_windowed:
         return

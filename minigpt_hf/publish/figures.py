@@ -3,6 +3,7 @@
 Inputs are the rows of `log.jsonl`. Values that are not finite numbers are omitted; an empty log results in empty axes.
 """
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,15 @@ def draw_training(log: Log, file: Path) -> None:
     figure.savefig(file)
 
 
-def draw_comparison(logs: dict[str, Log], file: Path) -> None:
+def draw_comparison(logs: dict[str, Log], kind: str) -> bytes:
     """Draw training and validation of several runs in bits per byte, which is comparable between tokenizers.
 
     Args:
         logs: Rows of `log.jsonl` by name of the run.
-        file: Output file; its suffix determines the format.
+        kind: Format: `png`, `svg` or `pdf`.
+
+    Returns:
+        The content of the file.
     """
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -77,7 +81,8 @@ def draw_comparison(logs: dict[str, Log], file: Path) -> None:
         for text, label in zip(legend.get_texts(), labels, strict=True):
             text.set_parse_math(False)
             text.set_text("".join(c if c.isprintable() else repr(c)[1:-1] for c in label))
-    figure.savefig(file)
+    figure.savefig(content := BytesIO(), format=kind)
+    return content.getvalue()
 
 
 def columns(log: Log, name: str) -> tuple[list[float], list[float]]:

@@ -33,10 +33,15 @@ def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
     with loading(folder):
         found = AutoConfig.from_pretrained(path, trust_remote_code=False)
     settings = found.to_dict()
-    if found.model_type not in ("minigpt", "qwen3") or settings.get("attention_bias") or found.hidden_act != "silu":
+    if found.model_type not in ("minigpt", "qwen3"):
         raise MiniGPTError(
             f"init_from {folder}: this is a {found.model_type} model; only MiniGPT and Qwen3 models are supported"
         )
+    for name, supported in (("attention_bias", False), ("hidden_act", "silu")):
+        if settings.get(name, supported) != supported:
+            raise MiniGPTError(
+                f"init_from {folder}: its {name} is {settings[name]!r}; only models with {supported!r} are supported"
+            )
     if settings.get("quantization_config"):
         raise MiniGPTError(
             f"init_from {folder}: quantized weights cannot be trained; give the model before quantization"

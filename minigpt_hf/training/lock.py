@@ -12,6 +12,7 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
+from ..atomic import storage_error
 from ..errors import MiniGPTError
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,11 @@ class FolderLock:
         started = datetime.now().isoformat(" ", "seconds")
         content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
         assert self.descriptor is not None
-        os.ftruncate(self.descriptor, 0)
-        os.write(self.descriptor, content.encode())
+        try:
+            os.ftruncate(self.descriptor, 0)
+            os.write(self.descriptor, content.encode())
+        except OSError as error:
+            raise storage_error(error, self.folder) or error from error
 
     def release(self) -> None:
         """Remove the lock file, unlock, and remove the folders created by `acquire` that are empty."""

@@ -25,12 +25,13 @@ from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..publish.model_folder import damage
-from .arguments import MiniGPTTrainingArguments, Settings
+from .arguments import AUTO, MiniGPTTrainingArguments, Settings
 from .checkpoint import newest_valid, verification_error
 from .initialize import content_hash
 from .lock import LOCK, FolderLock
 from .report import tokens_per_step
 from .run_folder import DESCRIPTIONS, FINGERPRINT, RunFolder, is_model_of, read_json, truncate_log
+from .scaling import parse_size
 from .sharding import data_parallel_size, replicas, tensor_parallel_size
 
 logger = logging.getLogger(__name__)
@@ -390,6 +391,10 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     A setting that an earlier version did not record counts as unchanged if it has its default or is derived from others.
     """
     changed = differences(old, new)
+    if "size" in changed and not {None, AUTO} & {*changed["size"]}:
+        before, after = map(parse_size, changed["size"])
+        if before == after:  # 30k and 30000
+            del changed["size"]
     defaults = {each.name: each.default for each in fields(MiniGPTTrainingArguments)} | BEFORE_INTRODUCTION
     derived = {"load_best_model_at_end", "dataloader_drop_last", "config.vocab_size"}
     for name in [name for name in changed if name not in old and name in defaults]:

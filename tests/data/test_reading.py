@@ -116,6 +116,27 @@ def test_skipped_files_of_a_folder_are_reported_with_the_option_that_includes_th
     assert "read 2 of 12 files" in corpus.split_description
 
 
+def test_files_of_runs_and_models_below_a_folder_of_texts_are_not_read(tmp_path, caplog):
+    """A training in a subfolder of its data must read the same text when it is resumed; another one not its card and code."""
+    run = [
+        "recipe.yaml",
+        "log.jsonl",
+        "samples.md",
+        "checkpoint-2/config.json",
+        "model/minigpt.json",
+        "model/README.md",
+    ]
+    names = ["a.md", "sub/b.md", "sub/recipe.yaml", "model/README.md", "model/code.py", "model/minigpt.json"]
+    folder = Path(write_files(tmp_path, dict.fromkeys([*names, *(f"sub/runs/x/{name}" for name in run)], "text")))
+    with caplog.at_level(logging.INFO):
+        assert len(texts_of(str(folder))) == 3
+    assert "read 3 of 12 files; skipped 9: 9 of runs and models" in caplog.text
+    assert len(texts_of(f"{folder}/**/*.md")) == 2
+    assert len(texts_of(f"{folder}/**")) == 3
+    for named in (f"{folder}/model/*.md", f"{folder}/sub/runs/*/*.md", f"{folder}/model/code.py"):
+        assert texts_of(named) == ["text"]  # asked for
+
+
 def test_data_format_text_reads_every_file_that_is_not_hidden(tmp_path, caplog):
     files = {"README": "1", "copyright": "2", "data.csv": "text\n3", "x.amd64": "4", "y.txt": "5", ".h": "no", "z": ""}
     folder = write_files(tmp_path, files)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export import native as module
 from minigpt_hf.export.native import export_native
+from minigpt_hf.model.native import qwen3_settings
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import random_ids, tiny_model
 
@@ -140,6 +141,18 @@ def test_shards_of_any_name_are_exported(tmp_path):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     twin = AutoModelForCausalLM.from_pretrained(export_native(tmp_path / "model", tmp_path / "twin"))
     assert torch.equal(twin(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+
+
+def test_settings_that_a_qwen3_configuration_omits_have_the_defaults_of_qwen3(tmp_path):
+    """The window of Qwen3 begins at layer 28 by default, that of MiniGPT at layer 0."""
+    model = tiny_model(vocab_size=258)
+    save_model_files(model, byte_tokenizer(), tmp_path / "model")
+    settings = qwen3_settings(model.config) | {"use_sliding_window": True, "sliding_window": 3}
+    del settings["layer_types"], settings["max_window_layers"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(random_ids(1, 9)).logits
+    twin = AutoModelForCausalLM.from_pretrained(export_native(tmp_path / "model", tmp_path / "twin"))
+    assert torch.equal(twin(random_ids(1, 9)).logits, expected)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

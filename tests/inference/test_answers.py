@@ -59,6 +59,42 @@ def test_answers_generated_together_equal_those_generated_alone(batch_size, mode
     assert ended > 0 and len({*expected}) > 1
 
 
+def test_a_long_question_does_not_shorten_the_answers_to_others(model, tokenizer):
+    """Its padded batch would leave one token for each answer."""
+    model.generation_config.eos_token_id = 999
+    length = len(ChatFormat(tokenizer).encode(prompts()[0], add_generation_prompt=True))
+    long = [{"role": "user", "content": "a" * (128 - length)}]
+    answers, _ = generate_answers(model, tokenizer, [*prompts(), long], 20)
+    assert answers[:-1] == generate_answers(model, tokenizer, prompts(), 20)[0]
+    assert [answers[-1]] == generate_answers(model, tokenizer, [long], 20)[0]
+    assert len(tokenizer(answers[0]).input_ids) > 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"stop_strings": ["a"]},
+        {"return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 2},
+        {"min_new_tokens": 20},
+        {"repetition_penalty": 5.0},
+        {"eos_token_id": None},
+    ],
+)
+def test_settings_of_generation_do_not_change_the_answers(settings, model, tokenizer):
+    expected = generate_answers(model, tokenizer, prompts(), 20)
+    model.generation_config.update(**settings)
+    assert generate_answers(model, tokenizer, prompts(), 20) == expected
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
+
+
+def test_a_model_without_a_token_that_ends_answers_is_an_error(model, tokenizer):
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(MiniGPTError, match="names the EOS token that ends an answer"):
+        generate_answers(model, tokenizer, prompts(), 20)
+
+
 def test_exact_ignores_surrounding_white_space_and_has_a_wilson_interval():
     compute = METRICS["exact"]()
     answers, references = [" a\n", "b", "A", "d"] + ["e"] * 6, list("abcd") + ["e"] * 5 + ["f"]
@@ -84,6 +120,21 @@ def test_rouge_is_the_mean_of_rouge_l():
     score, low, high = METRICS["rouge"]()(["the red house", "no"], ["the house burned", "yes"])
     assert score == pytest.approx((2 / 3 + 0) / 2)
     assert (high - low) / 2 == pytest.approx(1.959964 * (1 / 3) / 2**0.5)
+
+
+def test_rouge_counts_words_of_every_script_and_ascii_words_as_rouge_score_does():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    assert METRICS["rouge"]()(["привет мир"], ["привет друг"])[0] == 0.5
+    texts = ["It's the 2nd_red, House!", "the re-d house of 2 x"]
+    assert METRICS["rouge"]()(texts[:1], texts[1:])[0] == scorer.score(texts[1], texts[0])["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(("metric", "references"), [("bleu", ["42", "1 7"]), ("rouge", ["!", "🌱"])])
+def test_a_metric_that_gives_0_to_the_references_themselves_is_an_error(metric, references, model, tokenizer):
+    pytest.importorskip({"bleu": "sacrebleu", "rouge": "rouge_score"}[metric])
+    conversations = [[*prompts()[0], {"role": "assistant", "content": text}] for text in references]
+    with pytest.raises(MiniGPTError, match=f"--score {metric} gives 0 even to the references"):
+        score_answers(model, tokenizer, conversations, metric)
 
 
 def test_trivial_answers_are_scored_as_well(model, tokenizer):

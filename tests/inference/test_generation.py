@@ -219,10 +219,12 @@ def test_several_sequences_of_the_generation_config_are_printed(settings, run_fo
     assert capsys.readouterr().out.count("\n---\n") == settings.get("num_return_sequences", 1)
 
 
+@pytest.mark.parametrize("as_length", [False, True])
 @pytest.mark.parametrize(("window", "new_tokens"), [(None, 61), (None, 60), (8, 61)])
-def test_text_beyond_the_context_is_reported_unless_all_layers_have_a_window(window, new_tokens, caplog):
+def test_text_beyond_the_context_is_reported_unless_all_layers_have_a_window(window, new_tokens, as_length, caplog):
     """The context is 64 tokens, the prompt has four."""
     sliding = {"use_sliding_window": True, "sliding_window": window} if window else {}
-    generate(tiny_model(vocab_size=258, **sliding), byte_tokenizer(), "abcd", max_new_tokens=new_tokens)
+    limit = {"max_length": 4 + new_tokens} if as_length else {"max_new_tokens": new_tokens}
+    generate(tiny_model(vocab_size=258, **sliding), byte_tokenizer(), "abcd", **limit)
     is_reported = "4 tokens of prompt and 61 new tokens exceed the context of the model, 64 tokens" in caplog.text
     assert is_reported == (window is None and new_tokens == 61)

@@ -187,6 +187,14 @@ def test_answers_that_cannot_be_written_are_an_error_before_they_are_generated(f
     assert content(folder) == before
 
 
+def test_answers_do_not_overwrite_the_questions(folder, questions, capsys, monkeypatch):
+    before = questions.read_bytes()
+    monkeypatch.chdir(questions.parent)
+    assert evaluate(folder, questions, "--answers", questions.name) == 2
+    assert "is the file of --data, which would be overwritten" in capsys.readouterr().err
+    assert questions.read_bytes() == before
+
+
 def test_a_card_without_that_mark_is_not_marked(folder, questions):
     """Another program may have written the entry."""
     assert evaluate(folder, questions) == 0

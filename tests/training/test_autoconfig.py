@@ -377,3 +377,11 @@ def test_contradictory_flags_are_reported_in_one_line(argv, message, text_file, 
     assert re.search(message, error), error
     assert [line.partition(":")[0] for line in error.splitlines()][-1] == "minigpt train"
     assert error.count("minigpt train") == 1  # settings chosen before the error are logged above it
+
+
+def test_the_same_size_in_another_notation_resumes_a_run(sized, tmp_path, capsys):
+    argv, finished = sized
+    go_back(finished, tmp_path / "run", 1)
+    argv = [*(word if word != "110k" else "110000" for word in argv), "--output_dir", str(tmp_path / "run")]
+    assert "110000" in argv and main(argv) == 0
+    assert "resuming from step 1" in capsys.readouterr().err

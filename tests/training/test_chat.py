@@ -392,6 +392,16 @@ def test_the_oldest_questions_are_forgotten_when_the_context_is_full(chat_run):
     assert "no longer fit into the context and are forgotten: 1)" in errors
 
 
+def test_a_short_conversation_fits_into_a_short_context_by_default(chat_run, tmp_path, monkeypatch, capsys):
+    model = shutil.copytree(chat_run / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n2 + 2\n"))
+    every_token = json.dumps([*range(config["vocab_size"])])  # ends an answer
+    assert main(["chat", str(model), "--eos_token_id", every_token]) == 0
+    assert "forgotten" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_base_model_continues_each_text(run_folder):
     code, out, errors = chat(run_folder, "def \n")

@@ -172,6 +172,13 @@ def test_missing_models_and_tokenizers_are_rejected(finetune, tmp_path, capsys):
     assert "give a folder or a Hub id with --init_from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "value"), [("attention_bias", True), ("hidden_act", "gelu")])
+def test_a_qwen3_model_with_an_unsupported_setting_is_rejected_with_its_name(name, value, finetune, tmp_path, capsys):
+    Qwen3Config(**{name: value}).save_pretrained(tmp_path / "qwen3")
+    assert finetune("run", folder=tmp_path / "qwen3") == 2
+    assert f"its {name} is {value!r}; only models with" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_training_ends_after_five_evaluations_without_improvement(text, tmp_path, capsys):
     """A short text is memorized within a few epochs, after which the validation loss rises."""

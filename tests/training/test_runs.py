@@ -131,6 +131,19 @@ def test_a_link_at_the_path_of_the_lock_file_is_not_followed(recipe, words, fini
     assert target.read_text() == "content"
 
 
+def test_a_run_below_its_data_is_resumed(recipe, words, tmp_path, monkeypatch, capsys):
+    shutil.copy(words, tmp_path / "words.md")
+    monkeypatch.chdir(tmp_path)
+    for data in (".", "**/*.md"):
+        run, again = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        assert train(recipe, data, run) == 0
+        go_back(run, again, 4)
+        assert train(recipe, data, again) == 0
+        assert "resuming from step 4" in capsys.readouterr().err
+        assert_equal(state_of(again / "checkpoint-8"), state_of(run / "checkpoint-8"))
+
+
 def test_a_folder_created_for_a_rejected_run_is_removed(recipe, tmp_path):
     assert train(recipe, tmp_path / "absent.txt", tmp_path / "runs" / "a" / "b") == 2
     assert list(tmp_path.iterdir()) == []
