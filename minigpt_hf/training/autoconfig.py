@@ -59,6 +59,7 @@ from .scaling import (
     positional_heads,
     shape_for,
     size_for_text,
+    tokens_for_size,
     vocabulary_for,
     vocabulary_for_text,
     weight_decay,
@@ -230,7 +231,7 @@ class AutoConfigurator:
         else:
             size = parse_size(str(self.training.size))  # YAML and Python may give a number
             shape = self._shape(size)
-            tokens = optimal_tokens(shape.parameters(self.vocabulary))
+            tokens = tokens_for_size(shape.parameters(self.vocabulary))
             reason = f"for {size:,.0f} parameters"
         self._choose_for_shape(shape, tokens, reason)
         if self.training.size:

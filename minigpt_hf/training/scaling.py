@@ -7,7 +7,8 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 |--------------------|--------------------------------------------|-------------------------------------------------------|
 | P                  | D = 2 P · ∛(P / 800,000)                   | measured below 10⁶ parameters: docs/log.md; it gives  |
 |                    |                                            | 10.7 P at 124 million, where 20 P is optimal for      |
-|                    |                                            | AdamW (arXiv:2203.15556)                              |
+|                    |                                            | AdamW (arXiv:2203.15556). For a given size, D is at   |
+|                    |                                            | least 10 P, up to 1.5 million                         |
 | num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | approximately as in the recipes                       |
 | block_size         | 128 up to 10⁷ characters, doubled for each | longer contexts cost more and are useful only after   |
 |                    | factor of 10, up to 1,024                  | longer training                                       |
@@ -229,6 +230,14 @@ def positional_heads(layers: int, heads: int) -> list[list[int]]:
 def optimal_tokens(parameters: float) -> float:
     """Number of training tokens of a model: 2 per parameter at 800,000 parameters, 4.6 at 10 million, 10.7 at 124 million."""
     return 2 * parameters * (parameters / 8e5) ** (1 / 3)
+
+
+def tokens_for_size(parameters: float) -> float:
+    """Number of training tokens for `size`: at least 10 per parameter up to 1.5 million, as small models are trained quickly.
+
+    40,000 parameters -> 400,000 tokens; 300,000 -> 1.5 million; 800,000 -> 1.6 million; more: `optimal_tokens`.
+    """
+    return max(optimal_tokens(parameters), min(10 * parameters, MAX_AUTO_TOKENS))
 
 
 def mtp_loss_weight(vocabulary: int) -> float:

@@ -16,6 +16,7 @@ from minigpt_hf.training.scaling import (
     optimal_tokens,
     positional_heads,
     shape_for,
+    tokens_for_size,
     weight_decay,
 )
 
@@ -57,6 +58,12 @@ def test_the_learning_rate_of_adamw_is_inversely_proportional_to_the_root_of_the
 
 def test_the_optimal_number_of_tokens_per_parameter_grows_with_the_cube_root_of_the_size():
     assert [optimal_tokens(p) / p for p in (1e5, 8e5, 6.4e6, 1e8)] == pytest.approx([1, 2, 4, 10])
+
+
+def test_small_models_of_a_given_size_are_trained_longer():
+    assert [tokens_for_size(p) for p in (4e4, 1.5e5, 3e5, 8e5, 6.4e6)] == pytest.approx(
+        [4e5, 1.5e6, 1.5e6, 1.6e6, 4 * 6.4e6]
+    )
 
 
 def test_a_shape_is_optimal_for_its_number_of_tokens_and_twice_as_many_are_as_far_off_as_half():
