@@ -12,7 +12,7 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | num_hidden_layers  | 2 at width 64, 4 at 128, 12 at 768         | approximately as in the recipes                       |
 | block_size         | 128 up to 10⁷ characters, doubled for each | longer contexts cost more and are useful only after   |
 |                    | factor of 10, up to 1,024                  | longer training                                       |
-| tokens per step    | 768 · √(D / 1.5 million), at least 768     | 12 · 64 in nanoGPT's CPU example, scaled roughly as   |
+| tokens per step    | 1.5 · √D, at least 768                     | measured at D = 10⁶: docs/log.md; scaled roughly as   |
 |                    |                                            | the critical batch size (arXiv:2505.13738)            |
 | muon_learning_rate | 0.02 at every width                        | updates have the same operator norm at every width,   |
 |                    |                                            | so the learning rate transfers (arXiv:2310.17813)     |
@@ -205,8 +205,8 @@ def vocabulary_for(characters: float) -> int:
 
 
 def batch_tokens(tokens: float) -> float:
-    """Tokens per optimizer step: 1.5e6 training tokens or fewer -> 768, 1.5e8 -> 7680."""
-    return 768 * max(1.0, math.sqrt(tokens / 1.5e6))
+    """Tokens per optimizer step: 262,144 training tokens or fewer -> 768, 10⁶ -> 1,500, 10⁸ -> 15,000."""
+    return max(768.0, 1.5 * math.sqrt(tokens))
 
 
 def learning_rates(width: int) -> dict[str, float]:

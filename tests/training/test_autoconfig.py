@@ -52,7 +52,7 @@ def test_rules_at_sizes_computed_manually():
         2048,
         32768,
     ]
-    assert [batch_tokens(tokens) for tokens in (1e5, 1.5e6, 6e6)] == [768, 768, 1536]
+    assert [batch_tokens(tokens) for tokens in (1e5, 262_144, 1e6, 1e8)] == [768, 768, 1500, 15_000]
     assert learning_rates(128) == {"learning_rate": 1e-2, "muon_learning_rate": 0.02}
     assert learning_rates(512) == {"learning_rate": 5e-3, "muon_learning_rate": 0.02}
 
