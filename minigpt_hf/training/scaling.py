@@ -177,7 +177,7 @@ def size_for_text(size: int, tokens: int) -> tuple[float, float]:
 
     P is 4 parameters per byte, at most 1,000,000. D is 4 epochs, or up to 20 epochs for short texts until D is 150,000, and
     at most 1,500,000. The compute P · D is therefore at most 1.5 · 10¹²; that of the recipe `demo` is
-    640,032 · 1,638,400 = 1.0 · 10¹².
+    640,032 · 1,843,200 = 1.2 · 10¹².
 
     4 kB in 2,000 tokens -> 16,000 and 40,000; 1 MB in 400,000 tokens -> 1,000,000 and 1,500,000.
 
