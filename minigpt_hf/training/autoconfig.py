@@ -540,11 +540,10 @@ class AutoConfigurator:
         """Return batch size, steps and learning rates as training arguments, and the number of steps."""
         training, block_size = self.training, self.data.block_size
         rows = max(1, round(batch_tokens(tokens) / (block_size * self._batches_per_step())))
-        if self.is_auto:
-            sequences = len(self.stream) // block_size
-            rows = max(1, min(rows, sequences // (2 * self._batches_per_step())))  # at least 2 steps per epoch
-        elif training.device.type != "cpu":
+        if not self.is_auto and training.device.type != "cpu":
             rows = max(rows, 16384 // block_size)  # assumed to be necessary to utilize an accelerator; not measured
+        sequences = len(self.stream) // block_size
+        rows = max(1, min(rows, sequences // (2 * self._batches_per_step())))  # at least 2 steps per epoch
         if "per_device_train_batch_size" in training.given:
             rows = training.per_device_train_batch_size
         steps = max(1, round(tokens / (rows * self._batches_per_step() * block_size)))

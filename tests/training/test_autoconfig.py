@@ -177,6 +177,14 @@ def test_the_chosen_positional_heads_fit_the_other_settings(flags, expected, tex
     assert ("attend to previous tokens from the start" in caplog.text) == bool(expected)
 
 
+def test_an_epoch_of_a_short_text_has_at_least_two_steps(tmp_path):
+    """The training text has 28 sequences of 128; with a longer text, a model of this size has 33 per step."""
+    (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.\n" * 93)
+    (_, _, training), stream = automatic_settings(["--size", "3m", "--data", str(tmp_path / "short.txt")], tmp_path)
+    assert len(stream) // 128 == 28
+    assert training.per_device_train_batch_size == 14
+
+
 def test_a_text_of_few_tokens_is_trained_on_if_sequences_of_a_given_length_fit(tmp_path):
     (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.")
     argv = ["--data", str(tmp_path / "short.txt"), "--tokenizer", "characters", "--validation_fraction", "0"]
