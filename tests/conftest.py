@@ -26,11 +26,6 @@ import torch
 from minigpt_hf import MiniGPTConfig, MiniGPTForCausalLM
 from minigpt_hf.cli import main
 
-# What an fsync changes can be observed only after a power failure, and it takes a third of the time of a short run. In this
-# process it only checks its argument; tests of the order and of failures replace it again, and other processes call the real
-# function.
-os.fsync = os.fstat
-
 ROOT = Path(__file__).parents[1]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 

@@ -231,8 +231,10 @@ def files_below(
 
 
 def is_written(names: Iterable[str]) -> bool:
-    """Whether a folder with files of these names is a run folder or a model folder, which a training in a subfolder of its
-    data has written: a resumed run must read the same text, and another run not the files of the first."""
+    """Whether a folder with files of these names is a run folder or a model folder.
+
+    They are not part of a text: a resumed run must not read what it has written, nor another run the files of the first.
+    """
     return "minigpt.json" in names or ("recipe.yaml" in names and ("fingerprint.json" in names or "log.jsonl" in names))
 
 

@@ -189,9 +189,8 @@ def store_by_hash(content: Iterable[bytes], folder: Path, extension: str) -> Pat
             file.flush()
             target = (folder / f"{digest.hexdigest()[:32]}{extension}").absolute()
             Path(file.name).replace(target)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
+        finally:
+            Path(file.name).unlink(missing_ok=True)  # after an error; otherwise it has been renamed
     return target
 
 

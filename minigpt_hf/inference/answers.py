@@ -14,6 +14,7 @@ frequent answer of the data.
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -244,10 +245,13 @@ def _rouge() -> Metric:
 
 
 class _Words:
-    """Tokenizer for rouge-score, whose own one discards all letters but a to z; on ASCII text both are equal."""
+    """Tokenizer for rouge-score, whose own one discards all letters but a to z; on ASCII text both are equal.
+
+    A word is a sequence of letters, digits and combining marks, such as vowel signs. Text without spaces is one word.
+    """
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower()).split()
 
 
 METRICS: dict[str, Callable[[], Metric]] = {

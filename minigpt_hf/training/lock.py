@@ -81,7 +81,9 @@ class FolderLock:
             os.ftruncate(self.descriptor, 0)
             os.write(self.descriptor, content.encode())
         except OSError as error:
-            raise storage_error(error, self.folder) or error from error
+            if full := storage_error(error, self.folder):
+                raise full from error
+            raise
 
     def release(self) -> None:
         """Remove the lock file, unlock, and remove the folders created by `acquire` that are empty."""

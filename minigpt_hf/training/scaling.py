@@ -24,7 +24,7 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | rope_theta         | 4 · block_size                             | longer wavelengths than the sequence are useless      |
 | residual_dropout   | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2  | up to 4 epochs, repeated text is almost as useful as  |
 | weight_decay       | 0 up to D = 4 T, then 0.1                  | new text (arXiv:2305.16264)                           |
-| mtp_loss_weight    | 0.5 for characters and bytes               | measured: docs/results.md; with large vocabularies    |
+| mtp_loss_weight    | 0.5 for characters and bytes               | measured: docs/log.md; with large vocabularies        |
 |                    |                                            | the auxiliary head costs more time than it gains      |
 
 In fine-tuning on conversations, both learning rates are multiplied by min(1, √(10⁶ / P)): half of the rates for training from

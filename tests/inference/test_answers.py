@@ -124,7 +124,8 @@ def test_rouge_is_the_mean_of_rouge_l():
 
 def test_rouge_counts_words_of_every_script_and_ascii_words_as_rouge_score_does():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    assert METRICS["rouge"]()(["привет мир"], ["привет друг"])[0] == 0.5
+    for answer, reference in (("привет мир", "привет друг"), ("नमस्ते दुनिया", "नमस्ते मित्र")):  # one word of two
+        assert METRICS["rouge"]()([answer], [reference])[0] == 0.5
     texts = ["It's the 2nd_red, House!", "the re-d house of 2 x"]
     assert METRICS["rouge"]()(texts[:1], texts[1:])[0] == scorer.score(texts[1], texts[0])["rougeL"].fmeasure
 

@@ -177,6 +177,12 @@ def test_the_chosen_positional_heads_fit_the_other_settings(flags, expected, tex
     assert ("attend to previous tokens from the start" in caplog.text) == bool(expected)
 
 
+def test_the_auxiliary_loss_is_not_chosen_with_settings_that_exclude_it(text_file, tmp_path):
+    argv = ["--size", "0.8m", "--data", str(text_file), "--label_smoothing_factor", "0.1"]
+    (_, _, training), _ = automatic_settings(argv, tmp_path)
+    assert training.mtp_loss_weight == 0
+
+
 def test_an_epoch_of_a_short_text_has_at_least_two_steps(tmp_path):
     """The training text has 28 sequences of 128; with a longer text, a model of this size has 33 per step."""
     (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.\n" * 93)

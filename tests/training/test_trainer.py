@@ -241,7 +241,7 @@ def test_the_time_includes_steps_that_were_not_logged_before_the_interruption(re
     flags = ["--logging_steps", "8"]
 
     def slow(*args, **kwargs):
-        time.sleep(0.15)
+        time.sleep(0.3)
         return step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", slow)
@@ -249,7 +249,7 @@ def test_the_time_includes_steps_that_were_not_logged_before_the_interruption(re
     shutil.rmtree(run / "model")
     monkeypatch.setattr(Trainer, "training_step", step)
     assert train(recipe, words, run, *flags, "--allow_change", "max_steps") == 0
-    assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["seconds"] >= 0.6
+    assert json.loads((run / "model" / "minigpt.json").read_text())["training"]["seconds"] >= 1.2
 
 
 def test_generating_samples_restores_all_rng_states():
