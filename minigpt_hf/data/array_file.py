@@ -1,7 +1,6 @@
 """An array in a file, of which slices are read."""
 
 import os
-import sys
 import weakref
 from pathlib import Path
 
@@ -24,7 +23,7 @@ class ArrayFile:
 
     def __init__(self, file: Path, dtype: np.dtype | str, offset: int = 0):
         self.file, self.dtype, self.offset = file, np.dtype(dtype), offset
-        self._descriptor = os.open(file, os.O_RDONLY | (os.O_BINARY if sys.platform == "win32" else 0))
+        self._descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._descriptor)
         self._length = (os.fstat(self._descriptor).st_size - offset) // self.dtype.itemsize
 
