@@ -70,7 +70,8 @@ def train_model(
                     hidden_states = outputs.hidden_states[-1]
                     loss = add_auxiliary_loss(loss, model, hidden_states, batch["shift_labels"], weight, 1 / num_items)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

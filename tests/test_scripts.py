@@ -98,21 +98,16 @@ def test_the_generated_conformance_tests_use_every_class_of_this_package(model):
 # -- bare_loop.py -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("muon", ["true", "false"])
+@pytest.mark.parametrize(("muon", "max_grad_norm"), [("true", "0.05"), ("false", "0")])
 def test_bare_loop_losses_equal_the_trainers_for_a_schedule_with_keyword_arguments(
-    muon, recipe_file, text_file, tmp_path
+    muon, max_grad_norm, recipe_file, text_file, tmp_path
 ):
-    """`cosine_with_min_lr` requires `min_lr` or `min_lr_rate`; with 0.9 it differs clearly from a plain cosine."""
-    flags = [
-        "--data",
-        str(text_file),
-        "--lr_scheduler_type",
-        "cosine_with_min_lr",
-        "--muon",
-        muon,
-        "--warmup_steps",
-        "2",
-    ]
+    """`cosine_with_min_lr` requires `min_lr` or `min_lr_rate`; with 0.9 it differs clearly from a plain cosine.
+
+    A maximum gradient norm of 0 means no clipping.
+    """
+    flags = ["--data", str(text_file), "--lr_scheduler_type", "cosine_with_min_lr", "--warmup_steps", "2"]
+    flags += ["--muon", muon, "--max_grad_norm", max_grad_norm]
     flags += ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.9}', "--max_steps", "8", "--logging_steps", "1"]
     flags += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "no"]
     flags += ["--mtp_loss_weight", "0.5", "--positional_heads", "1,2"]

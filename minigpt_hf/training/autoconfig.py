@@ -505,7 +505,8 @@ class AutoConfigurator:
                     states, labels = outputs.hidden_states[-1], batch["shift_labels"]
                     loss = add_auxiliary_loss(loss, model, states, labels, weight, 1 / labels.numel())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             loss.item()  # waits for the device
