@@ -20,6 +20,7 @@ from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
 from minigpt_hf.data.conversations import messages_of
 from minigpt_hf.data.stream import TokenStream
 from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer
+from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import random_ids, tiny_model
 
 
@@ -100,10 +101,10 @@ def test_an_ablation_reports_differences_from_the_recipe_and_reuses_its_log(reci
 
 
 @pytest.mark.parametrize("heads", [2, 8])
-def test_another_number_of_heads_applies_to_a_recipe_of_two_layers_with_positional_heads(heads, text_file):
+def test_another_number_of_heads_applies_to_a_recipe_of_one_layer_with_positional_heads(heads, text_file):
     change = ablation.CHANGES[f"{heads} attention heads"]
     model = trial.prepare("shakespeare-char-fast", ["--data", str(text_file), *change.flags]).model
-    assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (2, heads)
+    assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (1, heads)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,16 @@ def test_the_time_of_training_steps_excludes_evaluations():
     log = [{"step": 10, "tokens": 1000, "tokens_per_second": 500}, {"step": 10, "tokens": 1000, "eval_loss": 2.0}]
     log += [{"step": 20, "tokens": 2000, "tokens_per_second": 250}]
     assert learn.seconds_of_log("\n".join(map(json.dumps, log)), 21) == pytest.approx((2 + 4) * 21 / 20)
+
+
+@pytest.mark.parametrize("peer", learn.RUNS)
+def test_only_the_first_run_of_minigpt_reads_as_many_tokens_as_the_peer(peer):
+    tokens = []
+    for recipe, settings in learn.RUNS[peer].values():
+        data, _, training = parse_arguments(["--output_dir", "unused", *learn.flags(settings)], recipe)
+        tokens.append(training.max_steps * training.per_device_train_batch_size * data.block_size)
+    assert tokens[0] == learn.STEPS * learn.TOKENS_PER_STEP
+    assert max(tokens[1:]) < tokens[0] / 4
 
 
 def test_ratios_are_medians_over_rounds_and_losses_are_means():

@@ -1,7 +1,7 @@
 """Validation loss and training time, compared with nanoGPT or with models of transformers.
 
-All candidates use the same text, split and number of threads and, except for the shorter run `minigpt, fast`, the same number
-of tokens. `--peer nanogpt` runs the unmodified `train.py` of a copy of nanoGPT with its CPU example. `--peer hf` runs
+All candidates use the same text, split and number of threads and, except for the shorter runs of minigpt-hf, the same
+number of tokens. `--peer nanogpt` runs the unmodified `train.py` of a copy of nanoGPT with its CPU example. `--peer hf` runs
 transformers' GPT-2 and Llama in the stock Trainer, with its default settings and with tuned AdamW. Each training run is a
 separate process. All models are evaluated as by `minigpt evaluate` on the last tenth of the text, each character once, in
 windows of 64. The training time is that of the training steps, without evaluation, saving and sampling.
@@ -33,11 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, choices in (("--architectures", ["gpt2", "llama"]), ("--settings", ["stock", "tuned"])):
         parser.add_argument(name, nargs="+", default=choices, choices=choices, help="for --peer hf (default: both)")
     parser.add_argument(
-        "--fast_steps",
-        type=int,
-        help="steps of the shorter run (default: 400 of shakespeare-char for --peer hf, otherwise those of its recipe)",
-    )
-    parser.add_argument(
         "--max_steps",
         type=int,
         default=STEPS,
@@ -63,12 +58,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 trainings[f"{name}, {settings}"] = lambda folder, seed, peer=(name, settings): train_hf(
                     args, folder, seed, *peer
                 )
-    recipes = {"minigpt, equal tokens": ("shakespeare-char", None), "minigpt, fast": FAST[args.peer]}
-    recipes["minigpt, fast"] = (FAST[args.peer][0], args.fast_steps or FAST[args.peer][1])
-    ours = {name: (recipe, steps or read_recipe(recipe)["max_steps"]) for name, (recipe, steps) in recipes.items()}
-    for name, (recipe, steps) in ours.items():
-        trainings[name] = lambda folder, seed, recipe=recipe, steps=steps: train_ours(
-            args, folder, seed, recipe, max(1, round(steps * scale))
+    for name, (recipe, changes) in RUNS[args.peer].items():
+        settings = {"max_steps": read_recipe(recipe)["max_steps"]} | changes
+        settings["max_steps"] = max(1, round(settings["max_steps"] * scale))
+        trainings[name] = lambda folder, seed, recipe=recipe, settings=settings: train_ours(
+            args, folder, seed, recipe, settings
         )
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
@@ -82,18 +76,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return compare(rows)
 
 
-# Recipe and number of steps (None: that of the recipe) of the shorter run that reaches the final loss of the peer:
-# nanoGPT, or tuned GPT-2.
-FAST: dict[str, tuple[str, int | None]] = {
-    "nanogpt": ("shakespeare-char-fast", None),
-    "hf": ("shakespeare-char", 400),
+# Runs of minigpt-hf: recipe and changed settings. All but the first one are shorter and reach the final loss of the peer,
+# nanoGPT or tuned GPT-2, in the least time or with the fewest tokens.
+RUNS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "nanogpt": {
+        "minigpt, equal tokens": ("shakespeare-char", {}),
+        "minigpt, fast": ("shakespeare-char-fast", {}),
+        "minigpt, fewest tokens": (
+            "shakespeare-char",
+            {
+                "max_steps": 176,
+                "muon_learning_rate": 0.03,
+                "learning_rate": 0.015,
+                "muon_momentum": 0.8,
+                "initializer_range": 0.05,
+                "mtp_loss_weight": 0.0,
+            },
+        ),
+    },
+    "hf": {
+        "minigpt, equal tokens": ("shakespeare-char", {}),
+        "minigpt, fast": ("shakespeare-char", {"max_steps": 400}),
+    },
 }
 
 
-def train_ours(args: argparse.Namespace, folder: Path, seed: int, recipe: str, steps: int) -> dict[str, Any]:
-    """Run `minigpt train` with a recipe."""
-    argv = [sys.executable, "-m", "minigpt_hf.cli", "train", "--recipe", recipe, "--data", args.data.resolve()]
-    argv += ["--output_dir", folder / "run", "--cache_dir", folder / "cache", "--seed", seed, "--max_steps", steps]
+def train_ours(
+    args: argparse.Namespace, folder: Path, seed: int, recipe: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Run `minigpt train` with a recipe and changed settings, `max_steps` among them."""
+    steps = settings["max_steps"]
+    argv = [sys.executable, "-m", "minigpt_cli", "train", "--recipe", recipe, "--data", args.data.resolve()]
+    argv += ["--output_dir", folder / "run", "--cache_dir", folder / "cache", "--seed", seed]
+    argv += flags(settings)
     if steps < 50:
         argv += ["--logging_steps", steps]  # step times are read from the log, which needs at least one entry
     process = timed([*argv, "--use_cpu"], cwd=folder)
@@ -101,6 +116,10 @@ def train_ours(args: argparse.Namespace, folder: Path, seed: int, recipe: str, s
     seconds = seconds_of_log((folder / "run" / "log.jsonl").read_text(), steps)
     metadata = json.loads((folder / "model" / "minigpt.json").read_text())["training"]
     return measurements(metadata["parameters"], metadata["tokens"], seconds, [process])
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def seconds_of_log(log: str, steps: int) -> float:
