@@ -10,6 +10,7 @@ import sys
 from datetime import datetime
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -437,3 +438,26 @@ def test_a_split_can_be_selected_by_its_name_or_by_a_word_in_file_names(tmp_path
     write_files(tmp_path, {f"{name}.jsonl": json.dumps({"text": name}) for name in ("train", "val")})
     for split in ("val", "validation"):
         assert texts_of(tmp_path, split=split) == ["val"]
+
+
+def test_an_object_store_has_the_splits_of_a_local_folder(tmp_path):
+    for name in ("train", "validation", "test"):
+        rows = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(30))
+        write_files(tmp_path, {f"{name}.jsonl": rows})
+    write_files(tmp_path, {"README.md": "about the rows", ".hidden.jsonl": '{"text": "hidden"}\n'})
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path), "/bucket/rows", recursive=True)
+    try:
+        for pattern in ("", "/*.jsonl"):
+            for settings in ({}, {"split": "test"}, {"data_format": "text"}):
+                if pattern or "data_format" not in settings:
+                    local, remote = (
+                        load_corpus(f"{folder}{pattern}", **settings) for folder in (tmp_path, "memory://bucket/rows")
+                    )
+                    assert list(remote.train) == list(local.train)
+                    assert list(remote.validation) == list(local.validation)
+                    assert remote.split_description == local.split_description
+        mixed = load_corpus("memory://bucket/rows:0.5,stdlib:0.5", 0, split="test")
+        assert list(mixed.train.components[0]) == [f"test {i}" for i in range(30)]
+    finally:
+        store.rm("/bucket", recursive=True)
