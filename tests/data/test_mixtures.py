@@ -162,3 +162,14 @@ def test_streams_mixed_in_other_shares_are_another_text(hub, tmp_path):
         assert main(argv) == 0
         tokens.append((output / "train" / "tokens.bin").read_bytes())
     assert tokens[0] == tokens[2] != tokens[1]
+
+
+def test_max_tokens_that_would_change_the_shares_of_a_mixture_is_an_error(tmp_path, capsys):
+    """The sources follow one another, so the first tokens would be those of the first source."""
+    data = write_files(tmp_path, {"one.txt": "one " * 500, "other.txt": "other " * 500})
+    argv = ["tokenize", "--data", f"{data}/one.txt:0.5,{data}/other.txt:0.5", "--tokenizer", "bytes"]
+    argv += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "prepared"), "--max_tokens"]
+    assert main([*argv, "1000"]) == 2
+    assert "max_tokens 1,000 would use 999 of the 3,600 characters of this mixture" in capsys.readouterr().err
+    assert not (tmp_path / "prepared").exists()
+    assert main([*argv, "4000"]) == 0
