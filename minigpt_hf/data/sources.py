@@ -25,7 +25,6 @@ from datasets.table import CastError
 
 from ..atomic import remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
-from .conversations import messages_of, serialize
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
 from .files import (
     DOCUMENTATION_NAMES,
@@ -47,7 +46,7 @@ from .files import (
 )
 from .hub_access import offline_if_unreachable
 from .reading import COMPRESSED_EXTENSIONS, Decoding, printable, store_by_hash
-from .tables import FEATURES, read_conversations, read_tables
+from .tables import read_conversations, read_tables, serialized_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -456,7 +455,8 @@ class Source:
             rows = rows if column == "text" else rows.rename_column(column, "text")
             return StreamedDocuments(rows, f"{identity} {column}")
         if self.chat:
-            return TableRows(self._serialized(rows)).documents(self.cache_dir)
+            rows = serialized_conversations(rows, self.data, self.system, self.cache_dir)
+            return TableRows(rows).documents(self.cache_dir)
         text_columns = [name for name, feature in rows.features.items() if _is_text(feature)]
         column = self._choose_column(list(rows.features), text_columns, text_columns)
         if len(rows.column_names) > 1:
@@ -465,20 +465,6 @@ class Source:
             rows = rows.rename_column(column, "text")
         self.inputs.append([column, len(rows)])
         return TableRows(self._share_of(rows)).documents(self.cache_dir)
-
-    def _serialized(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """Return the conversations of a dataset as the column `text`."""
-
-        def serialized(row: dict, number: int) -> dict[str, str]:
-            try:
-                return {"text": serialize(messages_of(row, self.system))}
-            except ValueError as error:
-                raise UnreadableFileError(f"{self.data}: row {number + 1:,} {error}") from error
-
-        digest = hashlib.sha256(f"{rows._fingerprint} conversations {self.system!r}".encode()).hexdigest()[:32]
-        return rows.map(
-            serialized, with_indices=True, remove_columns=rows.column_names, features=FEATURES, new_fingerprint=digest
-        )
 
     def _choose_column(self, columns: list[str], text_columns: list[str], allowed: list[str]) -> str:
         """Return the requested text column, or else `text` if it exists, or else the only column of text.
