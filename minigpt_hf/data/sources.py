@@ -396,7 +396,13 @@ class Source:
 
     def _read_saved_dataset(self, folder: Path) -> SourceContent:
         """Read a folder written by `save_to_disk`."""
-        dataset = datasets.load_from_disk(str(folder))
+        try:
+            dataset = datasets.load_from_disk(str(folder))
+        except (LookupError, TypeError, ValueError) as error:  # it has no rows, or its JSON files are damaged
+            raise MiniGPTError(
+                f"{self.data}: cannot be read: a split of this saved dataset has no rows, or a file is damaged "
+                f"({_first_line(error)}); save it again"
+            ) from error
         splits = dataset if isinstance(dataset, datasets.DatasetDict) else datasets.DatasetDict({"train": dataset})
         return self._read_splits(splits)
 

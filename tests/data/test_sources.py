@@ -22,6 +22,7 @@ from minigpt_hf.data import documents as module
 from minigpt_hf.data.corpus import load_corpus, mixture
 from minigpt_hf.data.files import FORMATS
 from minigpt_hf.data.tables import READERS
+from minigpt_hf.errors import MiniGPTError
 from tests.data.test_corpus import write_files
 
 ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
@@ -461,3 +462,12 @@ def test_an_object_store_has_the_splits_of_a_local_folder(tmp_path):
         assert list(mixed.train.components[0]) == [f"test {i}" for i in range(30)]
     finally:
         store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("fault", ["no rows", "damaged"])
+def test_a_saved_dataset_without_rows_or_with_a_damaged_file_is_an_error(fault, table, tmp_path):
+    (table.select([]) if fault == "no rows" else table).save_to_disk(tmp_path / "saved")
+    if fault == "damaged":
+        (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(MiniGPTError, match="a split of this saved dataset has no rows, or a file is damaged"):
+        load_corpus(str(tmp_path / "saved"))
