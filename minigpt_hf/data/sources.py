@@ -129,7 +129,7 @@ class Source:
                     logger.warning(
                         "stdlib is the Python standard library; for the file or folder of that name: ./stdlib"
                     )
-                return SourceContent(self._read(standard_library()))
+                return self._read_files(standard_library())
             if self.data == "-":
                 return self._read_files([self._stored("standard input", sys.stdin.buffer.read)])
             if is_url(self.data):
