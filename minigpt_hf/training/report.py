@@ -237,7 +237,7 @@ def trained_tokens(
     used = len(sequences)  # in an epoch
     if training.dataloader_drop_last:
         batch = step // training.gradient_accumulation_steps
-        used = used // step * step or used // batch * batch
+        used = used // step * step or used // batch * batch or used  # `check_batches` rejects 0
     epochs, remaining = divmod(steps, math.ceil(used / step))
     return (epochs * used + min(remaining * step, used)) * sequences.block_size
 
