@@ -96,14 +96,15 @@ def read_divided(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_
     Raises:
         MiniGPTError: if the text cannot be read.
     """
-    from .data.corpus import load_corpus
+    from .data.corpus import load_corpus, mixture
     from .data.files import Share
     from .data.sources import has_split
 
     values: dict[str, Any] = {name: recipe.get(name) if value is None else value for name, value in reading.items()}
     values = {name: value for name, value in values.items() if value is not None}
     data_split = values.pop("data_split", None)
-    if reading["data_split"] is None and data_split and not has_split(data, data_split):
+    sources = (mixture(data) or [data]) if data_split else []
+    if reading["data_split"] is None and not any(has_split(source, data_split) for source in sources):
         data_split = None
     if not values.get("chat") and reading["system"] is None:
         values.pop("system", None)

@@ -226,6 +226,11 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "greater_is_better is true: lower is better",
         ),
         "ignore_data_skip": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
+        "auto_find_batch_size": (train("--auto_find_batch_size"), "auto_find_batch_size is not supported"),
+        "split of the standard library": (
+            train("--data", "stdlib", "--data_split", "train"),
+            "--data_split train: only datasets have splits, and stdlib is not one",
+        ),
         "data_seed": (train("--data_seed", "3"), "data_seed 3 is not supported: seed determines"),
         "save_steps that are not a multiple of eval_steps": (
             train("--eval_steps", "3", "--save_steps", "4", "--load_best_model_at_end", "true"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
+from urllib.parse import urlsplit, urlunsplit
 
 import datasets
 import numpy as np
@@ -232,11 +233,15 @@ def hub_datasets(data: str) -> list[str]:
 
 
 def public_name(data: str | None) -> str | None:
-    """Return a name for publication: local paths without their parent folders; URLs and names of datasets unchanged."""
+    """Return a name for publication: local paths without their parent folders, and web addresses without user, password and
+    query, which may contain an access token; other names unchanged."""
     if data is None:
         return None
     if (shares := mixture(data)) is not None:
         return ",".join(f"{public_name(name)}:{share:g}" for name, share in shares.items())
+    if data.startswith(("http://", "https://")):
+        parts = urlsplit(data)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return printable(Path(data).absolute().name) if exists(data) else data
 
 

@@ -326,13 +326,18 @@ def _write_index(file: Path, rows: datasets.Dataset) -> None:
     index.flush()
 
 
-def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
-    """Return the index of a dataset from the cache, since hashing many rows is slow."""
+def rows_sha256(rows: datasets.Dataset) -> str:
+    """Return a hash of the files of a dataset, and of what it selects from them."""
     digest = hashlib.sha256(f"{rows._fingerprint} {rows.num_rows} {rows.column_names}".encode())
     for file in rows.cache_files:
         digest.update(content_sha256(file["filename"], file["filename"]).encode())
+    return digest.hexdigest()
+
+
+def _cached_index(rows: datasets.Dataset, cache_dir: Path) -> np.ndarray:
+    """Return the index of a dataset from the cache, since hashing many rows is slow."""
     return cached(
-        cache_dir / "documents" / digest.hexdigest()[:32],
+        cache_dir / "documents" / rows_sha256(rows)[:32],
         lambda folder: _write_index(folder / "index.npy", rows),
         lambda folder: np.load(folder / "index.npy", mmap_mode="r" if len(rows) else None),
         cache_dir,

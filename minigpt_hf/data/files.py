@@ -260,16 +260,21 @@ def _walk(folder: str, excluded_folders: set[str]) -> Iterator[tuple[str, str | 
 
 
 def _reason_to_skip(file: str, extensions: Iterable[str] | None) -> str | None:
+    if reason := reason_of_name(file, extensions):
+        return "links to folders" if os.path.islink(file) and os.path.isdir(file) else reason
+    try:
+        mode = os.stat(file).st_mode
+    except OSError:
+        return "broken links"
+    if stat.S_ISREG(mode):
+        return None
+    return "links to folders" if stat.S_ISDIR(mode) else "not regular files"
+
+
+def reason_of_name(file: str, extensions: Iterable[str] | None) -> str | None:
+    """Return why a file is skipped because of its name; None if its extension is one of `extensions`."""
     if extensions is None or extension_of(file) in extensions:
-        try:
-            mode = os.stat(file).st_mode
-        except OSError:
-            return "broken links"
-        if stat.S_ISREG(mode):
-            return None
-        return "links to folders" if stat.S_ISDIR(mode) else "not regular files"
-    if os.path.islink(file) and os.path.isdir(file):
-        return "links to folders"
+        return None
     suffix = os.path.splitext(file)[1].lower()
     if len(suffix) < 2:
         return "without extension"

@@ -31,7 +31,7 @@ from .cache import cached, verification_error
 from .chat_format import END, START, with_chat_tokens, with_reserved_tokens
 from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
-from .documents import Documents
+from .documents import Documents, Mixture
 from .duplicates import DROPPED
 from .files import SHARD_CACHE, extension_of, is_url, prepared_folder
 from .sharded import ShardStore
@@ -325,7 +325,7 @@ def prepare(
         chat_tokens: Reserve the tokens of ChatML, which count towards `vocab_size`.
 
     Raises:
-        MiniGPTError: if no text is left to train on, or none is held out.
+        MiniGPTError: if no text is left to train on, none is held out, or `max_tokens` would change the shares of a mixture.
     """
     reserved = len((START, END)) if chat_tokens else 0
     chosen = make_tokenizer(corpus, tokenizer, vocab_size, cache_dir, reserved=reserved)
@@ -342,6 +342,12 @@ def prepare(
         raise MiniGPTError(
             f"{corpus.name}: no text is left to train on: it has {corpus.train.characters or 0:,} training characters, "
             f"{held_out} held out for validation{limit}; provide more text or a lower --validation_fraction"
+        )
+    if isinstance(corpus.train, Mixture) and train.characters < (corpus.train.characters or 0):
+        raise MiniGPTError(
+            f"{corpus.name}: max_tokens {max_tokens:,} would use {train.characters:,} of the {corpus.train.characters:,} "
+            "characters of this mixture, those of its first sources, and not its shares: omit max_tokens; a shorter source "
+            "shortens the mixture"
         )
     validation = scored = None
     if corpus.validation is not None:

@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from itertools import chain
@@ -25,7 +25,6 @@ from datasets.table import CastError
 
 from ..atomic import remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
-from .conversations import messages_of, serialize
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
 from .files import (
     DOCUMENTATION_NAMES,
@@ -40,13 +39,14 @@ from .files import (
     folder_of,
     is_url,
     prepared_folder,
+    reason_of_name,
     split_of,
     split_words,
     standard_library,
 )
 from .hub_access import offline_if_unreachable
 from .reading import COMPRESSED_EXTENSIONS, Decoding, printable, store_by_hash
-from .tables import FEATURES, read_conversations, read_tables
+from .tables import read_conversations, read_tables, serialized_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class Source:
     Args:
         names: Names to display instead of paths; filled while reading.
         inputs: Describes the files or rows of which a share is read; filled while reading.
+        remote: What the file system knows about each remote file; filled while reading.
     """
 
     data: str
@@ -92,6 +93,7 @@ class Source:
     share: Share | None = None
     names: dict[str, str] = field(default_factory=dict)
     inputs: list[list] = field(default_factory=list)
+    remote: dict[str, dict] = field(default_factory=dict)
 
     def read(self) -> SourceContent:
         """Read the documents, or their index, or those of a share.
@@ -127,13 +129,15 @@ class Source:
                     logger.warning(
                         "stdlib is the Python standard library; for the file or folder of that name: ./stdlib"
                     )
-                return SourceContent(self._read(standard_library()))
+                return self._read_files(standard_library())
             if self.data == "-":
                 return self._read_files([self._stored("standard input", sys.stdin.buffer.read)])
             if is_url(self.data):
                 return self._read_urls()
             if path.is_dir():
-                return self._read_saved_dataset(path) if is_saved_dataset(path) else self._read_folder(path)
+                if is_saved_dataset(path):
+                    return self._read_saved_dataset(path)
+                return self._read_folder(str(path), files_below(path, self._extensions))
             if os.path.lexists(path):
                 if self.data.endswith(os.sep):
                     raise MiniGPTError(f"{self.data}: is a file, not a folder; remove the trailing {os.sep}")
@@ -160,9 +164,8 @@ class Source:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _read_folder(self, folder: Path) -> SourceContent:
+    def _read_folder(self, folder: str, selection: FileSelection) -> SourceContent:
         """Read the files of known formats below a folder, or all files if `data_format` is given."""
-        selection = files_below(folder, FORMAT_BY_EXTENSION if self.data_format is None else None)
         formats = {file: self._format_of(file) for file in selection.files}
         tables = [file for file in selection.files if formats[file] != "text"]
         if tables:
@@ -184,7 +187,7 @@ class Source:
                 f"{folder}: no text file or table in this folder; known extensions: "
                 f"{' '.join(FORMAT_BY_EXTENSION)}{skipped}"
             )
-        return self._read_selection(selection, str(folder))
+        return self._read_selection(selection, folder)
 
     def _read_selection(self, selection: FileSelection, root: str, note: str = "") -> SourceContent:
         """Read the files of a folder or glob.
@@ -235,6 +238,11 @@ class Source:
         hint = "; --data_format text reads every file that is not hidden" if selection.has_other_extensions else ""
         logger.info("%s: %s%s%s%s", printable(self.data), note, selection.summary, skipped, hint)
 
+    @property
+    def _extensions(self) -> Iterable[str] | None:
+        """Extensions of the files to read in a folder; None for all."""
+        return FORMAT_BY_EXTENSION if self.data_format is None else None
+
     def _format_of(self, file: str) -> str:
         if self.data_format is not None:
             return self.data_format
@@ -254,10 +262,11 @@ class Source:
                 f"{self.data}: contains files of different formats ({', '.join(formats.values())}); select one format"
             )
         for file in files:
-            if not os.access(file, os.R_OK):
+            if file not in self.remote and not os.access(file, os.R_OK):
                 raise MiniGPTError(f"{file}: no permission to read this file; change its permissions or exclude it")
         (data_format,) = formats
-        files, is_share_of_rows = self._share_of_files(files, [])
+        files, is_share_of_rows = self._share_of_files(files)
+        files = self._fetched(files)
         if data_format == "text" and self.chat:
             raise MiniGPTError(
                 f"{self.data}: is text, and --chat requires conversations, the rows of a table "
@@ -280,18 +289,18 @@ class Source:
             rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
         return TableRows(self._share_of(rows) if is_share_of_rows else rows).documents(self.cache_dir)
 
-    def _share_of_files(self, files: list[str], sizes: list[int]) -> tuple[list[str], bool]:
+    def _share_of_files(self, files: list[str]) -> tuple[list[str], bool]:
         """Return the files of the share, and whether it is a share of the rows of all files instead.
-
-        Args:
-            sizes: Size of each file in bytes; empty for local files, whose sizes are read.
 
         Raises:
             MiniGPTError: if there are fewer text files than shares.
         """
         if self.share is None:
             return files, False
-        sizes = sizes or [os.path.getsize(file) for file in files]  # noqa: PTH202 (fast)
+        sizes = [
+            self.remote[file]["size"] if file in self.remote else os.path.getsize(file)  # noqa: PTH202 (fast)
+            for file in files
+        ]
         names = [os.path.basename(self.names.get(file, file)) for file in files]  # noqa: PTH119 (fast)
         self.inputs.append([names, sizes])
         if len(files) >= self.share.count:
@@ -333,31 +342,29 @@ class Source:
         return str(path)
 
     def _read_urls(self) -> SourceContent:
-        """Read a URL: a file, or for other protocols than HTTP a folder or pattern. Files are copied to the cache."""
-        file_system, path = fsspec.core.url_to_fs(self.data)
+        """Read a URL: a file, or for other protocols than HTTP a folder or pattern, like local ones."""
         if self.data.startswith(("http://", "https://")):
+            file_system, path = fsspec.core.url_to_fs(self.data)
             return self._read_files(self._downloaded([self.data], file_system.info(path)))
-        is_folder = not has_magic(path) and file_system.isdir(path)
-        found = file_system.find(path, detail=True) if is_folder else file_system.glob(path, detail=True)
-        if not is_folder and not found:
-            found = {path: file_system.info(path)}
-        known = FORMAT_BY_EXTENSION if is_folder and self.data_format is None else None
-        infos = {
-            f"{self.data.partition('://')[0]}://{name.lstrip('/')}": info
-            for name, info in sorted(found.items())
-            if info["type"] == "file" and (known is None or extension_of(name) in known)
-        }
-        if not infos:
+        found = remote_files(self.data, self._extensions)
+        if not found.selection.files:
             raise MiniGPTError(
                 f"{self.data}: no text file or table there; known extensions: {' '.join(FORMAT_BY_EXTENSION)}"
             )
-        urls, is_share_of_rows = self._share_of_files(list(infos), [info["size"] for info in infos.values()])
-        if not urls:
-            return SourceContent(TextFiles((), self.decoding).documents(self.cache_dir))
-        is_of_hub = self.data.startswith("hf://")
-        files = self._downloaded(urls) if is_of_hub else [self._copied(url, infos[url]) for url in urls]
-        source = self if is_share_of_rows else replace(self, share=None)  # has the same `names` and `inputs`
-        return source._read_files(files)
+        self.remote.update(found.infos)
+        if found.kind == "folder":
+            return self._read_folder(found.root, found.selection)
+        if found.kind == "pattern":
+            return self._read_selection(found.selection, found.root)
+        return self._read_files(found.selection.files)
+
+    def _fetched(self, files: list[str]) -> list[str]:
+        """Return the copies of remote files in the cache, and local files unchanged."""
+        if not files or files[0] not in self.remote:
+            return files
+        if self.data.startswith("hf://"):
+            return self._downloaded(files)
+        return [self._copied(url, self.remote[url]) for url in files]
 
     def _downloaded(self, urls: list[str], *infos: dict) -> list[str]:
         """Download files into the cache of `datasets`.
@@ -389,7 +396,13 @@ class Source:
 
     def _read_saved_dataset(self, folder: Path) -> SourceContent:
         """Read a folder written by `save_to_disk`."""
-        dataset = datasets.load_from_disk(str(folder))
+        try:
+            dataset = datasets.load_from_disk(str(folder))
+        except (LookupError, TypeError, ValueError) as error:  # it has no rows, or its JSON files are damaged
+            raise MiniGPTError(
+                f"{self.data}: cannot be read: a split of this saved dataset has no rows, or a file is damaged "
+                f"({_first_line(error)}); save it again"
+            ) from error
         splits = dataset if isinstance(dataset, datasets.DatasetDict) else datasets.DatasetDict({"train": dataset})
         return self._read_splits(splits)
 
@@ -448,7 +461,8 @@ class Source:
             rows = rows if column == "text" else rows.rename_column(column, "text")
             return StreamedDocuments(rows, f"{identity} {column}")
         if self.chat:
-            return TableRows(self._serialized(rows)).documents(self.cache_dir)
+            rows = serialized_conversations(rows, self.data, self.system, self.cache_dir)
+            return TableRows(rows).documents(self.cache_dir)
         text_columns = [name for name, feature in rows.features.items() if _is_text(feature)]
         column = self._choose_column(list(rows.features), text_columns, text_columns)
         if len(rows.column_names) > 1:
@@ -457,20 +471,6 @@ class Source:
             rows = rows.rename_column(column, "text")
         self.inputs.append([column, len(rows)])
         return TableRows(self._share_of(rows)).documents(self.cache_dir)
-
-    def _serialized(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """Return the conversations of a dataset as the column `text`."""
-
-        def serialized(row: dict, number: int) -> dict[str, str]:
-            try:
-                return {"text": serialize(messages_of(row, self.system))}
-            except ValueError as error:
-                raise UnreadableFileError(f"{self.data}: row {number + 1:,} {error}") from error
-
-        digest = hashlib.sha256(f"{rows._fingerprint} conversations {self.system!r}".encode()).hexdigest()[:32]
-        return rows.map(
-            serialized, with_indices=True, remove_columns=rows.column_names, features=FEATURES, new_fingerprint=digest
-        )
 
     def _choose_column(self, columns: list[str], text_columns: list[str], allowed: list[str]) -> str:
         """Return the requested text column, or else `text` if it exists, or else the only column of text.
@@ -502,6 +502,59 @@ class Source:
         raise MiniGPTError(f"{self.data}: {fault}; columns of text: {names}{hint}")
 
 
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The files that a URL of an object store, or of the Hub, names.
+
+    Args:
+        kind: "file", "folder" or "pattern".
+        root: The folder below which the names of files and folders indicate splits.
+        infos: What the file system knows about each file, by URL.
+    """
+
+    kind: str
+    root: str
+    selection: FileSelection
+    infos: dict[str, dict]
+
+
+def remote_files(url: str, extensions: Iterable[str] | None) -> RemoteFiles:
+    """List the files that a URL names.
+
+    Args:
+        extensions: Extensions to select in a folder; None for all files.
+    """
+    file_system, path = fsspec.core.url_to_fs(url)
+    kind = "pattern" if has_magic(path) else "folder" if file_system.isdir(path) else "file"
+    if kind == "pattern":
+        found = file_system.glob(path, detail=True)
+    else:
+        found = file_system.find(path, detail=True) if kind == "folder" else {path: file_system.info(path)}
+
+    def as_url(name: str) -> str:
+        return f"{url.partition('://')[0]}://{name.lstrip('/')}"
+
+    root = folder_of(as_url(path)) if kind == "pattern" else as_url(path)
+
+    def is_hidden(name: str) -> bool:
+        return any(part.startswith(".") for part in Path(os.path.relpath(as_url(name), root)).parts)
+
+    includes_hidden = kind == "file" or (kind == "pattern" and is_hidden(path))
+    selection, infos = FileSelection(), {}
+    for name, info in sorted(found.items()):
+        if info["type"] != "file":
+            continue
+        reason = reason_of_name(name, extensions) if kind == "folder" else None
+        if is_hidden(name) and not includes_hidden:
+            reason = "hidden"
+        if reason:
+            selection.skipped[reason] += 1
+        else:
+            selection.files.append(as_url(name))
+            infos[as_url(name)] = info
+    return RemoteFiles(kind, root, selection, infos)
+
+
 def _is_text(feature) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
@@ -511,7 +564,15 @@ def has_split(data: str, split: str) -> bool:
     path = Path(data)
     if names_hub_dataset(data) or is_saved_dataset(path):
         return True
-    if path.is_dir():
+    if is_url(data) and not data.startswith(("http://", "https://")):
+        try:
+            remote = remote_files(data, FORMAT_BY_EXTENSION)
+        except (OSError, ImportError):  # reading it reports the error
+            return False
+        if remote.kind == "file":
+            return False
+        files, root = remote.selection.files, remote.root
+    elif path.is_dir():
         files, root = files_below(path).files, data
     elif has_magic(data) and not path.exists():
         files, root = files_matching(data).files, folder_of(data)

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from datasets.table import MemoryMappedTable
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
 from .conversations import messages_of, serialize
+from .documents import rows_sha256
 from .files import extension_of
 from .reading import (
     BYTE_ORDER_MARK,
@@ -200,6 +202,35 @@ def read_conversations(
     return _cached(tables, digests, [data_format, "conversations", system], texts, cache_dir)
 
 
+def serialized_conversations(
+    rows: datasets.Dataset, name: str, system: str | None, cache_dir: Path
+) -> datasets.Dataset:
+    """Return the conversations of a dataset, serialized; those of `datasets` itself would be written next to its files.
+
+    Args:
+        name: Name to display.
+        system: See `read_conversations`.
+
+    Raises:
+        UnreadableFileError: if a row is not a conversation.
+    """
+
+    def texts() -> Iterator[str]:
+        for number, row in enumerate(rows, 1):
+            try:
+                yield serialize(messages_of(row, system))
+            except ValueError as error:
+                raise UnreadableFileError(f"{name}: row {number:,} {error}") from error
+
+    def write(file: Path) -> None:
+        with ArrowWriter(features=FEATURES, path=str(file)) as writer:
+            for batch in _batches(texts()):
+                writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
+            writer.finalize()
+
+    return _stored(["conversations", rows_sha256(rows), system], write, cache_dir)
+
+
 def _cached(tables: list[Table], digests: list[str], key: list[Any], texts: Texts, cache_dir: Path) -> datasets.Dataset:
     """Return the texts of tables from the cache.
 
@@ -208,11 +239,15 @@ def _cached(tables: list[Table], digests: list[str], key: list[Any], texts: Text
         key: Identifies, together with the content of the files, the texts.
     """
     files = [(extension_of(table.name), digest) for table, digest in zip(tables, digests, strict=True)]
-    content = json.dumps([VERSION, *key, asdict(tables[0].decoding), files])
-    name = hashlib.sha256(content.encode()).hexdigest()[:32]
+    return _stored([*key, asdict(tables[0].decoding), files], partial(_write, tables, digests, texts), cache_dir)
+
+
+def _stored(key: list[Any], write: Callable[[Path], None], cache_dir: Path) -> datasets.Dataset:
+    """Return the texts with this key from the cache; `write` writes them to a file."""
+    name = hashlib.sha256(json.dumps([VERSION, *key]).encode()).hexdigest()[:32]
     return cached(
         cache_dir / "tables" / name,
-        lambda folder: _write(tables, digests, texts, folder / "rows.arrow"),
+        lambda folder: write(folder / "rows.arrow"),
         # By default the fingerprint would depend on the modification time of the file.
         lambda folder: datasets.Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=name),
         cache_dir,

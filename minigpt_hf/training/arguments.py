@@ -501,6 +501,11 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"train_sampling_strategy {self.train_sampling_strategy} is not supported: the order of the sequences "
                 "is computed from the seed; omit it"
             )
+        if self.auto_find_batch_size:
+            raise MiniGPTError(
+                "auto_find_batch_size is not supported: the batch size determines the position in the text, and cannot "
+                "change in a run; omit it, and lower per_device_train_batch_size if the memory does not suffice"
+            )
         if not self.dataloader_in_order:
             raise MiniGPTError(
                 "dataloader_in_order false is not supported: the order of the data would not be reproducible; omit it"

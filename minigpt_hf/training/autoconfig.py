@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.blocks import SequenceDataset
+from ..data.chat_format import ChatFormat
 from ..data.corpus import Corpus
+from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
-from ..data.stream import TokenStream
 from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -333,7 +334,7 @@ class AutoConfigurator:
     def _adjust_reports(self, text: PreparedText) -> None:
         """Adjust the reports of a run to its length and text; this does not affect the loss."""
         data, training = self.data, self.training
-        given, steps = training.given_in_command, self._planned_steps(text.train)
+        given, steps = training.given_in_command, self._planned_steps(text)
         if 1 <= steps < training.logging_steps and training.logging_strategy == "steps":
             if "logging_steps" in given:
                 self._log(
@@ -365,11 +366,13 @@ class AutoConfigurator:
             else:
                 self._log("sample_prompt is empty, so samples start a document: the text does not start with words")
 
-    def _planned_steps(self, stream: TokenStream) -> int:
-        training = self.training
+    def _planned_steps(self, text: PreparedText) -> int:
+        training, block_size = self.training, self.data.block_size
         if training.max_steps > 0:
             return training.max_steps
-        sequences = len(stream) // self.data.block_size
+        sequences = len(text.train) // block_size
+        if self.data.chat:
+            sequences = len(ConversationDataset(text.train, ChatFormat(text.tokenizer), block_size, training.seed))
         batches = -(-sequences // (training.train_batch_size * data_parallel_size(training)))
         return math.ceil(-(-batches // training.gradient_accumulation_steps) * training.num_train_epochs)
 

@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,19 +39,24 @@ class ProgressLogger(TrainerCallback):
 
     Args:
         file: `log.jsonl`.
-        tokens_per_step: Tokens in an optimizer step, over all processes.
+        tokens_after: Returns the training tokens of the first optimizer steps, over all processes.
         tokens_per_byte: Tokens per UTF-8 byte of the training text; converts the loss to bits per byte.
         with_lines: Print the lines. Not in notebooks, where transformers shows a table of the losses.
         quiet: Print nothing.
     """
 
     def __init__(
-        self, file: Path, tokens_per_step: int, tokens_per_byte: float, with_lines: bool = True, quiet: bool = False
+        self,
+        file: Path,
+        tokens_after: Callable[[int], int],
+        tokens_per_byte: float,
+        with_lines: bool = True,
+        quiet: bool = False,
     ):
         self.file = file
         self.with_lines = with_lines
         self.quiet = quiet
-        self.tokens_per_step = tokens_per_step
+        self.tokens_after = tokens_after
         self.tokens_per_byte = tokens_per_byte
 
     def print(self, text: str) -> None:
@@ -91,7 +96,7 @@ class ProgressLogger(TrainerCallback):
         if not state.is_world_process_zero:
             return
         step = state.global_step
-        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **logs}
+        row = {"step": step, "tokens": self.tokens_after(step), "seconds": round(self.seconds, 3), **logs}
         position = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
         line = None
         if "eval_loss" in logs:
@@ -99,7 +104,8 @@ class ProgressLogger(TrainerCallback):
             line += f"   {logs['eval_bits_per_byte']:.3f} bits/byte"
         elif "loss" in logs:
             row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
-            row["tokens_per_second"] = round((step - self.last_step) * self.tokens_per_step / self.busy, 1)
+            tokens = row["tokens"] - self.tokens_after(self.last_step)
+            row["tokens_per_second"] = round(tokens / self.busy, 1)
             left = self._seconds_left(step, state.max_steps)
             line = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
             line += f"   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left"

@@ -6,6 +6,7 @@ the package.
 
 import copy
 import difflib
+import logging
 import math
 import os
 import re
@@ -39,6 +40,11 @@ from .scaling import heads_for
 MAX_RECIPE_BYTES = 1 << 16
 # Conversations are not truncated, and shape and length of training are not chosen for them.
 NOT_FOR_CHAT = {"max_tokens", "minutes", "size", "mtp_loss_weight"}
+# Settings that have an effect only with another one.
+EFFECTIVE_WITH = {
+    "muon": {"muon_learning_rate", "muon_momentum", "muon_beta2"},
+    "use_sliding_window": {"sliding_window", "max_window_layers"},
+}
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
@@ -113,6 +119,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
                 f"validation_characters {settings.data.validation_characters}: no effect, all conversations are scored"
             )
             log_on_main_process(training, message)
+    for condition, names in EFFECTIVE_WITH.items():
+        for name in sorted(given & names):
+            if not {**vars(model), **vars(training)}[condition]:
+                log_on_main_process(training, f"{name}: no effect without {condition}", logging.WARNING)
     for name in UNSUPPORTED_WITH:
         if model.lora_rank and getattr(training, name):
             raise MiniGPTError(f"{name} is not supported with lora_rank, which freezes the model: omit one of them")

@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import __version__
+from ..data.blocks import SequenceDataset
 from ..data.corpus import hub_datasets, public_name
 from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
@@ -43,6 +44,7 @@ class TrainingResult:
         run: Identity of the run, see `identity_of`.
         parameters: Number of parameters of the published model.
         steps, skipped_steps, planned_steps: Optimizer steps.
+        tokens: Training tokens of these steps.
         changes: Settings that were changed when the run was resumed; see `changes_since`.
         seconds: Training time, over all starts of the run.
         evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
@@ -57,6 +59,7 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     planned_steps: int
+    tokens: int
     changes: list[dict[str, Any]]
     tokens_per_epoch: int
     seconds: float
@@ -85,6 +88,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
+        tokens=trained_tokens(trainer.args, trainer.train_dataset, trainer.state.global_step),
         changes=trainer.changes,
         tokens_per_epoch=trainer.train_dataset.tokens_per_epoch,
         seconds=progress.seconds,
@@ -119,7 +123,6 @@ def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] |
 def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> dict[str, Any]:
     """The content of `minigpt.json`: how the model was trained. Local paths are reduced to their last component."""
     data, _, training = settings
-    step = tokens_per_step(training, data.block_size)
     power = assumed_power(training)
     score = score_of(result, text, data.block_size)
     return {
@@ -157,9 +160,9 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "skipped_steps": result.skipped_steps,
             "planned_steps": result.planned_steps,
             "changes": result.changes,
-            "tokens_per_step": step,
-            "tokens": result.steps * step,
-            "epochs": result.steps * step / result.tokens_per_epoch,
+            "tokens_per_step": tokens_per_step(training, data.block_size),
+            "tokens": result.tokens,
+            "epochs": result.tokens / result.tokens_per_epoch,
             "seconds": round(result.seconds, 1),
             "time": duration(result.seconds),
             "device": device_name(training),
@@ -221,9 +224,22 @@ def describe_stream(stream: TokenStream) -> dict[str, Any]:
 
 
 def tokens_per_step(training: MiniGPTTrainingArguments, block_size: int) -> int:
-    """Training tokens of an optimizer step, over all processes."""
+    """Training tokens of a complete optimizer step, over all processes."""
     sequences = training.train_batch_size * training.gradient_accumulation_steps * data_parallel_size(training)
     return sequences * block_size
+
+
+def trained_tokens(
+    training: MiniGPTTrainingArguments, sequences: SequenceDataset | ConversationDataset, steps: int
+) -> int:
+    """Training tokens of the first optimizer steps of a run: the last step of an epoch has only the remaining sequences."""
+    step = tokens_per_step(training, sequences.block_size) // sequences.block_size
+    used = len(sequences)  # in an epoch
+    if training.dataloader_drop_last:
+        batch = step // training.gradient_accumulation_steps
+        used = used // step * step or used // batch * batch or used  # `check_batches` rejects 0
+    epochs, remaining = divmod(steps, math.ceil(used / step))
+    return (epochs * used + min(remaining * step, used)) * sequences.block_size
 
 
 def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:
@@ -257,11 +273,9 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         seconds_per_step: If it has been measured; otherwise it is measured here.
     """
     args, model, stream = trainer.args, trainer.model, text.train
-    steps = args.max_steps
-    if steps <= 0:
-        steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
-        steps = math.ceil(steps_per_epoch * args.num_train_epochs)
-    step, auxiliary = tokens_per_step(args, trainer.train_dataset.block_size), auxiliary_parameters(model)
+    *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    tokens, auxiliary = trained_tokens(args, trainer.train_dataset, steps), auxiliary_parameters(model)
+    step = tokens_per_step(args, trainer.train_dataset.block_size)
     remaining = f" for the remaining {steps - done:,} steps" if done else ""
     precision = "bf16 autocast over float32 weights" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     if trainer.is_fsdp_enabled:  # a step takes all processes, and this function is called in one
@@ -283,8 +297,8 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         f"model         {model.num_parameters() - auxiliary:,} parameters, {model.config.num_hidden_layers} layers of "
         f"width {model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}"
         f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"
-        f"training      {steps:,} steps of {step:,} tokens = {steps * step:,} tokens, "
-        f"{steps * step / sequences.tokens_per_epoch:.2f} epochs\n"
+        f"training      {steps:,} steps of {'at most ' if tokens < steps * step else ''}{step:,} tokens = {tokens:,} tokens, "
+        f"{tokens / sequences.tokens_per_epoch:.2f} epochs\n"
         f"time          {duration_line}"
     )
 

@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..atomic import check_links
+from ..data.chat_format import with_reserved_tokens
 from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.files import Share
 from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conversations, report_lossy_tokenizer
@@ -106,6 +107,8 @@ def prepare_shard(data: DataArguments, share: Share, output: Path) -> bool:
         )
     cache_dir = Path(data.cache_dir) if data.cache_dir else CACHE
     tokenizer = byte_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
+    if data.chat_tokens:
+        tokenizer = with_reserved_tokens(tokenizer)
     description = description_of(tokenizer, data.tokenizer, share, vars(data))
     check_links(output)
     if is_complete(output, share, description, cache_dir):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from .initialize import (
 )
 from .lock import FolderLock
 from .recipe import resolved
-from .report import check_memory, describe, plan_table, tokens_per_step, training_result
+from .report import check_memory, describe, plan_table, trained_tokens, training_result
 from .resume import (
     checkpoint_to_resume,
     fingerprint_of,
@@ -215,7 +216,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     sequences = training_sequences(settings, text)
     progress = ProgressLogger(
         run.log,
-        tokens_per_step(training, data.block_size),
+        partial(trained_tokens, training, sequences),
         (text.train.targets if data.chat else len(text.train)) / text.train.bytes,
         with_lines=not is_in_notebook(),
         quiet=not shows_progress(training),
@@ -329,8 +330,9 @@ def patience(training: MiniGPTTrainingArguments, sequences: SequenceDataset | Co
     """
     if training.early_stopping_patience is not None:
         return training.early_stopping_patience
-    steps_per_epoch = len(sequences) * sequences.block_size / tokens_per_step(training, sequences.block_size)
-    epochs = training.max_steps / steps_per_epoch if training.max_steps > 0 else training.num_train_epochs
+    epochs = training.num_train_epochs
+    if training.max_steps > 0:
+        epochs = trained_tokens(training, sequences, training.max_steps) / (len(sequences) * sequences.block_size)
     return 5 if epochs > 1 and training.load_best_model_at_end else 0
 
 

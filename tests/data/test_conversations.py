@@ -314,3 +314,19 @@ def test_the_loss_of_packed_conversations_is_that_of_each_alone(window, tmp_path
             losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             total, count = total + losses[answer].sum(), count + int(answer.sum())
     assert packed == pytest.approx(float(total / count), rel=1e-5)
+
+
+def test_a_saved_dataset_is_identified_by_its_content_and_not_changed(tmp_path):
+    """The fingerprint in `state.json` does not change if another program writes the data file."""
+    for folder, answer in (("saved", "first"), ("other", "second")):
+        rows = [{"prompt": f"question {i}", "completion": f"{answer} {i}"} for i in range(30)]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / folder)
+    saved, name = tmp_path / "saved", "data-00000-of-00001.arrow"
+    files = {file.name for file in saved.iterdir()}
+    for answer in ("first", "second"):
+        if answer == "second":
+            (tmp_path / "other" / name).replace(saved / name)
+        corpus = load_corpus(str(saved), 0, chat=True, cache_dir=tmp_path / "cache")
+        answers = [messages[1]["content"] for messages in conversations_in(corpus.train)]
+        assert answers == [f"{answer} {i}" for i in range(30)]
+        assert {file.name for file in saved.iterdir()} == files

@@ -9,6 +9,7 @@ import threading
 import datasets
 import pytest
 
+from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.documents import IndexedDocuments
 
@@ -108,6 +109,20 @@ def test_a_url_has_the_format_of_its_extension_and_changed_content_is_downloaded
         with pytest.raises(ValueError, match=f"{url}/bad.txt: not utf-8 text: byte 0xff at position 0"):
             load_corpus(f"{url}/bad.txt")
         server.shutdown()
+
+
+def test_the_access_token_in_a_url_is_not_stored_in_a_prepared_text(text_file, tmp_path, monkeypatch):
+    """Nor in a model folder, which names its text in the same way."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # the server is on loopback
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=text_file.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"127.0.0.1:{server.server_port}/{text_file.name}"
+        argv = ["tokenize", "--tokenizer", "bytes", "--data", f"http://user:secret@{url}?token=secret"]
+        assert main([*argv, "--output_dir", str(tmp_path / "prepared")]) == 0
+        server.shutdown()
+    stored = (tmp_path / "prepared" / "prepared.json").read_text()
+    assert json.loads(stored)["name"] == f"http://{url}" and "secret" not in stored
 
 
 def test_another_encoding_can_be_specified(tmp_path):

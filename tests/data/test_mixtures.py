@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from tests.data.test_corpus import write_files
@@ -162,3 +163,29 @@ def test_streams_mixed_in_other_shares_are_another_text(hub, tmp_path):
         assert main(argv) == 0
         tokens.append((output / "train" / "tokens.bin").read_bytes())
     assert tokens[0] == tokens[2] != tokens[1]
+
+
+def test_max_tokens_that_would_change_the_shares_of_a_mixture_is_an_error(tmp_path, capsys):
+    """The sources follow one another, so the first tokens would be those of the first source."""
+    data = write_files(tmp_path, {"one.txt": "one " * 500, "other.txt": "other " * 500})
+    argv = ["tokenize", "--data", f"{data}/one.txt:0.5,{data}/other.txt:0.5", "--tokenizer", "bytes"]
+    argv += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "prepared"), "--max_tokens"]
+    assert main([*argv, "1000"]) == 2
+    assert "max_tokens 1,000 would use 999 of the 3,600 characters of this mixture" in capsys.readouterr().err
+    assert not (tmp_path / "prepared").exists()
+    assert main([*argv, "4000"]) == 0
+
+
+def test_evaluate_reads_the_split_of_a_mixture_that_training_read(recipe_file, tmp_path):
+    """Otherwise it would score the validation file, which was trained on."""
+    rows = {
+        name: "".join(json.dumps({"text": f"{name} {text}"}) + "\n" for text in WORDS)
+        for name in ("train", "validation")
+    }
+    write_files(tmp_path / "rows", {f"{name}.jsonl": lines for name, lines in rows.items()})
+    write_files(tmp_path, {"words.txt": " ".join(WORDS)})
+    data = f"{tmp_path}/rows:0.5,{tmp_path}/words.txt:0.5"
+    argv = ["train", "--recipe", str(recipe_file), "--data", data, "--data_split", "validation", "--max_steps", "2"]
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    published = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"]
+    assert minigpt_hf.evaluate(tmp_path / "run" / "model", data=data, split="validation").to_dict() == published

@@ -62,6 +62,15 @@ def opened(folder: Path) -> PreparedText:
     return PreparedText.open(found)
 
 
+def test_shards_reserve_the_tokens_of_chatml(corpus, tmp_path):
+    flags = ["--validation_fraction", "0", "--chat_tokens"]
+    write_shards(tmp_path, corpus / "text", corpus / "whole/tokenizer", 2, *flags)
+    assert run("tokenize", "--merge", tmp_path) == 0
+    tokenizer, without = opened(tmp_path).tokenizer, opened(corpus / "whole").tokenizer
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [len(without), len(without) + 1]
+    assert opened(tmp_path).train.tokens[:].tolist() == opened(corpus / "whole").train.tokens[:].tolist()
+
+
 def test_merged_shards_equal_the_stream_of_one_process(corpus, merged):
     whole, shards = opened(corpus / "whole").train, opened(merged).train
     assert shards.tokens[:].tolist() == whole.tokens[:].tolist()

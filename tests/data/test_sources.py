@@ -10,6 +10,7 @@ import sys
 from datetime import datetime
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from minigpt_hf.data import documents as module
 from minigpt_hf.data.corpus import load_corpus, mixture
 from minigpt_hf.data.files import FORMATS
 from minigpt_hf.data.tables import READERS
+from minigpt_hf.errors import MiniGPTError
 from tests.data.test_corpus import write_files
 
 ROWS = ["first\n", "zweite Zeile\nmit Umbruch", "第三", 'with "quotes", commas\tand tabs', "last"]
@@ -437,3 +439,35 @@ def test_a_split_can_be_selected_by_its_name_or_by_a_word_in_file_names(tmp_path
     write_files(tmp_path, {f"{name}.jsonl": json.dumps({"text": name}) for name in ("train", "val")})
     for split in ("val", "validation"):
         assert texts_of(tmp_path, split=split) == ["val"]
+
+
+def test_an_object_store_has_the_splits_of_a_local_folder(tmp_path):
+    for name in ("train", "validation", "test"):
+        rows = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(30))
+        write_files(tmp_path, {f"{name}.jsonl": rows})
+    write_files(tmp_path, {"README.md": "about the rows", ".hidden.jsonl": '{"text": "hidden"}\n'})
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path), "/bucket/rows", recursive=True)
+    try:
+        for pattern in ("", "/*.jsonl"):
+            for settings in ({}, {"split": "test"}, {"data_format": "text"}):
+                if pattern or "data_format" not in settings:
+                    local, remote = (
+                        load_corpus(f"{folder}{pattern}", **settings) for folder in (tmp_path, "memory://bucket/rows")
+                    )
+                    assert list(remote.train) == list(local.train)
+                    assert list(remote.validation) == list(local.validation)
+                    assert remote.split_description == local.split_description
+        mixed = load_corpus("memory://bucket/rows:0.5,stdlib:0.5", 0, split="test")
+        assert list(mixed.train.components[0]) == [f"test {i}" for i in range(30)]
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("fault", ["no rows", "damaged"])
+def test_a_saved_dataset_without_rows_or_with_a_damaged_file_is_an_error(fault, table, tmp_path):
+    (table.select([]) if fault == "no rows" else table).save_to_disk(tmp_path / "saved")
+    if fault == "damaged":
+        (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(MiniGPTError, match="a split of this saved dataset has no rows, or a file is damaged"):
+        load_corpus(str(tmp_path / "saved"))

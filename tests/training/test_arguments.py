@@ -195,3 +195,12 @@ def test_a_setting_is_empty_only_if_its_default_is(tmp_path):
 
 def test_one_language_may_be_given_as_a_string():
     assert parse_arguments([], language="de")[0].language == ["de"]
+
+
+def test_settings_without_effect_are_reported(caplog):
+    parse_arguments(["--no_muon", "--muon_beta2", "0.5", "--sliding_window", "8"], recipe="gpt2-124m")
+    assert "muon_beta2: no effect without muon" in caplog.text
+    assert "sliding_window: no effect without use_sliding_window" in caplog.text
+    caplog.clear()
+    parse_arguments(["--muon_beta2", "0.5", "--sliding_window", "8"], recipe="shakespeare-char")
+    assert "no effect" not in caplog.text

@@ -281,7 +281,7 @@ def test_the_card_counts_the_tokens_and_bytes_of_answers(chat_run):
     assert f"| training | {train['documents']} | {train['characters']} | {train['bytes']} " in card.replace(",", "")
     text = (chat_run / "log.jsonl").read_text().splitlines()
     epoch = next(json.loads(line)["epoch"] for line in text if "train_loss" in line)
-    assert metadata["training"]["epochs"] == pytest.approx(epoch, rel=0.05)  # the last batch may be smaller
+    assert metadata["training"]["epochs"] == pytest.approx(epoch, rel=0.05)  # `epoch` counts batches, not sequences
 
 
 def test_evaluate_says_what_it_scores(chat_run, chats, capsys):
@@ -424,3 +424,28 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(run_folder):
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(b"/exit\n", timeout=100)
     assert process.returncode == 0, errors
+
+
+def test_the_number_of_steps_follows_from_the_packed_sequences(tmp_path, caplog):
+    """40 conversations of 41 tokens: each has a sequence of 64 tokens of its own, so 10 steps of 4 sequences."""
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i:020}", "completion": "x"}) + "\n" for i in range(40)))
+    argv = [
+        "train",
+        "--recipe",
+        "task",
+        "--data",
+        str(file),
+        "--tokenizer",
+        "bytes",
+        "--block_size",
+        "64",
+        "--no_figures",
+    ]
+    argv += (
+        "--hidden_size 32 --num_hidden_layers 2 --sample_tokens 0 --num_train_epochs 1 --validation_fraction 0".split()
+    )
+    argv += "--per_device_train_batch_size 4 --warmup_steps 8 --logging_steps 9 --use_cpu".split()
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "does not reach its peak" not in caplog.text
+    assert [row["step"] for row in rows(tmp_path / "run")] == [9]

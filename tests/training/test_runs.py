@@ -915,3 +915,15 @@ def test_a_compiled_run_is_resumed_exactly_and_not_without_compilation(recipe, w
     assert train(recipe, words, resumed, *flags) == 0
     assert rows(resumed) == rows(straight)
     assert_equal(state_of(resumed / "checkpoint-4"), state_of(straight / "checkpoint-4"))
+
+
+def test_tokens_and_epochs_count_the_sequences_of_incomplete_steps(recipe, words, tmp_path, capsys):
+    """26 sequences of 16 tokens in batches of 4: 7 per epoch, which are 3 steps of 12, 12 and 2 sequences."""
+    flags = "--per_device_train_batch_size 4 --gradient_accumulation_steps 3 --num_train_epochs 2".split()
+    assert train(recipe, words, tmp_path, *flags) == 0
+    assert "6 steps of at most 192 tokens = 832 tokens, 1.98 epochs" in capsys.readouterr().out  # 832 of 2 · 421 tokens
+    tokens = [row["tokens"] for row in log_of(tmp_path) if "loss" in row]
+    assert tokens == [16 * sequences for sequences in (12, 24, 26, 38, 50, 52)]
+    published = json.loads((tmp_path / "model" / "minigpt.json").read_text())["training"]
+    assert (published["steps"], published["tokens"], published["epochs"]) == (6, 832, 832 / 421)
+    assert "| tokens per step | at most 192 |" in (tmp_path / "model" / "README.md").read_text()
