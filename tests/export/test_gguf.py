@@ -109,6 +109,14 @@ def test_the_modelfile_samples_as_the_model_does(folder, tmp_path):
     ]
 
 
+def test_settings_of_generation_that_the_modelfile_lacks_are_reported(folder, tmp_path, caplog):
+    other = shutil.copytree(folder, tmp_path / "model")
+    settings = {"do_sample": True, "min_p": 0.1, "no_repeat_ngram_size": 3, "num_beams": 1, "max_new_tokens": 9}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    export_gguf(other, tmp_path / "out", context=50)
+    assert "the export has no equivalent of min_p 0.1, no_repeat_ngram_size 3; it generates without" in caplog.text
+
+
 def test_the_end_of_text_is_the_token_at_which_generate_stops(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "model")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [66]}))  # the byte "@"
