@@ -181,8 +181,7 @@ def fingerprint(folder: Folder) -> Row:
         raise NotApplicable("no minigpt.json")
     about: Any = folder.json("minigpt.json").get("tokenizer")
     written = about.get("fingerprint") if isinstance(about, dict) else None
-    load(folder)
-    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))  # unmodified, with its padding settings
+    tokenizer = load(folder)
     end = tokenizer.token_to_id(specials(folder).get("eos_token", ""))
     found = hashlib.sha256(f"{tokenizer.to_str()} {end}".encode()).hexdigest()
     if written != found:
