@@ -19,6 +19,7 @@ from .atomic import storage_error
 from .errors import MiniGPTError, NotSavedError, check_type
 from .training_text import (
     READING,
+    WHICH_TEXT,
     check_data,
     check_split_is_reproducible,
     has_training_text,
@@ -222,6 +223,12 @@ def evaluate(
     if split != "all":
         check_split_is_reproducible(folder)
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
+    is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
+    if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):
+        logger.warning(
+            f"{data}: is divided in another way than in the training of the model, so its validation split contains text "
+            "that the model was trained on"
+        )
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = recipe.get("block_size") if block_size is None else block_size
