@@ -177,7 +177,10 @@ def test_fast_rejects_models_and_options_it_does_not_support(run_folder, tmp_pat
     folder = shutil.copytree(run_folder / "model", tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "num_beams": 2}))
     assert main(["generate", str(folder), "--fast"]) == 2
-    assert "generation_config.json of the model has num_beams 2, which cannot be combined with --fast" in capsys.readouterr().err
+    assert (
+        "generation_config.json of the model has num_beams 2, which cannot be combined with --fast"
+        in capsys.readouterr().err
+    )
 
 
 def saved_llama(folder, prefix=""):
