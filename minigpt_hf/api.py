@@ -226,8 +226,8 @@ def evaluate(
     is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
     if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):
         logger.warning(
-            f"{data}: is divided in another way than in the training of the model, so its validation split contains text "
-            "that the model was trained on"
+            f"{data}: is read or divided in another way than in the training of the model, so its validation split contains "
+            "text that the model was trained on"
         )
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")

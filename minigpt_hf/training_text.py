@@ -267,8 +267,8 @@ def has_training_text(
 ) -> bool:
     """Whether the text to score is, or contains, the one that the model was trained on.
 
-    A text is recognized if it, or what it contains as its training split, is that of the training. If it is divided in
-    another way than in the training, its validation split contains training text as well.
+    A text is recognized if it, or what it contains as its training split, is that of the training. Its validation split
+    contains training text as well if it is larger than in training, or if the text is read in another way.
 
     Args:
         reading: The settings with which `documents` were read.
@@ -285,14 +285,17 @@ def has_training_text(
     if documents.fingerprint[: len(trained)] == trained:
         return True
     recipe = recipe_of(model)
+    fraction, trained_fraction = reading["validation_fraction"], recipe.get("validation_fraction") or 0
     as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
 
-    def part(split: str) -> str | None:
+    def part(split: str, fraction: float | None = None) -> str | None:
+        settings = as_trained | {"validation_fraction": fraction}
         try:
-            return read_part(data, split, recipe, as_trained, is_divided_by_threshold(model)).fingerprint
+            return read_part(data, split, recipe, settings, is_divided_by_threshold(model)).fingerprint
         except MiniGPTError:  # there is no such part
             return None
 
     if (train := part("train")) is None or train[: len(trained)] != trained:
         return False
-    return split != "validation" or part("validation") != documents.fingerprint
+    is_larger = fraction is not None and fraction > trained_fraction
+    return split != "validation" or is_larger or part("validation", fraction) != documents.fingerprint

@@ -158,6 +158,7 @@ def test_a_score_on_the_training_text_is_marked(folder, chats, capsys, split):
     [
         (["--split", "validation", "--validation_fraction", "0.5"], True),
         (["--split", "train", "--system", "Be brief."], True),
+        (["--split", "validation", "--validation_fraction", "0.05"], False),
         (["--split", "validation", "--newline", "universal"], False),
     ],
 )
@@ -176,9 +177,9 @@ def test_a_validation_split_that_differs_from_that_of_training_is_reported(
     model, data = (run_folder / "model", text_file) if kind == "text" else (folder, chats)
     argv = ["evaluate", str(model), "--data", str(data), "--split", "validation", "--max_characters", "500"]
     argv = argv if kind == "text" else argv[:-2]
-    for fraction, is_reported in (("0.1", False), ("0.3", True)):
+    for fraction, is_reported in (("0.05", False), ("0.1", False), ("0.3", True)):
         assert main([*argv, "--validation_fraction", fraction]) == 0
-        message = "is divided in another way than in the training of the model"
+        message = "is read or divided in another way than in the training of the model"
         assert (message in capsys.readouterr().err) == is_reported
 
 
