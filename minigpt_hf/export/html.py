@@ -37,6 +37,7 @@ from .conversion import (
     file_name,
     greedy_continuation,
     load_model,
+    recipe_text,
     sampling_settings,
     verify,
 )
@@ -155,7 +156,7 @@ def _source(folder: Path) -> Source:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary, chat = page_tokenizer(tokenizer, config.vocab_size), chat_format(tokenizer)
     if chat is not None and chat["system"] is None:  # training added it to conversations without a system message
-        chat["system"] = _text(read_metadata(folder), "recipe", "system") or None
+        chat["system"] = recipe_text(folder, "system") or None
     return Source(folder, model, tokenizer, vocabulary, chat)
 
 
