@@ -19,6 +19,7 @@ from .atomic import storage_error
 from .errors import MiniGPTError, NotSavedError, check_type
 from .training_text import (
     READING,
+    WHICH_TEXT,
     check_data,
     check_split_is_reproducible,
     has_training_text,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _training = threading.Lock()  # held while this process trains
+SAMPLES = 3  # of `measure_copying`, as in training
 SAMPLE_TOKENS = 200  # length of a sample, for a model without a recipe
 # Estimates the window length in characters if a model does not state it; typical of English and byte-level BPE.
 CHARACTERS_PER_TOKEN = 4
@@ -222,6 +224,12 @@ def evaluate(
     if split != "all":
         check_split_is_reproducible(folder)
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
+    is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
+    if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):
+        logger.warning(
+            f"{data}: is read or divided in another way than in the training of the model, so its validation split contains "
+            "text that the model was trained on"
+        )
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = recipe.get("block_size") if block_size is None else block_size
@@ -349,7 +357,7 @@ def measure_copying(
     model: str | os.PathLike,
     data: str | os.PathLike,
     *,
-    samples: int = 3,
+    samples: int | None = None,
     sample_tokens: int | None = None,
     trust_remote_code: bool = False,
     **reading: Any,
@@ -361,7 +369,8 @@ def measure_copying(
         data: The training text, see `load_corpus`, or a folder written by `minigpt tokenize`. Samples are compared with its
             training split; its validation split is the baseline.
         samples: Number of samples, with the seeds 0, 1, …, from the prompt and at the temperature of training; of a model
-            that learned conversations, the answers to the first held-out questions.
+            that learned conversations, the answers to the `sample_prompt` of training, if there is one, and to the first
+            held-out questions. Default: as in training.
         sample_tokens: Maximum number of tokens of a sample. Default: as in training, or 200.
         trust_remote_code: Run the code in the model's repository; not needed for MiniGPT models.
         reading: `validation_fraction`, `encoding`, …, `system`, as in `evaluate`.
@@ -369,7 +378,7 @@ def measure_copying(
     Raises:
         MiniGPTError: if the model or the text cannot be loaded, or the text was prepared with another tokenizer.
     """
-    check_type("samples", samples, int)
+    check_type("samples", samples, int, type(None))
     check_type("sample_tokens", sample_tokens, int, type(None))
     for name, count in (("samples", samples), ("sample_tokens", sample_tokens)):
         if count is not None and count < 1:
@@ -388,10 +397,16 @@ def measure_copying(
     reading = reading_of(data, recipe, reading)
     tokenizer, train, validation = training_text(folder, os.fspath(data), recipe, reading)
     loaded, _ = load(model, trust_remote_code)
-    prompts: list[Any] = [recipe.get("sample_prompt") or ""] * samples
+    prompts: list[Any]
+    prompt = recipe.get("sample_prompt") or ""
     if reading["chat"]:
-        held_out = train if validation is None else validation
-        prompts = ChatFormat(tokenizer).questions(held_out.iterate_documents(), samples)
+        system = recipe.get("system") if reading["system"] is None else reading["system"]
+        before = [] if system is None else [{"role": "system", "content": system}]
+        asked = [[*before, {"role": "user", "content": prompt}]] if prompt else []
+        samples, held_out = samples or len(asked) or SAMPLES, train if validation is None else validation
+        prompts = [*asked, *ChatFormat(tokenizer).questions(held_out.iterate_documents(), samples - len(asked))]
+    else:
+        prompts = [prompt] * (samples or SAMPLES)
     length = sample_tokens or recipe.get("sample_tokens") or SAMPLE_TOKENS
     texts = []
     for seed, prompt in enumerate(tqdm(prompts, desc="sampling", delay=2, leave=False)):

@@ -30,6 +30,11 @@ READING: dict[str, tuple[type, ...]] = {
     "chat": (bool,),
     "system": (str,),
 }
+WHICH_TEXT = (
+    "data_split",
+    "text_column",
+    "data_format",
+)  # those that select another text; the others change or divide it
 NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(READING)
 # Settings of a model's recipe that `evaluate` uses, and their types.
 EVALUATION_SETTINGS = {
@@ -261,9 +266,13 @@ def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
 def has_training_text(
     model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
 ) -> bool:
-    """Whether the conversations to score are, or contain, those that the model was trained on.
+    """Whether the text to score is, or contains, the one that the model was trained on.
+
+    A text is recognized if it, or what it contains as its training split, is that of the training. Its validation split
+    contains training text as well if it is larger than in training, or if the text is read in another way.
 
     Args:
+        reading: The settings with which `documents` were read.
         documents: The part of `data` to score.
     """
     from .trust import read_metadata
@@ -274,10 +283,20 @@ def has_training_text(
         return False
     if not trained:
         return False
-    if split == "all":
+    if documents.fingerprint[: len(trained)] == trained:
+        return True
+    recipe = recipe_of(model)
+    fraction, trained_fraction = reading["validation_fraction"], recipe.get("validation_fraction") or 0
+    as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
+
+    def part(split: str, fraction: float | None = None) -> str | None:
+        settings = as_trained | {"validation_fraction": fraction}
         try:
-            if read_part(data, "train", recipe_of(model), reading).fingerprint[: len(trained)] == trained:
-                return True
+            return read_part(data, split, recipe, settings, is_divided_by_threshold(model)).fingerprint
         except MiniGPTError:  # there is no such part
-            pass
-    return documents.fingerprint[: len(trained)] == trained
+            return None
+
+    if (train := part("train")) is None or train[: len(trained)] != trained:
+        return False
+    is_larger = fraction is not None and fraction > trained_fraction
+    return split != "validation" or is_larger or part("validation", fraction) != documents.fingerprint

@@ -49,6 +49,7 @@ def run(argv: list[str]) -> None:
         raise MiniGPTError(
             "num_return_sequences and num_beams are not supported: one answer is printed as it is generated"
         )
+    options |= {"num_return_sequences": 1, "num_beams": 1}  # whatever generation_config.json has
 
     for flag, value in (("--host", args.host), ("--port", args.port)):
         if value is not None and not args.web:

@@ -76,7 +76,7 @@ def parser() -> Parser:
         help="generate samples and measure how much of them occurs verbatim in the training split of the data; the baseline "
         "is text of the validation split",
     )
-    parser.add_argument("--samples", type=int, help="with --copying: number of samples (default: 3)")
+    parser.add_argument("--samples", type=int, help="with --copying: number of samples (default: as in training, 3)")
     parser.add_argument(
         "--sample_tokens", type=int, help="with --copying: maximum length of a sample (default: as in training, or 200)"
     )

@@ -54,6 +54,14 @@ def run(argv: list[str]) -> None:
                 f"--{unsupported[0]} cannot be combined with --fast, which compiles one decoding step with a static cache: "
                 "omit one of them"
             )
+        defaults = model.generation_config
+        for name in UNSUPPORTED_OPTIONS:  # `use_cache` is replaced in any case
+            if name != "use_cache" and (value := getattr(defaults, name)) not in (None, 1):
+                raise MiniGPTError(
+                    f"generation_config.json of the model has {name} {value}, which cannot be combined with --fast: omit it"
+                )
+        if defaults.num_return_sequences is not None:
+            options.setdefault("num_return_sequences", defaults.num_return_sequences)
         print("compiling the model …", file=sys.stderr, flush=True)
         sizes = {name: options[name] for name in ("max_new_tokens", "num_return_sequences") if name in options}
         longest = max(options.pop("max_cache_len", 0), options.get("max_length", 0))

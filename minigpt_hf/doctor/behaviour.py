@@ -43,18 +43,22 @@ def _pad(model: PreTrainedModel) -> int:
 
 
 def _greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options):
+    configured = model.generation_config
     config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
         max_new_tokens=NEW,
         min_new_tokens=NEW,
+        eos_token_id=configured.eos_token_id,
         pad_token_id=_pad(model),
         use_cache=True,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
-    config.update(**options)
-    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    model.generation_config = config  # as an argument, it would be completed with the settings of the folder
+    try:
+        return model.generate(input_ids=ids, attention_mask=mask)
+    finally:
+        model.generation_config = configured
 
 
 @check("cached = uncached", "the model fails")
@@ -133,7 +137,7 @@ def stops(subject: Subject) -> Row:
         )
     ends, ids = (ends if isinstance(ends, list) else [ends]), prompt(model, 12)
     processors = LogitsProcessorList([EndAt(ends, ids.shape[1] + 1)])
-    options = {"max_new_tokens": 8, "num_beams": 1, "do_sample": False}
+    options = {"max_new_tokens": 8, "num_beams": 1, "num_return_sequences": 1, "do_sample": False, "stop_strings": None}
     found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=processors, **options)
     if found.shape[1] != ids.shape[1] + 2:
         return failed(

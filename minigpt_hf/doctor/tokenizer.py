@@ -22,6 +22,7 @@ TEXTS = (
     "na\u00efve caf\u00e9, \u65e5\u672c\u8a9e, \u05e9\u05dc\u05d5\u05dd, \U0001f600\u200d\U0001f4bb",
     "e\u0301 and \u00e9 are two spellings",
 )
+LONGEST_PADDING = 1_000_000  # tokens
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -63,6 +64,10 @@ def loads(folder: Folder) -> Row:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises plain `Exception`
         return failed(f"tokenizer.json does not load: {error}", "restore it from the original folder")
+    padding = tokenizer.padding or {}
+    length = max(padding.get("length") or 0, padding.get("pad_to_multiple_of") or 0)
+    if length > LONGEST_PADDING:
+        return failed(f"tokenizer.json pads every text to {length:,} tokens", "set `padding` to null in tokenizer.json")
     return passed(f"{type(tokenizer.model).__name__}, {tokenizer.get_vocab_size()} tokens")
 
 
@@ -181,8 +186,7 @@ def fingerprint(folder: Folder) -> Row:
         raise NotApplicable("no minigpt.json")
     about: Any = folder.json("minigpt.json").get("tokenizer")
     written = about.get("fingerprint") if isinstance(about, dict) else None
-    load(folder)
-    tokenizer = Tokenizer.from_str(folder.text("tokenizer.json"))  # unmodified, with its padding settings
+    tokenizer = load(folder)
     end = tokenizer.token_to_id(specials(folder).get("eos_token", ""))
     found = hashlib.sha256(f"{tokenizer.to_str()} {end}".encode()).hexdigest()
     if written != found:

@@ -1,6 +1,7 @@
 """Steps shared by all export formats: check the output folder, load and validate the model, limit the context, verify."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,21 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from ..atomic import check_links, check_new_folder
 from ..data.tokenizer import tokenizer_mismatch
 from ..errors import MiniGPTError
+from ..inference.generation import only_settings
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.card import hub_id
 from ..trust import checked_folder, loading, read_metadata
+
+logger = logging.getLogger(__name__)
+
+# Settings of `generation_config.json` that do not affect the text, or are converted otherwise.
+WITHOUT_EFFECT = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
+    *("disable_compile", "continuous_batching_config", "output_attentions", "output_hidden_states", "output_scores"),
+    *("output_logits", "return_dict_in_generate", "max_length", "max_new_tokens", "do_sample"),
+}
 
 
 def load_model(folder: Path) -> MiniGPTForCausalLM:
@@ -67,10 +79,18 @@ def file_name(folder: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", name)[:100]
 
 
+def recipe_text(folder: Path, name: str) -> str:
+    """Return a text of the recipe in `minigpt.json`; empty if there is none."""
+    recipe = read_metadata(folder).get("recipe")
+    value = recipe.get(name) if isinstance(recipe, dict) else None
+    return value if isinstance(value, str) else ""
+
+
 def sampling_settings(settings: GenerationConfig) -> dict[str, Any]:
     """Return temperature (0 for greedy), top_k, top_p and repetition_penalty of `generation_config.json`.
 
-    Unset options get the defaults of transformers, because those of other programs differ.
+    Unset options get the defaults of transformers, because those of other programs differ. A warning is logged if there are
+    other settings that affect the text.
     """
     defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
     chosen = {
@@ -81,7 +101,29 @@ def sampling_settings(settings: GenerationConfig) -> dict[str, Any]:
     }
     if not settings.do_sample:
         chosen |= {"temperature": 0.0, "top_k": 1, "top_p": 1.0}
+    of_transformers = settings._get_default_generation_params()
+    lost = [
+        f"{name} {value}"
+        for name, value in settings.to_diff_dict().items()
+        if name not in {*defaults, *WITHOUT_EFFECT} and value not in (None, of_transformers.get(name))
+    ]
+    if lost:
+        logger.warning(
+            f"generation_config.json: the export has no equivalent of {', '.join(lost)}; it generates without"
+        )
     return {name: default if chosen[name] is None else chosen[name] for name, default in defaults.items()}
+
+
+def greedy_continuation(
+    model: MiniGPTForCausalLM, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, eos: Any
+) -> torch.Tensor:
+    """Return token ids [B, T] of prompts and `new_tokens` new ones; `generation_config.json` does not apply.
+
+    Args:
+        eos: Tokens at which generation stops.
+    """
+    with only_settings(model, eos_token_id=eos, pad_token_id=0):
+        return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens)
 
 
 def has_sliding_window(config: MiniGPTConfig) -> bool:

@@ -9,6 +9,7 @@ into blocks of 32 weights, and float16 rejects weights beyond its range.
 """
 
 import json
+import logging
 from pathlib import Path
 
 import gguf
@@ -39,11 +40,14 @@ from .conversion import (
     has_sliding_window,
     load_model,
     longest_full_context,
+    recipe_text,
     sampling_settings,
     verify,
     write_card,
 )
 from .gguf_vocabulary import Vocabulary, encoded, vocabulary_of
+
+logger = logging.getLogger(__name__)
 
 # The chat template in the language of Ollama (Go templates).
 CHATML = """\
@@ -94,22 +98,34 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
         write_card(folder, unfinished, "gguf", text)
         ends = [tokenizer.decode([stop]) for stop in stops]
         is_chat = tokenizer.chat_template == CHAT_TEMPLATE
-        content = modelfile(file.name, model.generation_config, ends, context, is_chat)
+        system = recipe_text(folder, "system") if is_chat else ""
+        if (system + '"""').index('"""') < len(system):  # it would end the string
+            logger.warning(
+                f"{folder}: the Modelfile omits the system message of training, which has or ends with quotes"
+            )
+            system = ""
+        content = modelfile(file.name, model.generation_config, ends, context, is_chat, system)
         (unfinished / "Modelfile").write_text(content, encoding="utf-8")
     return out
 
 
-def modelfile(gguf_name: str, settings: GenerationConfig, stops: list[str], context: int, is_chat: bool) -> str:
+def modelfile(
+    gguf_name: str, settings: GenerationConfig, stops: list[str], context: int, is_chat: bool, system: str = ""
+) -> str:
     """Return the input of `ollama create NAME -f Modelfile`, with the sampling of `generation_config.json`.
 
     Args:
         stops: Texts at which generation stops.
         is_chat: Use ChatML instead of a plain prompt.
+        system: System message of conversations that have none, as in training.
     """
     sampling = sampling_settings(settings)
     sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
+    if sampling["repeat_penalty"] != 1:
+        sampling["repeat_last_n"] = -1  # the entire context, as in transformers, instead of the last 64 tokens
     template = CHATML if is_chat else "{{ .Prompt }}"
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}"""', f"PARAMETER num_ctx {context}"]
+    lines += [f'SYSTEM """{system}"""'] if system else []
     lines += [f"PARAMETER {name} {value}" for name, value in sampling.items()]
     lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops]
     return "\n".join(lines) + "\n"

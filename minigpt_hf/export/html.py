@@ -31,7 +31,16 @@ from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.card import has_copying
 from ..training.run_folder import RunFolder, is_model_of, read_json, read_log
 from ..trust import read_metadata
-from .conversion import check_context, check_output, file_name, load_model, sampling_settings, verify
+from .conversion import (
+    check_context,
+    check_output,
+    file_name,
+    greedy_continuation,
+    load_model,
+    recipe_text,
+    sampling_settings,
+    verify,
+)
 from .html_document import document
 from .html_tokenizer import NotInPage, chat_format, page_tokenizer
 from .native import comparison_ids, comparison_prompts
@@ -147,7 +156,7 @@ def _source(folder: Path) -> Source:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocabulary, chat = page_tokenizer(tokenizer, config.vocab_size), chat_format(tokenizer)
     if chat is not None and chat["system"] is None:  # training added it to conversations without a system message
-        chat["system"] = _text(read_metadata(folder), "recipe", "system") or None
+        chat["system"] = recipe_text(folder, "system") or None
     return Source(folder, model, tokenizer, vocabulary, chat)
 
 
@@ -294,8 +303,8 @@ def _deviation(model: MiniGPTForCausalLM, rounded: MiniGPTForCausalLM) -> tuple[
     for row, prompt in enumerate(prompts):  # padded on the left
         inputs[row, inputs.shape[1] - prompt.shape[1] :] = prompt
         mask[row, inputs.shape[1] - prompt.shape[1] :] = 1
-    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    texts = [each.generate(inputs, **options) for each in (model, rounded)]
+    eos = model.generation_config.eos_token_id
+    texts = [greedy_continuation(each, inputs, mask, NEW_TOKENS, eos) for each in (model, rounded)]
     longest = max(text.shape[1] for text in texts)  # one may end earlier
     expected, found = (torch.nn.functional.pad(text, (0, longest - text.shape[1])) for text in texts)
     equal = int((expected == found).all(dim=1).sum())

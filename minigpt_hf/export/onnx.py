@@ -23,13 +23,14 @@ import torch
 from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from ..atomic import new_folder
+from ..data.tokenizer import bos_token_id
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
-from .conversion import check_context, check_output, load_model, verify, write_card
+from .conversion import check_context, check_output, greedy_continuation, load_model, verify, write_card
 from .native import comparison_ids, comparison_prompts
 from .onnx_runner import Runner, cache_names
 
@@ -108,6 +109,8 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
             settings["max_position_embeddings"] = context
         if (stops := model.generation_config.eos_token_id) is not None:  # where `generate` stops
             settings["eos_token_id"] = stops
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        settings["bos_token_id"] = bos_token_id(tokenizer)  # `run_onnx.py` starts a document with it
         (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for file in (folder / name for name in COPIED):
             if file.is_file():
@@ -184,11 +187,10 @@ def _verify(folder: Path, model: MiniGPTForCausalLM) -> None:
         difference <= TOLERANCE,
         f"its logits equal the model's within {TOLERANCE} (maximum difference {difference:.1e})",
     )
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": list(runner.eos_token_ids) or None}
+    ends = list(runner.eos_token_ids) or None
     for i, prompt in enumerate(comparison_prompts(ids, PROMPTS)):
-        expected_ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
-            0, prompt.shape[1] :
-        ].tolist()
+        text = greedy_continuation(model, prompt, torch.ones_like(prompt), NEW_TOKENS, ends)
+        expected_ids = text[0, prompt.shape[1] :].tolist()
         if expected_ids[-1] in runner.eos_token_ids:
             expected_ids.pop()
         verify(

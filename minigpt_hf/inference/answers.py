@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat_format import Message, last_question
 from ..errors import MiniGPTError
 from .evaluation import longest_context
-from .generation import encode_prompt
+from .generation import encode_prompt, only_settings
 
 SPARE_TOKENS = 32  # tokens by which an answer may exceed the longest reference before it is ended
 BOOTSTRAP_SAMPLES = 1000
@@ -171,9 +171,7 @@ def generate_answers(
     batches = [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
     batches += [[number] for number in order[len(together) :]]
     answers, ended = [""] * len(prompts), 0
-    configured = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=padding, use_cache=True)
-    try:
+    with only_settings(model, eos_token_id=eos, pad_token_id=padding, use_cache=True):
         for batch in batches:
             width = len(encoded[batch[-1]])
             ids = torch.full((len(batch), width), padding)
@@ -190,8 +188,6 @@ def generate_answers(
             for number, text in zip(batch, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
                 answers[number] = text
             progress(len(batch))
-    finally:
-        model.generation_config = configured
     return answers, ended
 
 

@@ -13,7 +13,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from ..errors import MiniGPTError
-from .generation import encode_prompt
+from .generation import encode_prompt, only_settings
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class CompiledModel:
         Raises:
             MiniGPTError: if the sequence could exceed the cache, or `num_return_sequences` differs from the compiled one.
         """
-        length = options.get("max_length") or prompt_tokens + options.get("max_new_tokens", 20)  # as in `generate`
+        new_tokens = options.get("max_new_tokens", None if "max_length" in options else 20)  # as in `generate`
+        length = options["max_length"] if new_tokens is None else prompt_tokens + new_tokens
         if length > self.max_cache_len:
             raise MiniGPTError(
                 f"the prompt ({prompt_tokens} tokens) and the new tokens are {length} tokens, but the cache of --fast "
@@ -123,7 +124,9 @@ def compile_for_generation(
     ids = encode_prompt(tokenizer, prompt).input_ids.to(model.device).repeat(num_return_sequences, 1)
     greedy = {"do_sample": False, "min_new_tokens": NUM_COMPARED, "max_new_tokens": NUM_COMPARED, "use_cache": True}
     greedy |= {"output_logits": True, "return_dict_in_generate": True}
-    reference = model.generate(ids, **greedy)
+    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": model.generation_config.pad_token_id}
+    with only_settings(model, **ends):
+        reference = model.generate(ids, **greedy)
 
     # Not the buffers: rounded RoPE frequencies would shift the angles of distant positions.
     for parameter in model.parameters():
@@ -145,7 +148,7 @@ def compile_for_generation(
     cache_len = max(ids.shape[1] + max(max_new_tokens, NUM_COMPARED), max_cache_len)
     cache_len = -(-cache_len // 128) * 128  # few distinct sizes, so that inductor's cache on disk is reused
     cache = StaticCache(_without_sliding_window(model.config), max_cache_len=cache_len)
-    with inductor.patch(inductor_options), warnings.catch_warnings():
+    with inductor.patch(inductor_options), warnings.catch_warnings(), only_settings(model, **ends):
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # raised by torch's own autotuning
         compiled = model.generate(ids, **greedy, past_key_values=cache, compile_config=compile_config)
 

@@ -4,7 +4,8 @@ import copy
 import difflib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import (
@@ -198,6 +199,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
             f"the prompt cannot be encoded by this model's tokenizer ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); give another prompt"
         ) from error
+
+
+@contextmanager
+def only_settings(model: PreTrainedModel, **settings) -> Iterator[None]:
+    """Within the block, `generate` decodes greedily, except for `settings`; those in `generation_config.json` do not apply.
+
+    Arguments of `generate` do not suffice: it adds every setting of `model.generation_config` that they omit.
+    """
+    configured = model.generation_config
+    model.generation_config = GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.generation_config = configured
 
 
 def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:

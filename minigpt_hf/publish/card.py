@@ -83,6 +83,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             emissions=emissions(metadata),
             has_copying=has_copying(metadata),
             has_changed_data=has_changed_data(metadata),
+            is_seen_by_base_model=is_seen_by_base_model(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -214,9 +215,14 @@ def has_changed_data(metadata: dict[str, Any]) -> bool:
     return any(change["setting"] == "data" for change in metadata["training"].get("changes", []))
 
 
+def is_seen_by_base_model(metadata: dict[str, Any]) -> bool:
+    """Whether the model that training started from was trained on text that is scored."""
+    return bool(metadata["data"].get("is_seen"))
+
+
 def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:
     """Return the validation score in the schema of the Hub; empty if there is none, or it is not one of unseen text."""
-    if has_changed_data(metadata):
+    if has_changed_data(metadata) or is_seen_by_base_model(metadata):
         return []
     data, results = metadata["data"], metadata["results"]
     conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}

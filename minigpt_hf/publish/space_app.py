@@ -32,7 +32,8 @@ def generate(ids: torch.Tensor, max_new_tokens: int, temperature: float) -> Iter
     ids = ids[:, -longest:]
     settings = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     settings |= {"max_new_tokens": max_new_tokens, "attention_mask": torch.ones_like(ids), "streamer": streamer}
-    Thread(target=model.generate, args=(ids,), kwargs=settings, daemon=True).start()
+    one = {"num_return_sequences": 1, "num_beams": 1}  # one text is streamed, whatever generation_config.json has
+    Thread(target=model.generate, args=(ids,), kwargs=settings | one, daemon=True).start()
     text = ""
     for piece in streamer:
         text += piece

@@ -1,6 +1,8 @@
 """The text of a run: from the cache, from a prepared folder, or read and tokenized; and the tokenization of a shard."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -14,7 +16,10 @@ from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conver
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
+from ..trust import checked_folder, read_metadata
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
+
+logger = logging.getLogger(__name__)
 
 # With several processes, the main process tokenizes while the others wait, at most `ddp_timeout` (30 minutes by default). A
 # gigabyte took 15.6 minutes on one core, including the training of the tokenizer (docs/results.md).
@@ -86,6 +91,33 @@ def read_corpus(data: DataArguments, share: Share | None = None) -> Corpus:
         dedup=data.dedup,
         cache_dir=Path(data.cache_dir) if data.cache_dir else CACHE,
     )
+
+
+def marked_if_seen(text: PreparedText, settings: Settings) -> PreparedText:
+    """Mark a text if the model of `init_from` was trained on a part of its validation split, which is logged.
+
+    That is the case if it was trained on the same text, of which it held out less. The documents that it held out are then
+    held out in this run as well, and others in addition.
+    """
+    data, base = settings.data, settings.model.init_from
+    if not base or text.validation is None or find_prepared(data.data, data.cache_dir) is not None:
+        return text
+    try:
+        metadata = read_metadata(checked_folder(base, with_weights=False))
+        fraction = metadata["recipe"]["validation_fraction"]
+        trained = metadata["data"]["train"]["fingerprint"].partition("-")[0]
+    except (KeyError, TypeError, AttributeError):  # written by another program
+        return text
+    if not (isinstance(fraction, int | float) and 0 <= fraction < data.validation_fraction and trained):
+        return text
+    if read_corpus(replace(data, validation_fraction=fraction)).train.fingerprint[: len(trained)] != trained:
+        return text
+    logger.warning(
+        f"--init_from {base}: was trained on text of the validation split, because it held out a smaller share of the same "
+        f"text, {fraction:g}: the validation score is not one of unseen text"
+        + (f"; give --validation_fraction {fraction:g}" if fraction else "")
+    )
+    return replace(text, is_seen=True)
 
 
 def prepare_shard(data: DataArguments, share: Share, output: Path) -> bool:

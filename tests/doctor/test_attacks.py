@@ -220,7 +220,7 @@ def a_config_with_a_trillion_layers(folder: Broken):
     folder.json("config.json", num_hidden_layers=10**12)
 
 
-@attack("fingerprint", reason="minigpt.json has ")
+@attack("tokenizer", reason="pads every text to 1,099,511,627,776 tokens")
 def a_tokenizer_with_padding_larger_than_the_memory(folder: Broken):
     padding = {"strategy": {"Fixed": 1 << 40}, "direction": "Left", "pad_to_multiple_of": None}
     folder.json("tokenizer.json", padding={**padding, "pad_id": 1, "pad_type_id": 0, "pad_token": "<|pad|>"})

@@ -36,6 +36,17 @@ def test_a_model_whose_most_probable_token_is_an_eos_token_stops_at_the_end():
         assert result_of(behaviour.stops, model)[0] == "pass"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"num_return_sequences": 2}, {"stop_strings": ["a"]}, {"repetition_penalty": 5.0}]
+)
+@pytest.mark.parametrize("check", behaviour.CHECKS[1:], ids=lambda check: check.row_name)
+def test_settings_of_generation_do_not_affect_the_checks(check, settings):
+    model = valid_model()
+    model.generation_config.update(do_sample=True, **settings)
+    assert result_of(check, model)[0] == "pass"
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
+
+
 def modify_forward(model, change) -> None:
     """Apply `change` to the keyword arguments of every forward pass."""
     original = model.forward

@@ -139,6 +139,14 @@ def test_the_fingerprint_is_that_of_training(run_folder):
     assert row.reason.startswith(tokenizer_fingerprint(AutoTokenizer.from_pretrained(run_folder / "model"))[:12])
 
 
+def test_a_tokenizer_that_was_saved_after_padding_has_the_fingerprint_of_training(broken):
+    saved = AutoTokenizer.from_pretrained(broken.path)
+    saved(["a", "b c"], padding=True, truncation=True, max_length=2)
+    saved.save_pretrained(broken.path)
+    assert broken.get("tokenizer.json")["padding"] is not None
+    assert tokenizer.fingerprint(doctor.Folder(broken.path)).state == "pass"
+
+
 def test_names_of_files_and_classes_are_those_of_the_model_and_publish():
     assert set(code.AUTO_CLASSES) == set(AUTO_MAP)
     assert {*file_checks.REQUIRED, *file_checks.CODE, file_checks.WEIGHTS} == set(REQUIRED)

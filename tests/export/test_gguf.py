@@ -109,6 +109,28 @@ def test_the_modelfile_samples_as_the_model_does(folder, tmp_path):
     ]
 
 
+def test_settings_of_generation_that_the_modelfile_lacks_are_reported(folder, tmp_path, caplog):
+    other = shutil.copytree(folder, tmp_path / "model")
+    settings = {"do_sample": True, "min_p": 0.1, "no_repeat_ngram_size": 3, "num_beams": 1, "max_new_tokens": 9}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    export_gguf(other, tmp_path / "out", context=50)
+    assert "the export has no equivalent of min_p 0.1, no_repeat_ngram_size 3; it generates without" in caplog.text
+
+
+def test_the_modelfile_has_the_system_message_of_training_and_penalizes_the_entire_context(tmp_path, caplog):
+    tokenizer = with_chat_tokens(byte_tokenizer())
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.repetition_penalty = 1.5
+    save_model_files(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "minigpt.json").write_text(json.dumps({"recipe": {"system": "Be brief.\nBe kind."}}))
+    content = (export_gguf(tmp_path / "model", tmp_path / "out") / "Modelfile").read_text()
+    assert 'SYSTEM """Be brief.\nBe kind."""\n' in content
+    assert "PARAMETER repeat_penalty 1.5\nPARAMETER repeat_last_n -1\n" in content
+    (tmp_path / "model" / "minigpt.json").write_text(json.dumps({"recipe": {"system": 'Say "no"'}}))
+    assert "SYSTEM" not in (export_gguf(tmp_path / "model", tmp_path / "other") / "Modelfile").read_text()
+    assert "the Modelfile omits the system message" in caplog.text
+
+
 def test_the_end_of_text_is_the_token_at_which_generate_stops(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "model")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [66]}))  # the byte "@"

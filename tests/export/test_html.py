@@ -539,6 +539,17 @@ def test_a_tokenizer_that_cannot_be_represented_is_rejected(tmp_path):
         rejected(tiny_model(vocab_size=258), tokenizer, tmp_path / str(i), message)
 
 
+def test_settings_of_generation_that_the_page_lacks_are_reported_and_do_not_affect_its_verification(tmp_path, caplog):
+    model = tiny_model(vocab_size=258)
+    model.generation_config.update(do_sample=True, num_return_sequences=2, stop_strings=["a"], min_p=0.1)
+    save_model_files(model, byte_tokenizer(), tmp_path / "model")
+    export_html(tmp_path / "model", tmp_path / "out")
+    assert (
+        "has no equivalent of stop_strings ['a'], min_p 0.1, num_return_sequences 2; it generates without"
+        in caplog.text
+    )
+
+
 def test_weights_above_the_limit_are_rejected(run_folder, tmp_path, monkeypatch):
     size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(run_folder / "model").parameters()) / 1e6
     for limit, dtype, remedy in (

@@ -94,6 +94,18 @@ def test_the_page_writes_the_greedy_text_of_torch(opened, run_folder):
     assert opened.inner_text("#output") == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_sampling_starts_with_the_settings_of_the_model(browser, run_folder, tmp_path):
+    """Also with values between two steps of a slider, or outside its range."""
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    settings = {"temperature": 0.73, "top_k": 250, "top_p": 0.975, "repetition_penalty": 2.5}
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": 0, **settings}))
+    (file,) = export_html(folder, tmp_path / "out").iterdir()
+    for page in watched(browser, file):
+        found = page.evaluate("sampling")
+        assert page.locator("#sampling output").first.inner_text() == "0.73"
+    assert [found[name] for name in ("temperature", "topK", "topP", "repetitionPenalty")] == [*settings.values()]
+
+
 def test_attention_and_probabilities_of_the_page_are_those_of_torch(opened, run_folder):
     model = AutoModelForCausalLM.from_pretrained(run_folder / "model", attn_implementation="eager").eval()
     ids = list(range(2, 50))

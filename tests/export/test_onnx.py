@@ -114,6 +114,12 @@ def test_a_graph_of_another_model_fails_verification(exported, model):
         module._verify(exported, other)
 
 
+def test_settings_of_generation_do_not_affect_the_verification(exported, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model.generation_config.update(repetition_penalty=5.0, num_return_sequences=2, stop_strings=["a"], do_sample=True)
+    module._verify(exported, model)
+
+
 def test_half_precision_is_rejected_and_weights_are_not_converted_implicitly(run_folder, tmp_path):
     with pytest.raises(ValueError, match="the ONNX export supports only float32, not float16"):
         export_onnx(run_folder / "model", tmp_path / "out", "float16")
@@ -129,6 +135,7 @@ def test_a_prompt_is_neither_truncated_nor_padded_and_generation_stops_where_gen
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=1, pad_token="<|pad|>")
+    tokenizer.bos_token = None  # documents are then separated by the EOS token
     model = tiny_model(vocab_size=258)
     prompt, special = "what is the", END_OF_TEXT
     ids = byte_tokenizer()(prompt, return_tensors="pt").input_ids
@@ -140,6 +147,7 @@ def test_a_prompt_is_neither_truncated_nor_padded_and_generation_stops_where_gen
     out = export_onnx(tmp_path / "model", tmp_path / "out")
 
     runner = Runner(out)
+    assert runner.bos_token_id == tokenizer.eos_token_id
     assert runner.tokenizer.encode(prompt).ids == ids[0].tolist()
     assert runner.tokenizer.encode(special).ids == [byte + 2 for byte in special.encode()]  # as text
     assert list(runner.generate(ids[0].tolist(), 20)) == continuation[: continuation.index(stop)]

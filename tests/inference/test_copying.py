@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import minigpt_hf
-from minigpt_hf import training_text
+from minigpt_hf import api, training_text
 from minigpt_hf.cli import main
 from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
 from minigpt_hf.data.conversations import build_conversation_stream
@@ -15,6 +15,7 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer
 from minigpt_hf.inference.copying import copied_samples, encode_samples, held_out_excerpts, measure_copying
+from tests.conftest import fine_tune
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -141,6 +142,16 @@ def test_the_command_measures_what_training_has_recorded(run_folder, text_file, 
     out = capsys.readouterr().out
     assert "held-out text" in out and "in stretches of 8 tokens or more" in out
     assert [line.split()[0] for line in out.partition("of each sample\n")[2].splitlines()] == ["1", "2"]
+
+
+def test_the_command_answers_the_question_that_training_has_asked(run_folder, chats, tmp_path, capsys):
+    folder = fine_tune(run_folder, chats, tmp_path / "run", "--sample_prompt", "7 + 1", "--max_steps", "2") / "model"
+    published = json.loads((folder / "minigpt.json").read_text())["copying"]
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--data", str(chats), "--copying", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in published} == published
+    assert len(api.measure_copying(folder, str(chats), samples=3).stretches) == 3
 
 
 def test_a_passage_of_the_training_text_is_recognized(run_folder, text_file, text):

@@ -135,12 +135,16 @@ def test_a_pipeline_generates_the_same_text(run_folder):
 def test_a_compiled_model_generates_likely_tokens_with_one_graph():
     """Sliding window, prompts of different lengths and a batch: no recompilation, probabilities within 0.02 of float32."""
     model = tiny_model(vocab_size=258, num_hidden_layers=1, use_sliding_window=True, sliding_window=8)
+    model.generation_config.update(
+        do_sample=True, num_return_sequences=2, stop_strings=["a"]
+    )  # do not apply to the comparison
     reference, tokenizer = copy.deepcopy(model), byte_tokenizer()
     torch._dynamo.utils.counters.clear()
     compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2, tune=False)
     assert (compiled.max_cache_len, model.dtype) == (128, torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)  # in float32
     assert 0 < compiled.max_probability_difference < 0.02
+    model.generation_config.stop_strings = None
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 2, "top_k": 1, "do_sample": True}
     for prompt in ("ab", "a longer one"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -156,9 +160,11 @@ def test_a_compiled_model_generates_likely_tokens_with_one_graph():
         generate(
             model, tokenizer, "ab", extra_options=compiled.generation_options, **{**options, "max_new_tokens": 300}
         )
+    with pytest.raises(ValueError, match="are 302 tokens"):  # `max_new_tokens` has priority over `max_length`
+        compiled.generation_options(2, {**options, "max_new_tokens": 300, "max_length": 100})
 
 
-def test_fast_rejects_models_and_options_it_does_not_support(run_folder, capsys):
+def test_fast_rejects_models_and_options_it_does_not_support(run_folder, tmp_path, capsys):
     model = tiny_model()
     model._can_compile_fullgraph = False
     with pytest.raises(
@@ -168,6 +174,13 @@ def test_fast_rejects_models_and_options_it_does_not_support(run_folder, capsys)
         compile_for_generation(model, byte_tokenizer())
     assert main(["generate", str(run_folder / "model"), "--fast", "--num_beams", "2"]) == 2
     assert "--num_beams cannot be combined with --fast" in capsys.readouterr().err
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "num_beams": 2}))
+    assert main(["generate", str(folder), "--fast"]) == 2
+    assert (
+        "generation_config.json of the model has num_beams 2, which cannot be combined with --fast"
+        in capsys.readouterr().err
+    )
 
 
 def saved_llama(folder, prefix=""):

@@ -153,6 +153,36 @@ def test_a_score_on_the_training_text_is_marked(folder, chats, capsys, split):
     assert result.dataset_name.endswith(" (contains the training text)") == (split != "validation")
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_of_training"),
+    [
+        (["--split", "validation", "--validation_fraction", "0.5"], True),
+        (["--split", "train", "--system", "Be brief."], True),
+        (["--split", "validation", "--validation_fraction", "0.05"], False),
+        (["--split", "validation", "--newline", "universal"], False),
+    ],
+)
+def test_a_score_on_training_text_that_is_divided_or_read_in_another_way_is_marked(
+    flags, is_of_training, folder, chats, capsys
+):
+    assert evaluate(folder, chats, *flags) == 0
+    assert ("contains the training text of the model" in capsys.readouterr().err) == is_of_training
+    assert scores_of(folder)[0]["data"].get("of_training", False) == is_of_training
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+def test_a_validation_split_that_differs_from_that_of_training_is_reported(
+    kind, run_folder, text_file, folder, chats, capsys
+):
+    model, data = (run_folder / "model", text_file) if kind == "text" else (folder, chats)
+    argv = ["evaluate", str(model), "--data", str(data), "--split", "validation", "--max_characters", "500"]
+    argv = argv if kind == "text" else argv[:-2]
+    for fraction, is_reported in (("0.05", False), ("0.1", False), ("0.3", True)):
+        assert main([*argv, "--validation_fraction", fraction]) == 0
+        message = "is read or divided in another way than in the training of the model"
+        assert (message in capsys.readouterr().err) == is_reported
+
+
 def test_a_score_on_other_conversations_is_not_marked(folder, questions, capsys):
     assert evaluate(folder, questions) == 0
     assert "training text" not in capsys.readouterr().err

@@ -367,6 +367,18 @@ def test_a_conversation_in_the_terminal(chat_run, tmp_path, monkeypatch, capsys)
         assert tokenizer.decode(ids, skip_special_tokens=True) == first[turn]["content"]
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_one_answer_is_printed_whatever_the_generation_config_has(settings, chat_run, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(chat_run / "model", tmp_path / "model")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
+    capsys.readouterr()
+    assert main(["chat", str(folder), "--max_new_tokens", "3", "--seed", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("> ") == 2 and "minigpt chat: " not in err
+
+
 @pytest.mark.slow
 def test_invalid_utf8_and_empty_answers_in_the_terminal(chat_run, tmp_path):
     """The conversation continues after a byte that is not UTF-8."""

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
@@ -52,6 +53,16 @@ def test_fine_tuning_reduces_the_loss(finetune, run_folder, tmp_path):
         for folder in (run_folder, tmp_path / "run")
     )
     assert after < before - 0.1
+
+
+@pytest.mark.parametrize(("fraction", "is_seen"), [("0.05", False), ("0.1", False), ("0.3", True)])
+def test_a_score_on_text_that_the_base_model_was_trained_on_is_marked(fraction, is_seen, finetune, tmp_path, capsys):
+    """The base model has held out a tenth of the same text."""
+    assert finetune("run", "--validation_fraction", fraction) == 0
+    assert ("was trained on text of the validation split" in capsys.readouterr().err) == is_seen
+    card = ModelCard((tmp_path / "run" / "model" / "README.md").read_text())
+    assert ("**Not a score of unseen text**: the model that training started from" in card.text) == is_seen
+    assert bool(card.data.eval_results) != is_seen
 
 
 def test_a_qwen3_folder_becomes_a_minigpt_with_the_same_logits(finetune, run_folder, tmp_path):

@@ -37,16 +37,17 @@ function filled(node, classes, properties, children) {
 function slider(label, target, name, { min, max, step, value, format = String, onchange = () => {} }) {
   const output = element("output");
   const input = element("input", { type: "range", min, max, step, value });
-  const update = () => {
-    target[name] = Number(input.value);
+  const show = () => {
     output.textContent = format(target[name]);
     input.setAttribute("aria-valuetext", output.textContent);
   };
   input.addEventListener("input", () => {
-    update();
+    target[name] = Number(input.value);
+    show();
     onchange();
   });
-  update();
+  target[name] = value; // exactly; the input rounds it to a step and limits it to its range
+  show();
   return element("label.slider", {}, element("span", {}, label), input, output); // a label names its first control
 }
 
