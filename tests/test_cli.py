@@ -181,7 +181,8 @@ def test_given_epochs_take_precedence_over_the_steps_of_the_recipe(recipe_file, 
     )
     assert code == 0
     sequences = (864 + 1) // 32  # nine tenths of 960 bytes, and the BOS token
-    assert f"{2 * -(-sequences // 4)} steps of 128 tokens" in out
+    steps = 2 * -(-sequences // 4)  # the last step of an epoch has only three sequences
+    assert f"{steps} steps of at most 128 tokens = {2 * sequences * 32:,} tokens" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
