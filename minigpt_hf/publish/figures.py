@@ -22,10 +22,14 @@ def draw_learning(log: Log, file: Path) -> None:
     figure = Figure(figsize=(9, 3.6), dpi=150)
     # A layout engine would measure the labels, which takes as long as drawing them.
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.14, top=0.96, wspace=0.2)
+    # The log has no bits per byte of a loss with label smoothing.
+    training = "training, smoothed labels" if not columns(log, "bits_per_byte")[0] else "training"
     for axes, name, unit in zip(
         figure.subplots(1, 2), ("loss", "bits_per_byte"), ("loss (nats per token)", "bits per byte"), strict=True
     ):
-        axes.plot(*columns(log, name), color=TRAINING, linewidth=1.2, label="training")
+        tokens, values = columns(log, name)
+        if tokens:
+            axes.plot(tokens, values, color=TRAINING, linewidth=1.2, label=training)
         tokens, values = columns(log, f"eval_{name}")
         if tokens:
             axes.plot(tokens, values, color=VALIDATION, linewidth=1.5, marker="o", markersize=4, label="validation")

@@ -103,12 +103,15 @@ class ProgressLogger(TrainerCallback):
             line = f"validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
             line += f"   {logs['eval_bits_per_byte']:.3f} bits/byte"
         elif "loss" in logs:
-            row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
+            if args.label_smoothing_factor:  # not a likelihood of the text
+                loss = f"loss {logs['loss']:.4f} (smoothed labels)"
+            else:
+                row["bits_per_byte"] = logs["loss"] / math.log(2) * self.tokens_per_byte
+                loss = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte"
             tokens = row["tokens"] - self.tokens_after(self.last_step)
             row["tokens_per_second"] = round(tokens / self.busy, 1)
             left = self._seconds_left(step, state.max_steps)
-            line = f"loss {logs['loss']:.4f}   {row['bits_per_byte']:.3f} bits/byte   lr {logs['learning_rate']:.1e}"
-            line += f"   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left"
+            line = f"{loss}   lr {logs['learning_rate']:.1e}   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left"
         if line is not None and self.with_lines:
             self.print(f"{position}   {line}")
         append_to_log(self.file, row)

@@ -221,6 +221,19 @@ def test_the_log_contains_every_value(run_folder):
     assert training[-1]["loss"] < training[0]["loss"]
 
 
+def test_the_loss_with_label_smoothing_is_not_converted_to_bits_per_byte(recipe, words, tmp_path, capsys):
+    """It is not a negative log-likelihood; that of the validation split is."""
+    flags = ("--label_smoothing_factor", "0.1", "--max_steps", "2", "--logging_steps", "1")
+    flags += ("--validation_fraction", "0.1", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2")
+    assert train(recipe, words, tmp_path / "run", *flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [row for row in rows if {"loss", "eval_loss"} & set(row)]
+    assert [[name for name in row if "bits_per_byte" in name] for row in losses] == [[], [], ["eval_bits_per_byte"]]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert ["smoothed labels" in line for line in lines] == [True, True, False]
+    assert ["bits/byte" in line for line in lines] == [False, False, True]
+
+
 def test_the_time_of_a_resumed_run_includes_the_time_before_the_interruption(recipe, words, tmp_path):
     assert train(recipe, words, tmp_path / "first") == 0
     go_back(tmp_path / "first", tmp_path / "second", 4)
