@@ -111,7 +111,8 @@ class ProgressLogger(TrainerCallback):
             tokens = row["tokens"] - self.tokens_after(self.last_step)
             row["tokens_per_second"] = round(tokens / self.busy, 1)
             left = self._seconds_left(step, state.max_steps)
-            line = f"{loss}   lr {logs['learning_rate']:.1e}   {row['tokens_per_second']:,.0f} tokens/s   {duration(left)} left"
+            line = f"{loss}   lr {logs['learning_rate']:.1e}   {row['tokens_per_second']:,.0f} tokens/s"
+            line += f"   {duration(left)} left"
         if line is not None and self.with_lines:
             self.print(f"{position}   {line}")
         append_to_log(self.file, row)
