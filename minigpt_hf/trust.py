@@ -90,6 +90,13 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise MiniGPTError(f"{folder}: {plain(str(error))}; restore it from its source") from error
 
 
+def recipe_text(folder: Path, name: str) -> str:
+    """Return a text of the recipe in `minigpt.json`; empty if there is none."""
+    recipe = read_metadata(folder).get("recipe")
+    value = recipe.get(name) if isinstance(recipe, dict) else None
+    return value if isinstance(value, str) else ""
+
+
 def weight_files(folder: str | os.PathLike[str]) -> list[str]:
     """Return the names of the files from which loaders read the weights: one file, or an index and the shards that it names.
 

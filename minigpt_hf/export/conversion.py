@@ -79,13 +79,6 @@ def file_name(folder: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", name)[:100]
 
 
-def recipe_text(folder: Path, name: str) -> str:
-    """Return a text of the recipe in `minigpt.json`; empty if there is none."""
-    recipe = read_metadata(folder).get("recipe")
-    value = recipe.get(name) if isinstance(recipe, dict) else None
-    return value if isinstance(value, str) else ""
-
-
 def sampling_settings(settings: GenerationConfig) -> dict[str, Any]:
     """Return temperature (0 for greedy), top_k, top_p and repetition_penalty of `generation_config.json`.
 

@@ -33,6 +33,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
+from ..trust import recipe_text
 from .conversion import (
     check_context,
     check_output,
@@ -40,7 +41,6 @@ from .conversion import (
     has_sliding_window,
     load_model,
     longest_full_context,
-    recipe_text,
     sampling_settings,
     verify,
     write_card,

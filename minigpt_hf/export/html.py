@@ -30,14 +30,13 @@ from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.card import has_copying
 from ..training.run_folder import RunFolder, is_model_of, read_json, read_log
-from ..trust import read_metadata
+from ..trust import read_metadata, recipe_text
 from .conversion import (
     check_context,
     check_output,
     file_name,
     greedy_continuation,
     load_model,
-    recipe_text,
     sampling_settings,
     verify,
 )

@@ -32,7 +32,7 @@ from yaml import YAMLError
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.native import qwen3_settings
-from ..trust import read_metadata
+from ..trust import read_metadata, recipe_text
 from .card import Place, base_model, card_for
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
 from .space import PROGRAM_FILES, space_of
@@ -103,7 +103,7 @@ def push_folder(
     if space is not None:
         with hub_errors(repo_id):
             private = private or bool(HfApi().model_info(repo_id).private)  # a page contains the weights
-        content = space_of(repo_id, page, revision)
+        content = space_of(repo_id, page, revision, recipe_text(folder, "system"))
         space = open_repository(space, private, content.sdk)
         check_space(space, repo_id)
     urls = commit_folder(folder, repo_id, revision, space=space, checked=checked)

@@ -11,7 +11,7 @@ from huggingface_hub import SpaceCardData
 
 APP = Path(__file__).with_name("space_app.py")
 # Lines of `APP` that are replaced.
-MODEL, REVISION = 'MODEL = "USER/NAME"', 'REVISION = "main"'
+MODEL, REVISION, SYSTEM = 'MODEL = "USER/NAME"', 'REVISION = "main"', 'SYSTEM = ""'
 GRADIO = "6.31.0"
 # Files of Spaces of any SDK; those of another SDK are deleted.
 PROGRAM_FILES = ("app.py", "requirements.txt", "index.html")
@@ -55,20 +55,21 @@ class Space:
         return f"---\n{data.to_yaml()}\n---\n\nDemo of [{repo_id}]({link}).\n".encode()
 
 
-def space_of(repo_id: str, page: str | None = None, revision: str | None = None) -> Space:
+def space_of(repo_id: str, page: str | None = None, revision: str | None = None, system: str = "") -> Space:
     """Return the Space of a model: its page, or else a program that loads the model from the Hub.
 
     Args:
         repo_id: Hub id of the model.
         page: HTML that runs the model in a browser.
         revision: Branch that the program loads; None: `main`.
+        system: System message with which the program starts each conversation, as in training; '' for none.
     """
     if page is not None:
         return Space("static", {"index.html": page.encode()}, {"app_file": "index.html"})
     app = APP.read_text(encoding="utf-8")
-    for line, value in ((MODEL, repo_id), (REVISION, revision or "main")):
+    for line, value in ((MODEL, repo_id), (REVISION, revision or "main"), (SYSTEM, system)):
         assert app.count(f"{line}\n") == 1
-        app = app.replace(line, f"{line.partition(' ')[0]} = {json.dumps(value)}")
+        app = app.replace(line, f"{line.partition(' ')[0]} = {json.dumps(value, ensure_ascii=False)}")
     versions = f"torch=={torch.__version__.partition('+')[0]}\ntransformers=={transformers.__version__}\n"
     files = {"app.py": app.encode(), "requirements.txt": versions.encode()}
     return Space("gradio", files, {"sdk_version": GRADIO, "app_file": "app.py"})

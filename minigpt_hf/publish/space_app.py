@@ -1,6 +1,7 @@
 """Demo of a language model in Gradio: a chat if its tokenizer has a chat template, otherwise a text is continued.
 
-This file is a program of its own: `minigpt push --space` uploads it as `app.py`, with the name of the model.
+This file is a program of its own: `minigpt push --space` uploads it as `app.py`, with the name of the model and
+the system message of its training.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 MODEL = "USER/NAME"
 REVISION = "main"
+SYSTEM = ""
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, trust_remote_code=False, use_safetensors=True)
@@ -62,8 +64,9 @@ def reply(message: str, history: list[dict], max_new_tokens: int, temperature: f
     Args:
         history: Earlier messages.
     """
+    system = [{"role": "system", "content": SYSTEM}] if SYSTEM else []
     earlier = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
-    messages = [*earlier, {"role": "user", "content": message}]
+    messages = [*system, *earlier, {"role": "user", "content": message}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     yield from generate(inputs["input_ids"], max_new_tokens, temperature)
 

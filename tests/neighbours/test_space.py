@@ -1,5 +1,6 @@
 """The program of a Space, started as on the Hub with the real Gradio, against the local Hub server."""
 
+import json
 import os
 import shutil
 import socket
@@ -71,14 +72,17 @@ def test_the_demo_continues_a_text_greedily_as_the_model_does(run_folder, hub, t
 def test_the_demo_of_a_model_with_a_chat_template_is_a_chat(run_folder, hub, tmp_path):
     folder = shutil.copytree(run_folder / "model", tmp_path / "model")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["recipe"]["system"] = "Be brief."
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
     push_folder(folder, "user/chat", space="user/chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def reply(*messages: str) -> str:
+        system = {"role": "system", "content": "Be brief."}
         turns = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(messages)]
-        return greedy(
-            folder, tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt").input_ids
-        )
+        ids = tokenizer.apply_chat_template([system, *turns], add_generation_prompt=True, return_tensors="pt").input_ids
+        return greedy(folder, ids)
 
     with running("user/chat", hub, tmp_path) as client:
         first = client.predict("hello", TOKENS, 0, api_name="/chat")

@@ -1,6 +1,7 @@
 """`minigpt push --space` creates a demo next to the model, and overwrites no other program; `--collection` lists both."""
 
 import ast
+import json
 import re
 import shutil
 
@@ -111,6 +112,21 @@ def test_a_model_that_does_not_fit_into_a_page_gets_a_program(push, hub, with_te
     assert re.fullmatch(r"torch==[\d.]+\ntransformers==[\d.]+\n", files["requirements.txt"].decode())
     assert push("--space", folder=with_template)[0] == 0
     assert titles(hub, "user/tiny") == ["Upload demo", "initial commit"]
+
+
+def test_the_program_starts_conversations_with_the_system_message_of_training(push, hub, with_template, tmp_path):
+    folder, system = tmp_path / "model", 'Say "yes" \\o/ \U0001f600\nor no.'
+    shutil.copytree(with_template, folder)
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["recipe"]["system"] = system
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    assert push("--space", folder=folder)[0] == 0
+    statements = [node for node in ast.parse(demo(hub)["app.py"]).body if isinstance(node, ast.Assign)]
+    assert {node.targets[0].id: ast.literal_eval(node.value) for node in statements[:3]} == {
+        "MODEL": "user/tiny",
+        "REVISION": "main",
+        "SYSTEM": system,
+    }
 
 
 def test_the_program_of_another_branch_loads_that_branch(push, hub, with_template):
