@@ -263,30 +263,39 @@ def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
     return recipe
 
 
+def trained_on(model: str | os.PathLike) -> tuple[str, float]:
+    """Return the fingerprint of the documents that a model was trained on, and the share of their text that was held out by
+    this model and by those from which its training started; an empty fingerprint if it is unknown."""
+    from .trust import read_metadata
+
+    try:  # the fingerprint of a token stream begins with that of its documents
+        data = read_metadata(os.fspath(model))["data"]
+        fraction = data.get("unseen_fraction", recipe_of(model).get("validation_fraction", 0))
+        return data["train"]["fingerprint"].partition("-")[0], float(fraction)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "", 0.0
+
+
 def has_training_text(
     model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
 ) -> bool:
     """Whether the text to score is, or contains, the one that the model was trained on.
 
     A text is recognized if it, or what it contains as its training split, is that of the training. Its validation split
-    contains training text as well if it is larger than in training, or if the text is read in another way.
+    contains training text as well if it is larger than in the training of this model or of those from which its training
+    started, or if the text is read in another way.
 
     Args:
         reading: The settings with which `documents` were read.
         documents: The part of `data` to score.
     """
-    from .trust import read_metadata
-
-    try:  # the fingerprint of a token stream begins with that of its documents
-        trained = read_metadata(os.fspath(model))["data"]["train"]["fingerprint"].partition("-")[0]
-    except (AttributeError, KeyError, TypeError):
-        return False
+    trained, trained_fraction = trained_on(model)
     if not trained:
         return False
     if documents.fingerprint[: len(trained)] == trained:
         return True
     recipe = recipe_of(model)
-    fraction, trained_fraction = reading["validation_fraction"], recipe.get("validation_fraction") or 0
+    fraction = reading["validation_fraction"]
     as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
 
     def part(split: str, fraction: float | None = None) -> str | None:
@@ -298,5 +307,5 @@ def has_training_text(
 
     if (train := part("train")) is None or train[: len(trained)] != trained:
         return False
-    is_larger = fraction is not None and fraction > trained_fraction
+    is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
     return split != "validation" or is_larger or part("validation", fraction) != documents.fingerprint

@@ -461,3 +461,12 @@ def test_the_number_of_steps_follows_from_the_packed_sequences(tmp_path, caplog)
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
     assert "does not reach its peak" not in caplog.text
     assert [row["step"] for row in rows(tmp_path / "run")] == [9]
+
+
+def test_held_out_conversations_that_the_base_model_was_trained_on_are_marked(chat_run, chats, tmp_path, capsys):
+    """With a system message, the conversations have other hashes, so others are held out."""
+    for name, flags, is_seen in (("system", ["--system", "Add."], True), ("same", [], False)):
+        fine_tune(chat_run, chats, tmp_path / name, "--block_size", "128", *flags)
+        assert ("was trained on text of the validation split" in capsys.readouterr().err) == is_seen
+        card = (tmp_path / name / "model" / "README.md").read_text()
+        assert ("**Not a score of unseen text**" in card) == is_seen
