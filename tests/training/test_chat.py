@@ -379,6 +379,19 @@ def test_one_answer_is_printed_whatever_the_generation_config_has(settings, chat
     assert out.count("> ") == 2 and "minigpt chat: " not in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_unused"),
+    [("--temperature 3 --top_k 2", True), ("--temperature 3 --do_sample true", False), ("", False)],
+)
+def test_options_of_sampling_without_effect_are_reported(flags, is_unused, chat_run, monkeypatch, capsys):
+    """The default of a model that answers is the most probable token."""
+    for command in ("chat", "generate"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
+        capsys.readouterr()
+        assert main([command, str(chat_run / "model"), "--max_new_tokens", "3", *flags.split()]) == 0
+        assert ("temperature, top_k: no effect without --do_sample true" in capsys.readouterr().err) == is_unused
+
+
 @pytest.mark.slow
 def test_invalid_utf8_and_empty_answers_in_the_terminal(chat_run, tmp_path):
     """The conversation continues after a byte that is not UTF-8."""
