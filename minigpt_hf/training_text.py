@@ -42,7 +42,7 @@ EVALUATION_SETTINGS = {
     ("validation_fraction",): int | float,
     ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system", "dedup"): str,
     ("sample_prompt",): str,
-    ("chat",): bool,
+    ("chat", "streaming"): bool,
 }
 
 
@@ -95,8 +95,13 @@ def read_part(
     return whole
 
 
-def read_divided(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False) -> "Corpus":
+def read_divided(
+    data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False, streaming: bool = False
+) -> "Corpus":
     """Read a text or conversations, divided as in the training of a model; for the arguments see `read_part`.
+
+    Args:
+        streaming: Read a dataset of the Hub as a stream, which has another fingerprint.
 
     Raises:
         MiniGPTError: if the text cannot be read.
@@ -113,7 +118,8 @@ def read_divided(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_
         data_split = None
     if not values.get("chat") and reading["system"] is None:
         values.pop("system", None)
-    return load_corpus(data, split=data_split, share=Share(0, 1) if as_shards else None, **values)
+    share = Share(0, 1) if as_shards and not streaming else None
+    return load_corpus(data, split=data_split, share=share, streaming=streaming, **values)
 
 
 def reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -298,14 +304,16 @@ def has_training_text(
     fraction = reading["validation_fraction"]
     as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
 
-    def part(split: str, fraction: float | None = None) -> str | None:
-        settings = as_trained | {"validation_fraction": fraction}
-        try:
-            return read_part(data, split, recipe, settings, is_divided_by_threshold(model)).fingerprint
-        except MiniGPTError:  # there is no such part
-            return None
-
-    if (train := part("train")) is None or train[: len(trained)] != trained:
+    by_threshold = is_divided_by_threshold(model)
+    dedup = {"dedup": recipe.get("dedup", "none")}
+    try:
+        train = read_divided(data, recipe, as_trained | dedup, by_threshold, bool(recipe.get("streaming"))).train
+        if train.fingerprint[: len(trained)] != trained:
+            return False
+        is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
+        if split != "validation" or is_larger:
+            return True
+        same = read_part(data, split, recipe, as_trained | {"validation_fraction": fraction}, by_threshold)
+    except MiniGPTError:  # it is another text
         return False
-    is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
-    return split != "validation" or is_larger or part("validation", fraction) != documents.fingerprint
+    return same.fingerprint != documents.fingerprint

@@ -16,7 +16,7 @@ from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conver
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
-from ..training_text import recipe_of, trained_on
+from ..training_text import is_divided_by_threshold, recipe_of, trained_on
 from ..trust import checked_folder
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 
@@ -107,24 +107,25 @@ def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText
         return text
     folder = checked_folder(base, with_weights=False)
     recipe, (trained, fraction) = recipe_of(folder), trained_on(folder)
-    if not trained:
-        return text
-    names = [name for name in ("validation_fraction", *CHANGES_SPLIT) if name in recipe]
-    of_base = replace(data, **{name: recipe[name] for name in names})
-    is_read_alike = all(vars(of_base)[name] == vars(data)[name] for name in CHANGES_SPLIT)
-    if is_read_alike and fraction >= data.validation_fraction:
+    is_read_alike = all(recipe.get(name) == vars(data)[name] for name in CHANGES_SPLIT)
+    if not trained or (is_read_alike and fraction >= data.validation_fraction):
         return text
 
     def held_out(data: DataArguments) -> str | None:
         corpus = read_corpus(data)
         return corpus.validation.fingerprint if corpus.validation is not None else None
 
+    as_given = {name: vars(data)[name] for name in ("validation_fraction", "streaming", "max_tokens")}
+    as_base = {name: recipe[name] for name in ("validation_fraction", *CHANGES_SPLIT) if name in recipe}
+    if recipe.get("streaming"):  # a dataset that is streamed now is not downloaded for the comparison
+        as_base |= {"streaming": True, "max_tokens": recipe.get("max_tokens")}
     try:
-        if read_corpus(of_base).train.fingerprint[: len(trained)] != trained:
+        of_base = replace(data, **as_base)
+        share = Share(0, 1) if is_divided_by_threshold(folder) and not of_base.streaming else None  # merged shards
+        if read_corpus(of_base, share).train.fingerprint[: len(trained)] != trained:
             return text
         if not is_read_alike:
-            same_share = replace(of_base, validation_fraction=data.validation_fraction)
-            fraction = fraction if held_out(same_share) == held_out(data) else 0.0
+            fraction = fraction if held_out(replace(of_base, **as_given)) == held_out(data) else 0.0
     except MiniGPTError:  # it cannot be read in this way, so it is another text
         return text
     if fraction >= data.validation_fraction:
