@@ -16,7 +16,7 @@ from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conver
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
-from ..training_text import is_divided_by_threshold, recipe_of, trained_on
+from ..training_text import recipe_of, trained_on
 from ..trust import checked_folder
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 
@@ -121,8 +121,7 @@ def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText
         as_base |= {"streaming": True, "max_tokens": recipe.get("max_tokens")}
     try:
         of_base = replace(data, **as_base)
-        share = Share(0, 1) if is_divided_by_threshold(folder) and not of_base.streaming else None  # merged shards
-        if read_corpus(of_base, share).train.fingerprint[: len(trained)] != trained:
+        if read_corpus(of_base).train.fingerprint[: len(trained)] != trained:
             return text
         if not is_read_alike:
             fraction = fraction if held_out(replace(of_base, **as_given)) == held_out(data) else 0.0
