@@ -116,7 +116,8 @@ def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText
         return corpus.validation.fingerprint if corpus.validation is not None else None
 
     as_given = {name: vars(data)[name] for name in ("validation_fraction", "streaming", "max_tokens")}
-    as_base = {name: recipe[name] for name in ("validation_fraction", *CHANGES_SPLIT) if name in recipe}
+    known = [name for name in ("validation_fraction", *CHANGES_SPLIT) if recipe.get(name) is not None]
+    as_base = {"system": None} | {name: recipe[name] for name in known}
     if recipe.get("streaming"):  # a dataset that is streamed now is not downloaded for the comparison
         as_base |= {"streaming": True, "max_tokens": recipe.get("max_tokens")}
     try:
