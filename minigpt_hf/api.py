@@ -27,6 +27,7 @@ from .training_text import (
     read_part,
     reading_of,
     recipe_of,
+    trained_on,
     training_text,
     window_characters_of,
 )
@@ -225,10 +226,11 @@ def evaluate(
         check_split_is_reproducible(folder)
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
     is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
+    is_changed = is_changed or trained_on(folder)[1] < recipe.get("validation_fraction", 0)
     if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):
         logger.warning(
-            f"{data}: is read or divided in another way than in the training of the model, so its validation split contains "
-            "text that the model was trained on"
+            f"{data}: is read or divided in another way than in the training of the model, or of the one from which its "
+            "training started, so its validation split contains text that the model was trained on"
         )
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
@@ -514,13 +516,14 @@ def generate(
     Raises:
         MiniGPTError: if the model cannot be loaded, an option is unknown or invalid, or the prompt cannot be encoded.
     """
-    from .inference.generation import generate
+    from .inference.generation import generate, warn_of_unused_sampling
 
     if unknown := options.keys() & {"streamer", "extra_options"}:
         raise MiniGPTError(f"unknown option {min(unknown)}: give attributes of GenerationConfig")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
     loaded, tokenizer = load(model, trust_remote_code)
+    warn_of_unused_sampling(loaded, options)
     return generate(loaded, tokenizer, prompt, seed=seed, special_tokens=special_tokens, **options)
 
 

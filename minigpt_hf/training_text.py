@@ -42,7 +42,7 @@ EVALUATION_SETTINGS = {
     ("validation_fraction",): int | float,
     ("encoding", "encoding_errors", "newline", "data_split", "text_column", "data_format", "system", "dedup"): str,
     ("sample_prompt",): str,
-    ("chat",): bool,
+    ("chat", "streaming"): bool,
 }
 
 
@@ -95,8 +95,13 @@ def read_part(
     return whole
 
 
-def read_divided(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False) -> "Corpus":
+def read_divided(
+    data: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False, streaming: bool = False
+) -> "Corpus":
     """Read a text or conversations, divided as in the training of a model; for the arguments see `read_part`.
+
+    Args:
+        streaming: Read a dataset of the Hub as a stream, which has another fingerprint.
 
     Raises:
         MiniGPTError: if the text cannot be read.
@@ -113,7 +118,8 @@ def read_divided(data: str, recipe: dict[str, Any], reading: dict[str, Any], as_
         data_split = None
     if not values.get("chat") and reading["system"] is None:
         values.pop("system", None)
-    return load_corpus(data, split=data_split, share=Share(0, 1) if as_shards else None, **values)
+    share = Share(0, 1) if as_shards and not streaming else None
+    return load_corpus(data, split=data_split, share=share, streaming=streaming, **values)
 
 
 def reading_of(data: str | os.PathLike, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -263,40 +269,51 @@ def recipe_of(model: str | os.PathLike) -> dict[str, Any]:
     return recipe
 
 
+def trained_on(model: str | os.PathLike) -> tuple[str, float]:
+    """Return the fingerprint of the documents that a model was trained on, and the share of their text that was held out by
+    this model and by those from which its training started; an empty fingerprint if it is unknown."""
+    from .trust import read_metadata
+
+    try:  # the fingerprint of a token stream begins with that of its documents
+        data = read_metadata(os.fspath(model))["data"]
+        fraction = data.get("unseen_fraction", recipe_of(model).get("validation_fraction", 0))
+        return data["train"]["fingerprint"].partition("-")[0], float(fraction)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "", 0.0
+
+
 def has_training_text(
     model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
 ) -> bool:
     """Whether the text to score is, or contains, the one that the model was trained on.
 
     A text is recognized if it, or what it contains as its training split, is that of the training. Its validation split
-    contains training text as well if it is larger than in training, or if the text is read in another way.
+    contains training text as well if it is larger than in the training of this model or of those from which its training
+    started, or if the text is read in another way.
 
     Args:
         reading: The settings with which `documents` were read.
         documents: The part of `data` to score.
     """
-    from .trust import read_metadata
-
-    try:  # the fingerprint of a token stream begins with that of its documents
-        trained = read_metadata(os.fspath(model))["data"]["train"]["fingerprint"].partition("-")[0]
-    except (AttributeError, KeyError, TypeError):
-        return False
+    trained, trained_fraction = trained_on(model)
     if not trained:
         return False
     if documents.fingerprint[: len(trained)] == trained:
         return True
     recipe = recipe_of(model)
-    fraction, trained_fraction = reading["validation_fraction"], recipe.get("validation_fraction") or 0
+    fraction = reading["validation_fraction"]
     as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
 
-    def part(split: str, fraction: float | None = None) -> str | None:
-        settings = as_trained | {"validation_fraction": fraction}
-        try:
-            return read_part(data, split, recipe, settings, is_divided_by_threshold(model)).fingerprint
-        except MiniGPTError:  # there is no such part
-            return None
-
-    if (train := part("train")) is None or train[: len(trained)] != trained:
+    by_threshold = is_divided_by_threshold(model)
+    dedup = {"dedup": recipe.get("dedup", "none")}
+    try:
+        train = read_divided(data, recipe, as_trained | dedup, by_threshold, bool(recipe.get("streaming"))).train
+        if train.fingerprint[: len(trained)] != trained:
+            return False
+        is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
+        if split != "validation" or is_larger:
+            return True
+        same = read_part(data, split, recipe, as_trained | {"validation_fraction": fraction}, by_threshold)
+    except MiniGPTError:  # it is another text
         return False
-    is_larger = fraction is not None and fraction > trained_fraction
-    return split != "validation" or is_larger or part("validation", fraction) != documents.fingerprint
+    return same.fingerprint != documents.fingerprint

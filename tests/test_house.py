@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "inference": {
         *("data.chat_format", "data.encoding", "data.matching", "data.stream", "data.tokenizer", "trust"),
     },
-    "training": {"atomic", "data", "inference", "model", "output", "publish", "trust", "__version__"},
+    "training": {"atomic", "data", "inference", "model", "output", "publish", "training_text", "trust", "__version__"},
     "publish": {"atomic", "model", "trust"},
     "export": {
         *("__version__", "atomic", "data", "inference", "model", "publish.card", "publish.model_folder"),

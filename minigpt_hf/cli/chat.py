@@ -59,12 +59,13 @@ def run(argv: list[str]) -> None:
 
     from transformers import set_seed
 
-    from ..inference.generation import load
+    from ..inference.generation import load, warn_of_unused_sampling
     from ..training_text import recipe_of
     from ..trust import checked_folder
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
+    warn_of_unused_sampling(model, options)
     folder = checked_folder(args.model, args.trust_remote_code)  # for a Hub id, its cached snapshot
     system = recipe_of(folder).get("system") if args.system is None else args.system
     if args.web:

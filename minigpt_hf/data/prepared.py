@@ -116,7 +116,8 @@ class PreparedText:
         scored: The size of that sample.
         duplicates: See `Corpus`.
         shards: Number of merged shards; 0 for other texts. Shards have a validation split of their own, see `load_corpus`.
-        is_seen: Whether the model that training starts from was trained on text of the validation split.
+        unseen_fraction: Share of the text that the models that training starts from have held out as well, if they were
+            trained on a part of the validation split; otherwise `None`.
     """
 
     name: str
@@ -129,7 +130,7 @@ class PreparedText:
     scored: ValidationSample | None
     shards: int = 0
     duplicates: tuple[Path, ...] = ()
-    is_seen: bool = False
+    unseen_fraction: float | None = None
 
     @classmethod
     def open(cls, folder: Path, cache_dir: Path = CACHE, shard_cache: float = SHARD_CACHE) -> "PreparedText":

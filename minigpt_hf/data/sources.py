@@ -54,6 +54,9 @@ COPIED_BYTES = 1 << 22  # read at a time
 SHARDS = "shard-*-of-*"  # names of the folders of shards, see `Share`
 
 
+SETTINGS_OF_FILES = ("newline", "encoding", "encoding_errors", "data_format")  # without effect on datasets
+
+
 @dataclass(frozen=True)
 class SourceContent:
     """The content of a source.
@@ -276,9 +279,8 @@ class Source:
             if self.text_column:
                 logger.warning("--text_column %s has no effect: %s is text", self.text_column, printable(self.data))
             return TextFiles(tuple(files), self.decoding, self.names).documents(self.cache_dir)
-        if self.decoding.newline != "preserve":
-            name = self.names.get(files[0], files[0])
-            logger.warning("--newline has no effect on tables such as %s", printable(name))
+        subject = f"tables such as {printable(self.names.get(files[0], files[0]))}" if files else "tables"
+        self._report_unused(subject, "newline", *(("encoding", "encoding_errors") if data_format == "parquet" else ()))
         if self.chat:
             if self.text_column:
                 raise MiniGPTError(f"--text_column {self.text_column}: conversations have fixed columns; omit it")
@@ -288,6 +290,18 @@ class Source:
                 return TextFiles((), self.decoding).documents(self.cache_dir)
             rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
         return TableRows(self._share_of(rows) if is_share_of_rows else rows).documents(self.cache_dir)
+
+    def _report_unused(self, subject: str, *names: str) -> None:
+        """Log which of the settings `names` are given, although they have no effect on `subject`."""
+        given = {
+            "newline": self.decoding.newline != "preserve",
+            "encoding": self.decoding.encoding != "utf-8",
+            "encoding_errors": self.decoding.errors != "strict",
+            "data_format": self.data_format is not None,
+        }
+        for name in names:
+            if given[name]:
+                logger.warning("--%s has no effect on %s", name, subject)
 
     def _share_of_files(self, files: list[str]) -> tuple[list[str], bool]:
         """Return the files of the share, and whether it is a share of the rows of all files instead.
@@ -396,6 +410,7 @@ class Source:
 
     def _read_saved_dataset(self, folder: Path) -> SourceContent:
         """Read a folder written by `save_to_disk`."""
+        self._report_unused(f"the dataset {printable(self.data)}", *SETTINGS_OF_FILES)
         try:
             dataset = datasets.load_from_disk(str(folder))
         except (LookupError, TypeError, ValueError) as error:  # it has no rows, or its JSON files are damaged
@@ -409,6 +424,7 @@ class Source:
     def _read_hub_dataset(self) -> SourceContent:
         """Read `user/name` or `user/name:config`."""
         name, _, config = self.data.partition(":")
+        self._report_unused(f"the dataset {printable(self.data)}", *SETTINGS_OF_FILES)
         try:
             if not self.streaming:
                 if self.split:

@@ -235,7 +235,7 @@ def _rouge() -> Metric:
     def compute(answers: list[str], references: list[str]) -> tuple[float, float, float]:
         values = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(answers, references, strict=True)]
         mean, half = float(np.mean(values)), Z95 * float(np.std(values)) / math.sqrt(len(values))
-        return mean, mean - half, mean + half
+        return mean, max(0.0, mean - half), min(1.0, mean + half)
 
     return compute
 

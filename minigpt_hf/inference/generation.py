@@ -36,6 +36,11 @@ BOOLEANS = {
 }
 
 
+FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
+# Options of sampling, without effect if the most probable token is chosen.
+SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
 def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer of a folder or Hub id in evaluation mode, on the accelerator if there is one.
 
@@ -123,6 +128,8 @@ def generate(
             raise MiniGPTError(f"generation option {name} is {options[name]!r}: true or false is required")
         if name == "return_dict_in_generate":
             raise MiniGPTError("generation option return_dict_in_generate is not available: texts are returned")
+        if name in FLOATS and type(options[name]) is int:
+            options[name] = float(options[name])
         if isinstance(options[name], float) and not math.isfinite(options[name]):
             raise MiniGPTError(f"generation option {name} is {options[name]}: a finite number is required")
     try:
@@ -241,6 +248,13 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
 
 def _longest_context(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
+
+
+def warn_of_unused_sampling(model: PreTrainedModel, options: dict) -> None:
+    """Log a warning if options of sampling are given, but not `do_sample`, and the model does not sample by default."""
+    unused = [name for name in SAMPLING if options.get(name) not in (None, 0)]  # temperature 0: no sampling
+    if unused and not options.get("do_sample", model.generation_config.do_sample):
+        logger.warning("%s: no effect without --do_sample true: the most probable token is chosen", ", ".join(unused))
 
 
 def _warn_of_short_context(model: PreTrainedModel, prompt_tokens: int, options: dict) -> None:

@@ -217,7 +217,7 @@ def has_changed_data(metadata: dict[str, Any]) -> bool:
 
 def is_seen_by_base_model(metadata: dict[str, Any]) -> bool:
     """Whether the model that training started from was trained on text that is scored."""
-    return bool(metadata["data"].get("is_seen"))
+    return "unseen_fraction" in metadata["data"]
 
 
 def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:

@@ -145,7 +145,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "shards": text.shards,
             "train": describe_stream(text.train),
             "validation": describe_validation(text),
-            **({"is_seen": True} if text.is_seen else {}),
+            **({} if text.unseen_fraction is None else {"unseen_fraction": text.unseen_fraction}),
         },
         "tokenizer": {
             "kind": {"bpe": "byte-level BPE"}.get(text.kind, public_name(text.kind)),

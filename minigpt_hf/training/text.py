@@ -16,7 +16,8 @@ from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conver
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
-from ..trust import checked_folder, read_metadata
+from ..training_text import recipe_of, trained_on
+from ..trust import checked_folder
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 # With several processes, the main process tokenizes while the others wait, at most `ddp_timeout` (30 minutes by default). A
 # gigabyte took 15.6 minutes on one core, including the training of the tokenizer (docs/results.md).
 MAX_CHARACTERS_TO_TOKENIZE = 1_000_000_000
+# Settings with which a text has other documents, or others of them are held out.
+CHANGES_SPLIT = ("encoding", "encoding_errors", "newline", "system", "dedup")
 CHARACTERS_PER_TOKEN = 4  # estimate for a stream, whose length is known in tokens only
 
 
@@ -93,31 +96,46 @@ def read_corpus(data: DataArguments, share: Share | None = None) -> Corpus:
     )
 
 
-def marked_if_seen(text: PreparedText, settings: Settings) -> PreparedText:
-    """Mark a text if the model of `init_from` was trained on a part of its validation split, which is logged.
+def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText:
+    """State which share of a text the model of `init_from` has held out as well, if it is smaller; this is logged.
 
-    That is the case if it was trained on the same text, of which it held out less. The documents that it held out are then
-    held out in this run as well, and others in addition.
+    Documents that are held out with a smaller share are held out with a larger one as well, and others in addition, if the
+    text is read in the same way. Otherwise other documents are held out, and the share is 0.
     """
     data, base = settings.data, settings.model.init_from
     if not base or text.validation is None or find_prepared(data.data, data.cache_dir) is not None:
         return text
+    folder = checked_folder(base, with_weights=False)
+    recipe, (trained, fraction) = recipe_of(folder), trained_on(folder)
+    is_read_alike = all(recipe.get(name) == vars(data)[name] for name in CHANGES_SPLIT)
+    if not trained or (is_read_alike and fraction >= data.validation_fraction):
+        return text
+
+    def held_out(data: DataArguments) -> str | None:
+        corpus = read_corpus(data)
+        return corpus.validation.fingerprint if corpus.validation is not None else None
+
+    as_given = {name: vars(data)[name] for name in ("validation_fraction", "streaming", "max_tokens")}
+    known = [name for name in ("validation_fraction", *CHANGES_SPLIT) if recipe.get(name) is not None]
+    as_base = {"system": None} | {name: recipe[name] for name in known}
+    if recipe.get("streaming"):  # a dataset that is streamed now is not downloaded for the comparison
+        as_base |= {"streaming": True, "max_tokens": recipe.get("max_tokens")}
     try:
-        metadata = read_metadata(checked_folder(base, with_weights=False))
-        fraction = metadata["recipe"]["validation_fraction"]
-        trained = metadata["data"]["train"]["fingerprint"].partition("-")[0]
-    except (KeyError, TypeError, AttributeError):  # written by another program
+        of_base = replace(data, **as_base)
+        if read_corpus(of_base).train.fingerprint[: len(trained)] != trained:
+            return text
+        if not is_read_alike:
+            fraction = fraction if held_out(replace(of_base, **as_given)) == held_out(data) else 0.0
+    except MiniGPTError:  # it cannot be read in this way, so it is another text
         return text
-    if not (isinstance(fraction, int | float) and 0 <= fraction < data.validation_fraction and trained):
-        return text
-    if read_corpus(replace(data, validation_fraction=fraction)).train.fingerprint[: len(trained)] != trained:
+    if fraction >= data.validation_fraction:
         return text
     logger.warning(
         f"--init_from {base}: was trained on text of the validation split, because it held out a smaller share of the same "
-        f"text, {fraction:g}: the validation score is not one of unseen text"
+        f"text, {fraction:g}, or read it in another way: the validation score is not one of unseen text"
         + (f"; give --validation_fraction {fraction:g}" if fraction else "")
     )
-    return replace(text, is_seen=True)
+    return replace(text, unseen_fraction=fraction)
 
 
 def prepare_shard(data: DataArguments, share: Share, output: Path) -> bool:

@@ -73,7 +73,7 @@ from .safeguards import (
 from .sharding import check_host_memory, check_sharded_run
 from .stopping import EarlyStopping, StopAtBoundary
 from .tensor_parallel import check_divisible
-from .text import marked_if_seen, prepare_text, raise_unless_same_text, raise_unless_same_tokenizer
+from .text import prepare_text, raise_unless_same_text, raise_unless_same_tokenizer, with_unseen_fraction
 from .trainer import MiniGPTTrainer
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
 
     with training.main_process_first(desc="text"):  # the other processes find the result in the cache
         text = prepare_text(settings.data, configurator.choose_tokenizer, training.world_size)
-        text = marked_if_seen(text, settings)
+        text = with_unseen_fraction(text, settings)
     raise_unless_same_text(text, training)
     raise_unless_same_tokenizer(text, settings)
     settings = configurator.choose_remaining(text)

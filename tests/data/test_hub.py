@@ -104,6 +104,19 @@ def test_evaluate_repeats_the_score_of_a_streamed_dataset(streamed, capsys):
     assert {name: score[name] for name in published} == published
 
 
+def test_training_text_that_was_streamed_is_recognized(streamed, tmp_path, capsys):
+    """Three tenths were held out when the dataset was streamed; it is downloaded afterwards."""
+    model = str(streamed("user/words"))
+    for fraction, is_seen in (("0.6", True), ("0.2", False)):
+        capsys.readouterr()
+        flags = ["--data", "user/words", "--validation_fraction", fraction]
+        assert main(["evaluate", model, "--split", "validation", *flags]) == 0
+        assert ("contains text that the model was trained on" in capsys.readouterr().err) == is_seen
+        flags += ["--init_from", model, "--max_steps", "1", "--block_size", "32", "--use_cpu", "--no_figures"]
+        assert main(["train", "--recipe", "finetune", *flags, "--output_dir", str(tmp_path / fraction)]) == 0
+        assert ("was trained on text of the validation split" in capsys.readouterr().err) == is_seen
+
+
 def test_evaluate_rejects_the_split_of_a_mixture_of_streamed_datasets(streamed, plays, capsys):
     mixture = f"user/words:0.5,{plays}:long:0.5"
     model = streamed(mixture)

@@ -471,3 +471,17 @@ def test_a_saved_dataset_without_rows_or_with_a_damaged_file_is_an_error(fault, 
         (tmp_path / "saved" / "state.json").write_text("{}")
     with pytest.raises(MiniGPTError, match="a split of this saved dataset has no rows, or a file is damaged"):
         load_corpus(str(tmp_path / "saved"))
+
+
+def test_settings_that_have_no_effect_on_parquet_files_and_datasets_are_reported(table, tmp_path, caplog):
+    table.to_parquet(tmp_path / "table.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    settings = {"encoding": "latin-1", "encoding_errors": "replace", "newline": "universal"}
+    for name, more in (("table.parquet", []), ("saved", ["data_format"])):
+        caplog.clear()
+        load_corpus(str(tmp_path / name), **settings, **dict.fromkeys(more, "parquet"))
+        for setting in (*settings, *more):
+            assert f"--{setting} has no effect on " in caplog.text
+    caplog.clear()
+    load_corpus(str(tmp_path / "saved"))
+    assert "no effect" not in caplog.text

@@ -119,7 +119,7 @@ def test_rouge_is_the_mean_of_rouge_l():
     # Longest common subsequences of 2 of 3 words, and of none.
     score, low, high = METRICS["rouge"]()(["the red house", "no"], ["the house burned", "yes"])
     assert score == pytest.approx((2 / 3 + 0) / 2)
-    assert (high - low) / 2 == pytest.approx(1.959964 * (1 / 3) / 2**0.5)
+    assert (low, high) == (0, pytest.approx(score + 1.959964 * (1 / 3) / 2**0.5))  # no score is below 0
 
 
 def test_rouge_counts_words_of_every_script_and_ascii_words_as_rouge_score_does():

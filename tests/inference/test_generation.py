@@ -17,6 +17,7 @@ from transformers import (
     pipeline,
 )
 
+import minigpt_hf
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
@@ -241,3 +242,12 @@ def test_text_beyond_the_context_is_reported_unless_all_layers_have_a_window(win
     generate(tiny_model(vocab_size=258, **sliding), byte_tokenizer(), "abcd", **limit)
     is_reported = "4 tokens of prompt and 61 new tokens exceed the context of the model, 64 tokens" in caplog.text
     assert is_reported == (window is None and new_tokens == 61)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_whole_numbers_are_accepted(name, run_folder):
+    texts = [
+        minigpt_hf.generate(run_folder / "model", "def ", seed=0, max_new_tokens=5, do_sample=True, **{name: value})
+        for value in (2, 2.0)
+    ]
+    assert texts[0] == texts[1]

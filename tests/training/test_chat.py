@@ -379,6 +379,19 @@ def test_one_answer_is_printed_whatever_the_generation_config_has(settings, chat
     assert out.count("> ") == 2 and "minigpt chat: " not in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_unused"),
+    [("--temperature 3 --top_k 2", True), ("--temperature 3 --do_sample true", False), ("", False)],
+)
+def test_options_of_sampling_without_effect_are_reported(flags, is_unused, chat_run, monkeypatch, capsys):
+    """The default of a model that answers is the most probable token."""
+    for command in ("chat", "generate"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
+        capsys.readouterr()
+        assert main([command, str(chat_run / "model"), "--max_new_tokens", "3", *flags.split()]) == 0
+        assert ("temperature, top_k: no effect without --do_sample true" in capsys.readouterr().err) == is_unused
+
+
 @pytest.mark.slow
 def test_invalid_utf8_and_empty_answers_in_the_terminal(chat_run, tmp_path):
     """The conversation continues after a byte that is not UTF-8."""
@@ -461,3 +474,12 @@ def test_the_number_of_steps_follows_from_the_packed_sequences(tmp_path, caplog)
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
     assert "does not reach its peak" not in caplog.text
     assert [row["step"] for row in rows(tmp_path / "run")] == [9]
+
+
+def test_held_out_conversations_that_the_base_model_was_trained_on_are_marked(chat_run, chats, tmp_path, capsys):
+    """With a system message, the conversations have other hashes, so others are held out."""
+    for name, flags, is_seen in (("system", ["--system", "Add."], True), ("same", [], False)):
+        fine_tune(chat_run, chats, tmp_path / name, "--block_size", "128", *flags)
+        assert ("was trained on text of the validation split" in capsys.readouterr().err) == is_seen
+        card = (tmp_path / name / "model" / "README.md").read_text()
+        assert ("**Not a score of unseen text**" in card) == is_seen

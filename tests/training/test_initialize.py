@@ -65,6 +65,20 @@ def test_a_score_on_text_that_the_base_model_was_trained_on_is_marked(fraction, 
     assert bool(card.data.eval_results) != is_seen
 
 
+def test_text_that_an_earlier_model_was_trained_on_is_marked(finetune, text_file, tmp_path, capsys):
+    """The first model has held out a tenth, the second three tenths, and the third those or others."""
+    assert finetune("second", "--validation_fraction", "0.3") == 0
+    for fraction, is_seen in (("0.3", True), ("0.2", True), ("0.1", False)):
+        name = f"third-{fraction}"
+        assert finetune(name, "--validation_fraction", fraction, folder=tmp_path / "second" / "model") == 0
+        card = ModelCard((tmp_path / name / "model" / "README.md").read_text())
+        assert ("**Not a score of unseen text**: the model that training started from" in card.text) == is_seen
+        capsys.readouterr()
+        argv = ["evaluate", tmp_path / name / "model", "--data", text_file, "--split", "validation"]
+        assert main([str(word) for word in argv]) == 0
+        assert ("contains text that the model was trained on" in capsys.readouterr().err) == is_seen
+
+
 def test_a_qwen3_folder_becomes_a_minigpt_with_the_same_logits(finetune, run_folder, tmp_path):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
