@@ -30,11 +30,7 @@ READING: dict[str, tuple[type, ...]] = {
     "chat": (bool,),
     "system": (str,),
 }
-WHICH_TEXT = (
-    "data_split",
-    "text_column",
-    "data_format",
-)  # those that select another text; the others change or divide it
+WHICH_TEXT = ("data_split", "text_column", "data_format")  # these select another text; the others change or divide it
 NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(READING)
 # Settings of a model's recipe that `evaluate` uses, and their types.
 EVALUATION_SETTINGS = {

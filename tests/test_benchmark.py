@@ -236,6 +236,11 @@ def test_the_data_benchmark_tokenizes_the_same_text_in_every_case(tmp_path, monk
     assert not any("," in name for name in data.CASES)  # `--cases` is separated by commas
 
 
+def test_an_unknown_case_of_the_data_benchmark_is_rejected_before_anything_is_written():
+    with pytest.raises(SystemExit, match="unknown case 'two shards'; give one or several of run_clm, "):
+        data.run(argparse.Namespace(cases="one shard,two shards"))
+
+
 def test_ratios_of_the_data_benchmark_are_those_within_a_round():
     """Medians of 2, 4 and 9 times the throughput; the machine is slower in later rounds."""
     case = {"megabytes": 1.0, "seconds": 1.0, "cpu_seconds": 1.0, "peak_megabytes": 5.0}

@@ -52,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 COPIED_BYTES = 1 << 22  # read at a time
 SHARDS = "shard-*-of-*"  # names of the folders of shards, see `Share`
-
-
 SETTINGS_OF_FILES = ("newline", "encoding", "encoding_errors", "data_format")  # without effect on datasets
 
 

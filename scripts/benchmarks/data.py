@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Alternate all cases for several rounds."""
     names = list(CASES) if args.cases is None else args.cases.split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        raise SystemExit(f"--cases: unknown case {unknown[0]!r}; give one or several of {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as root:
         run_process("prepare", root, args.megabytes, args.vocab_size)
         rounds = []

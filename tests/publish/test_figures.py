@@ -6,7 +6,7 @@ import shutil
 from PIL import Image
 
 from minigpt_hf.cli import main
-from minigpt_hf.publish.figures import columns, short
+from minigpt_hf.publish.figures import columns, draw_learning, short
 from minigpt_hf.training.callbacks import samples_table
 from minigpt_hf.training.run_folder import read_log
 
@@ -20,6 +20,18 @@ def test_every_figure_is_drawn_and_each_curve_has_points(run_folder):
         with Image.open(run_folder / "model" / "figures" / f"{name}.png") as picture:
             assert picture.width == 1350
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # not blank
+
+
+def test_the_loss_with_label_smoothing_is_named_and_not_drawn_in_bits_per_byte(run_folder, tmp_path):
+    """SVG files of matplotlib contain each text as a comment."""
+    plain = read_log(run_folder / "log.jsonl")
+    smoothed = [{name: value for name, value in row.items() if name != "bits_per_byte"} for row in plain]
+    for log, plain_labels, smoothed_labels in ((plain, 2, 0), (smoothed, 0, 1)):
+        draw_learning(log, tmp_path / "loss.svg")
+        svg = (tmp_path / "loss.svg").read_text(encoding="utf-8")
+        assert svg.count("<!-- training -->") == plain_labels
+        assert svg.count("<!-- training, smoothed labels -->") == smoothed_labels
+        assert svg.count("<!-- validation -->") == 2
 
 
 def test_figures_are_omitted_from_folder_and_card_on_request(run_folder, recipe_file, text_file, tmp_path):
