@@ -75,6 +75,8 @@ def twins(shape: dict[str, int], max_length: int):
     settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "auto_map")}
     qwen3 = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
     qwen3.load_state_dict(minigpt.state_dict())
+    for model in (minigpt, qwen3):
+        model.generation_config.eos_token_id = None  # `min_new_tokens` instead would take 0.7 ms per token
     return minigpt, qwen3
 
 
@@ -128,9 +130,9 @@ def compare_generation(args: argparse.Namespace, batch: int, minigpt, qwen3) -> 
     return rows, compilation
 
 
-def generator(model, ids, tokens: int) -> Callable[[], float]:
-    """Return a function that generates once and returns the seconds it took."""
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "use_cache": True}
+def generator(model, ids, tokens: int, **options: Any) -> Callable[[], float]:
+    """Return a function that generates once and returns the seconds it took. There is no end-of-sequence token."""
+    settings = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True, **options}
 
     def generate_once() -> float:
         start = time.perf_counter()
@@ -154,20 +156,17 @@ def compiled_generator(minigpt, batch: int, tokens: int) -> tuple[Callable[[], f
 
     from minigpt_hf.data.tokenizer import byte_tokenizer
     from minigpt_hf.inference.compiled import compile_for_generation
-    from minigpt_hf.inference.generation import generate
+    from minigpt_hf.inference.generation import encode_prompt
 
     torch._dynamo.reset()  # discard graphs compiled for another batch size
     model, tokenizer = copy.deepcopy(minigpt), byte_tokenizer()
     prompt = "x" * PROMPT_TOKENS
     compiled = compile_for_generation(model, tokenizer, prompt, max_new_tokens=tokens, num_return_sequences=batch)
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_return_sequences": batch}
-    # `generate` rejects num_return_sequences > 1 with greedy decoding.
-    options |= {"do_sample": batch > 1, "top_k": 1 if batch > 1 else 50}
+    ids = encode_prompt(tokenizer, prompt).input_ids.repeat(batch, 1)
+    settings = {"max_new_tokens": tokens, "num_return_sequences": batch}
 
     def generate_once() -> float:
-        start = time.perf_counter()
-        generate(model, tokenizer, prompt, extra_options=compiled.generation_options, **options)
-        return time.perf_counter() - start
+        return generator(model, ids, tokens, **compiled.generation_options(ids.shape[1], settings))()
 
     row = {"preparation, s": round(compiled.seconds, 1)}
     row |= {"greedy tokens equal to float32": f"{compiled.num_matching}/{compiled.num_compared}"}
@@ -237,7 +236,7 @@ def compare_twins(args: argparse.Namespace, minigpt, qwen3) -> list[dict[str, An
 
     def generate(model) -> None:
         tokens = min(32, args.tokens)
-        model.generate(ids[:1, :PROMPT_TOKENS], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        model.generate(ids[:1, :PROMPT_TOKENS], max_new_tokens=tokens, do_sample=False)
 
     rows = []
     for function in (forward, forward_and_backward, generate):

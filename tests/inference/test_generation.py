@@ -141,7 +141,7 @@ def test_a_compiled_model_generates_likely_tokens_with_one_graph():
     )  # do not apply to the comparison
     reference, tokenizer = copy.deepcopy(model), byte_tokenizer()
     torch._dynamo.utils.counters.clear()
-    compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2, tune=False)
+    compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2)
     assert (compiled.max_cache_len, model.dtype) == (128, torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)  # in float32
     assert 0 < compiled.max_probability_difference < 0.02
