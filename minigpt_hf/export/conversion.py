@@ -36,7 +36,8 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
     Attention is eager: which SDPA kernel is used depends on the mask, and the kernels round differently.
 
     Raises:
-        MiniGPTError: if there is no MiniGPT model, or its weights are incomplete or not finite.
+        MiniGPTError: if there is no MiniGPT model, its weights are incomplete or not finite, or an EOS token is not in the
+            vocabulary.
     """
     if not (folder / "config.json").is_file():
         if (folder / "model" / "config.json").is_file():
@@ -62,6 +63,7 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if mismatch := tokenizer_mismatch(model.config, tokenizer):
         raise MiniGPTError(f"{folder}: {mismatch}")
+    check_stop_tokens(folder, model, stop_tokens(model))
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[key]:
             raise MiniGPTError(f"{folder}: {key.replace('_', ' ')} in its weights: {sorted(map(str, report[key]))}")
@@ -69,6 +71,26 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
         if not torch.isfinite(parameter).all():
             raise MiniGPTError(f"{folder}: {name} has values that are not finite; the model is not exported")
     return model.eval()
+
+
+def stop_tokens(model: MiniGPTForCausalLM) -> list[int]:
+    """Return the tokens at which `generate` stops."""
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def check_stop_tokens(folder: Path, model: MiniGPTForCausalLM, stops: list[int]) -> None:
+    """Check that the vocabulary contains the EOS tokens.
+
+    Raises:
+        MiniGPTError: if not; generation would never stop.
+    """
+    for stop in stops:
+        if not 0 <= stop < model.config.vocab_size:
+            raise MiniGPTError(
+                f"{folder}: its EOS token {stop} exceeds the vocabulary ({model.config.vocab_size:,} tokens): correct "
+                "eos_token_id in generation_config.json"
+            )
 
 
 def file_name(folder: Path) -> str:

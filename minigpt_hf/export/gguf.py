@@ -37,6 +37,7 @@ from ..trust import recipe_text
 from .conversion import (
     check_context,
     check_output,
+    check_stop_tokens,
     file_name,
     has_sliding_window,
     load_model,
@@ -152,11 +153,7 @@ def _stop_tokens(folder: Path, model: MiniGPTForCausalLM, tokenizer: PreTrainedT
     stops = found if isinstance(found, list) else [found]
     if len(stops) > 2:
         raise MiniGPTError(f"{folder}: it has {len(stops)} EOS tokens {stops}; a GGUF file supports two")
-    for stop in stops:
-        if not 0 <= stop < model.config.vocab_size:
-            raise MiniGPTError(
-                f"{folder}: its EOS token {stop} exceeds the vocabulary ({model.config.vocab_size:,} tokens)"
-            )
+    check_stop_tokens(folder, model, stops)
     return stops
 
 

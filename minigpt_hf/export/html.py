@@ -38,6 +38,7 @@ from .conversion import (
     greedy_continuation,
     load_model,
     sampling_settings,
+    stop_tokens,
     verify,
 )
 from .html_document import document
@@ -348,8 +349,7 @@ def _settings(model: MiniGPTForCausalLM, context: int | None) -> dict[str, Any]:
 
 def _stop_ids(model: MiniGPTForCausalLM, chat: dict[str, Any] | None) -> list[int]:
     """The tokens at which `generate` stops, and the end of a turn."""
-    eos = model.generation_config.eos_token_id
-    return [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), *([chat["end"]] if chat else [])]
+    return [*stop_tokens(model), *([chat["end"]] if chat else [])]
 
 
 def _stages() -> dict[str, dict[str, Any]]:

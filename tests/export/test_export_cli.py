@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def wait_for(folder, pattern) -> None:
     while not list(folder.glob(pattern)):
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_stop_token_beyond_the_vocabulary_is_rejected(to, run_folder, tmp_path, capsys):
+    model = shutil.copytree(run_folder / "model", tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 99999]}')
+    assert main(["export", str(model), "--to", to, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "its EOS token 99999 exceeds the vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("to", "missing"), [("gguf", "gguf"), ("onnx", "onnxruntime")])
