@@ -251,6 +251,16 @@ def test_the_card_of_a_fine_tuned_model_names_its_base_model(init_from, lora_ran
     assert f"fine-tuned from [`{init_from}`](https://huggingface.co/{init_from})" in card.text
 
 
+def test_the_card_of_a_fine_tuned_model_states_what_its_score_was_compared_with(metadata):
+    limit = "Whether the base model was trained on a part of it, or on it within another text, is not known."
+    assert limit not in render_card(metadata, tiny_config())
+    metadata["recipe"]["init_from"] = "model"
+    assert limit in render_card(metadata, tiny_config())
+    metadata["data"]["unseen_fraction"] = 0.05
+    card = render_card(metadata, tiny_config())
+    assert limit not in card and "**Not a score of unseen text**" in card
+
+
 @pytest.mark.parametrize("init_from", ["model", "/home/me/model", "../model", "runs/bard/model", "C:\\models\\bard"])
 def test_a_local_base_model_is_not_published(init_from, metadata):
     metadata["recipe"] |= {"init_from": init_from}
