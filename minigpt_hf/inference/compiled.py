@@ -140,8 +140,6 @@ def compile_for_generation(
             raise MiniGPTError("--fast needs a C++ compiler, but none was found: install g++ or clang") from error
         compile_config.mode = None
         compile_config._compile_all_devices = True  # by default, `generate` compiles on accelerators only
-        # Checking at each step that no module has changed takes 0.6 ms. Shapes are still checked.
-        compile_config.options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         # By default, the rotation of the query, with its sines and cosines, is computed again for every key.
         inductor_options = {"realize_opcount_threshold": 4}
         if num_return_sequences == 1:

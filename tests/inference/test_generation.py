@@ -133,24 +133,25 @@ def test_a_pipeline_generates_the_same_text(run_folder):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_generates_likely_tokens_with_one_graph():
-    """Sliding window, prompts of different lengths and a batch: no recompilation, probabilities within 0.02 of float32."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_compiled_model_generates_likely_tokens_with_one_graph(batch):
+    """Sliding window and prompts of different lengths: no recompilation, probabilities within 0.02 of float32."""
     model = tiny_model(vocab_size=258, num_hidden_layers=1, use_sliding_window=True, sliding_window=8)
     model.generation_config.update(
         do_sample=True, num_return_sequences=2, stop_strings=["a"]
     )  # do not apply to the comparison
     reference, tokenizer = copy.deepcopy(model), byte_tokenizer()
     torch._dynamo.utils.counters.clear()
-    compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=2)
+    compiled = compile_for_generation(model, tokenizer, "ab", max_new_tokens=30, num_return_sequences=batch)
     assert (compiled.max_cache_len, model.dtype) == (128, torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)  # in float32
     assert 0 < compiled.max_probability_difference < 0.02
     model.generation_config.stop_strings = None
-    options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 2, "top_k": 1, "do_sample": True}
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": batch, "top_k": 1, "do_sample": True}
     for prompt in ("ab", "a longer one"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         generated = model.generate(ids, **options, **compiled.generation_options(ids.shape[1], options))
-        assert generated.shape == (2, ids.shape[1] + 30)
+        assert generated.shape == (batch, ids.shape[1] + 30)
         probabilities = reference(generated).logits.softmax(-1)[
             :, ids.shape[1] - 1 : -1
         ]  # of the generated tokens, in float32
@@ -163,6 +164,18 @@ def test_a_compiled_model_generates_likely_tokens_with_one_graph():
         )
     with pytest.raises(ValueError, match="are 302 tokens"):  # `max_new_tokens` has priority over `max_length`
         compiled.generation_options(2, {**options, "max_new_tokens": 300, "max_length": 100})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_models_of_equal_shape_are_compiled_separately(batch):
+    """A step has the weights and constants of its model, not those of a model that was compiled before."""
+    for factor, eps in ((1.0, 1e-6), (-1.0, 1e-6), (-1.0, 10.0)):
+        model = tiny_model(vocab_size=258, num_hidden_layers=1, rms_norm_eps=eps)
+        for parameter in model.parameters():
+            parameter.data *= factor
+        compiled = compile_for_generation(model, byte_tokenizer(), "ab", num_return_sequences=batch)
+        assert compiled.max_probability_difference < 0.02, (factor, eps)
 
 
 def test_fast_rejects_models_and_options_it_does_not_support(run_folder, tmp_path, capsys):
