@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(argv[1:])
 
     set_openmp_policy()
+    keep_freed_memory()
     gc.disable()  # imports create many objects, few of which become garbage: collections would take half a second
     from minigpt_hf.cli import main
 
@@ -65,6 +66,24 @@ def set_openmp_policy() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Spin iterations of GNU OpenMP; default: 300,000. Fewer than 5,000 make training slower on an idle machine.
         os.environ.setdefault("GOMP_SPINCOUNT", "8000")
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator of glibc keep up to 512 MiB of freed memory for reuse, unless the user has set its variables.
+
+    A training step allocates tensors of some megabytes. If they are returned to the system after each step, the page faults
+    of the next step take about a tenth of its time for small models.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt") or any(
+        name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    ):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the maximum
+    libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def launch_parser() -> "argparse.ArgumentParser":

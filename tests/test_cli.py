@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -280,6 +281,26 @@ def test_an_openmp_policy_is_set_unless_the_environment_sets_one(monkeypatch):
         monkeypatch.setattr(os, "environ", dict(given))
         minigpt_cli.set_openmp_policy()
         assert os.environ == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc")
+def test_freed_memory_is_kept_for_reuse_unless_the_environment_configures_the_allocator():
+    program = """
+import minigpt_cli, os
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+minigpt_cli.keep_freed_memory()
+before = resident()
+blocks = [b"x" * 2**23 for _ in range(10)]  # 80 MiB
+del blocks
+print(resident() - before)
+"""
+    kept = {}
+    for given in ({}, {"MALLOC_TRIM_THRESHOLD_": "1000000"}):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | given
+        output = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT, env=environment)
+        kept[bool(given)] = float(output)
+    assert kept[False] > 70 and kept[True] < 10
 
 
 @pytest.mark.slow
