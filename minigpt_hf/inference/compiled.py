@@ -148,7 +148,7 @@ def compile_for_generation(
             inductor_options |= {"decompose_mem_bound_mm": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
         else:
             inductor_options["freezing"] = True  # repacks the weights for oneDNN
-        # For a single query, torch's flash attention takes 0.84 ms per layer, compiled eager attention 0.35 ms.
+        # For a single query, torch's flash attention takes 0.84 ms per layer, compiled eager attention 0.1 ms.
         model.set_attn_implementation("eager")
     cache_len = max(ids.shape[1] + max(max_new_tokens, NUM_COMPARED), max_cache_len)
     cache_len = -(-cache_len // 128) * 128  # few distinct sizes, so that inductor's cache on disk is reused
