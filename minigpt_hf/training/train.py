@@ -364,7 +364,9 @@ def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBou
     progress.print(f"the model is in {folder}")
     if training.push_to_hub:
         if stop.number is not None:
-            raise TrainingInterrupted(stop.number, f"before the push; push with `minigpt push {folder} USER/NAME`")
+            raise TrainingInterrupted(
+                stop.number, f"before the push; push with `minigpt push {folder} --repo-id USER/NAME`"
+            )
         for url in push_folder(folder, trainer.hub_model_id, training.hub_revision):
             progress.print(url)
 
