@@ -102,8 +102,9 @@ def train(
 
     Args:
         data: Training text, see `load_corpus`. Default: that of the recipe.
-        recipe: Name of a recipe, or a YAML file. Default: `lora` with `lora_rank`, `finetune` with `init_from`, none with
-            `minutes` or `size`, `auto` with `data` (settings that are not given are chosen for the text), else `demo`.
+        recipe: Name of a recipe, or a YAML file. Default: none with `minutes` or `size`, `chat` with `chat`, `lora` with
+            `lora_rank`, `finetune` with `init_from`, `auto` with `data` (settings that are not given are chosen for the
+            text), otherwise `demo`.
         output_dir: Run folder. Default: `runs/` and the name of the recipe.
         overrides: Any setting of a recipe, including the fields of `TrainingArguments`: `max_steps=300` (steps),
             `block_size=128` (tokens), `learning_rate=4e-3`.

@@ -25,7 +25,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="bfloat16 and a compiled decoding step: at least twice the speed; compiling takes half a minute the first time",
+        help="bfloat16 and a compiled decoding step: at least twice the speed; compiling takes up to a minute the first time",
     )
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D")
     return parser

@@ -205,7 +205,7 @@ def read_conversations(
 def serialized_conversations(
     rows: datasets.Dataset, name: str, system: str | None, cache_dir: Path
 ) -> datasets.Dataset:
-    """Return the conversations of a dataset, serialized; those of `datasets` itself would be written next to its files.
+    """Return the conversations of a dataset, serialized, from the cache; `Dataset.map` would write next to its files.
 
     Args:
         name: Name to display.

@@ -3,7 +3,7 @@
 The output folder contains `NAME.html`: weights, tokenizer, the model in JavaScript (`page/gpt.js`), the figures of the card
 and, if the model folder is in a run folder, the losses and samples of the log.
 
-Matrices are stored as float32, float16 or int8 with one step per row, and norm weights as float32; the page computes in
+Matrices are stored as float32, float16 or int8 with one scale per row, and norm weights as float32; the page computes in
 float32. How much the rounded weights change the model is measured with torch and reported: the largest difference of a
 logit, and the number of equal greedy continuations of 20 prompts.
 """

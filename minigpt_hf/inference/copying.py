@@ -201,7 +201,7 @@ def held_out_excerpts(
 ) -> list[np.ndarray]:
     """Take evenly spaced excerpts of held-out text; shorter ones where they would overlap.
 
-    An excerpt starts at the start of a document, as a sample does, or in a document if there are fewer than excerpts.
+    An excerpt starts at the start of a document, as a sample does; if there are fewer documents than excerpts, anywhere.
 
     Args:
         lengths: Number of tokens of each excerpt.

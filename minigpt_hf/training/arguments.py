@@ -243,7 +243,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Start from the weights, architecture and tokenizer of this MiniGPT or Qwen3 folder or Hub id; the "
-            "default recipe is then `finetune`."
+            "default recipe is then `finetune`, with lora_rank `lora`, with chat `chat`."
         },
     )
     lora_rank: int = field(

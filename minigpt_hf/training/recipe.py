@@ -53,8 +53,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
 
     Args:
         argv: Flags, as on the command line.
-        recipe: Name or YAML file. Default: none with `minutes` or `size`, `lora` with `lora_rank`, `finetune` with
-            `init_from`, `auto` with `data`, otherwise `demo`.
+        recipe: Name or YAML file. Default: none with `minutes` or `size`, `chat` with `chat`, `lora` with `lora_rank`,
+            `finetune` with `init_from`, `auto` with `data`, otherwise `demo`.
         overrides: Settings as keywords, by name.
 
     Raises:

@@ -23,7 +23,8 @@ from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 logger = logging.getLogger(__name__)
 
 # With several processes, the main process tokenizes while the others wait, at most `ddp_timeout` (30 minutes by default). A
-# gigabyte took 15.6 minutes on one core, including the training of the tokenizer (docs/results.md).
+# gigabyte takes less than a minute with fastokens, including the training of the tokenizer, and took 15.6 minutes in an
+# earlier version (docs/results.md).
 MAX_CHARACTERS_TO_TOKENIZE = 1_000_000_000
 # Settings with which a text has other documents, or others of them are held out.
 CHANGES_SPLIT = ("encoding", "encoding_errors", "newline", "system", "dedup")
