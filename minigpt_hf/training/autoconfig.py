@@ -550,7 +550,7 @@ class AutoConfigurator:
         rows = max(1, min(rows, sequences // (2 * self._batches_per_step())))  # at least 2 steps per epoch
         if "per_device_train_batch_size" in training.given:
             rows = training.per_device_train_batch_size
-        steps = max(1, round(tokens / (rows * self._batches_per_step() * block_size)))
+        steps = max(1, int(tokens / (rows * self._batches_per_step() * block_size)))  # not more epochs than intended
         if "max_steps" in training.given and training.max_steps > 0:
             steps = training.max_steps
         return {

@@ -327,6 +327,17 @@ def test_dropout_and_weight_decay_follow_from_the_number_of_epochs_that_will_be_
     assert training.eval_steps == (0.1 if dropout and not size else 0.25)  # often enough for early stopping
 
 
+@pytest.mark.parametrize("characters", range(43_000, 55_000, 1_500))
+def test_four_epochs_are_not_exceeded_by_rounding_to_whole_steps(characters, letters, tmp_path):
+    """Dropout and weight decay start beyond four epochs, so rounding up would switch them on."""
+    (tmp_path / "text.txt").write_text((letters.read_text(encoding="utf-8") * 20)[:characters], encoding="utf-8")
+    flags = ["--data", tmp_path / "text.txt", "--tokenizer", "bytes", "--cache_dir", tmp_path]
+    (data, architecture, training), text = fitted(tmp_path, flags)
+    step = training.per_device_train_batch_size * data.block_size
+    assert 4 * len(text.train) - step < training.max_steps * step <= 4 * len(text.train)
+    assert (architecture.residual_dropout, training.weight_decay) == (0, 0)
+
+
 @pytest.mark.parametrize(("steps", "warmup", "logging"), [(9, 1, 1), (79, 7, 1), (120, 12, 3), (400, 20, 10)])
 def test_a_tenth_of_the_steps_is_warm_up_and_the_log_has_about_forty_lines(steps, warmup, logging, letters, tmp_path):
     (_, _, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", steps])
