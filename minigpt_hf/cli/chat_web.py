@@ -65,7 +65,7 @@ def serve(
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise MiniGPTError("--web requires Gradio: `pip install 'minigpt-hf[web]'`") from error
+        raise MiniGPTError("--web requires Gradio: `pip install gradio`") from error
     from starlette.middleware import Middleware
 
     page = Page(model, tokenizer, options)

@@ -101,7 +101,7 @@ def _has_rensa(kind: str) -> bool:
     try:
         import rensa  # noqa: F401
     except ImportError as error:
-        raise MiniGPTError("--dedup near requires rensa: `pip install 'minigpt-hf[dedup]'`") from error
+        raise MiniGPTError("--dedup near requires rensa: `pip install rensa`") from error
     return True
 
 

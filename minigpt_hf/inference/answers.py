@@ -212,9 +212,7 @@ def _sacrebleu(name: str) -> Callable[[], Metric]:
         try:
             from sacrebleu import metrics
         except ImportError as error:
-            raise MiniGPTError(
-                f"--score {name.lower()} requires sacrebleu: `pip install 'minigpt-hf[score]'`"
-            ) from error
+            raise MiniGPTError(f"--score {name.lower()} requires sacrebleu: `pip install sacrebleu`") from error
 
         def compute(answers: list[str], references: list[str]) -> tuple[float, float, float]:
             result = getattr(metrics, name)().corpus_score(answers, [references], n_bootstrap=BOOTSTRAP_SAMPLES)
@@ -229,7 +227,7 @@ def _rouge() -> Metric:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise MiniGPTError("--score rouge requires rouge-score: `pip install 'minigpt-hf[score]'`") from error
+        raise MiniGPTError("--score rouge requires rouge-score: `pip install rouge-score`") from error
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def compute(answers: list[str], references: list[str]) -> tuple[float, float, float]:

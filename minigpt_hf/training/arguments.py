@@ -55,8 +55,19 @@ INTERVALS = {
 # Settings of the loss that exclude others.
 UNSUPPORTED_WITH = {
     "mtp_loss_weight": ("fsdp", "deepspeed", "label_smoothing_factor"),
-    "logits_chunk_size": ("fsdp", "deepspeed", "label_smoothing_factor", "fp16"),  # gradients would underflow in fp16
+    "logits_chunk_size": (
+        "fsdp",
+        "deepspeed_plugin",
+        "label_smoothing_factor",
+        "fp16",
+    ),  # gradients would underflow in fp16
 }
+
+
+def is_used(training: TrainingArguments, name: str) -> bool:
+    """Whether a setting is given; `accelerate launch` requests DeepSpeed by a variable instead."""
+    is_requested = name == "deepspeed" and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return bool(getattr(training, name)) or is_requested
 
 
 def check_numbers(settings: Any) -> None:
@@ -521,7 +532,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
         self.fsdp = self.fsdp or None  # type: ignore[assignment]
         for setting, others in UNSUPPORTED_WITH.items():
             for name in others:
-                if getattr(self, setting) and getattr(self, name):
+                if getattr(self, setting) and is_used(self, name):
                     raise MiniGPTError(f"{setting} is not supported with {name}: omit one of them")
         if self.ignore_data_skip:
             raise MiniGPTError(

@@ -32,6 +32,7 @@ from .arguments import (
     MiniGPTTrainingArguments,
     ModelArguments,
     Settings,
+    is_used,
     log_on_main_process,
 )
 from .auxiliary_head import add_auxiliary_loss, attach_auxiliary_head
@@ -215,7 +216,7 @@ class AutoConfigurator:
         # `choose_tokenizer` is not called for a prepared text, which has its own tokenizer.
         characters = getattr(self, "characters", self.stream.characters)
         self._choose_block_size(block_size_for(characters), f"for a text of {characters:,.0f} characters")
-        excluded = any(getattr(self.training, name) for name in UNSUPPORTED_WITH["mtp_loss_weight"])
+        excluded = any(is_used(self.training, name) for name in UNSUPPORTED_WITH["mtp_loss_weight"])
         if (weight := mtp_loss_weight(self.vocabulary)) and not excluded:
             self._choose(f"the vocabulary has only {self.vocabulary:,} tokens", mtp_loss_weight=weight)
         if self.training.minutes:

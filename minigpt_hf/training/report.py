@@ -283,7 +283,8 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
         duration_line = "not estimated with FSDP"
     else:
         seconds = (steps - done) * (seconds_per_step or measure_step(trainer))
-        duration_line = f"about {duration(seconds)}{remaining}, without evaluations"
+        without = "evaluations" if seconds_per_step else "the optimizer and evaluations"
+        duration_line = f"about {duration(seconds)}{remaining}, without {without}"
     sequences = trainer.train_dataset
     content = f"{stream.characters:,} characters -> {len(stream):,} tokens of {stream.bytes / len(stream):.2f} bytes"
     if isinstance(sequences, ConversationDataset):
@@ -311,9 +312,10 @@ def trainable_share(model: PreTrainedModel) -> str:
 
 
 def measure_step(trainer: Trainer) -> float:
-    """Seconds of an optimizer step: the fastest of three forward and backward passes on one batch.
+    """Seconds of the forward and backward passes of an optimizer step: the fastest of three on one batch.
 
-    Gradients are discarded and random states restored.
+    The optimizer takes a fifth of a step in small models, and less in larger ones. Gradients are discarded, and random
+    states are restored.
     """
     args = trainer.args
     rows = min(args.train_batch_size, len(trainer.train_dataset))

@@ -152,3 +152,9 @@ def test_settings_that_exclude_chunks_are_rejected(flags, message, words, tmp_pa
     assert main(argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_requested_by_the_launcher_excludes_chunks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch` does
+    assert main(["train", "--output_dir", str(tmp_path / "run"), "--logits_chunk_size", "7"]) == 2
+    assert "logits_chunk_size is not supported with deepspeed: omit one of them" in capsys.readouterr().err
