@@ -355,7 +355,8 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
             is_valid = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
             if not is_valid:
                 raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected {kind.__name__}")
-        if (allowed_values := choices.get(key)) and value not in allowed_values and value is not None:
+        is_unset = value is None and key in optional
+        if (allowed_values := choices.get(key)) and value not in allowed_values and not is_unset:
             raise MiniGPTError(
                 f"{origin}{key} is {reprlib.repr(value)}: expected {', '.join(map(str, allowed_values))}"
             )

@@ -187,7 +187,7 @@ def test_a_setting_is_empty_only_if_its_default_is(tmp_path):
     optional = ("minutes", "max_tokens", "bf16", "save_steps", "head_dim")
     file.write_text("".join(f"{name}:\n" for name in optional))
     assert read_recipe(str(file)) == dict.fromkeys(optional)
-    for name in ("max_steps", "muon", "tokenizer"):
+    for name in ("max_steps", "muon", "tokenizer", "newline", "dedup", "on_bad_loss"):
         file.write_text(f"{name}:\n")
         with pytest.raises(ValueError, match=f"{name} is None: expected"):
             read_recipe(str(file))
