@@ -501,6 +501,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"train_sampling_strategy {self.train_sampling_strategy} is not supported: the order of the sequences "
                 "is computed from the seed; omit it"
             )
+        if self.remove_unused_columns:
+            raise MiniGPTError("remove_unused_columns is not supported: it would remove the labels; omit it")
         if self.auto_find_batch_size:
             raise MiniGPTError(
                 "auto_find_batch_size is not supported: the batch size determines the position in the text, and cannot "

@@ -201,6 +201,17 @@ def test_settings_without_effect_are_reported(caplog):
     parse_arguments(["--no_muon", "--muon_beta2", "0.5", "--sliding_window", "8"], recipe="gpt2-124m")
     assert "muon_beta2: no effect without muon" in caplog.text
     assert "sliding_window: no effect without use_sliding_window" in caplog.text
+    unused = {
+        "do_train": False,
+        "do_eval": False,
+        "do_predict": True,
+        "prediction_loss_only": True,
+        "hub_revision": "v1",
+    }
+    parse_arguments([], **unused)
+    for name in unused:
+        assert f"{name}: no effect" in caplog.text
     caplog.clear()
+    parse_arguments(["--do_train", "--do_predict", "false", "--hub_revision", "v1", "--push_to_hub"])
     parse_arguments(["--muon_beta2", "0.5", "--sliding_window", "8"], recipe="shakespeare-char")
     assert "no effect" not in caplog.text
