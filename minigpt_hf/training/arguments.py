@@ -550,6 +550,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
+        if self.eval_steps is None:
+            self.eval_steps = self.logging_steps  # as in transformers
         if self.save_steps is None:
             self.save_steps = self.eval_steps
         if self.load_best_model_at_end is None:

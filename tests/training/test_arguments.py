@@ -193,6 +193,11 @@ def test_a_setting_is_empty_only_if_its_default_is(tmp_path):
             read_recipe(str(file))
 
 
+def test_without_eval_steps_the_model_is_evaluated_and_saved_at_each_log():
+    training = parse_arguments([], eval_steps=None, logging_steps=7)[2]
+    assert (training.eval_steps, training.save_steps) == (7, 7)
+
+
 def test_one_language_may_be_given_as_a_string():
     assert parse_arguments([], language="de")[0].language == ["de"]
 
