@@ -227,6 +227,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         ),
         "ignore_data_skip": (train("--ignore_data_skip"), "ignore_data_skip is not supported"),
         "auto_find_batch_size": (train("--auto_find_batch_size"), "auto_find_batch_size is not supported"),
+        "remove_unused_columns": (train("--remove_unused_columns"), "remove_unused_columns is not supported"),
         "split of the standard library": (
             train("--data", "stdlib", "--data_split", "train"),
             "--data_split train: only datasets have splits, and stdlib is not one",

@@ -37,6 +37,7 @@ from .files import SHARD_CACHE, extension_of, is_url, prepared_folder
 from .sharded import ShardStore
 from .stream import TokenStream, build_stream
 from .tokenizer import (
+    appended_tokens,
     byte_level_bpe,
     byte_tokenizer,
     character_tokenizer,
@@ -498,7 +499,14 @@ def make_tokenizer(
         read = texts_of or (lambda documents: (text for _, text in documents.parts()))
         train = lambda: character_tokenizer(text for split in splits for text in read(split))  # noqa: E731
         return _cached_tokenizer(cache_dir, train, "characters", *splits)
-    return load_tokenizer(tokenizer)
+    existing = load_tokenizer(tokenizer)
+    if appended := appended_tokens(existing):
+        logger.warning(
+            "tokenizer %s: appends %s to every text, so programs other than this package end a prompt before the model "
+            "continues it; remove this from the post_processor in tokenizer.json",
+            *(tokenizer, " ".join(appended)),
+        )
+    return existing
 
 
 def _cached_tokenizer(

@@ -278,7 +278,8 @@ class Source:
                 logger.warning("--text_column %s has no effect: %s is text", self.text_column, printable(self.data))
             return TextFiles(tuple(files), self.decoding, self.names).documents(self.cache_dir)
         subject = f"tables such as {printable(self.names.get(files[0], files[0]))}" if files else "tables"
-        self._report_unused(subject, "newline", *(("encoding", "encoding_errors") if data_format == "parquet" else ()))
+        is_binary = data_format in ("parquet", "arrow")
+        self._report_unused(subject, "newline", *(("encoding", "encoding_errors") if is_binary else ()))
         if self.chat:
             if self.text_column:
                 raise MiniGPTError(f"--text_column {self.text_column}: conversations have fixed columns; omit it")

@@ -85,11 +85,14 @@ class Table(ABC):
         """
 
     @abstractmethod
-    def texts(self, column: str) -> Iterator[str | None]:
+    def texts(self, column: str, choose_column: ChooseColumn) -> Iterator[str | None]:
         """Yield the values of a column.
 
+        Args:
+            choose_column: Chooses again if rows have further columns of text, which `columns` did not find.
+
         Raises:
-            UnreadableFileError: stating the row, if a value is not a string.
+            UnreadableFileError: stating the row, if a value is not a string, or another column would be chosen.
         """
 
     @abstractmethod
@@ -175,7 +178,7 @@ def read_tables(
     (column,) = chosen
     for table in tables:
         table.describe()
-    return _cached(tables, digests, [data_format, column], lambda table: table.texts(column), cache_dir)
+    return _cached(tables, digests, [data_format, column], lambda table: table.texts(column, choose_column), cache_dir)
 
 
 def read_conversations(
@@ -303,8 +306,16 @@ class JsonTable(Table):
         text_columns = [column for column, is_text in has_text.items() if is_text]
         return list(has_text), text_columns, text_columns
 
-    def texts(self, column: str) -> Iterator[str | None]:
+    def texts(self, column: str, choose_column: ChooseColumn) -> Iterator[str | None]:
+        _, text_columns, _ = self.columns()
         for location, row in self.rows():
+            for late in [name for name in row if name not in text_columns and isinstance(row[name], str)]:
+                text_columns.append(late)
+                if choose_column(text_columns, text_columns, text_columns) != column:
+                    raise self.error(
+                        f"{location} is the first one with the column {late!r}, and {column!r} was used up to there; choose "
+                        "one with --text_column"
+                    )
             text = row.get(column)
             if text is not None and not isinstance(text, str):
                 raise self.error(
@@ -406,7 +417,7 @@ class CsvTable(Table):
         self._check_delimiter(header)
         return header, [column for column, is_text in has_text.items() if is_text], header
 
-    def texts(self, column: str) -> Iterator[str | None]:
+    def texts(self, column: str, choose_column: ChooseColumn) -> Iterator[str | None]:
         rows = self._rows()
         header = next(rows)
         if header.count(column) > 1:
@@ -489,7 +500,7 @@ class ArrowTable(Table):
         text_columns = [field.name for field in schema if _is_string(field.type)]
         return schema.names, text_columns, text_columns
 
-    def texts(self, column: str) -> Iterator[str | None]:
+    def texts(self, column: str, choose_column: ChooseColumn) -> Iterator[str | None]:
         with self._opened() as source:
             schema = self._schema(source)
             if (number := schema.names.count(column)) != 1:

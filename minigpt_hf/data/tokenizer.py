@@ -120,6 +120,14 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def appended_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that the post-processor of a tokenizer with an EOS token appends to every text."""
+    encoding = tokenizer.backend_tokenizer.encode(tokenizer.eos_token)  # a text that every tokenizer can encode
+    is_added = encoding.special_tokens_mask
+    of_text = [position for position, added in enumerate(is_added) if not added]
+    return encoding.tokens[of_text[-1] + 1 :] if of_text else []
+
+
 def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
     """Describe what is lost when texts are encoded and decoded; None if nothing is."""
     encoder = Encoder(tokenizer.backend_tokenizer.to_str())

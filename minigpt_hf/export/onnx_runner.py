@@ -52,6 +52,12 @@ class Runner:
         self.eos_token_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
         self.bos_token_id = config["bos_token_id"]
 
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt without the EOS token that some tokenizers append; of an empty one, the BOS token."""
+        encoding = self.tokenizer.encode(prompt)
+        of_prompt = [i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added]
+        return encoding.ids[: of_prompt[-1] + 1] if of_prompt else [self.bos_token_id]
+
     def forward(self, ids: np.ndarray, past: list[np.ndarray] | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
         """Compute logits [1, T, V] and the updated cache, from token ids [1, T] and the cache of the preceding tokens."""
         if past is None:
@@ -94,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
 
     runner = Runner(Path(__file__).parent, args.graph)
-    ids = runner.tokenizer.encode(args.prompt).ids or [runner.bos_token_id]
+    ids = runner.encode(args.prompt)
     # All tokens are decoded each time, because the bytes of a character may be spread over several tokens, and some decoders
     # omit the space before the first token.
     text = printed = runner.tokenizer.decode(ids)

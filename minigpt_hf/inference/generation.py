@@ -192,10 +192,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
         raise MiniGPTError("the tokenizer has no BOS token to start a document with: give a prompt")
     split = bool(prompt) and not special_tokens
     try:
-        return tokenizer(
+        encoding = tokenizer(
             prompt or bos_token,
             return_tensors="pt",
             return_token_type_ids=False,
+            return_special_tokens_mask=True,
             split_special_tokens=split,
             add_special_tokens=bool(prompt),  # otherwise some tokenizers would add a second BOS token
         )
@@ -206,6 +207,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
             f"the prompt cannot be encoded by this model's tokenizer ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); give another prompt"
         ) from error
+    of_prompt = (encoding.pop("special_tokens_mask")[0] == 0).nonzero()
+    if not prompt or not len(of_prompt):
+        return encoding
+    # Some tokenizers append an EOS token to every text, after which a model would not continue the prompt.
+    return BatchEncoding({name: each[:, : of_prompt[-1] + 1] for name, each in encoding.items()})
 
 
 @contextmanager

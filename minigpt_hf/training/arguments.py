@@ -512,6 +512,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"train_sampling_strategy {self.train_sampling_strategy} is not supported: the order of the sequences "
                 "is computed from the seed; omit it"
             )
+        if self.remove_unused_columns:
+            raise MiniGPTError("remove_unused_columns is not supported: it would remove the labels; omit it")
         if self.auto_find_batch_size:
             raise MiniGPTError(
                 "auto_find_batch_size is not supported: the batch size determines the position in the text, and cannot "
@@ -559,6 +561,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
+        if self.eval_steps is None:
+            self.eval_steps = self.logging_steps  # as in transformers
         if self.save_steps is None:
             self.save_steps = self.eval_steps
         if self.load_best_model_at_end is None:

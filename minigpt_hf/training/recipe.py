@@ -44,6 +44,22 @@ NOT_FOR_CHAT = {"max_tokens", "minutes", "size", "mtp_loss_weight"}
 EFFECTIVE_WITH = {
     "muon": {"muon_learning_rate", "muon_momentum", "muon_beta2"},
     "use_sliding_window": {"sliding_window", "max_window_layers"},
+    "push_to_hub": {"hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"},
+}
+# Settings of `TrainingArguments` that the Trainer of this package does not use, and the values that describe what it does.
+WITHOUT_EFFECT = {
+    "do_train": True,
+    "do_predict": False,
+    "fp16_full_eval": False,
+    "bf16_full_eval": False,
+    "prediction_loss_only": False,
+    "batch_eval_metrics": False,
+    "include_for_metrics": [],
+    "eval_accumulation_steps": None,
+    "eval_do_concat_batches": True,
+    "eval_use_gather_object": False,
+    "length_column_name": TrainingArguments.length_column_name,
+    "liger_kernel_config": None,
 }
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
@@ -123,6 +139,11 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         for name in sorted(given & names):
             if not {**vars(model), **vars(training)}[condition]:
                 log_on_main_process(training, f"{name}: no effect without {condition}", logging.WARNING)
+    for name, value in WITHOUT_EFFECT.items():
+        if name in given and getattr(training, name) != value:
+            log_on_main_process(training, f"{name}: no effect", logging.WARNING)
+    if "do_eval" in given:
+        log_on_main_process(training, "do_eval: no effect; eval_strategy determines when to evaluate", logging.WARNING)
     for name in UNSUPPORTED_WITH:
         if model.lora_rank and getattr(training, name):
             raise MiniGPTError(f"{name} is not supported with lora_rank, which freezes the model: omit one of them")
@@ -355,7 +376,8 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
             is_valid = isinstance(value, allowed[kind]) and (kind is bool or not isinstance(value, bool))
             if not is_valid:
                 raise MiniGPTError(f"{origin}{key} is {reprlib.repr(value)}: expected {kind.__name__}")
-        if (allowed_values := choices.get(key)) and value not in allowed_values and value is not None:
+        is_unset = value is None and key in optional
+        if (allowed_values := choices.get(key)) and value not in allowed_values and not is_unset:
             raise MiniGPTError(
                 f"{origin}{key} is {reprlib.repr(value)}: expected {', '.join(map(str, allowed_values))}"
             )

@@ -295,7 +295,7 @@ def plan_table(trainer: Trainer, text: PreparedText, done: int = 0, seconds_per_
     return (
         f"device        {device_name(args)}, {precision}\n"
         f"text          {text.name}: {content}; validation: {text.split_description}"
-        f"{f'; scored: {text.scored}' if text.scored else ''}\n"
+        f"{f'; scored: {text.scored}' if text.scored and args.eval_strategy != 'no' else ''}\n"
         f"model         {model.num_parameters() - auxiliary:,} parameters, {model.config.num_hidden_layers} layers of "
         f"width {model.config.hidden_size}, vocabulary {model.config.vocab_size:,}{trainable_share(model)}"
         f"{f'; {auxiliary:,} more in the auxiliary head, not published' if auxiliary else ''}\n"

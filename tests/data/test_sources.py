@@ -120,6 +120,22 @@ def test_another_text_column_can_be_selected(tmp_path):
         texts_of(file, text_column="n")
 
 
+@pytest.mark.parametrize(
+    ("early", "late", "message"),
+    [
+        ({}, "text", "line 1,002 is the first one with the column 'text'"),
+        ({}, "body", "several columns contain text; .*columns of text: title, body"),
+        ({"body": None}, "body", "several columns contain text; .*columns of text: title, body"),
+    ],
+)
+def test_a_column_of_text_that_begins_after_the_inspected_rows_is_not_ignored(early, late, message, tmp_path):
+    rows = [{"title": f"t{i}", **early} for i in range(1001)] + [{"title": "t", late: "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        texts_of(tmp_path / "rows.jsonl")
+    assert texts_of(tmp_path / "rows.jsonl", text_column="title") == [row["title"] for row in rows]
+
+
 def test_a_table_can_be_read_as_plain_text(table, tmp_path):
     write_table(table, tmp_path / "rows.csv")
     assert texts_of(tmp_path / "rows.csv", data_format="text") == [(tmp_path / "rows.csv").read_text(encoding="utf-8")]
@@ -473,11 +489,14 @@ def test_a_saved_dataset_without_rows_or_with_a_damaged_file_is_an_error(fault, 
         load_corpus(str(tmp_path / "saved"))
 
 
-def test_settings_that_have_no_effect_on_parquet_files_and_datasets_are_reported(table, tmp_path, caplog):
+def test_settings_that_have_no_effect_on_binary_tables_and_datasets_are_reported(table, tmp_path, caplog):
     table.to_parquet(tmp_path / "table.parquet")
+    rows = pa.table({"text": ["one", "two"]})
+    with pa.ipc.new_file(str(tmp_path / "table.arrow"), rows.schema) as file:
+        file.write_table(rows)
     table.save_to_disk(tmp_path / "saved")
     settings = {"encoding": "latin-1", "encoding_errors": "replace", "newline": "universal"}
-    for name, more in (("table.parquet", []), ("saved", ["data_format"])):
+    for name, more in (("table.parquet", []), ("table.arrow", []), ("saved", ["data_format"])):
         caplog.clear()
         load_corpus(str(tmp_path / name), **settings, **dict.fromkeys(more, "parquet"))
         for setting in (*settings, *more):

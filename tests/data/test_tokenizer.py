@@ -6,17 +6,20 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from minigpt_hf.cli import main
 from minigpt_hf.data import chunking
 from minigpt_hf.data import tokenizer as module
 from minigpt_hf.data.chunking import split_into_chunks
+from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.encoding import Encoder
+from minigpt_hf.data.prepared import prepare
 from minigpt_hf.data.tokenizer import (
     END_OF_TEXT,
     PAD,
+    appended_tokens,
     byte_level_bpe,
     byte_tokenizer,
     character_tokenizer,
@@ -189,6 +192,26 @@ def test_what_a_tokenizer_loses_is_logged_and_published(text, recipe_file, tmp_p
     capfd.readouterr()
     assert main(["evaluate", str(run / "model"), "--data", str(tmp_path / "text.txt")]) == 0
     assert "the tokenizer does not reproduce the text (" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "appended"), [("<|endoftext|> $A", []), ("$A <|pad|> <|endoftext|>", ["<|pad|>", "<|endoftext|>"])]
+)
+def test_a_tokenizer_that_appends_tokens_to_every_text_is_reported(template, appended, tmp_path, bpe, caplog):
+    backend = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
+    special_tokens = [(END_OF_TEXT, 0), (PAD, 1)]
+    backend.post_processor = processors.TemplateProcessing(template, special_tokens=special_tokens)
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT).save_pretrained(folder)
+    assert appended_tokens(load_tokenizer(str(folder))) == appended
+    (tmp_path / "text.txt").write_text("One text. " * 100)
+    prepare(
+        load_corpus(str(tmp_path / "text.txt"), cache_dir=tmp_path),
+        *(str(folder), 400, tmp_path),
+        block_size=8,
+        validation_characters=100,
+    )
+    assert ("appends <|pad|> <|endoftext|> to every text" in caplog.text) == bool(appended)
 
 
 def test_an_unknown_token_that_is_a_character_of_the_text_loses_nothing():

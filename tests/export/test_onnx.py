@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer
@@ -89,6 +90,14 @@ def test_the_smaller_graphs_deviate_by_what_the_card_states(graph, largest, expo
     deviation = np.sqrt(np.square(difference).mean()) / expected.std()
     assert 0 < stated < largest
     assert deviation == pytest.approx(stated, rel=0.5)  # activations are quantized by their range in each call
+
+
+def test_the_runner_drops_tokens_that_a_tokenizer_appends_to_a_prompt(exported):
+    runner = Runner(exported)
+    ids, end = runner.tokenizer.encode("def ").ids, runner.tokenizer.id_to_token(0)
+    template = f"{end} $A {end}"
+    runner.tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=[(end, 0)])
+    assert (runner.encode("def "), runner.encode("")) == ([0, *ids], [runner.bos_token_id])
 
 
 def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported, folder, model, tmp_path):

@@ -197,14 +197,15 @@ def test_fast_rejects_models_and_options_it_does_not_support(run_folder, tmp_pat
     )
 
 
-def saved_llama(folder, prefix=""):
+def saved_llama(folder, template=""):
     """A Llama whose tokenizer writes a space as a part of the following token, and whose decoder omits the first one."""
     words = ["the", "king", "and", "queen", "said", "to", "him", "her"]
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", *(f"▁{word}" for word in words)])}
     backend = Tokenizer(WordLevel(vocab))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    if prefix:
-        backend.post_processor = processors.TemplateProcessing(f"{prefix} $A", special_tokens=[(prefix, vocab[prefix])])
+    if template:
+        special_tokens = [(token, vocab[token]) for token in ("<s>", "</s>")]
+        backend.post_processor = processors.TemplateProcessing(template, special_tokens=special_tokens)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -233,9 +234,21 @@ def test_printed_text_has_every_character_whose_bytes_are_spread_over_tokens(tmp
 
 
 def test_a_document_starts_with_one_bos_token(tmp_path):
-    _, tokenizer = load(saved_llama(tmp_path, prefix="<s>"))
+    _, tokenizer = load(saved_llama(tmp_path, template="<s> $A"))
     assert encode_prompt(tokenizer, "").input_ids.tolist() == [[0]]
     assert encode_prompt(tokenizer, "the king").input_ids.tolist() == [[0, 2, 3]]
+
+
+def test_a_prompt_does_not_end_with_the_eos_token_that_a_tokenizer_appends(tmp_path):
+    _, tokenizer = load(saved_llama(tmp_path, template="<s> $A </s>"))
+    assert tokenizer("the king").input_ids == [0, 2, 3, 1]
+    assert encode_prompt(tokenizer, "").input_ids.tolist() == [[0]]
+    encoding = encode_prompt(tokenizer, "the king")
+    assert {name: ids.tolist() for name, ids in encoding.items()} == {
+        "input_ids": [[0, 2, 3]],
+        "attention_mask": [[1, 1, 1]],
+    }
+    assert encode_prompt(tokenizer, "the king</s>", special_tokens=True).input_ids.tolist() == [[0, 2, 3, 1]]
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])

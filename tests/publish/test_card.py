@@ -182,6 +182,12 @@ def test_unstated_settings_are_not_in_the_metadata(metadata):
     assert '"<|endoftext|>"' in card.text  # the BOS token, in place of a prompt
 
 
+def test_a_card_without_scores_does_not_call_the_validation_text_scored(metadata):
+    card, without_scores = (render_card(each, tiny_config()) for each in (metadata, metadata | {"results": {}}))
+    assert "| validation (scored) |" in card and f"Scored: {metadata['data']['validation']['scored']}." in card
+    assert "| validation (not scored) |" in without_scores and "Scored:" not in without_scores
+
+
 def test_no_evaluation_results_are_written_for_a_training_corpus(metadata, tmp_path):
     """The Hub accepts `.eval_results/` only for registered benchmarks, which a training corpus never is."""
     metadata["data"]["datasets"] = ["user/plays"]

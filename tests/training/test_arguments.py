@@ -187,10 +187,15 @@ def test_a_setting_is_empty_only_if_its_default_is(tmp_path):
     optional = ("minutes", "max_tokens", "bf16", "save_steps", "head_dim")
     file.write_text("".join(f"{name}:\n" for name in optional))
     assert read_recipe(str(file)) == dict.fromkeys(optional)
-    for name in ("max_steps", "muon", "tokenizer"):
+    for name in ("max_steps", "muon", "tokenizer", "newline", "dedup", "on_bad_loss"):
         file.write_text(f"{name}:\n")
         with pytest.raises(ValueError, match=f"{name} is None: expected"):
             read_recipe(str(file))
+
+
+def test_without_eval_steps_the_model_is_evaluated_and_saved_at_each_log():
+    training = parse_arguments([], eval_steps=None, logging_steps=7)[2]
+    assert (training.eval_steps, training.save_steps) == (7, 7)
 
 
 def test_one_language_may_be_given_as_a_string():
@@ -201,6 +206,17 @@ def test_settings_without_effect_are_reported(caplog):
     parse_arguments(["--no_muon", "--muon_beta2", "0.5", "--sliding_window", "8"], recipe="gpt2-124m")
     assert "muon_beta2: no effect without muon" in caplog.text
     assert "sliding_window: no effect without use_sliding_window" in caplog.text
+    unused = {
+        "do_train": False,
+        "do_eval": False,
+        "do_predict": True,
+        "prediction_loss_only": True,
+        "hub_revision": "v1",
+    }
+    parse_arguments([], **unused)
+    for name in unused:
+        assert f"{name}: no effect" in caplog.text
     caplog.clear()
+    parse_arguments(["--do_train", "--do_predict", "false", "--hub_revision", "v1", "--push_to_hub"])
     parse_arguments(["--muon_beta2", "0.5", "--sliding_window", "8"], recipe="shakespeare-char")
     assert "no effect" not in caplog.text
