@@ -55,12 +55,7 @@ INTERVALS = {
 # Settings of the loss that exclude others.
 UNSUPPORTED_WITH = {
     "mtp_loss_weight": ("fsdp", "deepspeed", "label_smoothing_factor"),
-    "logits_chunk_size": (
-        "fsdp",
-        "deepspeed_plugin",
-        "label_smoothing_factor",
-        "fp16",
-    ),  # gradients would underflow in fp16
+    "logits_chunk_size": ("fsdp", "deepspeed", "label_smoothing_factor", "fp16"),  # gradients would underflow in fp16
 }
 
 
