@@ -76,10 +76,11 @@ def keep_freed_memory() -> None:
     """
     import ctypes
 
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt") or any(
-        name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-    ):
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    if sys.platform != "linux" or any(name in os.environ for name in names):
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # e.g. musl
         return
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the maximum

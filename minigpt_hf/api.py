@@ -226,6 +226,10 @@ def evaluate(
     if split != "all":
         check_split_is_reproducible(folder)
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
+    if split == "train" and (max_tokens := recipe.get("max_tokens")) is not None:
+        logger.info(
+            f"{data}: the complete training split is scored; the model was trained on its first {max_tokens:,} tokens"
+        )
     is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
     is_changed = is_changed or trained_on(folder)[1] < recipe.get("validation_fraction", 0)
     if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):

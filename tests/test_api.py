@@ -1,8 +1,10 @@
 """The Python interface gives the same results as the command line."""
 
+import json
 import logging
 import os
 import random
+import shutil
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +41,18 @@ def test_a_model_folder_evaluates_and_generates(run_folder, text_file, capsys):
     assert capsys.readouterr().out.startswith("def ")
     (one,) = folder.generate("def ", seed=1, max_new_tokens=8)
     assert one.startswith("def ")
+
+
+def test_scoring_a_training_split_of_which_only_the_start_was_used_is_reported(run_folder, text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    minigpt_hf.evaluate(folder, text_file, split="train", max_characters=500)
+    assert "the complete training split is scored" not in caplog.text
+    about = json.loads((folder / "minigpt.json").read_text())
+    about["recipe"]["max_tokens"] = 1000
+    (folder / "minigpt.json").write_text(json.dumps(about))
+    minigpt_hf.evaluate(folder, text_file, split="train", max_characters=500)
+    assert "the model was trained on its first 1,000 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

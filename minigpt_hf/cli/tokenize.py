@@ -9,6 +9,8 @@ from .parser import Parser, quiet, raising_on_sigterm
 from .train import parser as parser_of_train
 from .train import show_help, split_recipe
 
+CHAT = "--chat: conversations are tokenized by `minigpt train`; give it the tables"
+
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command: those of training, of which only the data settings have an effect, and of shards."""
@@ -52,11 +54,13 @@ def run(argv: list[str]) -> None:
     from ..training.text import prepare_shard, prepare_text
 
     recipe, rest = split_recipe(argv)
+    if "--chat" in rest:  # before a base model is required
+        raise MiniGPTError(CHAT)
     share = None if sharing.shard is None else Share.parse(sharing.shard)
     arguments = parse_arguments(rest, recipe)
     training = arguments.training
     if arguments.data.chat:
-        raise MiniGPTError("--chat: conversations are tokenized by `minigpt train`; give it the tables")
+        raise MiniGPTError(CHAT)
     if "--output_dir" not in {flag.partition("=")[0] for flag in rest}:
         raise MiniGPTError("--output_dir FOLDER is required")
     quiet()

@@ -161,30 +161,35 @@ def _check_conversations(name: str, content: SourceContent, fraction: float) -> 
 
 def _mix(data: str, corpora: list[Corpus], weights: list[float]) -> Corpus:
     """Combine corpora that share no document between training and validation, in the given shares of characters."""
-    train = Mixture.of([corpus.train for corpus in corpora], weights)
-    for corpus, component in zip(corpora, train.components, strict=True):
-        used, total = component.characters, corpus.train.characters
-        if used is not None and total is not None and used < total:
-            logger.info(
-                "the mixture uses %s of %s characters of %s: it ends with the source that is exhausted first",
-                f"{used:,}",
-                f"{total:,}",
-                corpus.name,
-            )
 
-    def mix_existing(splits: list[Documents | None]) -> Mixture | None:
-        """Mix the splits that exist, with their shares normalized."""
-        if not (existing := [(one, weight) for one, weight in zip(splits, weights, strict=True) if one is not None]):
+    def mix_existing(splits: list[Documents | None], kind: str) -> Mixture | None:
+        """Mix the splits that exist, with their shares normalized, and log which part of each is used."""
+        present = [(split, *other) for split, *other in zip(splits, weights, corpora, strict=True) if split is not None]
+        if not present:
             return None
-        documents, shares = zip(*existing, strict=True)
-        return Mixture.of(documents, [share / sum(shares) for share in shares])
+        documents, shares, sources = zip(*present, strict=True)
+        mixed = Mixture.of(documents, [share / sum(shares) for share in shares])
+        for corpus, split, component in zip(sources, documents, mixed.components, strict=True):
+            used, total = component.characters, split.characters
+            if used is not None and total is not None and used < total:
+                logger.info(
+                    "the mixture uses %s of %s %scharacters of %s: it ends with the source that is exhausted first",
+                    f"{used:,}",
+                    f"{total:,}",
+                    kind,
+                    corpus.name,
+                )
+        return mixed
+
+    train = mix_existing([corpus.train for corpus in corpora], "")
+    assert train is not None  # every corpus has a training split
 
     return Corpus(
         data,
         train,
-        mix_existing([corpus.validation for corpus in corpora]),
+        mix_existing([corpus.validation for corpus in corpora], "validation "),
         "; ".join(f"of {public_name(corpus.name)}: {corpus.split_description}" for corpus in corpora),
-        mix_existing([corpus.unused for corpus in corpora]),
+        mix_existing([corpus.unused for corpus in corpora], "unused "),
     )
 
 

@@ -366,6 +366,10 @@ def _checked(settings: dict[str, Any], origin: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         if key not in known:
             raise MiniGPTError(f"{origin}unknown setting {key!r}{_suggestion(str(key), known)}")
+        if value is False and key.endswith("_strategy"):
+            value = settings[key] = "no"  # YAML 1.1 reads `no` as false
+        if known[key] == list[str] and isinstance(value, str):
+            value = settings[key] = [value]
         if key == "size" and isinstance(value, int | float) and not isinstance(value, bool):
             value = settings[key] = str(value)
         kind = next((kind for kind in (bool, int, float, str) if known[key] in (kind, kind | None)), None)

@@ -90,6 +90,14 @@ def test_flags_override_a_recipe():
     assert architecture.num_hidden_layers == 4
 
 
+def test_a_strategy_that_yaml_reads_as_false_is_no_and_one_name_is_a_list(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("eval_strategy: no\nallow_change: muon_learning_rate\n")
+    training = parse_arguments([], str(file), output_dir=str(tmp_path)).training
+    assert training.eval_strategy == "no"
+    assert training.allow_change == ["muon_learning_rate"]
+
+
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("learning_rate: 4e-3\n")

@@ -180,6 +180,11 @@ def test_a_vocabulary_without_space_for_the_reserved_tokens_is_an_error(recipe_f
     assert "chat_tokens is determined by the model of init_from" in capsys.readouterr().err
 
 
+def test_conversations_are_not_tokenized_in_advance(tmp_path, capsys):
+    assert main(["tokenize", "--data", "chats.jsonl", "--chat", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--chat: conversations are tokenized by `minigpt train`" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--no_muon"], ["--no_muon", "--lora_rank", "2"]])
 def test_only_lora_leaves_the_other_embeddings_unchanged(flags, run_folder, chats, tmp_path):
