@@ -277,7 +277,7 @@ class AutoConfigurator:
         self._choose("allows generating texts longer than block_size", use_sliding_window=True)
         architecture = self.architecture
         heads = architecture.num_key_value_heads or architecture.num_attention_heads
-        distances = positional_heads(architecture.num_hidden_layers, heads)
+        distances = positional_heads(architecture.num_hidden_layers, heads, self.vocabulary)
         distances = fitting_positional_heads(distances, architecture, self.data.block_size)
         reason = (
             "these heads attend to previous tokens from the start" if distances else "too few heads or tokens for any"

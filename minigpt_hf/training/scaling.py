@@ -19,8 +19,10 @@ The functions take a width, or a number of parameters, tokens, characters or epo
 | learning_rate      | 0.01 · √(128 / width)                      | geometric mean of the rules for input embeddings      |
 |                    |                                            | (constant) and output heads (1 / width) in            |
 |                    |                                            | arXiv:2203.03466, since the embedding is tied         |
-| positional_heads   | in the first three layers, up to 4, 3 and  | measured: docs/results.md                             |
-|                    | 2 heads, at most 3/4 of them               |                                                       |
+| positional_heads   | in the first three layers, up to 4, 3 and  | measured: docs/log.md                                 |
+|                    | 2 heads, at most 3/4 of them; with BPE not |                                                       |
+|                    | in the last of three layers, and at most   |                                                       |
+|                    | 1/2 of fewer than four heads               |                                                       |
 | rope_theta         | 4 · block_size                             | longer wavelengths than the sequence are useless      |
 | residual_dropout   | 0 up to D = 4 T, 0.1 up to 10 T, then 0.2  | up to 4 epochs, repeated text is almost as useful as  |
 | weight_decay       | 0 up to D = 4 T, then 0.1                  | new text (arXiv:2305.16264)                           |
@@ -42,7 +44,7 @@ from typing import Any
 from ..errors import MiniGPTError
 
 MAX_EFFECTIVE_EPOCHS = 4
-MAX_MTP_VOCABULARY = 320  # characters and bytes
+MAX_SMALL_VOCABULARY = 320  # characters and bytes
 # Limits for `size: auto`; see `size_for_text`.
 PARAMETERS_PER_BYTE = 4
 MAX_AUTO_EPOCHS = 20
@@ -214,16 +216,23 @@ def learning_rates(width: int) -> dict[str, float]:
     return {"learning_rate": round(1e-2 * math.sqrt(128 / width), 6), "muon_learning_rate": 0.02}
 
 
-def positional_heads(layers: int, heads: int) -> list[list[int]]:
+def positional_heads(layers: int, heads: int, vocabulary: int) -> list[list[int]]:
     """Distances for `positional_heads`: 4 layers of 4 heads -> [[1, 2, 3], [1, 2, 4], [1, 2]].
+
+    With a large vocabulary, 3 layers of 3 heads -> [[1], [1]]: half of a few heads and the last of three layers are left for
+    other purposes, which models of tables need.
 
     Args:
         layers: `num_hidden_layers`.
         heads: Number of key and value heads. A single head is not initialized, because it must attend elsewhere as well.
+        vocabulary: Number of tokens.
     """
     if heads < 2:
         return []
     most = max(1, 3 * heads // 4)
+    if vocabulary > MAX_SMALL_VOCABULARY:
+        most = heads // 2 if heads < 4 else most
+        layers = 2 if layers == 3 else layers
     return [distances[:most] for distances in ([1, 2, 3, 4], [1, 2, 4], [1, 2])[:layers]]
 
 
@@ -242,7 +251,7 @@ def tokens_for_size(parameters: float) -> float:
 
 def mtp_loss_weight(vocabulary: int) -> float:
     """Initial weight of the auxiliary loss for a vocabulary size."""
-    return 0.5 if vocabulary <= MAX_MTP_VOCABULARY else 0.0
+    return 0.5 if vocabulary <= MAX_SMALL_VOCABULARY else 0.0
 
 
 def weight_decay(epochs: float) -> float:

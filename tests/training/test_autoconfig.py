@@ -171,7 +171,7 @@ def test_a_size_chooses_the_nearest_shape_and_its_optimal_number_of_tokens(text_
 )
 def test_the_chosen_positional_heads_fit_the_other_settings(flags, expected, text_file, tmp_path, caplog):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    argv = ["--data", str(text_file), "--num_hidden_layers", "3", "--num_attention_heads", "4", "--hidden_size", "64"]
+    argv = ["--data", str(text_file), "--num_hidden_layers", "4", "--num_attention_heads", "4", "--hidden_size", "64"]
     (_, architecture, _), _ = automatic_settings([*argv, *flags], tmp_path)
     assert architecture.positional_heads == expected
     assert ("attend to previous tokens from the start" in caplog.text) == bool(expected)

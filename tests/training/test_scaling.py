@@ -81,9 +81,12 @@ def test_small_vocabularies_have_an_auxiliary_loss():
     assert [mtp_loss_weight(vocabulary) for vocabulary in (65, 258, 1024)] == [0.5, 0.5, 0.0]
 
 
-def test_positional_heads_leave_a_quarter_of_the_heads_random():
-    assert positional_heads(4, 4) == [[1, 2, 3], [1, 2, 4], [1, 2]]
-    assert positional_heads(2, 6) == [[1, 2, 3, 4], [1, 2, 4]]
-    assert positional_heads(3, 3) == [[1, 2], [1, 2], [1, 2]]
-    assert positional_heads(1, 2) == [[1]]
-    assert positional_heads(6, 1) == []
+def test_positional_heads_leave_a_quarter_of_the_heads_random_and_more_of_a_few_with_a_large_vocabulary():
+    for vocabulary in (67, 1024):
+        assert positional_heads(4, 4, vocabulary) == [[1, 2, 3], [1, 2, 4], [1, 2]]
+        assert positional_heads(2, 6, vocabulary) == [[1, 2, 3, 4], [1, 2, 4]]
+        assert positional_heads(1, 2, vocabulary) == [[1]]
+        assert positional_heads(6, 1, vocabulary) == []
+    assert positional_heads(3, 3, 320) == [[1, 2], [1, 2], [1, 2]]
+    assert positional_heads(3, 3, 321) == [[1], [1]]
+    assert positional_heads(3, 4, 321) == [[1, 2, 3], [1, 2, 4]]
