@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.trial import prepare
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments
 from minigpt_hf.training.recipe import read_recipe
-from minigpt_hf.training.scaling import positional_heads
 
 RATES = {"muon_learning_rate": "Muon", "learning_rate": "AdamW"}
 
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     changes = [{}, *({name: rates[name] * factor} for name in RATES for factor in args.factors)]
     table, differences = [], {}
     for width in args.widths:
-        # MLP of 8/3 of the width rounded to a multiple of 8, the recipe's head dimension, the same number of tokens.
+        # MLP of 8/3 of the width rounded to a multiple of 8, the recipe's head dimension, positional heads as far as they fit.
         head_dim = recipe["hidden_size"] // recipe["num_attention_heads"]
         heads = max(1, width // head_dim)
         intermediate_size = round(width * 8 / 3 / 8) * 8
@@ -48,8 +47,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "--intermediate_size",
             str(intermediate_size),
         ]
-        distances = positional_heads(recipe["num_hidden_layers"], heads)
-        flags += ["--positional_heads", *(",".join(map(str, each)) for each in distances or [["none"]])]
         flags += ["--max_steps", str(args.max_steps or recipe["max_steps"])]
         losses = []
         for change in changes:

@@ -123,10 +123,6 @@ def test_the_used_share_of_each_source_of_a_mixture_is_logged(tmp_path, caplog):
         load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0)
     assert "the mixture uses 333 of 1,000 characters" in caplog.text
     assert "b.txt: it ends with the source that is exhausted first" in caplog.text
-    assert "validation characters" not in caplog.text
-    with caplog.at_level(logging.INFO):
-        load_corpus(f"{folder}/a.txt:3,{folder}/b.txt:1", 0.1)
-    assert "the mixture uses 33 of 100 validation characters" in caplog.text
 
 
 def test_a_dataset_with_its_own_validation_split_is_unchanged_and_duplicates_are_reported(tmp_path, caplog):

@@ -218,7 +218,8 @@ def test_a_mixture_has_the_requested_shares_and_repeats_no_text(tmp_path, caplog
     train, validation = "".join(corpus.train), "".join(corpus.validation)
     assert (train.count("a"), train.count("b")) == (900, 300)
     assert re.findall(r"the mixture uses (.*) characters of .*/(\w\.txt): it ends", caplog.text) == [
-        ("300 of 900", "b.txt")
+        ("300 of 900", "b.txt"),
+        ("33 of 100 validation", "b.txt"),
     ]
     assert (validation.count("a"), validation.count("b")) == (100, 33)
     assert "".join(corpus.train.head(100)).count("a") == 75
