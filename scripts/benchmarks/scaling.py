@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     changes = [{}, *({name: rates[name] * factor} for name in RATES for factor in args.factors)]
     table, differences = [], {}
     for width in args.widths:
-        # MLP of 8/3 of the width rounded to a multiple of 8, the recipe's head dimension, positional heads as far as they fit.
+        # MLP of 8/3 of the width rounded to a multiple of 8, the recipe's head dimension, fitting positional heads.
         head_dim = recipe["hidden_size"] // recipe["num_attention_heads"]
         heads = max(1, width // head_dim)
         intermediate_size = round(width * 8 / 3 / 8) * 8
