@@ -29,6 +29,7 @@ from .training_text import (
     recipe_of,
     trained_on,
     training_text,
+    truncated_to,
     window_characters_of,
 )
 
@@ -226,10 +227,8 @@ def evaluate(
     if split != "all":
         check_split_is_reproducible(folder)
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
-    if split == "train" and (max_tokens := recipe.get("max_tokens")) is not None:
-        logger.info(
-            f"{data}: the complete training split is scored; the model was trained on its first {max_tokens:,} tokens"
-        )
+    if split == "train" and (used := truncated_to(folder, recipe, whole)) is not None:
+        logger.info(f"{data}: the complete training split is scored; the model was trained on {used:,} tokens of it")
     is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
     is_changed = is_changed or trained_on(folder)[1] < recipe.get("validation_fraction", 0)
     if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):

@@ -176,7 +176,8 @@ def training_text(
             return build_stream(documents, tokenizer, CACHE, progress=bar.update, max_tokens=max_tokens)
 
     train = encode(corpus.train, recipe.get("max_tokens"))
-    _warn_if_other_text(model, data, train)
+    if not _is_streamed_text(model, data, recipe, reading, tokenizer):
+        _warn_if_other_text(model, data, train)
     if corpus.validation is None:
         return tokenizer, train, None
     held_out = corpus.validation
@@ -188,17 +189,57 @@ def training_text(
 
 def _warn_if_other_text(model: str | os.PathLike, data: str, train: "TokenStream") -> None:
     """Log a warning if the metadata of a model state another training split."""
-    from .trust import read_metadata
-
-    known: Any = read_metadata(model)
-    for key in ("data", "train", "fingerprint"):
-        known = known.get(key) if isinstance(known, dict) else None
+    known = _training_split(model).get("fingerprint")
     if isinstance(known, str) and known != train.fingerprint:
         logger.warning(
             "%s: its training split is not the one that %s was trained on, so the figures and passages are those of another "
             "text",
             *(data, model),
         )
+
+
+def _is_streamed_text(
+    model: str | os.PathLike,
+    data: str,
+    recipe: dict[str, Any],
+    reading: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> bool:
+    """Whether a model was trained on a stream of this dataset, which has another fingerprint if it is downloaded; for the
+    arguments see `training_text`."""
+    from .data.stream import stream_fingerprint
+
+    if not recipe.get("streaming"):
+        return False
+    try:
+        streamed = read_divided(data, recipe, reading | {"dedup": recipe.get("dedup", "none")}, streaming=True).train
+    except MiniGPTError:  # it is another text, e.g. a local file
+        return False
+    known = _training_split(model).get("fingerprint")
+    return known == f"{stream_fingerprint(streamed, tokenizer)}-at-most-{recipe.get('max_tokens')}"
+
+
+def truncated_to(model: str | os.PathLike, recipe: dict[str, Any], train: "Documents") -> int | None:
+    """Return the number of tokens that a model was trained on if `max_tokens` was less than its training split has.
+
+    Args:
+        train: The complete training split.
+    """
+    split = _training_split(model)
+    tokens, characters = split.get("tokens"), split.get("characters")
+    if recipe.get("max_tokens") is None or not isinstance(tokens, int) or not isinstance(characters, int):
+        return None
+    return None if train.characters is not None and characters >= train.characters else tokens
+
+
+def _training_split(model: str | os.PathLike) -> dict[str, Any]:
+    """Return what the metadata of a model state of its training split; empty if they state nothing."""
+    from .trust import read_metadata
+
+    known: Any = read_metadata(model)
+    for key in ("data", "train"):
+        known = known.get(key) if isinstance(known, dict) else None
+    return known if isinstance(known, dict) else {}
 
 
 def window_characters_of(model: str | os.PathLike) -> int | None:

@@ -49,10 +49,15 @@ def test_scoring_a_training_split_of_which_only_the_start_was_used_is_reported(r
     minigpt_hf.evaluate(folder, text_file, split="train", max_characters=500)
     assert "the complete training split is scored" not in caplog.text
     about = json.loads((folder / "minigpt.json").read_text())
-    about["recipe"]["max_tokens"] = 1000
+    about["recipe"]["max_tokens"] = 10**9  # more than the text has
     (folder / "minigpt.json").write_text(json.dumps(about))
     minigpt_hf.evaluate(folder, text_file, split="train", max_characters=500)
-    assert "the model was trained on its first 1,000 tokens" in caplog.text
+    assert "the complete training split is scored" not in caplog.text
+    about["recipe"]["max_tokens"] = 1000
+    about["data"]["train"] |= {"tokens": 998, "characters": 2000}
+    (folder / "minigpt.json").write_text(json.dumps(about))
+    minigpt_hf.evaluate(folder, text_file, split="train", max_characters=500)
+    assert "the model was trained on 998 tokens of it" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def load_corpus(
         return replace(_split([(data, content)], validation_fraction)[0], duplicates=tuple(listings))
     if share is not None:
         raise MiniGPTError(f"{data}: is a mixture, which has no shards; tokenize each source by itself")
+    if dedup != "none":
+        logger.warning("dedup %s: finds duplicates within each source of a mixture, not across its sources", dedup)
     if chat:
         raise MiniGPTError(f"{data}: is a mixture, which --chat does not support; give a folder or pattern of files")
     contents = []

@@ -118,7 +118,8 @@ class Source:
             raise MiniGPTError(f"--streaming requires a dataset of the Hub, and {self.data} is not one: omit it")
         if prepared_folder(self.data):
             raise MiniGPTError(
-                f"{self.data}: is a prepared text, which only training accepts; specify the original text instead"
+                f"{self.data}: is a prepared text, which only training accepts, and not in a mixture; specify the original "
+                "text instead"
             )
         if path.is_dir() and next(path.glob(f"{SHARDS}/shard.json"), None):
             raise MiniGPTError(

@@ -139,6 +139,11 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         for name in sorted(given & names):
             if not {**vars(model), **vars(training)}[condition]:
                 log_on_main_process(training, f"{name}: no effect without {condition}", logging.WARNING)
+    knows_layers = "num_hidden_layers" in given or not (training.size or training.minutes)  # otherwise chosen later
+    all_are_full = knows_layers and model.max_window_layers >= model.num_hidden_layers
+    if "sliding_window" in given and model.use_sliding_window and all_are_full:
+        message = f"sliding_window: no effect, because max_window_layers {model.max_window_layers} includes every layer"
+        log_on_main_process(training, message, logging.WARNING)
     for name, value in WITHOUT_EFFECT.items():
         if name in given and getattr(training, name) != value:
             log_on_main_process(training, f"{name}: no effect", logging.WARNING)

@@ -91,6 +91,13 @@ def test_evaluate_holds_out_the_same_documents_as_training(recipe_file, text, tm
     assert {name: score[name] for name in about["results"]} == about["results"]
 
 
+def test_the_sources_of_a_mixture_are_not_compared_with_each_other(tmp_path, caplog):
+    data = write_files(tmp_path, {"one.jsonl": '{"text": "a b"}\n' * 2, "other.jsonl": '{"text": "a b"}\n' * 3})
+    corpus = load_corpus(f"{data}/one.jsonl:0.5,{data}/other.jsonl:0.5", 0, dedup="exact", cache_dir=tmp_path / "cache")
+    assert list(corpus.train) == ["a b"] * 2
+    assert "dedup exact: finds duplicates within each source of a mixture, not across its sources" in caplog.text
+
+
 def test_unknown_kinds_and_streams_are_rejected(hub, tmp_path):
     with pytest.raises(MiniGPTError, match="dedup is 'all': it must be one of none, exact, near"):
         load_corpus("stdlib", dedup="all")

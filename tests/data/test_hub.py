@@ -104,6 +104,22 @@ def test_evaluate_repeats_the_score_of_a_streamed_dataset(streamed, capsys):
     assert {name: score[name] for name in published} == published
 
 
+def test_passages_are_sought_in_the_text_that_was_streamed(streamed, hub, tmp_path, capsys):
+    """A downloaded dataset has another fingerprint than its stream."""
+    model = str(streamed("user/words"))
+    published = json.loads((Path(model) / "minigpt.json").read_text())["copying"]
+    datasets.Dataset.from_dict({"text": ["other words"] * 300}).to_parquet(tmp_path / "other.parquet")
+    hub.put("user/other", {"train.parquet": (tmp_path / "other.parquet").read_bytes()}, repo_type="datasets")
+    for data, is_other in (("user/words", False), ("user/other", True), (str(tmp_path / "other.parquet"), True)):
+        capsys.readouterr()
+        assert main(["evaluate", model, "--data", data, "--copying", "--json"]) == 0
+        output = capsys.readouterr()
+        assert ("its training split is not the one that" in output.err) == is_other
+        score = json.loads(output.out)
+        assert is_other or score["training_tokens"] == published["training_tokens"]
+        assert is_other or score["samples"] == published["samples"]
+
+
 def test_training_text_that_was_streamed_is_recognized(streamed, tmp_path, capsys):
     """Three tenths were held out when the dataset was streamed; it is downloaded afterwards."""
     model = str(streamed("user/words"))

@@ -78,7 +78,7 @@ def test_training_on_a_prepared_text_equals_training_on_the_original(text_file, 
     ours, theirs = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "other"))
     assert ours == theirs
     assert main(["evaluate", str(tmp_path / "other" / "model"), "--data", str(prepared)]) == 2
-    assert "is a prepared text, which only training accepts" in capsys.readouterr().err
+    assert "is a prepared text, which only training accepts, and not in a mixture" in capsys.readouterr().err
     about = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())
     assert (about["tokenizer"]["kind"], about["recipe"]["tokenizer"]) == ("byte-level BPE", "bpe")
 

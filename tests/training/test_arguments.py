@@ -214,6 +214,8 @@ def test_settings_without_effect_are_reported(caplog):
     parse_arguments(["--no_muon", "--muon_beta2", "0.5", "--sliding_window", "8"], recipe="gpt2-124m")
     assert "muon_beta2: no effect without muon" in caplog.text
     assert "sliding_window: no effect without use_sliding_window" in caplog.text
+    parse_arguments(["--use_sliding_window", "--sliding_window", "4", "--max_window_layers", "4"])
+    assert "sliding_window: no effect, because max_window_layers 4 includes every layer" in caplog.text
     unused = {
         "do_train": False,
         "do_eval": False,
