@@ -39,7 +39,13 @@ def run(argv: list[str]) -> None:
     """Tokenize the text and save it."""
     if show_help("tokenize", argv):
         return
-    sharing, argv = shards_parser().parse_known_args(argv)
+    from transformers.hf_argparser import string_to_bool
+
+    own = shards_parser()
+    own.add_argument("--chat", type=string_to_bool, nargs="?", const=True, default=False)
+    sharing, argv = own.parse_known_args(argv)
+    if sharing.chat:  # rejected here, because `parse_arguments` would require a base model
+        raise MiniGPTError(CHAT)
     if sharing.merge is not None:
         if sharing.shard is not None:
             raise MiniGPTError("--merge and --shard: write all shards first, then merge them")
@@ -54,8 +60,6 @@ def run(argv: list[str]) -> None:
     from ..training.text import prepare_shard, prepare_text
 
     recipe, rest = split_recipe(argv)
-    if "--chat" in rest:  # before a base model is required
-        raise MiniGPTError(CHAT)
     share = None if sharing.shard is None else Share.parse(sharing.shard)
     arguments = parse_arguments(rest, recipe)
     training = arguments.training

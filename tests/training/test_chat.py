@@ -180,9 +180,12 @@ def test_a_vocabulary_without_space_for_the_reserved_tokens_is_an_error(recipe_f
     assert "chat_tokens is determined by the model of init_from" in capsys.readouterr().err
 
 
-def test_conversations_are_not_tokenized_in_advance(tmp_path, capsys):
-    assert main(["tokenize", "--data", "chats.jsonl", "--chat", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "--chat: conversations are tokenized by `minigpt train`" in capsys.readouterr().err
+def test_conversations_are_not_tokenized_in_advance(text_file, tmp_path, capsys):
+    argv = ["tokenize", "--data", str(text_file), "--output_dir", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    for flags in (["--chat"], ["--chat", "true"], ["--chat=true"]):
+        assert main([*argv, *flags]) == 2
+        assert "--chat: conversations are tokenized by `minigpt train`" in capsys.readouterr().err
+    assert main([*argv, "--chat", "false"]) == 0
 
 
 @pytest.mark.slow
