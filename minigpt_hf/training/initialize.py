@@ -4,9 +4,9 @@ Pretrained weights come from a MiniGPT or Qwen3 model folder or Hub id, and are 
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,7 +17,13 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import checked_folder, loading
-from .arguments import ARCHITECTURE_SETTINGS, ModelArguments, parse_positional_heads
+from .arguments import (
+    ARCHITECTURE_SETTINGS,
+    ModelArguments,
+    Settings,
+    log_on_main_process,
+    parse_positional_heads,
+)
 from .positional_heads import check_positional_heads, initialize_positional_heads
 
 
@@ -58,11 +64,26 @@ def pretrained_config(architecture: ModelArguments) -> MiniGPTConfig:
     return config
 
 
-def settings_of_config(config: MiniGPTConfig) -> dict[str, Any]:
-    """Return the architecture of a pretrained model as values of `ModelArguments`."""
-    values = {name: vars(config)[name] for name in ARCHITECTURE_SETTINGS if name in vars(config)}
+def with_pretrained_architecture(settings: Settings) -> Settings:
+    """Replace the architecture by that of `init_from`, and log which values of the recipe have no effect therefore.
+
+    Raises:
+        MiniGPTError: if the model cannot be trained.
+    """
+    config = pretrained_config(settings.model)
     assert config.rope_parameters is not None  # set by the configuration itself
-    return values | {"rope_theta": config.rope_parameters["rope_theta"]}
+    values = {name: vars(config)[name] for name in ARCHITECTURE_SETTINGS if name in vars(config)}
+    values["rope_theta"] = config.rope_parameters["rope_theta"]
+    of_recipe = {name: vars(settings.model)[name] for name in sorted(settings.training.given & values.keys())}
+    ignored = {name: value for name, value in of_recipe.items() if value not in (None, values[name])}
+    if ignored:
+        log_on_main_process(
+            settings.training,
+            f"{', '.join(f'{name} {value}' for name, value in ignored.items())}: no effect, init_from "
+            f"{settings.model.init_from} determines the architecture",
+            logging.WARNING,
+        )
+    return settings.replace(**values)
 
 
 def build_config(

@@ -100,6 +100,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             values["max_steps"] = -1
             break
     parser = argument_parser(prog="minigpt train")
+    # A recipe that a run has recorded contains every setting; only values other than the defaults are someone's choice.
+    chosen = {name for name, value in recipe_values.items() if _is_file(recipe) and value != parser.get_default(name)}
     parser.set_defaults(**values)
     try:
         data, model, training, unknown = parser.parse_args_into_dataclasses(
@@ -121,6 +123,9 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
         if fixed := sorted(given & (ARCHITECTURE_SETTINGS | {"tokenizer", "vocab_size", "chat_tokens"})):
             raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
+        if recipe_values.get("tokenizer", model.init_from) != model.init_from:
+            message = f"tokenizer {data.tokenizer}: no effect, the tokenizer of init_from {model.init_from} is used"
+            log_on_main_process(training, message, logging.WARNING)
         settings = settings.replace(tokenizer=model.init_from)
     settings = _with_settings_of_prepared_text(settings, given)
     if not model.init_from and (model.lora_rank or recipe in ("finetune", "chat")):
@@ -130,24 +135,24 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         for name in NOT_FOR_CHAT & (given | recipe_values.keys()):
             if values_of[name]:
                 raise MiniGPTError(f"{name} is not supported with chat: omit one of them")
-        if "validation_characters" in given:
+        if "validation_characters" in given | chosen:
             message = (
                 f"validation_characters {settings.data.validation_characters}: no effect, all conversations are scored"
             )
             log_on_main_process(training, message)
     for condition, names in EFFECTIVE_WITH.items():
-        for name in sorted(given & names):
+        for name in sorted((given | chosen) & names):
             if not {**vars(model), **vars(training)}[condition]:
                 log_on_main_process(training, f"{name}: no effect without {condition}", logging.WARNING)
     knows_layers = "num_hidden_layers" in given or not (training.size or training.minutes)  # otherwise chosen later
     all_are_full = knows_layers and model.max_window_layers >= model.num_hidden_layers
-    if "sliding_window" in given and model.use_sliding_window and all_are_full:
+    if "sliding_window" in given | chosen and model.use_sliding_window and all_are_full:
         message = f"sliding_window: no effect, because max_window_layers {model.max_window_layers} includes every layer"
         log_on_main_process(training, message, logging.WARNING)
     for name, value in WITHOUT_EFFECT.items():
-        if name in given and getattr(training, name) != value:
+        if name in given | chosen and getattr(training, name) != value:
             log_on_main_process(training, f"{name}: no effect", logging.WARNING)
-    if "do_eval" in given:
+    if "do_eval" in given or recipe_values.get("do_eval") is False:  # recorded recipes contain true
         log_on_main_process(training, "do_eval: no effect; eval_strategy determines when to evaluate", logging.WARNING)
     for name in UNSUPPORTED_WITH:
         if model.lora_rank and getattr(training, name):
@@ -325,6 +330,11 @@ def _shown(value: Any) -> str:
     return "none" if value in (None, "", []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _is_file(recipe: str) -> bool:
+    """Whether `recipe` is a YAML file, not the name of a recipe of the package."""
+    return recipe.endswith((".yaml", ".yml"))
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """Read the settings of a recipe of the package, or of a YAML file.
 
@@ -332,7 +342,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         MiniGPTError: if the recipe does not exist, is not a YAML mapping, or contains an unknown setting or an invalid value.
     """
     source: Traversable
-    if name.endswith((".yaml", ".yml")):
+    if _is_file(name):
         source = Path(name)
         if not source.is_file():
             raise MiniGPTError(f"recipe {name}: no such file")

@@ -42,8 +42,7 @@ from .initialize import (
     build_config,
     build_model,
     merge_lora,
-    pretrained_config,
-    settings_of_config,
+    with_pretrained_architecture,
 )
 from .lock import FolderLock
 from .recipe import resolved
@@ -154,7 +153,7 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
     check_sharded_run(training, settings.model.lora_rank)
     # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:
-        settings = settings.replace(**settings_of_config(pretrained_config(settings.model)))
+        settings = with_pretrained_architecture(settings)
     configurator = AutoConfigurator(settings, run, began)
     settings = configurator.settings
     if not settings.model.init_from:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
@@ -229,4 +230,26 @@ def test_settings_without_effect_are_reported(caplog):
     caplog.clear()
     parse_arguments(["--do_train", "--do_predict", "false", "--hub_revision", "v1", "--push_to_hub"])
     parse_arguments(["--muon_beta2", "0.5", "--sliding_window", "8"], recipe="shakespeare-char")
+    assert "no effect" not in caplog.text
+
+
+def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog):
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "muon: false\nmuon_beta2: 0.5\nsliding_window: 8\ndo_eval: false\ndo_predict: true\nhub_revision: v1\n"
+    )
+    parse_arguments([], recipe=str(file))
+    for name in ("muon_beta2", "sliding_window", "do_eval", "do_predict", "hub_revision"):
+        assert f"{name}: no effect" in caplog.text
+    file.write_text("chat: true\nvalidation_characters: 10\n")
+    parse_arguments(["--data", "chat.jsonl"], recipe=str(file))
+    assert "validation_characters 10: no effect" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"finetune", "lora", "chat"}))
+def test_a_recorded_recipe_contains_every_setting_and_reports_none_as_without_effect(name, tmp_path, caplog):
+    settings = parse_arguments([], recipe=name)
+    (file := tmp_path / "recorded.yaml").write_text(yaml.safe_dump(resolved(settings)))
+    caplog.clear()
+    parse_arguments([], recipe=str(file))
     assert "no effect" not in caplog.text
