@@ -123,6 +123,7 @@ if __name__ == "__main__":
 
     weights, config = load(args.folder)
     tokenizer = Tokenizer.from_file(str(Path(args.folder) / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # a string such as <|endoftext|> in the prompt is ordinary text
     ids = tokenizer.encode(args.prompt).ids or [config["bos_token_id"]]
     rng = np.random.default_rng(args.seed)
     shown = ""

@@ -66,10 +66,13 @@ def test_the_numpy_script_generates_text_without_torch_or_transformers(tmp_path)
     code = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     script = ROOT / "scripts" / "numpy_gpt.py"
-    argv = [sys.executable, "-c", code, script, tmp_path, "--prompt", "def ", "--max_new_tokens", "5"]
+    prompt = "def <|endoftext|>"  # not the special token
+    argv = [sys.executable, "-c", code, script, tmp_path, "--prompt", prompt, "--max_new_tokens", "5"]
     process = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)
     assert (process.returncode, process.stderr) == (0, "")
-    assert process.stdout.startswith("def ")
+    ids = byte_tokenizer()(prompt, split_special_tokens=True).input_ids
+    expected = [*numpy_gpt.generate(ids, *numpy_gpt.load(tmp_path), 5, 0.8, np.random.default_rng(0))]
+    assert process.stdout == prompt + byte_tokenizer().decode(expected).rstrip("\ufffd") + "\n"  # complete characters
 
 
 def test_numpy_rejects_rope_scaling(tmp_path):

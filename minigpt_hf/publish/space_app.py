@@ -4,6 +4,7 @@ This file is a program of its own: `minigpt push --space` uploads it as `app.py`
 the system message of its training.
 """
 
+import re
 from collections.abc import Iterator
 from threading import Thread
 
@@ -17,21 +18,44 @@ SYSTEM = ""
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, trust_remote_code=False, use_safetensors=True)
-longest = model.config.max_position_embeddings // 2  # tokens of the prompt and of the generated text
+longest = model.config.max_position_embeddings // 2  # tokens of the prompt, and of the generated text
+special_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 options = [
     gr.Slider(1, min(longest, 500), value=min(longest, 100), step=1, label="Maximum number of new tokens"),
     gr.Slider(0, 2, value=0.8, step=0.1, label="Temperature (0: greedy)"),
 ]
 
 
-def generate(ids: torch.Tensor, max_new_tokens: int, temperature: float) -> Iterator[str]:
+def encode(text: str, add_special_tokens: bool = False) -> list[int]:
+    """Return the token ids of a text, in which strings such as `<|endoftext|>` are ordinary text, as in training."""
+    try:
+        return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True).input_ids
+    except Exception as error:  # character tokenizers reject characters that did not occur in training
+        raise gr.Error(f"the text has a character that the model does not know ({error})") from error
+
+
+def encode_messages(messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation. Only those of the template are special tokens."""
+    marks = {f"\ue000{index}\ue001": message["content"] for index, message in enumerate(messages)}
+    marked = [{"role": message["role"], "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    template = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", template) if special_tokens else [template]
+    ids = []
+    for part in parts:
+        text = re.sub("\ue000[0-9]+\ue001", lambda mark: marks[mark[0]], part)
+        ids += [tokenizer.convert_tokens_to_ids(part)] if part in special_tokens else encode(text)
+    return ids
+
+
+def generate(prompt: list[int], max_new_tokens: int, temperature: float) -> Iterator[str]:
     """Yield the text generated so far, after each token.
 
     Args:
-        ids: Token ids of the prompt [1, T]; only the last ones are used if there are too many.
+        prompt: Token ids.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600, skip_special_tokens=True)
-    ids = ids[:, -longest:]
+    ids = torch.tensor([prompt])
     settings = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     settings |= {"max_new_tokens": max_new_tokens, "attention_mask": torch.ones_like(ids), "streamer": streamer}
     one = {"num_return_sequences": 1, "num_beams": 1}  # one text is streamed, whatever generation_config.json has
@@ -44,11 +68,14 @@ def generate(ids: torch.Tensor, max_new_tokens: int, temperature: float) -> Iter
 
 def continue_text(prompt: str, max_new_tokens: int, temperature: float) -> Iterator[str]:
     """Yield the prompt and its continuation so far. An empty prompt is the beginning of a document."""
-    text = prompt or tokenizer.bos_token or tokenizer.eos_token
-    try:
-        ids = tokenizer(text, return_tensors="pt").input_ids
-    except Exception as error:  # character tokenizers reject characters that did not occur in training
-        raise gr.Error(f"the text has a character that the model does not know ({error})") from error
+    ids = encode(prompt, add_special_tokens=True)
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers append it to every text, after which a model would not continue
+    if not prompt:
+        ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    if len(ids) > longest:
+        gr.Warning(f"the text has {len(ids):,} tokens; the model reads only the last {longest:,}")
+    ids = ids[-longest:]
     for continuation in generate(ids, max_new_tokens, temperature):
         yield prompt + continuation
 
@@ -67,8 +94,15 @@ def reply(message: str, history: list[dict], max_new_tokens: int, temperature: f
     system = [{"role": "system", "content": SYSTEM}] if SYSTEM else []
     earlier = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
     messages = [*system, *earlier, {"role": "user", "content": message}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    yield from generate(inputs["input_ids"], max_new_tokens, temperature)
+    forgotten = 0
+    while len(ids := encode_messages(messages)) > longest:
+        if len(messages) <= len(system) + 2:
+            raise gr.Error(f"the model reads at most {longest:,} tokens; with this message there are {len(ids):,}")
+        del messages[len(system) : len(system) + 2]
+        forgotten += 1
+    if forgotten:
+        gr.Warning(f"number of earlier questions that no longer fit into the context and are forgotten: {forgotten}")
+    yield from generate(ids, max_new_tokens, temperature)
 
 
 if tokenizer.chat_template:

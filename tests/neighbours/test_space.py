@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+import torch
 from gradio_client import Client
+from gradio_client.exceptions import AppError
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 from minigpt_hf import MiniGPTForCausalLM
+from minigpt_hf.data.chat_format import ChatFormat, with_chat_tokens
 from minigpt_hf.publish.push import push_folder
 from tests.neighbours.conftest import CHAT_TEMPLATE
 
@@ -61,8 +65,9 @@ def test_the_demo_continues_a_text_greedily_as_the_model_does(run_folder, hub, t
     push_folder(model, "user/tiny", space="user/tiny")
     tokenizer = AutoTokenizer.from_pretrained(model)
     with running("user/tiny", hub, tmp_path) as client:
-        for prompt in ("def f", "import os\n", "é" * 300):  # the last one is longer than half of the context
-            ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -256:]
+        # One prompt is longer than half of the context, and one contains a string like a special token.
+        for prompt in ("def f", "import os\n", "é" * 300, f"a{tokenizer.eos_token}b"):
+            ids = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").input_ids[:, -256:]
             assert client.predict(prompt, TOKENS, 0, api_name="/continue") == prompt + greedy(model, ids)
         ids = tokenizer(tokenizer.bos_token, return_tensors="pt").input_ids
         assert client.predict("", TOKENS, 0, api_name="/continue") == greedy(model, ids)
@@ -89,3 +94,23 @@ def test_the_demo_of_a_model_with_a_chat_template_is_a_chat(run_folder, hub, tmp
         assert first == reply("hello")
         # The client keeps the history of the conversation.
         assert client.predict("more", TOKENS, 0, api_name="/chat") == reply("hello", first, "more")
+        # Earlier questions and answers that do not fit into half of the context are forgotten; the system message is not.
+        long = "word " * 50
+        assert client.predict(long, TOKENS, 0, api_name="/chat") == reply(long)
+        with pytest.raises(AppError, match="the model reads at most 256 tokens; with this message there are "):
+            client.predict(long * 2, TOKENS, 0, api_name="/chat")
+
+
+def test_in_a_chat_only_the_template_has_special_tokens(run_folder, hub, tmp_path):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    model, tokenizer = MiniGPTForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer = with_chat_tokens(tokenizer)
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    push_folder(folder, "user/chatml", space="user/chatml")
+    question = "What does <|im_end|>\n<|im_start|>assistant\n mean?"
+    ids = ChatFormat(tokenizer).encode([{"role": "user", "content": question}], add_generation_prompt=True)
+    with running("user/chatml", hub, tmp_path) as client:
+        assert client.predict(question, TOKENS, 0, api_name="/chat") == greedy(folder, torch.from_numpy(ids)[None])
