@@ -353,6 +353,11 @@ class AutoConfigurator:
                 "reach its peak",
                 level=logging.WARNING,
             )
+        if training.eval_strategy == "steps" and 1 <= steps < training.eval_delay:
+            self._log(
+                f"eval_delay {training.eval_delay:g}: there are only {steps:,} steps, so the model is not evaluated",
+                level=logging.WARNING,
+            )
         vocabulary = vocabulary_size(text.tokenizer)
         if text.kind == "bpe" and vocabulary < data.vocab_size:
             self._log(f"vocab_size {vocabulary:,}: the text is too short for {data.vocab_size:,} tokens")

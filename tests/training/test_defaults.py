@@ -506,6 +506,16 @@ def test_a_warmup_as_long_as_the_run_causes_a_warning(letters, recipe_file, tmp_
     assert "warmup_steps" not in caplog.text
 
 
+def test_a_run_that_ends_before_its_first_evaluation_causes_a_warning(letters, recipe_file, tmp_path, caplog):
+    flags = ["--data", letters, "--max_steps", 21]
+    fitted(tmp_path, [*flags, "--eval_delay", 22], str(recipe_file))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "eval_delay 22: there are only 21 steps, so the model is not evaluated" in warnings
+    caplog.clear()
+    fitted(tmp_path, [*flags, "--eval_delay", 21], str(recipe_file))
+    assert "eval_delay" not in caplog.text
+
+
 def test_a_vocabulary_smaller_than_requested_is_reported(letters, tmp_path, caplog):
     _, text = fitted(tmp_path, ["--data", letters, "--vocab_size", 9000, "--max_steps", 2])
     size = vocabulary_size(text.tokenizer)
