@@ -115,8 +115,10 @@ class Chat:
         from ..inference.evaluation import longest_context
 
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        if "max_length" not in options:  # half of a short context remains for the conversation
-            options.setdefault("max_new_tokens", min(512, max(1, longest_context(model) // 2)))
+        if "max_length" not in options:
+            # By default half of a short context remains for the conversation.
+            default = model.generation_config.max_new_tokens or min(512, max(1, longest_context(model) // 2))
+            options.setdefault("max_new_tokens", default)
         self.reset(system)
 
     def reset(self, system: str | None) -> None:

@@ -435,6 +435,21 @@ def test_a_short_conversation_fits_into_a_short_context_by_default(chat_run, tmp
     assert "forgotten" not in capsys.readouterr().err
 
 
+def test_the_number_of_new_tokens_of_the_generation_config_is_the_default(chat_run, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(chat_run / "model", tmp_path / "model")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_new_tokens": 3, "min_new_tokens": 3}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = ChatFormat(tokenizer).encode([{"role": "user", "content": "1 + 1"}], add_generation_prompt=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    answer = model.generate(torch.from_numpy(ids)[None])[0, len(ids) :]
+    assert len(answer) == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
+    capsys.readouterr()
+    assert main(["chat", str(folder)]) == 0
+    assert capsys.readouterr().out == f"> {tokenizer.decode(answer, skip_special_tokens=True)}\n> \n"
+
+
 @pytest.mark.slow
 def test_a_base_model_continues_each_text(run_folder):
     code, out, errors = chat(run_folder, "def \n")
