@@ -6,6 +6,7 @@ and tokenizers are passed as loaded objects, so the results are those of its own
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class TaskResult:
         shots: Number of examples in the prompt.
         dataset: Hub id of the data; None for local files and groups.
         harness: Version of lm-evaluation-harness.
+        shortened: Number of questions of which the harness omitted the start, because they exceed the context.
     """
 
     task: str
@@ -46,6 +48,7 @@ class TaskResult:
     shots: int
     dataset: str | None
     harness: str
+    shortened: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -67,11 +70,11 @@ def evaluate_tasks(
         batch_size: Number of requests per forward pass.
 
     Raises:
-        MiniGPTError: if the harness is not installed, a task does not exist, or its definition or data cannot be read.
+        MiniGPTError: if the harness is not installed, a task does not exist, its definition or data cannot be read, or an
+            answer exceeds the context of the model.
     """
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -90,7 +93,8 @@ def evaluate_tasks(
                 f"unknown task {unknown[0]!r}: `lm_eval ls tasks` lists the names, and --task_path adds a folder of tasks"
             )
         names = manager.match_tasks(list(tasks))
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+        shortened: dict[str, set[Any]] = defaultdict(set)
+        wrapped = _wrapped(model, tokenizer, batch_size, shortened)
         found = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, log_samples=False)
     except MiniGPTError:
         raise
@@ -101,11 +105,64 @@ def evaluate_tasks(
             "network once, local data files must exist"
         ) from error
     assert found is not None  # None is returned on other ranks only
-    return _results(found, lm_eval.__version__)
+    return _results(found, lm_eval.__version__, {task: len(questions) for task, questions in shortened.items()})
 
 
-def _results(found: Any, harness: str) -> list[TaskResult]:
-    """Convert the result of the harness. Metrics without a finite value are omitted, which is logged."""
+def _wrapped(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, shortened: dict[str, set[Any]]
+) -> Any:
+    """Return the model for the harness.
+
+    Args:
+        shortened: Receives the questions of which the harness omits the start, by task.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class Model(HFLM):
+        def check(self, request: Any, prompt: int, answer: int, most: int) -> None:
+            """Compare numbers of tokens with the context, in which `most` tokens of prompt and answer fit."""
+            if answer >= most:
+                raise MiniGPTError(
+                    f"task {request.task_name}: an answer has up to {answer:,} tokens, and the context of the model is "
+                    f"{self.max_length:,}: omit this task"
+                )
+            if prompt + answer > most:
+                shortened[request.task_name].add(request.doc_id)
+
+        def loglikelihood(self, requests, disable_tqdm: bool = False):
+            for request in requests:
+                prompt, answer = request.args
+                if prompt:
+                    lengths = [len(ids) for ids in self._encode_pair(prompt, answer)]
+                else:
+                    lengths = [1, len(self.tok_encode(answer, add_special_tokens=False))]
+                self.check(request, *lengths, self.max_length + 1)  # the last token is only predicted
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def generate_until(self, requests, disable_tqdm: bool = False):
+            for request in requests:
+                prompt, settings = request.args
+                answer = normalize_gen_kwargs(dict(settings), self.max_gen_toks)["max_gen_toks"]
+                self.check(request, len(self.tok_encode(prompt)), answer, self.max_length)
+            return super().generate_until(requests, disable_tqdm)
+
+    return Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+
+
+def _results(found: Any, harness: str, shortened: dict[str, int]) -> list[TaskResult]:
+    """Convert the result of the harness, and log shortened questions and metrics without a finite value, which are omitted.
+
+    Args:
+        shortened: Number of shortened questions, by task.
+    """
+    for task, count in shortened.items():
+        logger.warning(
+            "%s: %s of %s questions exceed the context of the model; their start was omitted",
+            task,
+            f"{count:,}",
+            f"{_samples(found, task):,}",
+        )
     results = []
     for task, metrics in found["results"].items():
         config = found["configs"].get(task, {})
@@ -131,13 +188,19 @@ def _results(found: Any, harness: str) -> list[TaskResult]:
                     shots=int(found["n-shot"].get(task) or 0),
                     dataset=path if isinstance(path, str) and "/" in path else None,
                     harness=harness,
+                    shortened=sum(shortened.get(each, 0) for each in _tasks(found, task)),
                 )
             )
     return results
 
 
+def _tasks(found: Any, task: str) -> list[str]:
+    """Return the tasks of a group, or the task itself."""
+    if task in found["n-samples"]:
+        return [task]
+    return [name for each in found.get("group_subtasks", {}).get(task, []) for name in _tasks(found, each)]
+
+
 def _samples(found: Any, task: str) -> int:
     """The number of questions of a task, or of the tasks of a group."""
-    if task in found["n-samples"]:
-        return int(found["n-samples"][task]["effective"])
-    return sum(_samples(found, each) for each in found.get("group_subtasks", {}).get(task, []))
+    return sum(int(found["n-samples"][each]["effective"]) for each in _tasks(found, task))

@@ -207,3 +207,38 @@ def test_an_unknown_task_and_missing_data_are_reported_in_one_line(trained, task
         assert main(["evaluate", str(trained), "--no_save", *flags]) == 2
         error = capsys.readouterr().err
         assert f"minigpt evaluate: {message}" in error.splitlines()[-1]
+
+
+GENERATED = """
+output_type: generate_until
+doc_to_text: "{{prefix}}"
+doc_to_target: "{{ending}}"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: NUMBER
+metric_list:
+  - metric: exact_match
+"""
+
+
+def test_shortened_questions_are_counted_and_answers_longer_than_the_context_rejected(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": WINDOW}))
+    rows = [
+        {"prefix": "import " * number, "ending": " os", "endings": [" os", " re"], "answer": 0}
+        for number in (1, 90, 90)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"choice": CHOICE, "short": GENERATED.replace("NUMBER", "8"), "long": GENERATED.replace("NUMBER", "64")}
+    for name, task in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + task)
+    flags = ["--task_path", str(tmp_path), "--no_save", "--json"]
+    assert main(["evaluate", str(folder), "--tasks", "choice,short", *flags]) == 0
+    out, err = capsys.readouterr()
+    for name in ("choice", "short"):
+        assert f"{name}: 2 of 3 questions exceed the context of the model; their start was omitted" in err
+    assert {result["shortened"] for result in json.loads(out.splitlines()[-1])["tasks"]} == {2}
+    assert main(["evaluate", str(folder), "--tasks", "long", *flags]) == 2
+    assert "task long: an answer has up to 64 tokens, and the context of the model is 64" in capsys.readouterr().err

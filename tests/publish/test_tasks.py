@@ -46,6 +46,15 @@ def test_results_are_in_the_metadata_the_card_and_the_model_index_with_standard_
     assert "stderr" not in results["plays|1"].metric_args
 
 
+def test_shortened_questions_are_stated_in_the_card_once_per_task(folder):
+    results = [{**ACCURACY.to_dict(), "metric": metric, "shortened": 1_234} for metric in ("acc", "acc_norm")]
+    save_tasks(folder, [*results, PERPLEXITY.to_dict()])
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    sentence = "The start of 1,234 of the 67,000 questions of `blimp` was omitted, because they exceed the context"
+    assert card.count(sentence) == 1
+    assert card.count("The start of ") == 1
+
+
 def test_a_result_of_the_same_task_and_metric_is_replaced(folder):
     save_tasks(folder, [ACCURACY.to_dict(), PERPLEXITY.to_dict()])
     again = {**ACCURACY.to_dict(), "value": 0.7}
