@@ -130,6 +130,7 @@ def test_fsdp_wraps_each_decoder_layer(file, groups, monkeypatch):
     for name, value in prepare_multi_gpu_env(parsed_by_accelerate(file, *address)).items():
         monkeypatch.setenv(name, value)
     assert int(launcher_config().get("dp_replicate_size", 1)) == groups
+    assert launcher_config()["reshard_after_forward"] is True
     check_config(launcher_config())
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2

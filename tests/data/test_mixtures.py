@@ -176,7 +176,8 @@ def test_max_tokens_that_would_change_the_shares_of_a_mixture_is_an_error(tmp_pa
     assert main([*argv, "4000"]) == 0
 
 
-def test_evaluate_reads_the_split_of_a_mixture_that_training_read(recipe_file, tmp_path):
+@pytest.mark.parametrize("source", ["rows", "rows/*.jsonl"])
+def test_evaluate_reads_the_split_of_a_mixture_that_training_read(source, recipe_file, tmp_path, caplog):
     """Otherwise it would score the validation file, which was trained on."""
     rows = {
         name: "".join(json.dumps({"text": f"{name} {text}"}) + "\n" for text in WORDS)
@@ -184,8 +185,10 @@ def test_evaluate_reads_the_split_of_a_mixture_that_training_read(recipe_file, t
     }
     write_files(tmp_path / "rows", {f"{name}.jsonl": lines for name, lines in rows.items()})
     write_files(tmp_path, {"words.txt": " ".join(WORDS)})
-    data = f"{tmp_path}/rows:0.5,{tmp_path}/words.txt:0.5"
+    data = f"{tmp_path}/{source}:0.5,{tmp_path}/words.txt:0.5"
     argv = ["train", "--recipe", str(recipe_file), "--data", data, "--data_split", "validation", "--max_steps", "2"]
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    without_split = [message for message in caplog.messages if "--data_split validation has no effect on" in message]
+    assert len(without_split) == 1 and "words.txt" in without_split[0]
     published = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["results"]
     assert minigpt_hf.evaluate(tmp_path / "run" / "model", data=data, split="validation").to_dict() == published

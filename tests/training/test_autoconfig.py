@@ -63,6 +63,16 @@ def test_sizes_accept_the_suffixes_k_and_m():
         parse_size("ten")
 
 
+def test_a_text_of_many_distinct_characters_has_a_vocabulary_that_fits_its_length(tmp_path, caplog):
+    """1,024 tokens, the fewest, instead of the default of 4,096."""
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    letters = [chr(0x4E00 + number) for number in range(300)]
+    (file := tmp_path / "text.txt").write_text("".join(a + b for a in letters for b in letters), encoding="utf-8")
+    (data, _, _), _ = automatic_settings(["--size", "60k", "--data", str(file)], tmp_path)
+    assert (data.tokenizer, data.vocab_size) == ("bpe", 1024)
+    assert "vocab_size 1,024: about one token per 8,000 characters of training text" in caplog.text
+
+
 def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "minigpt_hf")
     monkeypatch.setattr(autoconfig, "MEASURED_SHARE", 0.01)  # instead of 18 seconds
