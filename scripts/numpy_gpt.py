@@ -123,6 +123,7 @@ if __name__ == "__main__":
 
     weights, config = load(args.folder)
     tokenizer = Tokenizer.from_file(str(Path(args.folder) / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # the name of a special token in the prompt is text, as in training
     ids = tokenizer.encode(args.prompt).ids or [config["bos_token_id"]]
     rng = np.random.default_rng(args.seed)
     shown = ""
@@ -134,4 +135,4 @@ if __name__ == "__main__":
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(tokenizer.decode(generated)[len(shown) :])  # an incomplete character at the end

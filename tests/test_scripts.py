@@ -16,6 +16,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.data.prepared import PreparedText, find_prepared
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.native import export_native
+from minigpt_hf.inference.generation import generate
 from minigpt_hf.publish.model_folder import save_model_files
 from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
@@ -70,6 +71,19 @@ def test_the_numpy_script_generates_text_without_torch_or_transformers(tmp_path)
     process = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.startswith("def ")
+
+
+def test_the_numpy_script_prints_the_text_of_generate(tmp_path):
+    """The prompt has the name of a special token, and the text may end in an incomplete character."""
+    model, prompt = tiny_model(vocab_size=258), "a<|endoftext|>b"
+    save_model_files(model, byte_tokenizer(), tmp_path)
+    script = ROOT / "scripts" / "numpy_gpt.py"
+    for length in (1, 2, 3, 12):
+        options = ["--prompt", prompt, "--max_new_tokens", str(length), "--temperature", "1e-4"]
+        argv = [sys.executable, script, tmp_path, *options]
+        text = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, check=True).stdout
+        expected = generate(model.eval(), byte_tokenizer(), prompt, max_new_tokens=length, do_sample=False)
+        assert [text.removesuffix("\n")] == expected
 
 
 def test_numpy_rejects_rope_scaling(tmp_path):

@@ -46,7 +46,8 @@ def continue_text(prompt: str, max_new_tokens: int, temperature: float) -> Itera
     """Yield the prompt and its continuation so far. An empty prompt is the beginning of a document."""
     text = prompt or tokenizer.bos_token or tokenizer.eos_token
     try:
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        # The name of a special token in the prompt is text, as in training.
+        ids = tokenizer(text, return_tensors="pt", split_special_tokens=bool(prompt)).input_ids
     except Exception as error:  # character tokenizers reject characters that did not occur in training
         raise gr.Error(f"the text has a character that the model does not know ({error})") from error
     for continuation in generate(ids, max_new_tokens, temperature):

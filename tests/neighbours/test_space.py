@@ -61,8 +61,8 @@ def test_the_demo_continues_a_text_greedily_as_the_model_does(run_folder, hub, t
     push_folder(model, "user/tiny", space="user/tiny")
     tokenizer = AutoTokenizer.from_pretrained(model)
     with running("user/tiny", hub, tmp_path) as client:
-        for prompt in ("def f", "import os\n", "é" * 300):  # the last one is longer than half of the context
-            ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -256:]
+        for prompt in ("def f", "a<|endoftext|>b", "é" * 300):  # the last one is longer than half of the context
+            ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids[:, -256:]
             assert client.predict(prompt, TOKENS, 0, api_name="/continue") == prompt + greedy(model, ids)
         ids = tokenizer(tokenizer.bos_token, return_tensors="pt").input_ids
         assert client.predict("", TOKENS, 0, api_name="/continue") == greedy(model, ids)
