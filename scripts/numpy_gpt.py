@@ -95,6 +95,8 @@ def load(folder):
         raise SystemExit(
             f"{folder}: unsupported model; give a MiniGPT folder without RoPE scaling (rope_type 'default')"
         )
+    if (generation := Path(folder) / "generation_config.json").exists():  # where `generate` stops
+        config["eos_token_id"] = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
     weights = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         weights |= load_file(file)
@@ -102,12 +104,12 @@ def load(folder):
 
 
 def generate(ids, weights, config, max_new_tokens, temperature, rng):
-    """Sample tokens autoregressively until the EOS token, appending them to `ids`."""
-    context_length = config["max_position_embeddings"]
+    """Sample tokens autoregressively until an EOS token, appending them to `ids`."""
+    context_length, eos = config["max_position_embeddings"], config["eos_token_id"]
     for _ in range(max_new_tokens):
         logits = forward(np.array(ids[-context_length:]), weights, config)[-1]
         ids.append(int(rng.choice(len(logits), p=softmax(logits.astype(np.float64) / temperature))))
-        if ids[-1] == config["eos_token_id"]:
+        if ids[-1] in (eos if isinstance(eos, list) else [eos]):
             break
         yield ids[-1]
 

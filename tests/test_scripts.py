@@ -62,6 +62,18 @@ def test_numpy_at_low_temperature_generates_the_greedy_tokens(tmp_path):
     assert list(generated) == [token for token in greedy if token != 0]
 
 
+def test_numpy_stops_at_every_eos_token_of_the_generation_config(tmp_path):
+    """A chat model ends its answers with another token than that of its configuration, or with either."""
+    model = tiny_model()
+    ids = random_ids(6).tolist()
+    greedy = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 6:].tolist()
+    end = greedy[-1]
+    model.generation_config.eos_token_id = [0, end]
+    model.save_pretrained(tmp_path)
+    generated = numpy_gpt.generate(ids, *numpy_gpt.load(tmp_path), 20, 1e-4, np.random.default_rng(0))
+    assert list(generated) == greedy[: greedy.index(end)]
+
+
 def test_the_numpy_script_generates_text_without_torch_or_transformers(tmp_path):
     save_model_files(tiny_model(vocab_size=258), byte_tokenizer(), tmp_path)
     code = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
