@@ -95,19 +95,24 @@ def load(folder):
         raise SystemExit(
             f"{folder}: unsupported model; give a MiniGPT folder without RoPE scaling (rope_type 'default')"
         )
+    if (generation := Path(folder) / "generation_config.json").exists():  # where `generate` stops
+        config["eos_token_id"] = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
     weights = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        weights |= load_file(file)
+        try:
+            weights |= load_file(file)
+        except TypeError as error:
+            raise SystemExit(f"{file}: NumPy has no bfloat16; save the model in float32 or float16") from error
     return weights, config
 
 
 def generate(ids, weights, config, max_new_tokens, temperature, rng):
-    """Sample tokens autoregressively until the EOS token, appending them to `ids`."""
-    context_length = config["max_position_embeddings"]
+    """Sample tokens autoregressively until an EOS token, appending them to `ids`."""
+    context_length, eos = config["max_position_embeddings"], config["eos_token_id"]
     for _ in range(max_new_tokens):
         logits = forward(np.array(ids[-context_length:]), weights, config)[-1]
         ids.append(int(rng.choice(len(logits), p=softmax(logits.astype(np.float64) / temperature))))
-        if ids[-1] == config["eos_token_id"]:
+        if ids[-1] in (eos if isinstance(eos, list) else [eos]):
             break
         yield ids[-1]
 
@@ -120,6 +125,10 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.temperature > 0:
+        parser.error(
+            f"--temperature {args.temperature}: must be greater than 0; with 0.01 the most probable token is chosen"
+        )
 
     weights, config = load(args.folder)
     tokenizer = Tokenizer.from_file(str(Path(args.folder) / "tokenizer.json"))
@@ -135,4 +144,4 @@ if __name__ == "__main__":
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(tokenizer.decode(generated)[len(shown) :])  # an incomplete character at the end

@@ -17,8 +17,9 @@ from page_browser import EXECUTABLE, chromium
 
 import minigpt_hf
 from minigpt_hf.cli import main
+from minigpt_hf.cli.chat_web import Page
 from minigpt_hf.data.tokenizer import byte_tokenizer
-from minigpt_hf.inference.generation import generate
+from minigpt_hf.inference.generation import generate, load
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import ROOT, tiny_model
 
@@ -233,6 +234,16 @@ def test_options_that_the_page_cannot_show_are_errors(name, value, run_folder, c
 def test_flags_of_the_page_are_checked(flags, message, run_folder, capsys):
     assert main(["chat", str(run_folder / "model"), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_values_outside_the_usual_ranges_are_neither_shortened_nor_rejected(run_folder):
+    pytest.importorskip("gradio", reason="Gradio is not installed: make browser-test")
+    model, tokenizer = load(str(run_folder / "model"))
+    options = {"max_new_tokens": 5000, "do_sample": True, "temperature": 3.0, "top_p": 0.01}
+    new_tokens, temperature, top_p, _ = Page(model, tokenizer, options).sampling(None)
+    for slider, value in ((new_tokens, 5000), (temperature, 3.0), (top_p, 0.01)):
+        assert slider.value == value
+        assert slider.minimum <= value <= slider.maximum
 
 
 def test_without_gradio_the_extra_is_named(run_folder, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.data.prepared import PreparedText, find_prepared
 from minigpt_hf.data.tokenizer import byte_tokenizer
 from minigpt_hf.export.native import export_native
+from minigpt_hf.inference.generation import generate
 from minigpt_hf.publish.model_folder import save_model_files
 from minigpt_hf.training.recipe import parse_arguments
 from tests.conftest import ROOT, random_ids, tiny_model
@@ -61,18 +62,49 @@ def test_numpy_at_low_temperature_generates_the_greedy_tokens(tmp_path):
     assert list(generated) == [token for token in greedy if token != 0]
 
 
+def test_numpy_stops_at_every_eos_token_of_the_generation_config(tmp_path):
+    """A chat model ends its answers with another token than that of its configuration, or with either."""
+    model = tiny_model()
+    ids = random_ids(6).tolist()
+    greedy = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 6:].tolist()
+    end = greedy[-1]
+    model.generation_config.eos_token_id = [0, end]
+    model.save_pretrained(tmp_path)
+    generated = numpy_gpt.generate(ids, *numpy_gpt.load(tmp_path), 20, 1e-4, np.random.default_rng(0))
+    assert list(generated) == greedy[: greedy.index(end)]
+
+
 def test_the_numpy_script_generates_text_without_torch_or_transformers(tmp_path):
     save_model_files(tiny_model(vocab_size=258), byte_tokenizer(), tmp_path)
     code = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     script = ROOT / "scripts" / "numpy_gpt.py"
-    prompt = "def <|endoftext|>"  # not the special token
-    argv = [sys.executable, "-c", code, script, tmp_path, "--prompt", prompt, "--max_new_tokens", "5"]
+    argv = [sys.executable, "-c", code, script, tmp_path, "--prompt", "def ", "--max_new_tokens", "5"]
     process = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)
     assert (process.returncode, process.stderr) == (0, "")
-    ids = byte_tokenizer()(prompt, split_special_tokens=True).input_ids
-    expected = [*numpy_gpt.generate(ids, *numpy_gpt.load(tmp_path), 5, 0.8, np.random.default_rng(0))]
-    assert process.stdout == prompt + byte_tokenizer().decode(expected).rstrip("\ufffd") + "\n"  # complete characters
+    assert process.stdout.startswith("def ")
+
+
+def test_the_numpy_script_prints_the_text_of_generate(tmp_path):
+    """The prompt has the name of a special token, and the text may end in an incomplete character."""
+    model, prompt = tiny_model(vocab_size=258), "a<|endoftext|>b"
+    save_model_files(model, byte_tokenizer(), tmp_path)
+    script = ROOT / "scripts" / "numpy_gpt.py"
+    for length in (1, 2, 3, 12):
+        options = ["--prompt", prompt, "--max_new_tokens", str(length), "--temperature", "1e-4"]
+        argv = [sys.executable, script, tmp_path, *options]
+        text = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, check=True).stdout
+        expected = generate(model.eval(), byte_tokenizer(), prompt, max_new_tokens=length, do_sample=False)
+        assert [text.removesuffix("\n")] == expected
+
+
+def test_numpy_rejects_bfloat16_and_a_temperature_of_0(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="NumPy has no bfloat16; save the model in float32 or float16"):
+        numpy_gpt.load(tmp_path)
+    argv = [sys.executable, ROOT / "scripts" / "numpy_gpt.py", tmp_path, "--temperature", "0"]
+    process = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)
+    assert process.returncode == 2 and "--temperature 0.0: must be greater than 0" in process.stderr
 
 
 def test_numpy_rejects_rope_scaling(tmp_path):

@@ -21,6 +21,7 @@ HELP = """\
 /exit           end, as Ctrl-D does; Ctrl-C stops an answer
 //              start of a message that begins with a slash"""
 
+NO_TEMPLATE = "the model has no chat template, so a system message has no effect: omit it"
 FORGOTTEN = "number of earlier questions that no longer fit into the context and are forgotten: {}"
 
 
@@ -66,6 +67,8 @@ def run(argv: list[str]) -> None:
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
     warn_of_unused_sampling(model, options)
+    if args.system is not None and not tokenizer.chat_template:
+        raise MiniGPTError(f"--system: {NO_TEMPLATE}")
     folder = checked_folder(args.model, args.trust_remote_code)  # for a Hub id, its cached snapshot
     system = recipe_of(folder).get("system") if args.system is None else args.system
     if args.web:
@@ -141,6 +144,8 @@ class Chat:
         elif command == "/reset":
             self.reset(self.system)
         elif command == "/system":
+            if not self.tokenizer.chat_template:
+                raise MiniGPTError(f"/system: {NO_TEMPLATE}")
             self.reset(argument or None)
         elif command == "/save":
             self.save(argument)

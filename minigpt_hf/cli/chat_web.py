@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UPDATE_SECONDS = 0.05  # between two updates of the page
-MAX_NEW_TOKENS = 2048  # maximum of the slider
+MAX_NEW_TOKENS = 2048  # maximum of the slider, unless more are given
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 CSS = """
 footer { display: none !important }
@@ -202,10 +202,13 @@ class Page:
         default, longest = self.defaults, min(self.context - 1, MAX_NEW_TOKENS)
         new_tokens = default.get("max_new_tokens") or min(512, self.context // 2)
         temperature = (default.get("temperature") or 1.0) if default.get("do_sample") else 0
+        top_p = default.get("top_p") or 1.0
+        # The ranges include the initial values: Gradio rejects others.
+        most, highest, lowest = max(longest, new_tokens), max(2, temperature), min(0.05, top_p)
         return [
-            gradio.Slider(1, longest, min(new_tokens, longest), step=1, label="Maximum number of new tokens"),
-            gradio.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: the most probable token"),
-            gradio.Slider(0.05, 1, default.get("top_p") or 1.0, step=0.05, label="Top p", info="1: all tokens"),
+            gradio.Slider(1, most, new_tokens, step=1, label="Maximum number of new tokens"),
+            gradio.Slider(0, highest, temperature, step=0.05, label="Temperature", info="0: the most probable token"),
+            gradio.Slider(lowest, 1, top_p, step=0.05, label="Top p", info="1: all tokens"),
             gradio.Textbox("" if seed is None else str(seed), label="Seed", info="Empty: random", max_lines=1),
         ]
 

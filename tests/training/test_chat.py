@@ -457,6 +457,16 @@ def test_a_base_model_continues_each_text(run_folder):
     assert "> def " in out and "has no chat template" in errors
 
 
+def test_a_system_message_for_a_model_without_a_chat_template_is_an_error(run_folder, monkeypatch, capsys):
+    folder = str(run_folder / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("/system Add.\n"))
+    assert main(["chat", folder]) == 0
+    assert "/system: the model has no chat template, so a system message has no effect" in capsys.readouterr().err
+    for flags in ([], ["--web"]):
+        assert main(["chat", folder, "--system", "Add.", *flags]) == 2
+        assert "--system: the model has no chat template, so a system message has no effect" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(run_folder):
     argv = [sys.executable, "-m", "minigpt_hf.cli", "chat", str(run_folder / "model"), "--max_new_tokens", "100000"]
