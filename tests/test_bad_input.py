@@ -171,6 +171,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--save_only_model", "true"),
             "save_only_model is not supported: such checkpoints cannot be resumed from … --save_total_limit",
         ),
+        "another handler of SIGTERM": (
+            train("--enable_jit_checkpoint"),
+            "enable_jit_checkpoint is not supported: a checkpoint is saved on SIGTERM in any case; omit it",
+        ),
         "a value of the wrong type": (train("--max_steps", "many"), "argument --max_steps … invalid int value: 'many'"),
         "a flag without its value": (train("--max_steps"), "argument --max_steps … expected one argument"),
         "a width that is not a multiple of the heads": (

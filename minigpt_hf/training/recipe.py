@@ -45,6 +45,9 @@ EFFECTIVE_WITH = {
     "muon": {"muon_learning_rate", "muon_momentum", "muon_beta2"},
     "use_sliding_window": {"sliding_window", "max_window_layers"},
     "push_to_hub": {"hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"},
+    "activation_checkpointing": {"activation_checkpointing_kwargs"},
+    "fsdp": {"fsdp_config"},
+    "report_to": {"run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"},
 }
 # Settings of `TrainingArguments` that the Trainer of this package does not use, and the values that describe what it does.
 WITHOUT_EFFECT = {

@@ -150,6 +150,8 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             "save_only_model is not supported: such checkpoints cannot be resumed from or verified; leave it out, and limit "
             "the disk space with --save_total_limit"
         )
+    if training.enable_jit_checkpoint:  # it would end a run on SIGTERM as if it were complete
+        raise MiniGPTError("enable_jit_checkpoint is not supported: a checkpoint is saved on SIGTERM in any case; omit it")
     check_sharded_run(training, settings.model.lora_rank)
     # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:
