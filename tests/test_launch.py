@@ -16,8 +16,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 import minigpt_cli
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.model.modeling_minigpt import MiniGPTDecoderLayer
-from minigpt_hf.training.recipe import recipe_names
+from minigpt_hf.training.recipe import parse_arguments, recipe_names
 from minigpt_hf.training.sharding import check_config, launcher_config
 from tests.conftest import ROOT, tiny_model
 
@@ -122,6 +123,18 @@ def test_accelerate_reads_the_engine_and_the_number_of_processes(file, processes
         name: name == kind for name in ("multi_gpu", "use_fsdp", "use_deepspeed")
     }
     assert arguments.mixed_precision == ("no" if "cpu" in file else "bf16")
+
+
+def test_fsdp_is_configured_by_the_launcher_or_by_fsdp_config(monkeypatch):
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500", "--machine_rank", "1"]
+    for name, value in prepare_multi_gpu_env(parsed_by_accelerate("hsdp.yaml", *address)).items():
+        if name.startswith(("ACCELERATE_USE_FSDP", "FSDP_", "PARALLELISM_CONFIG_")):  # without those of the processes
+            monkeypatch.setenv(name, value)
+    assert parse_arguments([]).training.fsdp_config["dp_replicate_size"] == "4"
+    with pytest.raises(MiniGPTError, match="`accelerate launch` configures FSDP as well: add --fsdp"):
+        parse_arguments([], fsdp_config={"tp_size": 2})
+    config = parse_arguments(["--fsdp"], fsdp_config={"tp_size": 2}).training.fsdp_config
+    assert config["tp_size"] == 2 and "dp_replicate_size" not in config
 
 
 @pytest.mark.parametrize(("file", "groups"), [("fsdp2.yaml", 1), ("hsdp.yaml", 4), ("fsdp_two_cpu_processes.yaml", 1)])

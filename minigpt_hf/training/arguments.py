@@ -525,6 +525,10 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
             )
         if not self.fsdp and (requested := launcher_config()) is not None:
+            if self.fsdp_config:
+                raise MiniGPTError(
+                    "fsdp_config: `accelerate launch` configures FSDP as well: add --fsdp to use fsdp_config only, or omit it"
+                )
             self.fsdp, self.fsdp_config = True, requested
         self.fsdp = self.fsdp or None  # type: ignore[assignment]
         for setting, others in UNSUPPORTED_WITH.items():

@@ -151,7 +151,9 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
             "the disk space with --save_total_limit"
         )
     if training.enable_jit_checkpoint:  # it would end a run on SIGTERM as if it were complete
-        raise MiniGPTError("enable_jit_checkpoint is not supported: a checkpoint is saved on SIGTERM in any case; omit it")
+        raise MiniGPTError(
+            "enable_jit_checkpoint is not supported: a checkpoint is saved on SIGTERM in any case; omit it"
+        )
     check_sharded_run(training, settings.model.lora_rank)
     # Settings that are invalid for any text are rejected before the text is read.
     if settings.model.init_from:

@@ -223,6 +223,9 @@ def test_settings_without_effect_are_reported(caplog):
         "do_predict": True,
         "prediction_loss_only": True,
         "hub_revision": "v1",
+        "fsdp_config": {"tp_size": 2},
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "run_name": "first",
     }
     parse_arguments([], **unused)
     for name in unused:
