@@ -56,6 +56,7 @@ WITHOUT_EFFECT = {
     "fp16_full_eval": False,
     "bf16_full_eval": False,
     "prediction_loss_only": False,
+    "logging_nan_inf_filter": False,
     "batch_eval_metrics": False,
     "include_for_metrics": [],
     "eval_accumulation_steps": None,

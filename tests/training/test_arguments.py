@@ -222,6 +222,7 @@ def test_settings_without_effect_are_reported(caplog):
         "do_eval": False,
         "do_predict": True,
         "prediction_loss_only": True,
+        "logging_nan_inf_filter": True,
         "hub_revision": "v1",
         "fsdp_config": {"tp_size": 2},
         "activation_checkpointing_kwargs": {"use_reentrant": False},
