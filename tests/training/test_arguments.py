@@ -1,6 +1,7 @@
 """Recipes and flags are resolved to settings."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -238,6 +239,7 @@ def test_settings_without_effect_are_reported(caplog):
 
 
 def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
     file = tmp_path / "own.yaml"
     file.write_text(
         "muon: false\nmuon_beta2: 0.5\nsliding_window: 8\ndo_eval: false\ndo_predict: true\nhub_revision: v1\n"
