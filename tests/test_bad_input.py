@@ -171,6 +171,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--save_only_model", "true"),
             "save_only_model is not supported: such checkpoints cannot be resumed from … --save_total_limit",
         ),
+        "a mode of compilation": (
+            train("--torch_compile_mode", "fast"),
+            "torch_compile_mode is 'fast': expected … reduce-overhead",
+        ),
         "another handler of SIGTERM": (
             train("--enable_jit_checkpoint"),
             "enable_jit_checkpoint is not supported: a checkpoint is saved on SIGTERM in any case; omit it",

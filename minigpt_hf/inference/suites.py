@@ -134,10 +134,10 @@ def _wrapped(
             for request in requests:
                 prompt, answer = request.args
                 if prompt:
-                    lengths = [len(ids) for ids in self._encode_pair(prompt, answer)]
+                    before, after = (len(ids) for ids in self._encode_pair(prompt, answer))
                 else:
-                    lengths = [1, len(self.tok_encode(answer, add_special_tokens=False))]
-                self.check(request, *lengths, self.max_length + 1)  # the last token is only predicted
+                    before, after = 1, len(self.tok_encode(answer, add_special_tokens=False))
+                self.check(request, before, after, self.max_length + 1)  # the last token is only predicted
             return super().loglikelihood(requests, disable_tqdm)
 
         def generate_until(self, requests, disable_tqdm: bool = False):

@@ -41,7 +41,7 @@ def encode_messages(messages: list[dict[str, str]]) -> list[int]:
     template = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
     longest_first = sorted(special_tokens, key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", template) if special_tokens else [template]
-    ids = []
+    ids: list[int] = []
     for part in parts:
         text = re.sub("\ue000[0-9]+\ue001", lambda mark: marks[mark[0]], part)
         ids += [tokenizer.convert_tokens_to_ids(part)] if part in special_tokens else encode(text)

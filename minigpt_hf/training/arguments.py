@@ -507,6 +507,9 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"train_sampling_strategy {self.train_sampling_strategy} is not supported: the order of the sequences "
                 "is computed from the seed; omit it"
             )
+        if self.torch_compile_mode is not None and self.torch_compile_mode not in torch._inductor.list_mode_options():
+            modes = ", ".join(torch._inductor.list_mode_options())
+            raise MiniGPTError(f"torch_compile_mode is {self.torch_compile_mode!r}: expected {modes}")
         if self.remove_unused_columns:
             raise MiniGPTError("remove_unused_columns is not supported: it would remove the labels; omit it")
         if self.auto_find_batch_size:
@@ -525,7 +528,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"label_names {self.label_names} is not supported: a language model predicts its input; omit it"
             )
         if not self.fsdp and (requested := launcher_config()) is not None:
-            if self.fsdp_config:
+            if vars(self)["fsdp_config"]:
                 raise MiniGPTError(
                     "fsdp_config: `accelerate launch` configures FSDP as well: add --fsdp to use fsdp_config only, or omit it"
                 )

@@ -105,7 +105,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             break
     parser = argument_parser(prog="minigpt train")
     # A recipe that a run has recorded contains every setting; only values other than the defaults are someone's choice.
-    chosen = {name for name, value in recipe_values.items() if _is_file(recipe) and value != parser.get_default(name)}
+    of_file = recipe_values if recipe and _is_file(recipe) else {}
+    chosen = {name for name, value in of_file.items() if value != parser.get_default(name)}
     parser.set_defaults(**values)
     try:
         data, model, training, unknown = parser.parse_args_into_dataclasses(
