@@ -256,7 +256,7 @@ def evaluate(
         report_lossy_tokenizer(tokenizer, texts)
     score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size, texts.number_of_documents)
     remedy = "give more text" if texts is whole else "raise --max_characters"
-    warn_if_sample_is_small(score.tokens, score.bytes, remedy)
+    warn_if_sample_is_small(score.tokens, score.bytes, remedy, score="score")
     return score
 
 

@@ -452,19 +452,21 @@ def report_lossy_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Docume
     return sentence
 
 
-def warn_if_sample_is_small(tokens: int, size: int, remedy: str) -> None:
+def warn_if_sample_is_small(tokens: int, size: int, remedy: str, score: str = "validation score") -> None:
     """Warn if a score has a large standard error.
 
     Args:
         tokens: Number of scored tokens.
         size: Number of their UTF-8 bytes.
         remedy: What to do, for the message.
+        score: Name of the score, for the message.
     """
     if tokens < MIN_TOKENS_FOR_A_SCORE:
         error = TOKEN_LOSS_STANDARD_DEVIATION / math.sqrt(max(tokens, 1))
         logger.warning(
-            "the validation score is based on only %s tokens (%s bytes): expect a standard error of about %.2f nats per "
+            "the %s is based on only %s tokens (%s bytes): expect a standard error of about %.2f nats per "
             "token; for a more reliable score, %s",
+            score,
             f"{tokens:,}",
             f"{size:,}",
             error,
