@@ -19,6 +19,7 @@ import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.training import callbacks
 from minigpt_hf.training import train as train_module
+from minigpt_hf.training.recipe import parse_arguments
 
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "sample_tokens": 3}
 
@@ -281,6 +282,28 @@ def test_mixed_precision_of_the_environment_that_the_settings_do_not_state_is_re
     with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION is bf16, but the settings state float32"):
         minigpt_hf.train(data=text_file, recipe=recipe_file, output_dir=tmp_path / "run", **SHORT)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message", "consistent"),
+    [
+        ("DYNAMO_BACKEND", "INDUCTOR", "inductor, but the settings state no compilation", {"torch_compile": True}),
+        (
+            "GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "4, but gradient_accumulation_steps is 1",
+            {"gradient_accumulation_steps": 4},
+        ),
+    ],
+)
+def test_variables_of_accelerate_must_agree_with_the_settings(variable, value, message, consistent, monkeypatch):
+    """accelerate would compile the model, and ignore the number of batches, whatever the settings state."""
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(ValueError, match=f"ACCELERATE_{variable} is {message}"):
+        parse_arguments([])
+    parse_arguments([], **consistent)
+    monkeypatch.setenv(f"ACCELERATE_{variable}", "NO" if variable == "DYNAMO_BACKEND" else "1")
+    parse_arguments([])
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 32, "x", True])

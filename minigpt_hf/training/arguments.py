@@ -582,6 +582,17 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"ACCELERATE_MIXED_PRECISION is {self.mixed_precision}, but the settings state float32: unset this variable "
                 "(with `accelerate launch`: --mixed_precision no), or give --bf16 or --fp16"
             )
+        if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no" and not self.torch_compile:
+            raise MiniGPTError(
+                f"ACCELERATE_DYNAMO_BACKEND is {compiler}, but the settings state no compilation: unset this variable (with "
+                "`accelerate launch`: --dynamo_backend no), or give --torch_compile"
+            )
+        own = str(self.gradient_accumulation_steps)
+        if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", own)) not in ("1", own):
+            raise MiniGPTError(
+                f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, but gradient_accumulation_steps is {own}: unset this "
+                f"variable, or give --gradient_accumulation_steps {steps}"
+            )
         if self.accelerator_config.split_batches:
             raise MiniGPTError("accelerator_config: split_batches is not supported; use --per_device_train_batch_size")
         if self.accelerator_config.dispatch_batches:
