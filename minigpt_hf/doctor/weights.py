@@ -4,6 +4,7 @@ The safetensors files are parsed here rather than by a loader: sizes in a header
 no memory is allocated according to a header.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from .config import faults
 from .files import INDEX, WEIGHTS
 from .folder import MEBI, Folder, Unreadable, parse_object
-from .row import NotApplicable, Row, check, failed, passed, some
+from .row import NotApplicable, Row, check, failed, passed, plain, some
 
 MAX_HEADER = 32 * MEBI  # an entry has about 130 bytes: 250,000 tensors
 RENEW = "save the weights again with `save_pretrained`"
@@ -245,6 +246,33 @@ def ties(folder: Folder) -> Row:
     return passed("stored twice with equal values")
 
 
+@check("weights recorded")
+def recorded(folder: Folder) -> Row:
+    """The weights are those that the results in `minigpt.json` and the card describe."""
+    written = folder.json_if_there("minigpt.json").get("weights")
+    if not isinstance(written, str):
+        raise NotApplicable("minigpt.json records no weights")
+    if (found := weights_fingerprint(folder)) != written:
+        return failed(
+            f"the weights are {found[:12]}…, and minigpt.json describes {plain(written[:12])}…: its results, scores and "
+            "samples are those of other weights",
+            "restore the weights; if the change is intended, remove `weights` from minigpt.json, and correct results, "
+            "samples and card",
+        )
+    return passed(f"{found[:12]}…, as in minigpt.json")
+
+
+def weights_fingerprint(folder: Folder) -> str:
+    """SHA-256 of names, types, shapes and values of the tensors that loaders read, however they are divided into files."""
+    content = hashlib.sha256()
+    stored = read_header(folder, WEIGHTS) if WEIGHTS in folder.files else tensors_of(folder)
+    for name, where in sorted(stored.items()):
+        content.update(f"{name} {where.dtype} {where.shape}\n".encode())
+        for chunk in _chunks(folder, where):
+            content.update(chunk)
+    return content.hexdigest()
+
+
 def _chunks(folder: Folder, where: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, in chunks of 16 MiB."""
     with folder.open(where.file) as file:
@@ -259,4 +287,4 @@ def _is_finite(folder: Folder, where: Tensor) -> bool:
     return not any(((np.frombuffer(chunk, words) & exponent) == exponent).any() for chunk in chunks)
 
 
-CHECKS = (header, index, tensors, finite, ties)
+CHECKS = (header, index, tensors, finite, ties, recorded)

@@ -32,7 +32,7 @@ class TaskResult:
         value: Value of the metric, in its own unit.
         stderr: Standard error of the value; None if the harness does not estimate it.
         samples: Number of questions.
-        shots: Number of examples in the prompt.
+        shots: Number of examples in the prompt; None for a group whose tasks differ in it.
         dataset: Hub id of the data; None for local files and groups.
         harness: Version of lm-evaluation-harness.
         shortened: Number of questions of which the harness omitted the start, because they exceed the context.
@@ -45,7 +45,7 @@ class TaskResult:
     value: float
     stderr: float | None
     samples: int
-    shots: int
+    shots: int | None
     dataset: str | None
     harness: str
     shortened: int = 0
@@ -185,7 +185,7 @@ def _results(found: Any, harness: str, shortened: dict[str, int]) -> list[TaskRe
                     value=float(value),
                     stderr=float(stderr) if is_estimated else None,
                     samples=_samples(found, task),
-                    shots=int(found["n-shot"].get(task) or 0),
+                    shots=_shots(found, task),
                     dataset=path if isinstance(path, str) and "/" in path else None,
                     harness=harness,
                     shortened=sum(shortened.get(each, 0) for each in _tasks(found, task)),
@@ -204,3 +204,9 @@ def _tasks(found: Any, task: str) -> list[str]:
 def _samples(found: Any, task: str) -> int:
     """The number of questions of a task, or of the tasks of a group."""
     return sum(int(found["n-samples"][each]["effective"]) for each in _tasks(found, task))
+
+
+def _shots(found: Any, task: str) -> int | None:
+    """The number of examples in the prompts of a task, or of the tasks of a group; None if they differ."""
+    numbers = {int(found["n-shot"].get(each) or 0) for each in _tasks(found, task)}
+    return numbers.pop() if len(numbers) == 1 else None

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..atomic import fsync, write_files
+from ..doctor.folder import Folder
+from ..doctor.weights import recorded, weights_fingerprint
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -103,7 +105,8 @@ def write_model_folder(
 
     Args:
         folder: Target folder; it must not exist.
-        metadata: Content of `minigpt.json`: recipe, data, tokenizer, training, results.
+        metadata: Content of `minigpt.json`: recipe, data, tokenizer, training, results. The fingerprint of the weights is
+            added.
         log: Rows of `log.jsonl`, for the figures. `None`: no figures.
 
     Raises:
@@ -116,6 +119,7 @@ def write_model_folder(
     unfinished.mkdir(parents=True)
     try:
         save_model_files(model, tokenizer, unfinished)
+        metadata = {**metadata, "weights": weights_fingerprint(Folder(unfinished))}
         write_metadata(unfinished, metadata, model.config, log)
         for path in (*unfinished.rglob("*"), unfinished):
             fsync(path)
@@ -223,6 +227,8 @@ def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Call
     """
     if missing := [name for name in (*CODE, "README.md", "minigpt.json") if not (folder / name).is_file()]:
         raise MiniGPTError(f"{folder} is not a model folder, {missing[0]} is missing")
+    if (row := recorded(Folder(folder, follow=True))).state == "fail":
+        logger.warning(f"{folder}: {row.reason}; {row.remedy}")
     metadata, card = read_metadata(folder), (folder / "README.md").read_text(encoding="utf-8")
     config = MiniGPTConfig.from_pretrained(folder)
     try:

@@ -76,6 +76,8 @@ def with_pretrained_architecture(settings: Settings) -> Settings:
     values["rope_theta"] = config.rope_parameters["rope_theta"]
     of_recipe = {name: vars(settings.model)[name] for name in sorted(settings.training.given & values.keys())}
     ignored = {name: value for name, value in of_recipe.items() if value not in (None, values[name])}
+    if heads := parse_positional_heads(settings.model.positional_heads):
+        ignored["positional_heads"] = heads  # those of fresh weights
     if ignored:
         log_on_main_process(
             settings.training,
@@ -83,7 +85,7 @@ def with_pretrained_architecture(settings: Settings) -> Settings:
             f"{settings.model.init_from} determines the architecture",
             logging.WARNING,
         )
-    return settings.replace(**values)
+    return settings.replace(**values, positional_heads=[])
 
 
 def build_config(

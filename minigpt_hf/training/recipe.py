@@ -131,7 +131,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         if recipe_values.get("tokenizer", model.init_from) != model.init_from:
             message = f"tokenizer {data.tokenizer}: no effect, the tokenizer of init_from {model.init_from} is used"
             log_on_main_process(training, message, logging.WARNING)
-        settings = settings.replace(tokenizer=model.init_from)
+        if data.chat_tokens:
+            message = f"chat_tokens: no effect, the tokenizer of init_from {model.init_from} is used"
+            log_on_main_process(training, message, logging.WARNING)
+        settings = settings.replace(tokenizer=model.init_from, chat_tokens=False)
     settings = _with_settings_of_prepared_text(settings, given)
     if not model.init_from and (model.lora_rank or recipe in ("finetune", "chat")):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")

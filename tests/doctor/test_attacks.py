@@ -109,7 +109,12 @@ def a_pipeline_class_in_the_parent_folder(folder: Broken):
     folder.json("config.json", custom_pipelines={"write": {"impl": "../outside/evil.Pipeline", "pt": []}})
 
 
-@attack("weights index", "tensors", reason=r"names files outside the folder: \.\./outside/model\.safetensors")
+@attack(
+    "weights index",
+    "tensors",
+    "weights recorded",
+    reason=r"names files outside the folder: \.\./outside/model\.safetensors",
+)
 def an_index_with_a_path_to_the_parent_folder(folder: Broken):
     (folder.path / "model.safetensors").rename(folder.outside / "model.safetensors")
     folder.write(
@@ -234,7 +239,7 @@ def a_file_name_with_terminal_escape_sequences(folder: Broken):
     folder.write(f"{ESCAPE}.md", "text")
 
 
-@attack("tensors", reason=re.escape(r"unexpected: \x1b]0;owned\x07\x1b[2J"))
+@attack("tensors", "weights recorded", reason=re.escape(r"unexpected: \x1b]0;owned\x07\x1b[2J"))
 def a_tensor_name_with_terminal_escape_sequences(folder: Broken):
     folder.tensors(lambda tensors: tensors.update({ESCAPE: torch.zeros(1)}))
 

@@ -262,7 +262,7 @@ def half_of_the_weights(folder: Broken):
     folder.write("model.safetensors", content[: len(content) - 400])
 
 
-@plant("tensors", reason=r"missing: model\.layers\.1\.mlp\.up_proj\.weight$")
+@plant("tensors", "weights recorded", reason=r"missing: model\.layers\.1\.mlp\.up_proj\.weight$")
 def a_tensor_is_missing(folder: Broken):
     folder.tensors(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
@@ -273,22 +273,22 @@ def one_layer_too_many_in_the_config(folder: Broken):
     folder.json("config.json", num_hidden_layers=3, layer_types=[*layers, layers[0]])
 
 
-@plant("tensors", reason=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias")
+@plant("tensors", "weights recorded", reason=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias")
 def a_tensor_too_many(folder: Broken):
     folder.tensors(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
 
 
-@plant("tensors", reason=r"model\.norm\.weight is \(31,\), not \(32,\)")
+@plant("tensors", "weights recorded", reason=r"model\.norm\.weight is \(31,\), not \(32,\)")
 def a_tensor_of_another_shape(folder: Broken):
     folder.tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
 
 
-@plant("tensors finite", reason=r"NaN or infinity in model\.norm\.weight")
+@plant("tensors finite", "weights recorded", reason=r"NaN or infinity in model\.norm\.weight")
 def one_nan(folder: Broken):
     folder.tensors(lambda tensors: tensors["model.norm.weight"].__setitem__(7, float("nan")))
 
 
-@plant("tensors finite", reason=r"NaN or infinity in model\.layers\.0\.mlp\.down_proj\.weight")
+@plant("tensors finite", "weights recorded", reason=r"NaN or infinity in model\.layers\.0\.mlp\.down_proj\.weight")
 def an_infinity_in_bfloat16(folder: Broken):
     def set_infinity(tensors):
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
@@ -297,7 +297,12 @@ def an_infinity_in_bfloat16(folder: Broken):
     folder.tensors(set_infinity)
 
 
-@plant("tied weights", reason=r"lm_head\.weight and model\.embed_tokens\.weight differ")
+@plant("weights recorded", reason="its results, scores and samples are those of other weights")
+def weights_of_another_model(folder: Broken):
+    folder.tensors(lambda tensors: tensors["model.norm.weight"].add_(1))
+
+
+@plant("tied weights", "weights recorded", reason=r"lm_head\.weight and model\.embed_tokens\.weight differ")
 def tied_weights_that_differ(folder: Broken):
     folder.tensors(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
 

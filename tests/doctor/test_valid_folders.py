@@ -17,7 +17,7 @@ from minigpt_hf.publish.model_folder import REQUIRED
 from tests.conftest import ROOT
 from tests.doctor.conftest import make_twin
 
-NUM_CHECKS = 39
+NUM_CHECKS = 40
 
 
 def states(rows) -> dict[str, str]:
@@ -87,6 +87,7 @@ NOT_APPLICABLE_TO_OTHERS = {
     "chat template",
     "chat format",
     "tensors",
+    "weights recorded",
     "fingerprint",
     "prompts inert",
 }

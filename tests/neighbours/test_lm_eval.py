@@ -209,6 +209,23 @@ def test_an_unknown_task_and_missing_data_are_reported_in_one_line(trained, task
         assert f"minigpt evaluate: {message}" in error.splitlines()[-1]
 
 
+def test_the_examples_of_a_group_are_those_of_its_tasks(trained, tasks, tmp_path, capsys):
+    """The harness states the number of one of the tasks for the group."""
+    file = tasks / "pairs.jsonl"
+    examples = PAIRS.replace("num_fewshot: 0", "num_fewshot: 2") + "fewshot_split: test\n"
+    for name, task in (("none", PAIRS), ("two", examples), ("too", examples)):
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + task, encoding="utf-8")
+    aggregate = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    for name, members in (("mixed", "none, two"), ("equal", "too")):
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: [{members}]\n{aggregate}", encoding="utf-8")
+    folder = shutil.copytree(trained, tmp_path / "model")
+    assert main(["evaluate", str(folder), "--tasks", "mixed,equal", "--task_path", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert {each["task"]: each["shots"] for each in found} == {"none": 0, "two": 2, "too": 2, "mixed": None, "equal": 2}
+    (row,) = [row for row in (folder / "README.md").read_text().splitlines() if row.startswith("| `mixed`")]
+    assert row.endswith("| differ |")
+
+
 GENERATED = """
 output_type: generate_until
 doc_to_text: "{{prefix}}"

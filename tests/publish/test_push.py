@@ -443,6 +443,9 @@ def test_of_two_concurrent_pushes_one_fails_so_that_both_branches_hold_one_model
     shutil.copytree(run_folder / "model", changed)
     model.model.norm.weight.data += 1
     model.save_pretrained(changed)
+    about = json.loads((changed / "minigpt.json").read_text())
+    del about["weights"]  # of the original model
+    (changed / "minigpt.json").write_text(json.dumps(about))
     code, _, err = push(capsys, changed, "--repo-id", "user/tiny")
     assert code == 2
     assert re.match(r"minigpt push: user/tiny: the Hub answered 412 .*try again", err.splitlines()[-1])

@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 from minigpt_hf.cli import main
+from minigpt_hf.doctor.folder import Folder
+from minigpt_hf.doctor.weights import recorded
 from minigpt_hf.inference.suites import TaskResult
 from minigpt_hf.publish.model_folder import save_tasks
 from tests.hub_repository import model_card_errors
@@ -70,6 +73,26 @@ def test_an_edited_card_is_left_unchanged(folder, caplog):
     assert (folder / "README.md").read_text() == "mine"
     assert "has been edited and is left unchanged; the tasks are in minigpt.json only" in caplog.text
     assert json.loads((folder / "minigpt.json").read_text())["tasks"] == [ACCURACY.to_dict()]
+
+
+def test_results_next_to_those_of_other_weights_are_reported(folder, caplog):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    save_tasks(folder, [ACCURACY.to_dict()])
+    assert caplog.text == ""
+    model.model.norm.weight.data += 1
+    model.save_pretrained(folder)
+    save_tasks(folder, [PERPLEXITY.to_dict()])
+    assert "its results, scores and samples are those of other weights" in caplog.text
+
+
+def test_the_recorded_weights_do_not_depend_on_their_files(folder):
+    assert recorded(Folder(folder)).state == "pass"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert len([*folder.glob("model-*.safetensors")]) > 1
+    assert recorded(Folder(folder)).state == "pass"
 
 
 @pytest.mark.parametrize(
