@@ -263,9 +263,15 @@ def recorded(folder: Folder) -> Row:
 
 
 def weights_fingerprint(folder: Folder) -> str:
-    """SHA-256 of names, types, shapes and values of the tensors that loaders read, however they are divided into files."""
+    """SHA-256 of names, types, shapes and values of the tensors that loaders read, however they are divided into files.
+
+    Raises `NotApplicable` for an invalid header, which another check reports.
+    """
     content = hashlib.sha256()
-    stored = read_header(folder, WEIGHTS) if WEIGHTS in folder.files else tensors_of(folder)
+    try:
+        stored = read_header(folder, WEIGHTS) if WEIGHTS in folder.files else tensors_of(folder)
+    except Unsound as error:
+        raise NotApplicable(f"{WEIGHTS} is invalid") from error
     for name, where in sorted(stored.items()):
         content.update(f"{name} {where.dtype} {where.shape}\n".encode())
         for chunk in _chunks(folder, where):
