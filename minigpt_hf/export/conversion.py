@@ -17,6 +17,7 @@ from ..inference.generation import only_settings
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..publish.card import hub_id
+from ..publish.model_folder import warn_if_weights_differ
 from ..trust import checked_folder, loading, read_metadata
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def load_model(folder: Path) -> MiniGPTForCausalLM:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise MiniGPTError(f"{folder}: {name} has values that are not finite; the model is not exported")
+    warn_if_weights_differ(folder)
     return model.eval()
 
 

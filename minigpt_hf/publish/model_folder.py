@@ -202,6 +202,12 @@ def save_score(folder: Path, score: dict[str, Any]) -> None:
     _save(folder, "scores", [score], lambda each: (each["metric"], each["data"]["fingerprint"]))
 
 
+def warn_if_weights_differ(folder: Path) -> None:
+    """Log a warning if `minigpt.json`, and hence the card, describes other weights than those of the folder."""
+    if (row := recorded(Folder(folder, follow=True))).state == "fail":
+        logger.warning(f"{folder}: {row.reason}; {row.remedy}")
+
+
 def save_tasks(folder: Path, results: list[dict[str, Any]]) -> None:
     """Add results of evaluation suites to the metadata and the card of a model folder; see `_save`.
 
@@ -227,8 +233,7 @@ def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Call
     """
     if missing := [name for name in (*CODE, "README.md", "minigpt.json") if not (folder / name).is_file()]:
         raise MiniGPTError(f"{folder} is not a model folder, {missing[0]} is missing")
-    if (row := recorded(Folder(folder, follow=True))).state == "fail":
-        logger.warning(f"{folder}: {row.reason}; {row.remedy}")
+    warn_if_weights_differ(folder)
     metadata, card = read_metadata(folder), (folder / "README.md").read_text(encoding="utf-8")
     config = MiniGPTConfig.from_pretrained(folder)
     try:

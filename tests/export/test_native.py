@@ -105,6 +105,17 @@ def test_an_export_that_differs_from_the_model_is_not_written(run_folder, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_with_the_card_of_other_weights_is_reported(run_folder, tmp_path, caplog):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    export_native(folder, tmp_path / "same")
+    assert caplog.text == ""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(folder)
+    export_native(folder, tmp_path / "other")
+    assert "its results, scores and samples are those of other weights" in caplog.text
+
+
 def test_folders_that_cannot_be_exported_are_rejected(run_folder, twin, tmp_path):
     model = run_folder / "model"
     with pytest.raises(ValueError, match=f"this is a run folder; its model folder is {model}"):
