@@ -28,6 +28,7 @@ from .arguments import (
     AUTO,
     GROUPS,
     UNSUPPORTED_WITH,
+    DataArguments,
     MiniGPTTrainingArguments,
     Settings,
     log_on_main_process,
@@ -128,13 +129,12 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
         if fixed := sorted(given & (ARCHITECTURE_SETTINGS | {"tokenizer", "vocab_size", "chat_tokens"})):
             raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
-        if recipe_values.get("tokenizer", model.init_from) != model.init_from:
-            message = f"tokenizer {data.tokenizer}: no effect, the tokenizer of init_from {model.init_from} is used"
-            log_on_main_process(training, message, logging.WARNING)
-        if data.chat_tokens:
-            message = f"chat_tokens: no effect, the tokenizer of init_from {model.init_from} is used"
-            log_on_main_process(training, message, logging.WARNING)
-        settings = settings.replace(tokenizer=model.init_from, chat_tokens=False)
+        of_base = {"tokenizer": model.init_from, "vocab_size": DataArguments.vocab_size, "chat_tokens": False}
+        for name, value in of_base.items():
+            if (replaced := recipe_values.get(name, value)) != value:
+                message = f"{name} {replaced}: no effect, the tokenizer of init_from {model.init_from} is used"
+                log_on_main_process(training, message, logging.WARNING)
+        settings = settings.replace(**of_base)
     settings = _with_settings_of_prepared_text(settings, given)
     if not model.init_from and (model.lora_rank or recipe in ("finetune", "chat")):
         raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")

@@ -68,14 +68,15 @@ def test_a_score_on_text_that_the_base_model_was_trained_on_is_marked(fraction, 
 def test_settings_of_a_recipe_that_the_base_model_determines_are_reported(finetune, run_folder, tmp_path, capsys):
     recipe = tmp_path / "own.yaml"
     recipe.write_text(
-        "hidden_size: 64\nnum_hidden_layers: 2\ntokenizer: characters\nchat_tokens: true\npositional_heads: [[1, 2]]\n"
+        "hidden_size: 64\nnum_hidden_layers: 2\ntokenizer: characters\nvocab_size: 300\nchat_tokens: true\n"
+        "positional_heads: [[1, 2]]\n"
     )
     assert finetune("run", "--recipe", str(recipe)) == 0
     log = capsys.readouterr().err
     base = run_folder / "model"
     assert f"hidden_size 64, positional_heads [[1, 2]]: no effect, init_from {base} determines the architecture" in log
-    assert f"tokenizer characters: no effect, the tokenizer of init_from {base} is used" in log
-    assert f"chat_tokens: no effect, the tokenizer of init_from {base} is used" in log
+    for setting in ("tokenizer characters", "vocab_size 300", "chat_tokens True"):
+        assert f"{setting}: no effect, the tokenizer of init_from {base} is used" in log
     # The recipe that the run records contains every setting, but those of the base model.
     assert finetune("again", "--recipe", str(tmp_path / "run" / "recipe.yaml")) == 0
     assert "no effect" not in capsys.readouterr().err
