@@ -133,10 +133,14 @@ class EarlyStopping(TrainerCallback):
 
     Args:
         patience: Number of evaluations; 0 for no early stopping.
+
+    Attributes:
+        stopped: Whether it ended training.
     """
 
     def __init__(self, patience: int):
         self.patience = patience
+        self.stopped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._stop_if_no_better(state, control)  # a run that was stopped early, and killed before it was published
@@ -151,6 +155,6 @@ class EarlyStopping(TrainerCallback):
             return
         since_best = len(losses) - 1 - losses.index(min(losses))
         if self.patience and since_best >= self.patience and state.global_step < state.max_steps:
-            control.should_training_stop = True
+            control.should_training_stop = self.stopped = True
             if state.is_world_process_zero:
                 logger.info(f"early stopping: the validation loss has not improved for {since_best} evaluations")

@@ -212,6 +212,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
 
     Raises:
         TrainingStopped: if the run ended early.
+        MiniGPTError: if something else than early stopping or a signal ended it.
     """
     settings, text, run = plan.settings, plan.text, RunFolder(lock.folder)
     data, training = settings.data, settings.training
@@ -229,7 +230,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     if data.chat:
         prompts = first_questions(text, data, training)
     samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop)
-    callbacks = [progress, samples, stop, EarlyStopping(patience(training, sequences)), RandomStateCheck()]
+    early = EarlyStopping(patience(training, sequences))
+    callbacks = [progress, samples, stop, early, RandomStateCheck()]
     if is_in_notebook() and not progress.quiet:
         from transformers.utils.notebook import NotebookProgressCallback  # needs IPython
 
@@ -266,6 +268,12 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
             stopped.was_reported = True
             leave_process_group(training)
         raise stopped
+    state = trainer.state
+    if state.global_step < state.max_steps and not early.stopped:  # another callback of transformers ended training
+        raise MiniGPTError(
+            f"training ended at step {state.global_step:,} of {state.max_steps:,}, neither by a signal nor by early stopping: "
+            "no model is published; the same command resumes from the last checkpoint"
+        )
     check_trained(trainer)
     return trainer
 

@@ -776,6 +776,28 @@ def test_an_evaluation_skipped_because_of_a_signal_is_performed_when_the_run_is_
         assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, straight)])
 
 
+def test_a_run_that_something_else_ends_is_not_published_and_can_be_resumed(
+    recipe, words, tmp_path, capsys, monkeypatch
+):
+    """Callbacks of transformers can end training, such as that of `enable_jit_checkpoint` on SIGTERM."""
+    flags = ["--max_steps", "8", "--save_steps", "2", "--eval_steps", "2"]
+    assert train(recipe, words, tmp_path / "straight", *flags) == 0
+    real = MiniGPTTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        self.control.should_training_stop = self.state.global_step == 4
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", training_step)
+    folder = tmp_path / "run"
+    assert train(recipe, words, folder, *flags) == 2
+    assert "training ended at step 5 of 8, neither by a signal nor by early stopping" in capsys.readouterr().err
+    assert not (folder / "model").exists()
+    monkeypatch.setattr(MiniGPTTrainer, "training_step", real)
+    assert train(recipe, words, folder, *flags) == 0
+    assert_equal(*[load_file(run / "model" / "model.safetensors") for run in (folder, tmp_path / "straight")])
+
+
 @pytest.mark.parametrize("where", ["prepare_text", "plan_table"])
 def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
     where, recipe, words, tmp_path, capsys, monkeypatch
