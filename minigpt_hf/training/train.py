@@ -271,8 +271,8 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
     state = trainer.state
     if state.global_step < state.max_steps and not early.stopped:  # another callback of transformers ended training
         raise MiniGPTError(
-            f"training ended at step {state.global_step:,} of {state.max_steps:,}, neither by a signal nor by early stopping: "
-            "no model is published; the same command resumes from the last checkpoint"
+            f"training ended at step {state.global_step:,} of {state.max_steps:,}, neither by a signal nor by early "
+            "stopping: no model is published; the same command resumes from the last checkpoint"
         )
     check_trained(trainer)
     return trainer
