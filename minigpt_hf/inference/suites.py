@@ -27,7 +27,7 @@ class TaskResult:
 
     Args:
         task: Name of a task, or of a group of tasks.
-        version: Version of the task.
+        version: Version of the task; "" if its definition states none.
         metric, filter: Name of the metric, and of the filter of the answers that it is computed from.
         value: Value of the metric, in its own unit.
         stderr: Standard error of the value; None if the harness does not estimate it.
@@ -179,7 +179,7 @@ def _results(found: Any, harness: str, shortened: dict[str, int]) -> list[TaskRe
             results.append(
                 TaskResult(
                     task=task,
-                    version=str(found["versions"].get(task, "")),
+                    version=_version(found, task),
                     metric=metric,
                     filter=name,
                     value=float(value),
@@ -199,6 +199,14 @@ def _tasks(found: Any, task: str) -> list[str]:
     if task in found["n-samples"]:
         return [task]
     return [name for each in found.get("group_subtasks", {}).get(task, []) for name in _tasks(found, each)]
+
+
+def _version(found: Any, task: str) -> str:
+    """The version of a task or group; "" if its definition states none."""
+    from lm_eval.api.task import ConfigurableTask
+
+    version = found["versions"].get(task)
+    return "" if version in (None, "N/A", ConfigurableTask.VERSION) else str(version)
 
 
 def _samples(found: Any, task: str) -> int:

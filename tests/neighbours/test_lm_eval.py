@@ -194,6 +194,7 @@ def test_minigpt_evaluate_equals_the_command_of_the_harness(trained, tasks, tmp_
     assert (
         f"| `pairs`, version 1.0 | `acc` | {accuracy['value']:.4f} | {accuracy['stderr']:.4f} | {pairs} | 0 |" in card
     )
+    assert "| `rolling` | `bits_per_byte` |" in card  # its definition states no version
 
 
 def test_an_unknown_task_and_missing_data_are_reported_in_one_line(trained, tasks, tmp_path, capsys):
@@ -222,6 +223,10 @@ def test_the_examples_of_a_group_are_those_of_its_tasks(trained, tasks, tmp_path
     assert main(["evaluate", str(folder), "--tasks", "mixed,equal", "--task_path", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
     assert {each["task"]: each["shots"] for each in found} == {"none": 0, "two": 2, "too": 2, "mixed": None, "equal": 2}
+    assert {each["task"]: each["version"] for each in found if each["task"] in ("none", "mixed")} == {
+        "none": "1.0",
+        "mixed": "",
+    }
     (row,) = [row for row in (folder / "README.md").read_text().splitlines() if row.startswith("| `mixed`")]
     assert row.endswith("| differ |")
 

@@ -49,6 +49,19 @@ def test_results_are_in_the_metadata_the_card_and_the_model_index_with_standard_
     assert "stderr" not in results["plays|1"].metric_args
 
 
+def test_a_task_without_a_version_is_stated_without_one(folder):
+    save_tasks(folder, [{**ACCURACY.to_dict(), "version": ""}])
+    assert "| `blimp` | `acc` | 0.6180 |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["run_folder", "chat_run"])
+def test_the_card_of_a_chat_model_states_that_the_prompts_had_no_chat_template(kind, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(kind) / "model", tmp_path / "model")
+    save_tasks(folder, [ACCURACY.to_dict()])
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert ("The prompts were plain text, without the chat template." in card) == (kind == "chat_run")
+
+
 def test_shortened_questions_are_stated_in_the_card_once_per_task(folder):
     results = [{**ACCURACY.to_dict(), "metric": metric, "shortened": 1_234} for metric in ("acc", "acc_norm")]
     save_tasks(folder, [*results, PERPLEXITY.to_dict()])
