@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from .arrays import BLOCK, blocks, selected, stored
 from .cache import cached
 from .reading import (
+    UNDECODABLE,
     Decoding,
     DecodingStatistics,
     changed_file_error,
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 PART_CHARACTERS = 1_000_000
 CACHED_BYTES = 1 << 26  # the index of uncompressed text files is cached if they have at least this size in total
-TEXT_INDEX_VERSION = 1  # version of the format of this index
+TEXT_INDEX_VERSION = 2  # version of the format of this index
 # Minimum number of excerpts in a sample, so that no single passage of a long document dominates a score.
 MIN_EXCERPTS = 20
 
@@ -450,7 +451,7 @@ class TextFiles:
         return self.names.get(path, path)
 
     def _report(self, statistics: list[DecodingStatistics]) -> None:
-        """Log byte order marks, zero characters and converted line endings."""
+        """Log byte order marks, zero characters, converted line endings and undecodable bytes."""
         with_mark = [path for path, one in zip(self.paths, statistics, strict=True) if one.byte_order_mark]
         if with_mark:
             without_mark = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
@@ -465,6 +466,15 @@ class TextFiles:
             logger.warning(
                 "%s zero characters (U+0000), so the data may be UTF-16 (use --encoding utf-16) or binary",
                 self._subject(with_zeros, "contains", "contain"),
+            )
+        undecodable = [path for path, one in zip(self.paths, statistics, strict=True) if one.undecodable]
+        if undecodable:
+            logger.warning(
+                "%s bytes that are not %s text (%s %s)",
+                self._subject(undecodable, "contains", "contain"),
+                self.decoding.encoding,
+                f"{sum(one.undecodable for one in statistics):,}",
+                UNDECODABLE[self.decoding.errors],
             )
         if self.decoding.newline == "universal":
             logger.info(

@@ -12,6 +12,7 @@ import io
 import lzma
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ DECOMPRESSORS: dict[str, Callable[[str], _ByteReader]] = {
 }
 COMPRESSED_EXTENSIONS = tuple(DECOMPRESSORS)
 NEWLINES = ("preserve", "universal")
+# What happens to bytes that cannot be decoded, by the value of `Decoding.errors`.
+UNDECODABLE = {"replace": "replaced by U+FFFD", "ignore": "dropped"}
 BYTE_ORDER_MARK = "\ufeff"
 LINE_END_SEARCH_CHARACTERS = 65_536  # before the maximum end of a chunk
 
@@ -202,11 +205,38 @@ class DecodingStatistics:
         byte_order_mark: Whether the text starts with U+FEFF.
         newlines_converted: Number of CRLF and CR line endings converted to LF.
         zeros: Number of U+0000 characters.
+        undecodable: Number of bytes that were replaced or dropped because they cannot be decoded.
     """
 
     byte_order_mark: bool = False
     newlines_converted: int = 0
     zeros: int = 0
+    undecodable: int = 0
+
+
+class _Undecodable(threading.local):
+    """Number of bytes that the error handlers below have replaced or dropped in this thread."""
+
+    count = 0
+
+
+_undecodable = _Undecodable()
+
+
+def _counting(errors: str) -> Callable[[UnicodeError], tuple[str | bytes, int]]:
+    handler = codecs.lookup_error(errors)
+
+    def handle(error: UnicodeError) -> tuple[str | bytes, int]:
+        if isinstance(error, UnicodeDecodeError):
+            _undecodable.count += error.end - error.start
+        return handler(error)
+
+    return handle
+
+
+COUNTING_HANDLERS = {errors: f"minigpt_hf.{errors}" for errors in UNDECODABLE}
+for _errors, _name in COUNTING_HANDLERS.items():
+    codecs.register_error(_name, _counting(_errors))
 
 
 def decoded(
@@ -226,7 +256,7 @@ def decoded(
     Raises:
         UnreadableFileError: naming the byte and its position, if the file cannot be decoded.
     """
-    decoder = codecs.getincrementaldecoder(decoding.encoding)(decoding.errors)
+    decoder = codecs.getincrementaldecoder(decoding.encoding)(COUNTING_HANDLERS.get(decoding.errors, decoding.errors))
     newlines = io.IncrementalNewlineDecoder(None, translate=True) if decoding.newline == "universal" else None
     statistics = statistics or DecodingStatistics()
     preserves_bytes = decoding.preserves_bytes
@@ -236,6 +266,7 @@ def decoded(
         chunk = next(source, b"")
         is_last = not chunk
         consumed += len(chunk)
+        undecodable = _undecodable.count
         try:
             text = decoder.decode(chunk, is_last)
         except UnicodeDecodeError as error:
@@ -248,6 +279,7 @@ def decoded(
             ) from error
         except UnicodeError as error:
             raise UnreadableFileError(f"{printable(name)}: not {decoding.encoding} text: {error}") from error
+        statistics.undecodable += _undecodable.count - undecodable
         if newlines is not None:
             statistics.newlines_converted += text.count("\r")
             text = newlines.decode(text, is_last)

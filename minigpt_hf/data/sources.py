@@ -448,6 +448,9 @@ class Source:
                 f"{self.data}: has no split {requested!r}; use --data_split with one of {', '.join(splits)}"
             )
         validation = next((name for name in SPLITS["validation"] if name in splits), None) if not self.split else None
+        unread = [name for name in splits if name not in (requested, validation)]
+        if unread and not self.split:
+            logger.info("%s: splits that are not read: %s", printable(self.data), ", ".join(unread))
         train = self._read_dataset(splits[requested], f"{identity} {requested}")
         if validation is None:
             return SourceContent(train)

@@ -37,7 +37,9 @@ from .documents import rows_sha256
 from .files import extension_of
 from .reading import (
     BYTE_ORDER_MARK,
+    UNDECODABLE,
     Decoding,
+    DecodingStatistics,
     byte_chunks,
     changed_file_error,
     compression_of,
@@ -114,8 +116,24 @@ class Table(ABC):
             except ValueError as error:
                 raise self.error(f"{location} {error}") from error
 
-    def describe(self) -> None:  # noqa: B027 (most formats are not ambiguous)
+    def describe(self) -> None:  # noqa: B027 (binary formats are not ambiguous)
         """Log how the file was interpreted, where this is ambiguous."""
+
+    def report_undecodable(self) -> None:
+        """Log how many bytes of a text file are replaced or dropped because they cannot be decoded."""
+        if self.decoding.errors == "strict":
+            return
+        statistics = DecodingStatistics()
+        for _ in decoded(self.path, self.name, self.decoding, 1 << 20, statistics):
+            pass
+        if statistics.undecodable:
+            logger.warning(
+                "%s contains bytes that are not %s text (%s %s)",
+                printable(self.name),
+                self.decoding.encoding,
+                f"{statistics.undecodable:,}",
+                UNDECODABLE[self.decoding.errors],
+            )
 
     def error(self, message: str) -> UnreadableFileError:
         return UnreadableFileError(f"{printable(self.name)}: {message}")
@@ -298,6 +316,9 @@ def _batches(texts: Iterator[str | None]) -> Iterator[list[str | None]]:
 class JsonTable(Table):
     """JSON Lines, an array of objects or strings, or concatenated objects."""
 
+    def describe(self) -> None:
+        self.report_undecodable()
+
     def columns(self) -> tuple[list[str], list[str], list[str]]:
         has_text: dict[str, bool] = {}
         for _, row in islice(self.rows(), INSPECTED_ROWS):
@@ -433,6 +454,7 @@ class CsvTable(Table):
             yield f"row {number:,}", dict(zip(header, row, strict=False))
 
     def describe(self) -> None:
+        self.report_undecodable()
         logger.info(
             "%s: the first row is the header, %s", printable(self.name), ", ".join(map(repr, next(self._rows())))
         )

@@ -97,6 +97,18 @@ def test_the_splits_of_a_saved_dataset_are_used(table, tmp_path):
     assert load_corpus(str(tmp_path / "two"), 0).validation is None
 
 
+def test_splits_of_a_dataset_that_are_not_read_are_reported(table, tmp_path, caplog):
+    splits = {"train": table, "unsupervised": table, "validation": table.select([0]), "test": table.select([1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with caplog.at_level("INFO"):
+        load_corpus(str(tmp_path / "saved"))
+    assert "saved: splits that are not read: unsupervised, test" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        load_corpus(str(tmp_path / "saved"), 0, split="test")
+    assert "splits that are not read" not in caplog.text  # chosen by the user
+
+
 def test_a_folder_of_tables_uses_its_validation_file_and_skips_test_and_readme(table, tmp_path):
     for name, rows in (("train", [0, 1, 2]), ("validation", [3]), ("test", [4])):
         table.select(rows).to_json(tmp_path / f"{name}.jsonl")
@@ -254,6 +266,43 @@ def test_undecodable_bytes_can_be_replaced_or_ignored(tmp_path):
         texts_of(tmp_path)
     assert texts_of(tmp_path, encoding_errors="replace") == ["caf\ufffd au lait", "plain"]
     assert texts_of(tmp_path, encoding_errors="ignore") == ["caf au lait", "plain"]
+
+
+@pytest.mark.parametrize(("errors", "what"), [("replace", "replaced by U+FFFD"), ("ignore", "dropped")])
+@pytest.mark.parametrize("part", [1, 2, 3, 1_000_000])
+def test_undecodable_bytes_are_counted(errors, what, part, tmp_path, monkeypatch, caplog):
+    """U+FFFD in the file is not counted; of an incomplete character, every byte is."""
+    monkeypatch.setattr("minigpt_hf.data.documents.PART_CHARACTERS", part)
+    content = b"caf\xe9 \xe2\x82 \xff\xfe \xef\xbf\xbd \xf0\x9f"
+    (tmp_path / "a.txt").write_bytes(content)
+    assert texts_of(tmp_path / "a.txt", encoding_errors=errors) == [content.decode(errors=errors)]
+    assert f"a.txt contains bytes that are not utf-8 text (7 {what})" in caplog.text
+    (tmp_path / "b.txt").write_bytes(b"\xff" * 1000 + b"b")
+    (tmp_path / "c.txt").write_text("plain")
+    texts_of(tmp_path, encoding_errors=errors)
+    assert f"2 files ({tmp_path / 'a.txt'}, …) contain bytes that are not utf-8 text (1,007 {what})" in caplog.text
+
+
+@pytest.mark.parametrize("cached_bytes", [0, 1 << 26])
+def test_undecodable_bytes_are_reported_again_when_the_index_is_cached(cached_bytes, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("minigpt_hf.data.documents.CACHED_BYTES", cached_bytes)
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    for _ in range(2):
+        caplog.clear()
+        texts_of(tmp_path / "a.txt", encoding_errors="ignore", cache_dir=tmp_path / "cache")
+        assert "a.txt contains bytes that are not utf-8 text (1 dropped)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_undecodable_bytes_of_tables_are_counted(name, tmp_path, caplog):
+    rows = {"a.csv": b"text\ncaf\xe9\n\xff\xfeb\n", "a.jsonl": b'{"text": "caf\xe9"}\n{"text": "\xff\xfeb"}\n'}
+    (tmp_path / name).write_bytes(rows[name])
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        assert texts_of(tmp_path / name, encoding_errors="ignore", cache_dir=tmp_path / "cache") == ["caf", "b"]
+        assert f"{name} contains bytes that are not utf-8 text (3 dropped)" in caplog.text
+    assert texts_of(tmp_path / name, encoding="latin-1", encoding_errors="ignore") == ["café", "ÿþb"]
+    assert caplog.text.count("not utf-8 text") == 1
 
 
 LAYOUTS = {
