@@ -207,6 +207,17 @@ def test_a_score_is_not_stored_in_a_folder_whose_weights_were_replaced_meanwhile
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_the_loss_of_a_model_with_another_chat_template_is_reported_as_that_of_chatml(
+    is_edited, folder, questions, capsys
+):
+    template = folder / "chat_template.jinja"
+    if is_edited:
+        template.write_text(template.read_text().replace("assistant", "helper"))
+    assert main(["evaluate", str(folder), "--data", str(questions)]) == 0
+    assert ("not by the chat template of the model, which differs" in capsys.readouterr().err) == is_edited
+
+
 def test_answers_that_cannot_be_written_are_an_error_before_they_are_generated(folder, questions, tmp_path, capsys):
     before = content(folder)
     assert evaluate(folder, questions, "--answers", str(tmp_path / "missing" / "answers.jsonl")) == 2
