@@ -92,6 +92,18 @@ def test_a_score_replaces_that_of_the_same_data_and_metric_only(folder, question
     assert {("renamed.json", None, "rouge"), ("chats.jsonl", "validation", "exact_match")} < named
 
 
+def test_a_score_with_another_system_message_than_in_training_states_it(folder, questions):
+    """A file may have several scores, and a score cannot be repeated without its system message."""
+    for flags in ([], ["--system", "Be brief | kind."]):
+        assert evaluate(folder, questions, *flags) == 0
+    assert ["system" in score["data"] for score in scores_of(folder)] == [False, True]
+    card = ModelCard((folder / "README.md").read_text())
+    rows = [line for line in card.text.splitlines() if line.startswith("| exact match ")]
+    assert [r"system message `Be brief \| kind.`" in row for row in rows] == [False, True]
+    names = [result.dataset_name for result in card.data.eval_results if result.metric_type == "exact_match"]
+    assert names == ["test.jsonl", "test.jsonl (with another system message than in training)"]
+
+
 def test_no_save_leaves_the_folder_unchanged(folder, questions, capsys):
     before = content(folder)
     assert evaluate(folder, questions, "--no_save") == 0
