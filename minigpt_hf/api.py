@@ -310,7 +310,8 @@ def score_answers(
     folder = checked_folder(os.fspath(model), trust_remote_code)  # for a Hub id, its cached snapshot
     before = model_files(folder)
     loaded, tokenizer = load(model, trust_remote_code)
-    documents = read_part(data, split, recipe_of(folder), reading)
+    recipe = recipe_of(folder)
+    documents = read_part(data, split, recipe, reading)
     of_training = has_training_text(folder, data, split, reading, documents)
     if of_training:
         logger.warning(
@@ -321,6 +322,8 @@ def score_answers(
     if save:
         identity: dict[str, Any] = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
         identity |= {"of_training": True} if of_training else {}
+        has_other_system = reading["system"] not in (None, recipe.get("system"))
+        identity |= {"system": reading["system"]} if has_other_system else {}
         entry = {"data": identity, **result[0].to_dict()}
         _save(model, before, lambda: save_score(Path(model), entry), result)
     return result

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.chat_format import IGNORE_INDEX, ChatFormat, EncodedConversations, Message
+from ..data.chat_format import CHAT_TEMPLATE, IGNORE_INDEX, ChatFormat, EncodedConversations, Message
 from ..data.encoding import unknown_character_error
 from ..errors import MiniGPTError
 
@@ -261,6 +261,11 @@ def evaluate_conversations(
     longest = longest_context(model)
     block_size = longest if block_size is None else min(block_size, longest)
     chat_format = ChatFormat(tokenizer)
+    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+        logger.warning(
+            "the conversations are encoded in ChatML, not by the chat template of the model, which differs: "
+            "this is not the loss of answers to its own prompts"
+        )
     encoded = EncodedConversations(conversations, chat_format, block_size)
     nats, tokens, count = score_conversations(model, encoded, chat_format, batch_size)
     if encoded.omitted:

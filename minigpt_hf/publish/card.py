@@ -250,7 +250,8 @@ def score_results(metadata: dict[str, Any]) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type="text",
             dataset_name=CONTROL_CHARACTERS.sub(REPLACEMENT, score["data"]["name"])
-            + (" (contains the training text)" if score["data"].get("of_training") else ""),
+            + (" (contains the training text)" if score["data"].get("of_training") else "")
+            + (" (with another system message than in training)" if "system" in score["data"] else ""),
             dataset_split=None if score["data"]["split"] == "all" else score["data"]["split"],
             dataset_revision=score["data"]["fingerprint"],
             metric_type=HUB_METRICS[score["metric"]],

@@ -44,6 +44,8 @@ class TrainingResult:
         run: Identity of the run, see `identity_of`.
         parameters: Number of parameters of the published model.
         steps, skipped_steps, planned_steps: Optimizer steps.
+        finished: Whether no step follows: all planned steps were taken, or early stopping has ended training.
+        published_step: The step whose weights are described: the last one or that of the best checkpoint.
         tokens: Training tokens of these steps.
         changes: Settings that were changed when the run was resumed; see `changes_since`.
         seconds: Training time, over all starts of the run.
@@ -59,6 +61,8 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     planned_steps: int
+    finished: bool
+    published_step: int
     tokens: int
     changes: list[dict[str, Any]]
     tokens_per_epoch: int
@@ -88,6 +92,8 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         steps=trainer.state.global_step,
         skipped_steps=trainer.guard.skipped_steps,
         planned_steps=trainer.state.max_steps,
+        finished=finished is not None or trainer.state.global_step >= trainer.state.max_steps,
+        published_step=_step_of_weights(trainer, finished is not None),
         tokens=trained_tokens(trainer.args, trainer.train_dataset, trainer.state.global_step),
         changes=trainer.changes,
         tokens_per_epoch=trainer.train_dataset.tokens_per_epoch,
@@ -111,12 +117,17 @@ def _copying(trainer: "MiniGPTTrainer", texts: list[str]) -> Copying:
     return measure_copying(text.tokenizer, samples, text.train, text.validation, is_chat)
 
 
-def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] | None:
-    """The log row of the evaluation of the current weights, which at the end may be those of the best checkpoint."""
+def _step_of_weights(trainer: Trainer, finished: bool) -> int:
+    """The step of the current weights, which at the end may be those of the best checkpoint."""
     state = trainer.state
     is_best = finished and trainer.args.load_best_model_at_end and state.best_model_checkpoint
-    step = state.best_global_step if is_best else state.global_step
-    evaluations = [row for row in state.log_history if "eval_loss" in row and row["step"] == step]
+    return state.best_global_step if is_best else state.global_step
+
+
+def _evaluation_of_weights(trainer: Trainer, finished: bool) -> dict[str, Any] | None:
+    """The log row of the evaluation of the current weights."""
+    step = _step_of_weights(trainer, finished)
+    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row and row["step"] == step]
     return evaluations[-1] if evaluations else None
 
 
@@ -160,6 +171,8 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "steps": result.steps,
             "skipped_steps": result.skipped_steps,
             "planned_steps": result.planned_steps,
+            "finished": result.finished,
+            "published_step": result.published_step,
             "changes": result.changes,
             "tokens_per_step": tokens_per_step(training, data.block_size),
             "tokens": result.tokens,

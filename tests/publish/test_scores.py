@@ -92,6 +92,18 @@ def test_a_score_replaces_that_of_the_same_data_and_metric_only(folder, question
     assert {("renamed.json", None, "rouge"), ("chats.jsonl", "validation", "exact_match")} < named
 
 
+def test_a_score_with_another_system_message_than_in_training_states_it(folder, questions):
+    """A file may have several scores, and a score cannot be repeated without its system message."""
+    for flags in ([], ["--system", "Be brief | kind."]):
+        assert evaluate(folder, questions, *flags) == 0
+    assert ["system" in score["data"] for score in scores_of(folder)] == [False, True]
+    card = ModelCard((folder / "README.md").read_text())
+    rows = [line for line in card.text.splitlines() if line.startswith("| exact match ")]
+    assert [r"system message `Be brief \| kind.`" in row for row in rows] == [False, True]
+    names = [result.dataset_name for result in card.data.eval_results if result.metric_type == "exact_match"]
+    assert names == ["test.jsonl", "test.jsonl (with another system message than in training)"]
+
+
 def test_no_save_leaves_the_folder_unchanged(folder, questions, capsys):
     before = content(folder)
     assert evaluate(folder, questions, "--no_save") == 0
@@ -205,6 +217,17 @@ def test_a_score_is_not_stored_in_a_folder_whose_weights_were_replaced_meanwhile
     assert out.out.startswith("exact ")
     assert f"not saved: {folder}: was changed during the evaluation" in out.err
     assert content(folder) == before
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_the_loss_of_a_model_with_another_chat_template_is_reported_as_that_of_chatml(
+    is_edited, folder, questions, capsys
+):
+    template = folder / "chat_template.jinja"
+    if is_edited:
+        template.write_text(template.read_text().replace("assistant", "helper"))
+    assert main(["evaluate", str(folder), "--data", str(questions)]) == 0
+    assert ("not by the chat template of the model, which differs" in capsys.readouterr().err) == is_edited
 
 
 def test_answers_that_cannot_be_written_are_an_error_before_they_are_generated(folder, questions, tmp_path, capsys):

@@ -24,6 +24,11 @@ def test_a_run_ends_after_as_many_evaluations_without_improvement_as_its_patienc
     assert [row["step"] for row in logged if "eval_loss" in row] == [*range(1, last + 1)]
     about = json.loads((folder / "model" / "minigpt.json").read_text())
     assert (about["training"]["steps"], about["training"]["planned_steps"]) == (last, 8)
+    assert (about["training"]["finished"], about["training"]["published_step"]) == (True, 1)
+    card = (folder / "model" / "README.md").read_text()
+    assert "Training is in progress" not in card
+    assert f"| steps | {last}{'' if last == 8 else ' of 8, ended by early stopping'} |" in card
+    assert "| published weights | those after step 1, the checkpoint with the lowest validation loss |" in card
 
 
 def test_the_default_patience_is_5_if_a_run_has_more_than_one_epoch(recipe, words, tmp_path):
