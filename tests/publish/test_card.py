@@ -145,7 +145,7 @@ def test_energy_is_time_times_devices_times_watts(metadata, card):
     expected = training["seconds"] * power["devices"] * 12 / 3600
     rounded = 0.05 * power["devices"] * 12 / 3600  # seconds are rounded to a tenth
     assert training["energy_wh"] == pytest.approx(expected, abs=1.01 * rounded)
-    assert f"| {energy(training['energy_wh'])} = " in card
+    assert f"| {energy(training['energy_wh'])} = {training['seconds']:.1f} s × " in card  # a short run
     assert [energy(value) for value in (0.007142, 9.96, 950, 1234, 1234567)] == [
         *("0.0071 Wh", "10 Wh", "950 Wh", "1.2 kWh", "1,200 kWh")
     ]
