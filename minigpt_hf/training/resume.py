@@ -77,11 +77,12 @@ def locked_run_folder(training: MiniGPTTrainingArguments) -> Iterator[FolderLock
 def start_over(lock: FolderLock) -> None:
     """Rename the run folder, and create and lock a new one in its place."""
     run = lock.folder
-    aside = rename_aside(run)
+    folder = run.resolve() if run.is_symlink() else run  # the link remains, and the new run is where it points to
+    aside = rename_aside(folder)
     logger.info(f"renamed the existing run {run} to {aside}")
     lock.moved_to(aside)
     lock.release()
-    lock.moved_to(run)
+    lock.moved_to(folder)
     lock.acquire()
 
 
@@ -336,7 +337,7 @@ NOT_IN_FINGERPRINT = {
     # Handling of steps that would otherwise have stopped the run.
     "on_bad_loss",
     # Transfer of batches to the device, and freeing of memory.
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "torch_empty_cache_steps"),
     # The Hub.
     *(

@@ -24,6 +24,8 @@ CHANGES = {
     "gradient_accumulation_steps": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"],
     "per_device_eval_batch_size": ["--per_device_eval_batch_size", "3"],
     "dataloader_drop_last": ["--dataloader_drop_last", "true"],
+    # With other workers, each epoch draws their seed from the random state that determines dropout.
+    "dataloader_persistent_workers": ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"],
     "load_best_model_at_end": ["--load_best_model_at_end", "false"],
     "full_determinism": ["--full_determinism", "true"],
     "average_tokens_across_devices": ["--average_tokens_across_devices", "false"],

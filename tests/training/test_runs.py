@@ -156,6 +156,17 @@ def test_fresh_renames_nothing_if_the_new_run_is_rejected(recipe, finished, tmp_
     assert files_of(tmp_path) == before
 
 
+def test_a_fresh_run_is_where_a_link_points_to(recipe, words, finished, tmp_path):
+    store = shutil.copytree(finished, tmp_path / "store" / "run")
+    link = tmp_path / "link"
+    link.symlink_to(store)
+    before = files_of(store)
+    assert train(recipe, words, link, "--fresh", "--max_steps", "2") == 0
+    assert link.is_symlink()
+    assert (store / "checkpoint-2").is_dir() and not (store / "checkpoint-8").exists()
+    assert files_of(store.with_name("run.aside-1")) == before
+
+
 @pytest.mark.parametrize("content", representative([b"", b"{", b'{"pid": 1}', b"\xff\0"], b'{"pid": 1}', b"\xff\0"))
 def test_a_lock_file_without_a_holder_blocks_nothing(content, recipe, words, tmp_path):
     (tmp_path / "run").mkdir()
