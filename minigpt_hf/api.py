@@ -523,14 +523,14 @@ def generate(
     Raises:
         MiniGPTError: if the model cannot be loaded, an option is unknown or invalid, or the prompt cannot be encoded.
     """
-    from .inference.generation import generate, warn_of_unused_sampling
+    from .inference.generation import generate, warn_of_unused_options
 
     if unknown := options.keys() & {"streamer", "extra_options"}:
         raise MiniGPTError(f"unknown option {min(unknown)}: give attributes of GenerationConfig")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
     loaded, tokenizer = load(model, trust_remote_code)
-    warn_of_unused_sampling(loaded, options)
+    warn_of_unused_options(loaded, options)
     return generate(loaded, tokenizer, prompt, seed=seed, special_tokens=special_tokens, **options)
 
 

@@ -60,13 +60,13 @@ def run(argv: list[str]) -> None:
 
     from transformers import set_seed
 
-    from ..inference.generation import load, warn_of_unused_sampling
+    from ..inference.generation import load, warn_of_unused_options
     from ..training_text import recipe_of
     from ..trust import checked_folder
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
-    warn_of_unused_sampling(model, options)
+    warn_of_unused_options(model, options)
     if args.system is not None and not tokenizer.chat_template:
         raise MiniGPTError(f"--system: {NO_TEMPLATE}")
     folder = checked_folder(args.model, args.trust_remote_code)  # for a Hub id, its cached snapshot

@@ -38,13 +38,13 @@ def run(argv: list[str]) -> None:
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
 
-    from ..inference.generation import encode_prompt, load, warn_of_unused_sampling
+    from ..inference.generation import encode_prompt, load, warn_of_unused_options
     from ..inference.generation import generate as write
     from .streaming import TextPrinter
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
-    warn_of_unused_sampling(model, options)
+    warn_of_unused_options(model, options)
 
     extra = {}
     if args.fast:

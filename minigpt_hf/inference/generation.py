@@ -39,6 +39,8 @@ BOOLEANS = {
 FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
 # Options of sampling, without effect if the most probable token is chosen.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Options of group beam search, of an earlier beam search, and of other architectures.
+WITHOUT_EFFECT = ("diversity_penalty", "low_memory", "decoder_start_token_id")
 
 
 def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -256,8 +258,10 @@ def _longest_context(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
 
 
-def warn_of_unused_sampling(model: PreTrainedModel, options: dict) -> None:
-    """Log a warning if options of sampling are given, but not `do_sample`, and the model does not sample by default."""
+def warn_of_unused_options(model: PreTrainedModel, options: dict) -> None:
+    """Log a warning if options without effect are given, also those of sampling if the model does not sample."""
+    if unused := [name for name in WITHOUT_EFFECT if options.get(name) is not None]:
+        logger.warning("%s: no effect in this version of transformers on a causal language model", ", ".join(unused))
     unused = [name for name in SAMPLING if options.get(name) not in (None, 0)]  # temperature 0: no sampling
     if unused and not options.get("do_sample", model.generation_config.do_sample):
         logger.warning("%s: no effect without --do_sample true: the most probable token is chosen", ", ".join(unused))

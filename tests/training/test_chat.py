@@ -400,6 +400,15 @@ def test_options_of_sampling_without_effect_are_reported(flags, is_unused, chat_
         assert ("temperature, top_k: no effect without --do_sample true" in capsys.readouterr().err) == is_unused
 
 
+def test_options_that_no_causal_model_uses_are_reported(chat_run, monkeypatch, capsys):
+    flags = "--diversity_penalty 0.5 --low_memory true --decoder_start_token_id 3"
+    for command in ("chat", "generate"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
+        assert main([command, str(chat_run / "model"), "--max_new_tokens", "3", *flags.split()]) == 0
+        unused = "diversity_penalty, low_memory, decoder_start_token_id: no effect in this version of transformers"
+        assert unused in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_invalid_utf8_and_empty_answers_in_the_terminal(chat_run, tmp_path):
     """The conversation continues after a byte that is not UTF-8."""
