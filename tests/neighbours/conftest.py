@@ -46,8 +46,9 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def trained() -> Path:
-    """A model folder, trained once; its model code is replaced by the current one."""
-    run = CACHE / f"run-{zlib.crc32(RECIPE.encode()):08x}"
+    """A model folder, trained once for a recipe and a card; its model code is replaced by the current one."""
+    card = (ROOT / "model_card.md").read_text(encoding="utf-8")
+    run = CACHE / f"run-{zlib.crc32((RECIPE + card).encode()):08x}"
     if not (run / "model").is_dir():
         CACHE.mkdir(exist_ok=True)
         (CACHE / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
