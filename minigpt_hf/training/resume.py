@@ -24,7 +24,7 @@ from ..data.prepared import PreparedText
 from ..data.stream import TokenStream
 from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
-from ..publish.model_folder import damage
+from ..publish.model_folder import damage, warn_if_weights_differ
 from .arguments import AUTO, MiniGPTTrainingArguments, Settings
 from .checkpoint import newest_valid, verification_error
 from .initialize import content_hash
@@ -120,6 +120,7 @@ def is_finished(run: RunFolder, fingerprint: dict[str, Any]) -> bool:
     fault = damage(run.model) or (None if is_model_of(run.model, old) else "it is the model of another run")
     if fault is None:
         logger.info(f"this run is already finished; the model is in {run.model}")
+        warn_if_weights_differ(run.model)
         return True
     if all(verification_error(checkpoint) for checkpoint in run.checkpoints()):
         raise MiniGPTError(

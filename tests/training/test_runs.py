@@ -300,6 +300,15 @@ def test_a_damaged_model_of_a_finished_run_is_renamed_and_published_again(
     assert "this run is already finished" in capsys.readouterr().err
 
 
+def test_other_weights_in_the_model_of_a_finished_run_are_reported(recipe, words, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    weights = load_file(folder / "model" / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model" / "model.safetensors")
+    assert train(recipe, words, folder) == 0
+    assert "this run is already finished" in (reported := capsys.readouterr().err)
+    assert "its results, scores and samples are those of other weights; restore the weights" in reported
+
+
 def test_a_damaged_model_without_a_checkpoint_is_an_error(recipe, words, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     damaged(folder / "model", "cut")
