@@ -588,7 +588,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 "`accelerate launch`: --dynamo_backend no), or give --torch_compile"
             )
         own = str(self.gradient_accumulation_steps)
-        if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", own)) not in ("1", own):
+        valid = ("1", own, "auto") if self.deepspeed_plugin is not None else ("1", own)  # DeepSpeed fills in "auto"
+        if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", own)) not in valid:
             raise MiniGPTError(
                 f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, but gradient_accumulation_steps is {own}: unset this "
                 f"variable, or give --gradient_accumulation_steps {steps}"
