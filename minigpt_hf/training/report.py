@@ -156,6 +156,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "shards": text.shards,
             "train": describe_stream(text.train),
             "validation": describe_validation(text),
+            **({"compared_with_base_model": text.is_compared} if settings.model.init_from else {}),
             **({} if text.unseen_fraction is None else {"unseen_fraction": text.unseen_fraction}),
         },
         "tokenizer": {

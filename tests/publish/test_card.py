@@ -260,7 +260,10 @@ def test_the_card_of_a_fine_tuned_model_names_its_base_model(init_from, lora_ran
 def test_the_card_of_a_fine_tuned_model_states_what_its_score_was_compared_with(metadata):
     limit = "Whether the base model was trained on a part of it, or on it within another text, is not known."
     assert limit not in render_card(metadata, tiny_config())
-    metadata["recipe"]["init_from"] = "model"
+    metadata["recipe"]["init_from"], metadata["data"]["compared_with_base_model"] = "model", False
+    card = render_card(metadata, tiny_config())
+    assert limit not in card and "was not compared with the training text of the base model" in card
+    metadata["data"]["compared_with_base_model"] = True
     assert limit in render_card(metadata, tiny_config())
     metadata["data"]["unseen_fraction"] = 0.05
     card = render_card(metadata, tiny_config())
