@@ -181,6 +181,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "seconds": round(result.seconds, 1),
             "time": duration(result.seconds),
             "device": device_name(training),
+            "processes": training.world_size,
             "power": power,
             "energy_wh": result.seconds * power["devices"] * power["watts"] / 3600,
         },

@@ -117,6 +117,16 @@ def test_the_commands_of_the_section_reproduce_give_the_same_figures(card, metad
     assert again["sample"] == metadata["sample"]
 
 
+def test_the_section_reproduce_states_on_what_the_result_depends(metadata):
+    assert "minigpt train --recipe" in render_card(metadata, tiny_config())
+    metadata["training"]["processes"], metadata["recipe"]["init_from"], metadata["recipe"]["bf16"] = 2, "model", True
+    card = render_card(metadata, tiny_config())
+    assert blocks(card, "bash")[1].startswith("torchrun --nproc-per-node 2 -m minigpt_cli train --recipe recipe.yaml")
+    assert "on the same type of machine and with 2 processes, the results" in card
+    assert "identical if the fingerprints of the text are, and if `init_from` is the same model." in card
+    assert "reproduces this score, up to rounding: training computed in bfloat16." in card
+
+
 def test_the_figures_are_those_of_the_run_and_no_placeholder_remains(run_folder, card, metadata):
     assert not re.search(r"\{\{|\}\}|\{%|TODO|None|\bnan\b|More Information Needed", card)
     model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
