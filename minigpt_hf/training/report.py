@@ -182,6 +182,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "time": duration(result.seconds),
             "device": device_name(training),
             "processes": training.world_size,
+            "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
             "power": power,
             "energy_wh": result.seconds * power["devices"] * power["watts"] / 3600,
         },

@@ -119,7 +119,8 @@ def test_the_commands_of_the_section_reproduce_give_the_same_figures(card, metad
 
 def test_the_section_reproduce_states_on_what_the_result_depends(metadata):
     assert "minigpt train --recipe" in render_card(metadata, tiny_config())
-    metadata["training"]["processes"], metadata["recipe"]["init_from"], metadata["recipe"]["bf16"] = 2, "model", True
+    metadata["training"] |= {"processes": 2, "precision": "bfloat16"}
+    metadata["recipe"]["init_from"] = "model"
     card = render_card(metadata, tiny_config())
     assert blocks(card, "bash")[1].startswith("torchrun --nproc-per-node 2 -m minigpt_cli train --recipe recipe.yaml")
     assert "on the same type of machine and with 2 processes, the results" in card
