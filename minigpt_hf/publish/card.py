@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.corpus import mixture
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata
 
@@ -84,6 +85,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             has_copying=has_copying(metadata),
             has_changed_data=has_changed_data(metadata),
             is_seen_by_base_model=is_seen_by_base_model(metadata),
+            is_mixture_of_streams=is_mixture_of_streams(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -218,6 +220,11 @@ def has_changed_data(metadata: dict[str, Any]) -> bool:
 def is_seen_by_base_model(metadata: dict[str, Any]) -> bool:
     """Whether the model that training started from was trained on text that is scored."""
     return "unseen_fraction" in metadata["data"]
+
+
+def is_mixture_of_streams(metadata: dict[str, Any]) -> bool:
+    """Whether the training text is a mixture of streamed datasets, whose split `minigpt evaluate` cannot reproduce."""
+    return bool(metadata["recipe"].get("streaming")) and mixture(str(metadata["recipe"].get("data"))) is not None
 
 
 def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:

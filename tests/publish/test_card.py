@@ -199,6 +199,13 @@ def test_a_card_without_scores_does_not_call_the_validation_text_scored(metadata
     assert "| validation (not scored) |" in without_scores and "Scored:" not in without_scores
 
 
+def test_the_card_of_a_mixture_of_streams_does_not_promise_that_its_score_can_be_repeated(metadata):
+    metadata["recipe"] |= {"streaming": True, "data": "user/plays:0.5,user/poems:0.5"}
+    card = render_card(metadata, tiny_config())
+    assert "cannot be reproduced, so `minigpt evaluate … --split validation` rejects it." in card
+    assert "may score other excerpts" not in card
+
+
 def test_no_evaluation_results_are_written_for_a_training_corpus(metadata, tmp_path):
     """The Hub accepts `.eval_results/` only for registered benchmarks, which a training corpus never is."""
     metadata["data"]["datasets"] = ["user/plays"]
