@@ -15,7 +15,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.corpus import mixture
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata
 
@@ -224,6 +223,8 @@ def is_seen_by_base_model(metadata: dict[str, Any]) -> bool:
 
 def is_mixture_of_streams(metadata: dict[str, Any]) -> bool:
     """Whether the training text is a mixture of streamed datasets, whose split `minigpt evaluate` cannot reproduce."""
+    from ..data.corpus import mixture  # imports datasets
+
     return bool(metadata["recipe"].get("streaming")) and mixture(str(metadata["recipe"].get("data"))) is not None
 
 
