@@ -155,6 +155,7 @@ class SampleLogger(TrainerCallback):
         self.progress, self.tokenizer, self.tokens, self.stop = progress, tokenizer, tokens, stop
         self.prompts = prompts
         self.latest: list[str] = []
+        self.latest_step = 0
         self.sampled_after_training: PreTrainedModel | None = None
         try:
             for prompt in prompts:
@@ -235,7 +236,7 @@ class SampleLogger(TrainerCallback):
         """
         if self.tokens and (state.is_world_process_zero or is_sharded(model)):
             try:
-                self.latest = self._samples(model)
+                self.latest, self.latest_step = self._samples(model), state.global_step
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
                 logger.warning(f"step {state.global_step}: no sample generated ({type(error).__name__}: {reason})")

@@ -149,6 +149,15 @@ def test_samples_are_the_first_three_seeds_of_the_published_weights(run_folder, 
         assert f"```text\n{text}\n```\n" in card
 
 
+def test_the_card_states_if_the_samples_are_those_of_an_earlier_step(card, metadata):
+    """The checkpoint that is saved and pushed after a signal has no samples of its own."""
+    assert metadata["sample"]["step"] == metadata["training"]["published_step"]
+    assert "Generated with the weights after step" not in card
+    metadata["training"]["published_step"] += 4
+    step = metadata["sample"]["step"]
+    assert f"Generated with the weights after step {step}." in render_card(metadata, tiny_config())
+
+
 def test_energy_is_time_times_devices_times_watts(metadata, card):
     training = metadata["training"]
     power = training["power"]
