@@ -401,7 +401,9 @@ def _limits_of_score(metadata: dict[str, Any]) -> str:
     """What the card states of the validation score in addition, for its label; empty if there is nothing."""
     try:
         is_unseen = not (has_changed_data(metadata) or is_seen_by_base_model(metadata))
-        return ("" if is_unseen else ", not of unseen text") + (", not comparable" if metadata["tokenizer"]["lossy"] else "")
+        return ("" if is_unseen else ", not of unseen text") + (
+            ", not comparable" if metadata["tokenizer"]["lossy"] else ""
+        )
     except (KeyError, TypeError, AttributeError):  # absent, or written by another program
         return ""
 
