@@ -171,6 +171,14 @@ def test_energy_is_time_times_devices_times_watts(metadata, card):
     ]
 
 
+def test_the_card_states_that_the_energy_is_that_of_the_last_devices(metadata):
+    note = "as if the whole training had used the last number and type of devices."
+    metadata["training"]["changes"] = [{"step": 4, "setting": "max_steps", "before": 8, "after": 9}]
+    assert note not in render_card(metadata, tiny_config())
+    metadata["training"]["changes"] += [{"step": 4, "setting": "world_size", "before": 2, "after": 1}]
+    assert note in render_card(metadata, tiny_config())
+
+
 def test_the_hub_accepts_the_metadata_of_the_card(metadata, hub):
     metadata |= {"language": ["no", "code"], "license": "cc-by-4.0"}
     metadata["data"]["datasets"] = ["user/plays"]
