@@ -119,6 +119,7 @@ class PreparedText:
         shards: Number of merged shards; 0 for other texts. Shards have a validation split of their own, see `load_corpus`.
         unseen_fraction: Share of the text that the models that training starts from have held out as well, if they were
             trained on a part of the validation split; otherwise `None`.
+        is_compared: Whether the text was compared with that of the model that training starts from.
     """
 
     name: str
@@ -132,6 +133,7 @@ class PreparedText:
     shards: int = 0
     duplicates: tuple[Path, ...] = ()
     unseen_fraction: float | None = None
+    is_compared: bool = False
 
     @classmethod
     def open(cls, folder: Path, cache_dir: Path = CACHE, shard_cache: float = SHARD_CACHE) -> "PreparedText":

@@ -28,7 +28,7 @@ from ..data.tokenizer import bos_token_id
 from ..errors import MiniGPTError
 from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..publish.card import has_copying
+from ..publish.card import has_changed_data, has_copying, is_seen_by_base_model
 from ..training.run_folder import RunFolder, is_model_of, read_json, read_log
 from ..trust import read_metadata, recipe_text
 from .conversion import (
@@ -371,12 +371,13 @@ def _text(metadata: Any, *path: str) -> str:
 
 def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[str, str]]:
     """The figures of the model card as pairs of label and value; without those that `minigpt.json` lacks."""
+    limits = _limits_of_score(metadata)
     formats = {
-        "bits per byte of the validation text": lambda: f"{metadata['results']['bits_per_byte']:.3f}",
+        f"bits per byte of the validation text{limits}": lambda: f"{metadata['results']['bits_per_byte']:.3f}",
         "parameters": lambda: f"{model.num_parameters():,}",
         "training tokens": lambda: f"{metadata['training']['tokens']:,}",
         "training time": lambda: str(metadata["training"]["time"]),
-        "validation loss": lambda: f"{metadata['results']['loss']:.4f} nats per token",
+        f"validation loss{limits}": lambda: f"{metadata['results']['loss']:.4f} nats per token",
         "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
         "training text": lambda: f"{metadata['data']['name']}, {_size_of_text(metadata)}",
         "epochs": lambda: f"{metadata['training']['epochs']:.2f}",
@@ -394,6 +395,17 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             continue
     return facts
+
+
+def _limits_of_score(metadata: dict[str, Any]) -> str:
+    """What the card states of the validation score in addition, for its label; empty if there is nothing."""
+    try:
+        is_unseen = not (has_changed_data(metadata) or is_seen_by_base_model(metadata))
+        return ("" if is_unseen else ", not of unseen text") + (
+            ", not comparable" if metadata["tokenizer"]["lossy"] else ""
+        )
+    except (KeyError, TypeError, AttributeError):  # absent, or written by another program
+        return ""
 
 
 def _size_of_text(metadata: dict[str, Any]) -> str:

@@ -84,6 +84,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             has_copying=has_copying(metadata),
             has_changed_data=has_changed_data(metadata),
             is_seen_by_base_model=is_seen_by_base_model(metadata),
+            is_mixture_of_streams=is_mixture_of_streams(metadata),
             carbon_intensity=CARBON_INTENSITY,
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
@@ -218,6 +219,12 @@ def has_changed_data(metadata: dict[str, Any]) -> bool:
 def is_seen_by_base_model(metadata: dict[str, Any]) -> bool:
     """Whether the model that training started from was trained on text that is scored."""
     return "unseen_fraction" in metadata["data"]
+
+
+def is_mixture_of_streams(metadata: dict[str, Any]) -> bool:
+    """Whether the training text is a mixture of streamed datasets, whose split `minigpt evaluate` cannot reproduce."""
+    recipe = metadata["recipe"]
+    return bool(recipe.get("streaming")) and "," in str(recipe.get("data"))  # the name of one dataset has no comma
 
 
 def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[EvalResult]:

@@ -74,7 +74,8 @@ def save_model_files(
     """Write the files that `from_pretrained` reads: safetensors, configurations, tokenizer, and the model code.
 
     The Trainer disables `use_cache` during training; it is saved as enabled. transformers 5 calls the tokenizer class
-    `TokenizersBackend`, which other releases do not have; the alias `PreTrainedTokenizerFast` is saved instead.
+    `TokenizersBackend`, which other releases do not have; the alias `PreTrainedTokenizerFast` is saved instead. Token types,
+    which tokenizers of other models return, are omitted, because `generate` rejects them.
 
     Args:
         folder: Target folder; created if it does not exist.
@@ -89,8 +90,12 @@ def save_model_files(
     for weights in folder.glob("*.safetensors"):  # safetensors creates its files for their owner only
         weights.chmod(file.stat().st_mode)
     settings = json.loads(file.read_text(encoding="utf-8"))
+    before = dict(settings)
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "token_type_ids" in settings.get("model_input_names", []):
+        settings["model_input_names"] = [each for each in settings["model_input_names"] if each != "token_type_ids"]
+    if settings != before:
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,8 @@ class SampleLogger(TrainerCallback):
 
     Args:
         progress: Prints the samples.
-        prompts: Start of each sample; replaced by an empty one if the tokenizer cannot encode it or it fills the context. Or
-            the questions of conversations, each of which is answered.
+        prompts: Start of each sample, or the questions of conversations, each of which is answered.
+        fallback: Replaces prompts that the tokenizer cannot encode or that fill the context.
         tokens: Length of a sample; 0 for none.
         stop: Stopped runs generate no further sample.
     """
@@ -150,17 +150,20 @@ class SampleLogger(TrainerCallback):
         prompts: list[Prompt],
         tokens: int,
         stop: StopAtBoundary,
+        fallback: Sequence[Prompt] = ("",),
     ):
         self.progress, self.tokenizer, self.tokens, self.stop = progress, tokenizer, tokens, stop
         self.prompts = prompts
         self.latest: list[str] = []
+        self.latest_step = 0
         self.sampled_after_training: PreTrainedModel | None = None
         try:
             for prompt in prompts:
                 check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
         except ValueError as error:  # a character that the tokenizer lacks, or a prompt as long as the context
-            self.prompts = [""]
-            logger.warning(f"samples start a new document, without the prompt: {error}")
+            self.prompts = [*fallback]
+            instead = "start a new document" if self.prompts == [""] else "answer the first questions"
+            logger.warning(f"samples {instead}, without the prompt: {error}")
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         if self._is_due_at_start(args, state):
@@ -233,7 +236,7 @@ class SampleLogger(TrainerCallback):
         """
         if self.tokens and (state.is_world_process_zero or is_sharded(model)):
             try:
-                self.latest = self._samples(model)
+                self.latest, self.latest_step = self._samples(model), state.global_step
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
                 logger.warning(f"step {state.global_step}: no sample generated ({type(error).__name__}: {reason})")

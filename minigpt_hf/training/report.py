@@ -51,6 +51,7 @@ class TrainingResult:
         seconds: Training time, over all starts of the run.
         evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
         prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
+        sample_step: The step whose weights generated them.
         given: What each sample starts with, which was not generated.
         copying: What the samples of the finished model share with the training text.
     """
@@ -71,6 +72,7 @@ class TrainingResult:
     prompt: str
     temperature: float
     sample_tokens: int
+    sample_step: int
     samples: list[str]
     given: list[str]
     copying: Copying | None
@@ -102,6 +104,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         prompt=samples.prompt,
         temperature=samples.temperature,
         sample_tokens=samples.tokens,
+        sample_step=_step_of_weights(trainer, True) if finished else samples.latest_step,
         samples=texts,
         given=samples.given(len(texts)),
         copying=_copying(trainer, texts) if finished and texts else None,
@@ -156,6 +159,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "shards": text.shards,
             "train": describe_stream(text.train),
             "validation": describe_validation(text),
+            **({"compared_with_base_model": text.is_compared} if settings.model.init_from else {}),
             **({} if text.unseen_fraction is None else {"unseen_fraction": text.unseen_fraction}),
         },
         "tokenizer": {
@@ -180,6 +184,8 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "seconds": round(result.seconds, 1),
             "time": duration(result.seconds),
             "device": device_name(training),
+            "processes": training.world_size,
+            "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
             "power": power,
             "energy_wh": result.seconds * power["devices"] * power["watts"] / 3600,
         },
@@ -188,6 +194,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "prompt": result.prompt,
             "temperature": result.temperature,
             "tokens": result.sample_tokens,
+            "step": result.sample_step,
             "given": result.given,
             "texts": result.samples,
         },

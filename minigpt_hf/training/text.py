@@ -17,7 +17,7 @@ from ..data.shards import description_of, is_complete, share_tokenizer, write_sh
 from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
 from ..training_text import recipe_of, trained_on
-from ..trust import checked_folder
+from ..trust import checked_folder, read_metadata
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ def read_corpus(data: DataArguments, share: Share | None = None) -> Corpus:
 
 
 def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText:
-    """State which share of a text the model of `init_from` has held out as well, if it is smaller; this is logged.
+    """State whether a text was compared with that of the model of `init_from`, and which share this model has held out as
+    well, if it is smaller; this is logged.
 
     Documents that are held out with a smaller share are held out with a larger one as well, and others in addition, if the
     text is read in the same way. Otherwise other documents are held out, and the share is 0.
@@ -108,8 +109,13 @@ def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText
         return text
     folder = checked_folder(base, with_weights=False)
     recipe, (trained, fraction) = recipe_of(folder), trained_on(folder)
+    if not trained or read_metadata(folder)["data"].get(
+        "shards"
+    ):  # whose fingerprint is not that of the same text in one piece
+        return text
+    text = replace(text, is_compared=True)
     is_read_alike = all(recipe.get(name) == vars(data)[name] for name in CHANGES_SPLIT)
-    if not trained or (is_read_alike and fraction >= data.validation_fraction):
+    if is_read_alike and fraction >= data.validation_fraction:
         return text
 
     def held_out(data: DataArguments) -> str | None:

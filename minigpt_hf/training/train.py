@@ -227,9 +227,11 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         quiet=not shows_progress(training),
     )
     prompts: list[Prompt] = [training.sample_prompt or ""]
+    fallback: list[Prompt] = [""]
     if data.chat:
-        prompts = first_questions(text, data, training)
-    samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop)
+        fallback = first_questions(text)
+        prompts = [question_of(training.sample_prompt, data.system)] if training.sample_prompt else fallback
+    samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop, fallback)
     early = EarlyStopping(patience(training, sequences))
     callbacks = [progress, samples, stop, early, RandomStateCheck()]
     if is_in_notebook() and not progress.quiet:
@@ -286,11 +288,13 @@ def training_sequences(settings: Settings, text: PreparedText) -> SequenceDatase
     return SequenceDataset(text.train, data.block_size, seed)
 
 
-def first_questions(text: PreparedText, data: DataArguments, training: MiniGPTTrainingArguments) -> list[Prompt]:
-    """The questions that are answered during training: `sample_prompt`, or the first three held out, or of the text."""
-    if training.sample_prompt:
-        system = [{"role": "system", "content": data.system}] if data.system is not None else []
-        return [[*system, {"role": "user", "content": training.sample_prompt}]]
+def question_of(text: str, system: str | None) -> Prompt:
+    """A conversation that consists of a question."""
+    return [*([] if system is None else [{"role": "system", "content": system}]), {"role": "user", "content": text}]
+
+
+def first_questions(text: PreparedText) -> list[Prompt]:
+    """The first three questions held out or, if there are none, of the text."""
     stream = text.train if text.validation is None else text.validation
     return ChatFormat(text.tokenizer).questions(stream.iterate_documents(), 3)
 

@@ -377,6 +377,18 @@ def test_a_page_has_the_losses_samples_and_figures_of_its_run(page, run_folder):
     assert dict(data["facts"])["bits per byte of the validation text"] == f"{metadata['results']['bits_per_byte']:.3f}"
 
 
+def test_a_page_states_that_its_score_is_not_one_of_unseen_text(run_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(run_folder / "model", folder)
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["data"]["unseen_fraction"] = 0.05
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    (page,) = export_html(folder, tmp_path / "out", "float32").iterdir()
+    labels = [label for label, _ in data_of(page)["facts"]]
+    assert labels[0] == "bits per byte of the validation text, not of unseen text"
+    assert "validation loss, not of unseen text" in labels and "validation loss" not in labels
+
+
 def data_of(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])
 

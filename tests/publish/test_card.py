@@ -117,6 +117,17 @@ def test_the_commands_of_the_section_reproduce_give_the_same_figures(card, metad
     assert again["sample"] == metadata["sample"]
 
 
+def test_the_section_reproduce_states_on_what_the_result_depends(metadata):
+    assert "minigpt train --recipe" in render_card(metadata, tiny_config())
+    metadata["training"] |= {"processes": 2, "precision": "bfloat16"}
+    metadata["recipe"]["init_from"] = "model"
+    card = render_card(metadata, tiny_config())
+    assert blocks(card, "bash")[1].startswith("torchrun --nproc-per-node 2 -m minigpt_cli train --recipe recipe.yaml")
+    assert "on the same type of machine and with 2 processes, the results" in card
+    assert "identical if the fingerprints of the text are, and if `init_from` is the same model." in card
+    assert "reproduces this score, up to rounding: training computed in bfloat16." in card
+
+
 def test_the_figures_are_those_of_the_run_and_no_placeholder_remains(run_folder, card, metadata):
     assert not re.search(r"\{\{|\}\}|\{%|TODO|None|\bnan\b|More Information Needed", card)
     model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
@@ -138,6 +149,15 @@ def test_samples_are_the_first_three_seeds_of_the_published_weights(run_folder, 
         assert f"```text\n{text}\n```\n" in card
 
 
+def test_the_card_states_if_the_samples_are_those_of_an_earlier_step(card, metadata):
+    """The checkpoint that is saved and pushed after a signal has no samples of its own."""
+    assert metadata["sample"]["step"] == metadata["training"]["published_step"]
+    assert "Generated with the weights after step" not in card
+    metadata["training"]["published_step"] += 4
+    step = metadata["sample"]["step"]
+    assert f"Generated with the weights after step {step}." in render_card(metadata, tiny_config())
+
+
 def test_energy_is_time_times_devices_times_watts(metadata, card):
     training = metadata["training"]
     power = training["power"]
@@ -149,6 +169,14 @@ def test_energy_is_time_times_devices_times_watts(metadata, card):
     assert [energy(value) for value in (0.007142, 9.96, 950, 1234, 1234567)] == [
         *("0.0071 Wh", "10 Wh", "950 Wh", "1.2 kWh", "1,200 kWh")
     ]
+
+
+def test_the_card_states_that_the_energy_is_that_of_the_last_devices(metadata):
+    note = "as if the whole training had used the last number and type of devices."
+    metadata["training"]["changes"] = [{"step": 4, "setting": "max_steps", "before": 8, "after": 9}]
+    assert note not in render_card(metadata, tiny_config())
+    metadata["training"]["changes"] += [{"step": 4, "setting": "world_size", "before": 2, "after": 1}]
+    assert note in render_card(metadata, tiny_config())
 
 
 def test_the_hub_accepts_the_metadata_of_the_card(metadata, hub):
@@ -186,6 +214,13 @@ def test_a_card_without_scores_does_not_call_the_validation_text_scored(metadata
     card, without_scores = (render_card(each, tiny_config()) for each in (metadata, metadata | {"results": {}}))
     assert "| validation (scored) |" in card and f"Scored: {metadata['data']['validation']['scored']}." in card
     assert "| validation (not scored) |" in without_scores and "Scored:" not in without_scores
+
+
+def test_the_card_of_a_mixture_of_streams_does_not_promise_that_its_score_can_be_repeated(metadata):
+    metadata["recipe"] |= {"streaming": True, "data": "user/plays:0.5,user/poems:0.5"}
+    card = render_card(metadata, tiny_config())
+    assert "cannot be reproduced, so `minigpt evaluate … --split validation` rejects it." in card
+    assert "may score other excerpts" not in card
 
 
 def test_no_evaluation_results_are_written_for_a_training_corpus(metadata, tmp_path):
@@ -260,7 +295,10 @@ def test_the_card_of_a_fine_tuned_model_names_its_base_model(init_from, lora_ran
 def test_the_card_of_a_fine_tuned_model_states_what_its_score_was_compared_with(metadata):
     limit = "Whether the base model was trained on a part of it, or on it within another text, is not known."
     assert limit not in render_card(metadata, tiny_config())
-    metadata["recipe"]["init_from"] = "model"
+    metadata["recipe"]["init_from"], metadata["data"]["compared_with_base_model"] = "model", False
+    card = render_card(metadata, tiny_config())
+    assert limit not in card and "was not compared with the training text of the base model" in card
+    metadata["data"]["compared_with_base_model"] = True
     assert limit in render_card(metadata, tiny_config())
     metadata["data"]["unseen_fraction"] = 0.05
     card = render_card(metadata, tiny_config())

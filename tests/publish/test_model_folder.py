@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.publish import model_folder as module
@@ -79,6 +79,14 @@ def test_non_finite_weights_are_never_published(metadata, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_published_tokenizer_returns_no_token_types(run_folder, tmp_path):
+    """`generate` rejects them."""
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model", model_input_names=["input_ids", "token_type_ids"])
+    assert "token_type_ids" in tokenizer("def")
+    save_model_files(tiny_model(), tokenizer, tmp_path)
+    assert set(AutoTokenizer.from_pretrained(tmp_path)("def")) == {"input_ids"}
+
+
 def test_matplotlib_is_imported_only_when_figures_are_drawn():
     code = (
         "import sys; import minigpt_hf.publish.push, minigpt_hf.training.train; sys.exit('matplotlib' in sys.modules)"

@@ -138,6 +138,32 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
         != without.loss
     )
     assert len(metadata["sample"]["texts"]) == 1 and metadata["sample"]["texts"][0].startswith("1 + 1\n")
+    assert (
+        "The greedily decoded answer to the question given by `sample_prompt`" in (run / "model/README.md").read_text()
+    )
+
+
+def test_the_card_states_which_questions_are_answered(recipe_file, chats, tmp_path, capsys):
+    """Without held-out questions, and with a question that the tokenizer cannot encode."""
+    argv = [
+        "train",
+        "--recipe",
+        recipe_file,
+        "--chat",
+        "--data",
+        chats,
+        "--tokenizer",
+        "characters",
+        "--block_size",
+        "64",
+    ]
+    argv += ["--max_steps", "2", "--validation_fraction", "0", "--sample_prompt", "é", "--output_dir", tmp_path]
+    assert main([*map(str, argv)]) == 0
+    assert "samples answer the first questions, without the prompt" in capsys.readouterr().err
+    sample = json.loads((tmp_path / "model" / "minigpt.json").read_text())["sample"]
+    assert len(sample["texts"]) == 3 and sample["prompt"].endswith(" + 1")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Not selected: greedily decoded answers to the first questions of the training conversations" in card
 
 
 @pytest.mark.slow

@@ -65,6 +65,36 @@ def test_a_score_on_text_that_the_base_model_was_trained_on_is_marked(fraction, 
     assert bool(card.data.eval_results) != is_seen
 
 
+@pytest.mark.parametrize("case", ["prepared text", "no metadata"])
+def test_a_text_that_is_not_compared_with_that_of_the_base_model_is_not_called_compared(
+    case, finetune, run_folder, text_file, tmp_path, capsys
+):
+    base, flags = tmp_path / "base", ["--validation_fraction", "0.3"]
+    shutil.copytree(run_folder / "model", base)
+    if case == "no metadata":
+        assert main(["export", str(base), "--to", "native", "--output_dir", str(tmp_path / "native")]) == 0
+        base = tmp_path / "native"
+        (base / "minigpt.json").unlink(missing_ok=True)
+    else:
+        argv = [
+            "tokenize",
+            "--data",
+            str(text_file),
+            "--tokenizer",
+            str(base),
+            "--block_size",
+            "32",
+            *flags,
+            "--validation_characters",
+            "2000",
+        ]
+        assert main([*argv, "--output_dir", str(tmp_path / "prepared")]) == 0
+        flags = ["--data", str(tmp_path / "prepared")]
+    assert finetune("run", *flags, folder=base) == 0
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "The scored text was not compared with the training text of the base model." in card
+
+
 def test_settings_of_a_recipe_that_the_base_model_determines_are_reported(finetune, run_folder, tmp_path, capsys):
     recipe = tmp_path / "own.yaml"
     recipe.write_text(
