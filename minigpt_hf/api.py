@@ -397,7 +397,7 @@ def measure_copying(
 
     from .data.chat_format import ChatFormat
     from .inference.copying import encode_samples, measure_copying
-    from .training.callbacks import given_text, sample
+    from .training.callbacks import given_text, sample, usable_prompts
     from .trust import checked_folder
 
     check_type("model", model, str, os.PathLike)
@@ -411,11 +411,12 @@ def measure_copying(
     if reading["chat"]:
         system = recipe.get("system") if reading["system"] is None else reading["system"]
         before = [] if system is None else [{"role": "system", "content": system}]
-        asked = [[*before, {"role": "user", "content": prompt}]] if prompt else []
+        asked: list[Any] = [[*before, {"role": "user", "content": prompt}]] if prompt else []
+        asked = usable_prompts(loaded, tokenizer, asked, [])
         samples, held_out = samples or len(asked) or SAMPLES, train if validation is None else validation
         prompts = [*asked, *ChatFormat(tokenizer).questions(held_out.iterate_documents(), samples - len(asked))]
     else:
-        prompts = [prompt] * (samples or SAMPLES)
+        prompts = usable_prompts(loaded, tokenizer, [prompt], [""]) * (samples or SAMPLES)
     length = sample_tokens or recipe.get("sample_tokens") or SAMPLE_TOKENS
     texts = []
     for seed, prompt in enumerate(tqdm(prompts, desc="sampling", delay=2, leave=False)):

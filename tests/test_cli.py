@@ -154,6 +154,9 @@ def test_a_sample_prompt_with_unknown_characters_is_replaced_by_the_bos_token(re
         "samples start a new document, without the prompt: the prompt has a character that the tokenizer does not"
         in err
     )
+    code, out, _ = run(capsys, "evaluate", tmp_path / "run" / "model", "--data", text, "--copying", "--json")
+    published = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["copying"]
+    assert code == 0 and {name: json.loads(out)[name] for name in published} == published != {}
     latin = tmp_path / "latin.txt"
     latin.write_text("arma virumque cano")
     code, _, err = run(capsys, "evaluate", tmp_path / "run" / "model", "--data", latin)

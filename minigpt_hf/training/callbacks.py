@@ -153,17 +153,10 @@ class SampleLogger(TrainerCallback):
         fallback: Sequence[Prompt] = ("",),
     ):
         self.progress, self.tokenizer, self.tokens, self.stop = progress, tokenizer, tokens, stop
-        self.prompts = prompts
+        self.prompts = usable_prompts(model, tokenizer, prompts, fallback)
         self.latest: list[str] = []
         self.latest_step = 0
         self.sampled_after_training: PreTrainedModel | None = None
-        try:
-            for prompt in prompts:
-                check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
-        except ValueError as error:  # a character that the tokenizer lacks, or a prompt as long as the context
-            self.prompts = [*fallback]
-            instead = "start a new document" if self.prompts == [""] else "answer the first questions"
-            logger.warning(f"samples {instead}, without the prompt: {error}")
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         if self._is_due_at_start(args, state):
@@ -262,6 +255,20 @@ def samples_table(log: list[dict[str, Any]]) -> str:
         for step, text in samples.items()
     ]
     return "| step | validation loss | sample |\n|---|---|---|\n" + "".join(lines)
+
+
+def usable_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], fallback: Sequence[Prompt]
+) -> list[Prompt]:
+    """Return `prompts`, or `fallback` if the tokenizer cannot encode one of them or it fills the context, which is logged."""
+    try:
+        for prompt in prompts:
+            check_ids(model, tokenizer, encode_prompt(tokenizer, prompt).input_ids)
+        return [*prompts]
+    except ValueError as error:
+        instead = "start a new document" if [*fallback] == [""] else "answer the first questions"
+        logger.warning(f"samples {instead}, without the prompt: {error}")
+        return [*fallback]
 
 
 def sample(

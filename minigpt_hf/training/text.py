@@ -109,9 +109,8 @@ def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText
         return text
     folder = checked_folder(base, with_weights=False)
     recipe, (trained, fraction) = recipe_of(folder), trained_on(folder)
-    if not trained or read_metadata(folder)["data"].get(
-        "shards"
-    ):  # whose fingerprint is not that of the same text in one piece
+    is_of_shards = trained and read_metadata(folder)["data"].get("shards")  # their fingerprint is not that of the text
+    if not trained or is_of_shards:
         return text
     text = replace(text, is_compared=True)
     is_read_alike = all(recipe.get(name) == vars(data)[name] for name in CHANGES_SPLIT)

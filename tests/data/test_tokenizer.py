@@ -27,6 +27,7 @@ from minigpt_hf.data.tokenizer import (
     lost_characters,
     tokenizer_fingerprint,
 )
+from minigpt_hf.doctor import examine, examine_files, failures
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import tiny_model
 
@@ -192,6 +193,9 @@ def test_what_a_tokenizer_loses_is_logged_and_published(text, recipe_file, tmp_p
     capfd.readouterr()
     assert main(["evaluate", str(run / "model"), "--data", str(tmp_path / "text.txt")]) == 0
     assert "the tokenizer does not reproduce the text (" in capfd.readouterr().err
+    rows = {row.name: row for row in examine_files(run / "model")}
+    assert (row := rows["tokenizer round trip"]).state == "pass" and "as minigpt.json states" in row.reason
+    assert failures(examine(run / "model", trust_remote_code=True)) == []
 
 
 @pytest.mark.parametrize(
