@@ -274,6 +274,18 @@ def test_a_setting_of_torch_under_which_a_score_cannot_be_repeated_is_reported(
     assert "torch's" not in caplog.text
 
 
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_variable_that_prevents_the_requested_compilation_is_rejected(
+    variable, recipe_file, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, "1")
+    settings = {"data": text_file, "recipe": recipe_file, "output_dir": tmp_path / "run", **SHORT}
+    with pytest.raises(ValueError, match=f"{variable} is 1, so nothing would be compiled"):
+        minigpt_hf.train(torch_compile=True, **settings)
+    assert not (tmp_path / "run").exists()
+    minigpt_hf.train(**settings)
+
+
 def test_mixed_precision_of_the_environment_that_the_settings_do_not_state_is_rejected(
     recipe_file, text_file, tmp_path, monkeypatch
 ):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM
+from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 import minigpt_hf
 from minigpt_hf.cli import main
@@ -53,6 +53,11 @@ def test_a_model_without_a_maximum_context_generates_and_is_evaluated(bloom, tex
     assert capfd.readouterr().out.startswith("def ")
     score = minigpt_hf.evaluate(bloom, str(text_file), block_size=32, max_characters=500)
     assert 4 < score.loss < 8  # near ln 258 = 5.55
+
+
+def test_a_model_is_evaluated_in_windows_of_its_longest_context_whatever_its_name(tmp_path, text_file):
+    config = MptConfig(vocab_size=258, d_model=16, n_layers=1, n_heads=2, max_seq_len=16)
+    assert minigpt_hf.evaluate(save(MptForCausalLM(config), tmp_path), str(text_file)).block_size == 16
 
 
 def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):

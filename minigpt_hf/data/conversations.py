@@ -24,6 +24,7 @@ from .tokenizer import bos_token_id, vocabulary_size
 
 ROLES = dict.fromkeys(("system",), "system") | dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot"), "assistant")
+COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output")
 LAYOUTS = "messages; conversations; prompt and completion; instruction and output"
 VERSION = 1  # version of the token layout, part of the fingerprint of a stream
 

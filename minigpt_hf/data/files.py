@@ -13,10 +13,9 @@ from functools import cache
 from glob import has_magic
 from itertools import takewhile
 from pathlib import Path
-from urllib.parse import urlparse
 
 from ..errors import MiniGPTError
-from .reading import COMPRESSED_EXTENSIONS, printable
+from .reading import COMPRESSED_EXTENSIONS, path_of, printable
 
 TEXT_EXTENSIONS = (
     ".txt .text .md .rst .tex .log .html .xml .py .pyi .ipynb .js .ts .c .h .cc .cpp .hpp .rs .go .java .kt .rb .php .sh "
@@ -102,7 +101,7 @@ def extension_of(file: str) -> str:
 
     notes.TXT -> .txt; https://…/rows.jsonl.gz?x=1 -> .jsonl; README -> ''.
     """
-    name = os.path.basename(urlparse(file).path if is_url(file) else file)
+    name = os.path.basename(path_of(file))
     stem, extension = os.path.splitext(name.lower())
     if extension in COMPRESSED_EXTENSIONS:
         extension = os.path.splitext(stem)[1]

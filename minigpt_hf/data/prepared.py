@@ -43,6 +43,7 @@ from .tokenizer import (
     character_tokenizer,
     load_tokenizer,
     lost_characters,
+    special_tokens_in_text,
     tokenizer_fingerprint,
     with_special_tokens,
 )
@@ -509,6 +510,12 @@ def make_tokenizer(
             "tokenizer %s: appends %s to every text, so programs other than this package end a prompt before the model "
             "continues it; remove this from the post_processor in tokenizer.json",
             *(tokenizer, " ".join(appended)),
+        )
+    if recognized := special_tokens_in_text(existing):
+        logger.warning(
+            "tokenizer %s: the string %s in a text is encoded as the special token, because it is in the vocabulary of the "
+            "model of this tokenizer, and may end a document; remove such strings from the text",
+            *(tokenizer, " or ".join(recognized)),
         )
     return existing
 

@@ -142,9 +142,19 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
+def path_of(name: str) -> str:
+    """Return the path in a URL, or the name of a local file.
+
+    In a name of an object store, `#` and `?` are ordinary characters; only a version follows `?`.
+    """
+    if name.startswith(("http://", "https://")):
+        return urlparse(name).path
+    return name.partition("?versionId=")[0] if "://" in name else name
+
+
 def compression_of(name: str) -> str:
     """Return the compression extension: notes.txt.GZ or https://…/notes.txt.gz?x=1 -> .gz; '' if not compressed."""
-    extension = os.path.splitext(urlparse(name).path if "://" in name else name)[1].lower()  # noqa: PTH122 (fast)
+    extension = os.path.splitext(path_of(name))[1].lower()  # noqa: PTH122 (fast)
     return extension if extension in COMPRESSED_EXTENSIONS else ""
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from glob import has_magic
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -46,7 +46,7 @@ from .files import (
 )
 from .hub_access import offline_if_unreachable
 from .reading import COMPRESSED_EXTENSIONS, Decoding, printable, store_by_hash
-from .tables import read_conversations, read_tables, serialized_conversations
+from .tables import INSPECTED_ROWS, read_conversations, read_tables, serialized_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -440,6 +440,10 @@ class Source:
             raise MiniGPTError(
                 f"{self.data}: no such file or folder, and it cannot be loaded from the Hub: {_first_line(error)}"
             ) from error
+        except (MiniGPTError, DatasetGenerationError):
+            raise
+        except ValueError as error:  # e.g. an unknown split, or no configuration given for a dataset with several
+            raise MiniGPTError(f"{self.data}: cannot be loaded: {' '.join(str(error).split())}") from error
 
     def _read_splits(self, splits: dict, identity: str = "") -> SourceContent:
         requested = self.split or "train"
@@ -465,8 +469,7 @@ class Source:
             identity: Identifies the content of a streamed dataset.
         """
         if isinstance(rows, datasets.IterableDataset):
-            text_columns = [name for name, value in next(iter(rows), {}).items() if isinstance(value, str)]
-            column = self._choose_column(text_columns, text_columns, text_columns)
+            column = self._choose_column(*self._streamed_columns(rows))
             if self.share is not None:
                 self.inputs.append([identity, rows.num_shards])
                 if rows.num_shards < self.share.count:
@@ -490,6 +493,17 @@ class Source:
             rows = rows.rename_column(column, "text")
         self.inputs.append([column, len(rows)])
         return TableRows(self._share_of(rows)).documents(self.cache_dir)
+
+    def _streamed_columns(self, rows: datasets.IterableDataset) -> tuple[list[str], list[str], list[str]]:
+        """Return the arguments of `_choose_column`, from the first rows: any of them may have no text."""
+        has_text: dict[str, bool] = {}
+        for row in islice(rows, INSPECTED_ROWS):
+            for name, value in row.items():
+                has_text[name] = has_text.get(name, False) or isinstance(value, str)
+            if has_text.get(self.text_column or "text"):
+                break
+        text_columns = [name for name, is_text in has_text.items() if is_text]
+        return list(has_text), text_columns, text_columns
 
     def _choose_column(self, columns: list[str], text_columns: list[str], allowed: list[str]) -> str:
         """Return the requested text column, or else `text` if it exists, or else the only column of text.

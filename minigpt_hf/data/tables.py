@@ -32,6 +32,7 @@ from datasets.table import MemoryMappedTable
 
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
+from .conversations import COLUMNS as CONVERSATION_COLUMNS
 from .conversations import messages_of, serialize
 from .documents import rows_sha256
 from .files import extension_of
@@ -101,6 +102,10 @@ class Table(ABC):
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the location of each row, for messages, and its values by column."""
 
+    def column_names(self) -> list[str]:
+        """Return the names of the columns, if the file states them before its rows; they may be repeated."""
+        return []
+
     def conversations(self, system: str | None) -> Iterator[str]:
         """Yield the conversation of each row, serialized.
 
@@ -110,6 +115,9 @@ class Table(ABC):
         Raises:
             UnreadableFileError: stating the row, if it is not a conversation.
         """
+        names = self.column_names()
+        if repeated := next((name for name in CONVERSATION_COLUMNS if names.count(name) > 1), None):
+            raise self.error(f"{names.count(repeated)} columns are named {repeated!r}; rename all but one")
         for location, row in self.rows():
             try:
                 yield serialize(messages_of(row, system))
@@ -145,7 +153,7 @@ class Table(ABC):
             text = io.TextIOWrapper(file, self.decoding.encoding, self.decoding.errors, newline=newline)
             try:
                 yield _without_byte_order_mark(text)
-            except UnicodeDecodeError:
+            except UnicodeError:
                 for _ in decoded(self.path, self.name, self.decoding, 1 << 20):
                     pass  # raises the same error with the byte and its position
                 raise
@@ -447,6 +455,9 @@ class CsvTable(Table):
         for row in rows:
             yield row[index] if index < len(row) else None
 
+    def column_names(self) -> list[str]:
+        return next(self._rows(), [])
+
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = self._rows()
         header = next(rows, [])
@@ -539,6 +550,10 @@ class ArrowTable(Table):
                     raise self.error(f"row {row:,} is not UTF-8 text ({error.reason}); remove the row") from error
                 rows += len(texts)
                 yield from texts
+
+    def column_names(self) -> list[str]:
+        with self._opened() as source:
+            return self._schema(source).names
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         with self._opened() as source:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -122,10 +123,29 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 def appended_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the tokens that the post-processor of a tokenizer with an EOS token appends to every text."""
-    encoding = tokenizer.backend_tokenizer.encode(tokenizer.eos_token)  # a text that every tokenizer can encode
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    encoding = backend.encode(tokenizer.eos_token)  # a text that every tokenizer can encode
     is_added = encoding.special_tokens_mask
     of_text = [position for position, added in enumerate(is_added) if not added]
     return encoding.tokens[of_text[-1] + 1 :] if of_text else []
+
+
+def special_tokens_in_text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special tokens that a tokenizer recognizes in a text, because they are words of its vocabulary.
+
+    The option `encode_special_tokens` does not prevent this: a Unigram or word-level model finds them as words.
+    """
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    found = []
+    for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
+        if token == tokenizer.unk_token:  # also stands for other text
+            continue
+        with suppress(MiniGPTError):  # a character tokenizer does not know its characters
+            if number in encoder(f"{token} {token}"):
+                found.append(token)
+    return found
 
 
 def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:

@@ -75,7 +75,8 @@ def changed_arithmetic(device_type: str, tf32: bool = False) -> str | None:
 
 def longest_context(model: PreTrainedModel) -> int:
     """Return the maximum sequence length in tokens; `DEFAULT_WINDOW` for models without one (ALiBi, state space models)."""
-    return getattr(model.config, "max_position_embeddings", DEFAULT_WINDOW)
+    names = "max_position_embeddings", "max_seq_len"  # the latter of MPT
+    return next(filter(None, (getattr(model.config, name, None) for name in names)), DEFAULT_WINDOW)
 
 
 def evaluate_texts(

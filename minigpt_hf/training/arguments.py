@@ -587,6 +587,11 @@ class MiniGPTTrainingArguments(TrainingArguments):
                 f"ACCELERATE_DYNAMO_BACKEND is {compiler}, but the settings state no compilation: unset this variable (with "
                 "`accelerate launch`: --dynamo_backend no), or give --torch_compile"
             )
+        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+            if self.torch_compile and os.environ.get(name) == "1":
+                raise MiniGPTError(
+                    f"{name} is 1, so nothing would be compiled: unset this variable, or omit torch_compile"
+                )
         own = str(self.gradient_accumulation_steps)
         valid = ("1", own, "auto") if self.deepspeed_plugin is not None else ("1", own)  # DeepSpeed fills in "auto"
         if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", own)) not in valid:

@@ -4,6 +4,8 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -123,6 +125,18 @@ def test_conversations_are_read_verbatim_from_every_format(kind, tmp_path):
     corpus = load_corpus(str(data), 0.0, chat=True, cache_dir=tmp_path / "cache")
     expected = [[user(row["prompt"]), assistant(row["completion"])] for row in rows]
     assert list(conversations_in(corpus.train)) == expected
+
+
+def test_two_columns_of_the_same_name_are_an_error_if_a_conversation_needs_them(tmp_path):
+    columns, names = [["?"], ["a"], ["b"]], ["prompt", "completion", "completion"]
+    pq.write_table(pa.table(columns, names=names), tmp_path / "chats.parquet")
+    (tmp_path / "chats.csv").write_text("prompt,completion,completion\n?,a,b\n")
+    (tmp_path / "notes.csv").write_text("prompt,completion,note,note\n?,a,b,c\n")
+    for name in ("chats.parquet", "chats.csv"):
+        with pytest.raises(MiniGPTError, match=rf"{name}: 2 columns are named 'completion'; rename all but one"):
+            load_corpus(str(tmp_path / name), 0.0, chat=True, cache_dir=tmp_path / "cache")
+    corpus = load_corpus(str(tmp_path / "notes.csv"), 0.0, chat=True, cache_dir=tmp_path / "cache")
+    assert list(conversations_in(corpus.train)) == [[user("?"), assistant("a")]]
 
 
 def test_the_split_divides_conversations_by_hash_and_needs_twenty(tmp_path):

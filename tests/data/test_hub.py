@@ -11,6 +11,7 @@ from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.prepared import prepare
 from minigpt_hf.data.stream import build_stream
 from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.errors import MiniGPTError
 
 ROWS = [f"line {i} of the play\n" * (1 + i % 7) for i in range(200)]
 
@@ -58,6 +59,24 @@ def test_a_streamed_dataset_is_split_by_content_and_limited_to_max_tokens(plays,
     stream = prepare(streamed, "bytes", 0, tmp_path, block_size=8, validation_characters=10, max_tokens=1000).train
     assert 1000 <= len(stream) < 1200
     assert stream.tokens[:].tolist() == complete.tokens[: len(stream)].tolist()
+
+
+def test_the_column_of_a_stream_does_not_depend_on_its_first_row(hub):
+    rows = [{"title": "a", "text": None}, *({"title": "b", "text": f"text {i}"} for i in range(30))]
+    hub.put(
+        "user/rows", {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}, repo_type="datasets"
+    )
+    for column, expected in ((None, "text 0"), ("title", "a")):
+        for streaming in (False, True):
+            assert next(iter(load_corpus("user/rows", 0, streaming=streaming, text_column=column).train)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_split_and_a_missing_configuration_are_errors(streaming, plays):
+    with pytest.raises(MiniGPTError, match=r"user/plays: cannot be loaded: Config name is missing"):
+        load_corpus(plays, streaming=streaming)
+    with pytest.raises(MiniGPTError, match=r"user/plays:long: .* split .?dev"):
+        load_corpus(f"{plays}:long", streaming=streaming, split="dev")
 
 
 def test_a_mixture_of_streams_has_the_requested_shares(plays, hub, tmp_path):

@@ -453,6 +453,9 @@ def test_undecodable_bytes_are_detected_in_json(tmp_path):
     assert texts_of(file, encoding="latin-1") == ["café", "a\r\nb"]
     file.write_bytes('{"text": "é"}\n'.encode("utf-16"))
     assert texts_of(file, encoding="utf-16") == ["é"]
+    file.write_bytes('{"text": "é"}\n'.encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a\.jsonl: not utf-16 text: UTF-16 stream does not start with BOM"):
+        texts_of(file, encoding="utf-16")
 
 
 def test_a_table_that_changes_after_its_columns_were_read_is_an_error(tmp_path):

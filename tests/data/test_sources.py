@@ -530,6 +530,18 @@ def test_an_object_store_has_the_splits_of_a_local_folder(tmp_path):
         store.rm("/bucket", recursive=True)
 
 
+def test_a_name_in_an_object_store_may_contain_the_delimiters_of_a_url():
+    store = fsspec.filesystem("memory")
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    store.pipe({"/bucket/rows#1.jsonl": content, "/bucket/rows?2.jsonl.gz": gzip.compress(content)})
+    try:
+        for name in ("bucket/rows#1.jsonl", "bucket/rows#*", "bucket/*.gz"):
+            assert texts_of(f"memory://{name}") == ["a", "b"]
+        assert texts_of("memory://bucket") == ["a", "b", "a", "b"]
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
 @pytest.mark.parametrize("fault", ["no rows", "damaged"])
 def test_a_saved_dataset_without_rows_or_with_a_damaged_file_is_an_error(fault, table, tmp_path):
     (table.select([]) if fault == "no rows" else table).save_to_disk(tmp_path / "saved")

@@ -25,6 +25,7 @@ from minigpt_hf.data.tokenizer import (
     character_tokenizer,
     load_tokenizer,
     lost_characters,
+    special_tokens_in_text,
     tokenizer_fingerprint,
 )
 from minigpt_hf.doctor import examine, examine_files, failures
@@ -216,6 +217,33 @@ def test_a_tokenizer_that_appends_tokens_to_every_text_is_reported(template, app
         validation_characters=100,
     )
     assert ("appends <|pad|> <|endoftext|> to every text" in caplog.text) == bool(appended)
+
+
+def test_padding_in_a_tokenizer_file_does_not_append_tokens_to_every_text(tmp_path, bpe):
+    backend = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
+    backend.enable_padding(length=32)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT).save_pretrained(tmp_path)
+    assert appended_tokens(load_tokenizer(str(tmp_path))) == []
+
+
+def test_special_tokens_that_a_tokenizer_recognizes_in_a_text_are_reported(tmp_path, bpe, caplog):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((character, -3.0) for character in "▁</s>at")]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path / "unigram")
+    bpe.save_pretrained(tmp_path / "bpe")
+    character_tokenizer(["a ts"]).save_pretrained(tmp_path / "characters")
+    for name, found in (("unigram", ["</s>"]), ("bpe", []), ("characters", [])):
+        assert special_tokens_in_text(load_tokenizer(str(tmp_path / name))) == found
+    (tmp_path / "text.txt").write_text("at a stat " * 100)
+    prepare(
+        load_corpus(str(tmp_path / "text.txt"), cache_dir=tmp_path),
+        *(str(tmp_path / "unigram"), 400, tmp_path),
+        block_size=8,
+        validation_characters=100,
+    )
+    assert "unigram: the string </s> in a text is encoded as the special token" in caplog.text
 
 
 def test_an_unknown_token_that_is_a_character_of_the_text_loses_nothing():
