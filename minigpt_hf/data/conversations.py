@@ -6,10 +6,13 @@ A row has one of these layouts, which are recognized by the names of its columns
     conversations                   [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]  (ShareGPT)
     prompt, completion              a question and its answer; strings, or lists of messages
     instruction, input, output      an instruction, optionally with an input, and its answer  (Alpaca)
+
+A column `system` is the system message of a row. Other columns, and other values in a message, are not read.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from .tokenizer import bos_token_id, vocabulary_size
 
 ROLES = dict.fromkeys(("system",), "system") | dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot"), "assistant")
-COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output")
+SYSTEM = "system"
+COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", SYSTEM)
 LAYOUTS = "messages; conversations; prompt and completion; instruction and output"
 VERSION = 1  # version of the token layout, part of the fingerprint of a stream
 
@@ -41,22 +45,71 @@ def messages_of(row: dict[str, Any], system: str | None = None) -> list[Message]
     Raises:
         ValueError: with the reason, if the row has none of the layouts or cannot be trained on.
     """
-    if row.get("messages") is not None:
-        messages = [_message(each) for each in _list(row, "messages")]
-    elif row.get("conversations") is not None:
-        messages = [_message(each) for each in _list(row, "conversations")]
-    elif row.get("prompt") is not None and "completion" in row:
-        messages = _side(row, "prompt", "user") + _side(row, "completion", "assistant")
-    elif row.get("instruction") is not None and "output" in row:
+    columns = columns_of(row)
+    if columns == ("instruction", "input", "output"):
         context = _string(row, "input") if row.get("input") else ""
         question = _string(row, "instruction") + (f"\n\n{context}" if context else "")
         messages = [_as_message("user", question), _as_message("assistant", _string(row, "output"))]
+    elif columns == ("prompt", "completion"):
+        messages = _side(row, "prompt", "user") + _side(row, "completion", "assistant")
     else:
-        raise ValueError(f"is not a conversation: it has the columns {', '.join(row) or 'none'}, not {LAYOUTS}")
-    if system is not None and messages and messages[0]["role"] != "system":
+        messages = [_message(each) for each in _list(row, columns[0])]
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    if row.get(SYSTEM) not in (None, ""):
+        if has_system:
+            raise ValueError(f"has a system message in the column {SYSTEM!r} and another in its messages")
+        messages.insert(0, _as_message("system", _string(row, SYSTEM)))
+    elif system is not None and messages and not has_system:
         messages.insert(0, _as_message("system", system))
     _check(messages)
     return messages
+
+
+def columns_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the columns of the layout of a row.
+
+    Raises:
+        ValueError: if it has none of the layouts.
+    """
+    for column in ("messages", "conversations"):
+        if row.get(column) is not None:
+            return (column,)
+    if row.get("prompt") is not None and "completion" in row:
+        return "prompt", "completion"
+    if row.get("instruction") is not None and "output" in row:
+        return "instruction", "input", "output"
+    raise ValueError(f"is not a conversation: it has the columns {', '.join(row) or 'none'}, not {LAYOUTS}")
+
+
+@dataclass
+class Unread:
+    """Names of what rows have in addition to their conversations.
+
+    Attributes:
+        columns: Columns with values.
+        of_messages: Keys of messages with values.
+    """
+
+    columns: set[str] = field(default_factory=set)
+    of_messages: set[str] = field(default_factory=set)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add the names of a row for which `messages_of` raises no error."""
+        columns = columns_of(row)
+        self.columns |= _names_of_values(row) - {*columns, SYSTEM}
+        for messages in (row[column] for column in columns if isinstance(row.get(column), list)):
+            for message in messages:
+                read = ("role", "content") if "role" in message else ("from", "value")
+                self.of_messages |= _names_of_values(message) - {*read}
+
+    def __str__(self) -> str:
+        of_messages = f"of messages: {', '.join(sorted(self.of_messages))}" if self.of_messages else ""
+        return "; ".join(filter(None, (", ".join(sorted(self.columns)), of_messages)))
+
+
+def _names_of_values(values: dict[str, Any]) -> set[str]:
+    """Names of values that are not missing; an empty field of CSV is."""
+    return {name for name, value in values.items() if value is not None and value != ""}
 
 
 def _check(messages: list[Message]) -> None:

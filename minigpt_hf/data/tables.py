@@ -33,7 +33,7 @@ from datasets.table import MemoryMappedTable
 from ..errors import MiniGPTError, UnreadableFileError
 from .cache import cached
 from .conversations import COLUMNS as CONVERSATION_COLUMNS
-from .conversations import messages_of, serialize
+from .conversations import Unread, messages_of, serialize
 from .documents import rows_sha256
 from .files import extension_of
 from .reading import (
@@ -54,7 +54,8 @@ logger = logging.getLogger(__name__)
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})
 BATCH_ROWS, BATCH_CHARACTERS = 10_000, 1_000_000  # limits of a written batch
-VERSION = 1  # version of the format of the cache
+VERSION = 2  # version of the format of the cache
+UNREAD = "unread.txt"  # names of what is not read of conversations
 # A CSV column is considered text if one of its first values is neither a number nor one of these.
 INSPECTED_ROWS = 1_000
 NOT_TEXT = {"", "na", "n/a", "nan", "null", "none", "true", "false"}
@@ -106,11 +107,12 @@ class Table(ABC):
         """Return the names of the columns, if the file states them before its rows; they may be repeated."""
         return []
 
-    def conversations(self, system: str | None) -> Iterator[str]:
+    def conversations(self, system: str | None, unread: Unread) -> Iterator[str]:
         """Yield the conversation of each row, serialized.
 
         Args:
             system: Content of a system message for conversations that have none.
+            unread: Receives the names of what is not read.
 
         Raises:
             UnreadableFileError: stating the row, if it is not a conversation.
@@ -123,6 +125,7 @@ class Table(ABC):
                 yield serialize(messages_of(row, system))
             except ValueError as error:
                 raise self.error(f"{location} {error}") from error
+            unread.add(row)
 
     def describe(self) -> None:  # noqa: B027 (binary formats are not ambiguous)
         """Log how the file was interpreted, where this is ambiguous."""
@@ -227,8 +230,9 @@ def read_conversations(
     digests = [content_sha256(table.path, table.name) for table in tables]
     for table in tables:
         table.describe()
-    texts = lambda table: table.conversations(system)  # noqa: E731
-    return _cached(tables, digests, [data_format, "conversations", system], texts, cache_dir)
+    unread = Unread()
+    texts = lambda table: table.conversations(system, unread)  # noqa: E731
+    return _cached(tables, digests, [data_format, "conversations", system], texts, cache_dir, unread)
 
 
 def serialized_conversations(
@@ -244,12 +248,15 @@ def serialized_conversations(
         UnreadableFileError: if a row is not a conversation.
     """
 
+    unread = Unread()
+
     def texts() -> Iterator[str]:
         for number, row in enumerate(rows, 1):
             try:
                 yield serialize(messages_of(row, system))
             except ValueError as error:
                 raise UnreadableFileError(f"{name}: row {number:,} {error}") from error
+            unread.add(row)
 
     def write(file: Path) -> None:
         with ArrowWriter(features=FEATURES, path=str(file)) as writer:
@@ -257,31 +264,56 @@ def serialized_conversations(
                 writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
             writer.finalize()
 
-    return _stored(["conversations", rows_sha256(rows), system], write, cache_dir)
+    return _stored(["conversations", rows_sha256(rows), system], write, cache_dir, name, unread)
 
 
-def _cached(tables: list[Table], digests: list[str], key: list[Any], texts: Texts, cache_dir: Path) -> datasets.Dataset:
+def _cached(
+    tables: list[Table],
+    digests: list[str],
+    key: list[Any],
+    texts: Texts,
+    cache_dir: Path,
+    unread: Unread | None = None,
+) -> datasets.Dataset:
     """Return the texts of tables from the cache.
 
     Args:
         digests: SHA-256 of each file.
         key: Identifies, together with the content of the files, the texts.
+        unread: See `_stored`.
     """
     files = [(extension_of(table.name), digest) for table, digest in zip(tables, digests, strict=True)]
-    return _stored([*key, asdict(tables[0].decoding), files], partial(_write, tables, digests, texts), cache_dir)
+    write = partial(_write, tables, digests, texts)
+    return _stored([*key, asdict(tables[0].decoding), files], write, cache_dir, tables[0].name, unread)
 
 
-def _stored(key: list[Any], write: Callable[[Path], None], cache_dir: Path) -> datasets.Dataset:
-    """Return the texts with this key from the cache; `write` writes them to a file."""
-    name = hashlib.sha256(json.dumps([VERSION, *key]).encode()).hexdigest()[:32]
-    return cached(
-        cache_dir / "tables" / name,
-        lambda folder: write(folder / "rows.arrow"),
+def _stored(
+    key: list[Any], write: Callable[[Path], None], cache_dir: Path, name: str, unread: Unread | None = None
+) -> datasets.Dataset:
+    """Return the texts with this key from the cache.
+
+    Args:
+        write: Writes them to a file.
+        name: Name to display.
+        unread: Names of what is not read of conversations, complete after `write`. They are logged, also if the texts are in
+            the cache.
+    """
+    fingerprint = hashlib.sha256(json.dumps([VERSION, *key]).encode()).hexdigest()[:32]
+
+    def write_all(folder: Path) -> None:
+        write(folder / "rows.arrow")
+        if names := str(unread or ""):
+            (folder / UNREAD).write_text(names, encoding="utf-8")
+
+    def read(folder: Path) -> tuple[datasets.Dataset, str]:
         # By default the fingerprint would depend on the modification time of the file.
-        lambda folder: datasets.Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=name),
-        cache_dir,
-        "text column of a table",
-    )
+        rows = datasets.Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=fingerprint)
+        return rows, (folder / UNREAD).read_text(encoding="utf-8") if (folder / UNREAD).is_file() else ""
+
+    rows, names = cached(cache_dir / "tables" / fingerprint, write_all, read, cache_dir, "text column of a table")
+    if names:
+        logger.info("%s: columns that are not read: %s", printable(name), printable(names))
+    return rows
 
 
 def _write(tables: list[Table], digests: list[str], texts: Texts, file: Path) -> None:

@@ -70,6 +70,29 @@ def test_a_system_message_is_added_only_where_there_is_none():
     assert messages_of({"messages": LONG}, "Hi") == LONG
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"instruction": "2 + 2?", "input": None, "output": "4"},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]},
+    ],
+)
+def test_the_column_system_is_the_system_message(row):
+    question = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    assert messages_of({**row, "system": "Add."}, "Hi") == [{"role": "system", "content": "Add."}, *question]
+    for empty in ("", None):
+        assert messages_of({**row, "system": empty}) == question
+    with pytest.raises(ValueError, match="has the value 3 in 'system', not a string"):
+        messages_of({**row, "system": 3})
+
+
+def test_a_system_message_in_two_places_is_an_error():
+    with pytest.raises(ValueError, match="has a system message in the column 'system' and another in its messages"):
+        messages_of({"messages": LONG, "system": "Add."})
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -125,6 +148,35 @@ def test_conversations_are_read_verbatim_from_every_format(kind, tmp_path):
     corpus = load_corpus(str(data), 0.0, chat=True, cache_dir=tmp_path / "cache")
     expected = [[user(row["prompt"]), assistant(row["completion"])] for row in rows]
     assert list(conversations_in(corpus.train)) == expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved dataset"])
+def test_what_is_not_read_of_a_row_is_reported(kind, tmp_path, caplog):
+    """Also if the conversations are in the cache. Values that are null, as Arrow adds them, are not reported."""
+    rows = [{"prompt": f"{i}?", "completion": f"{i}", "source": "me", "system": "Count."} for i in range(3)]
+    rows = [row | {"note": None, "title": None} for row in rows]
+    if kind != "csv":  # a list of messages has no representation in CSV
+        answer = {"role": "assistant", "content": "b", "weight": 0, "name": None}
+        rows.append({"prompt": [user("a") | {"weight": None, "name": "Eve"}], "completion": [answer], "title": "A"})
+        for row in rows[:3]:
+            row["prompt"], row["completion"] = [user(row["prompt"])], [assistant(row["completion"])]
+    data = tmp_path / f"chats.{kind}"
+    dataset = datasets.Dataset.from_list(rows)
+    if kind == "jsonl":
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        dataset.to_csv(data)
+    elif kind == "parquet":
+        dataset.to_parquet(data)
+    else:
+        dataset.save_to_disk(data)
+    names = "source" if kind == "csv" else "source, title; of messages: name, weight"
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            corpus = load_corpus(str(data), 0.0, chat=True, cache_dir=tmp_path / "cache")
+        assert f"columns that are not read: {names}" in caplog.text.splitlines()[-1].partition(": ")[2]
+    assert next(iter(conversations_in(corpus.train)))[0] == {"role": "system", "content": "Count."}
 
 
 def test_two_columns_of_the_same_name_are_an_error_if_a_conversation_needs_them(tmp_path):
