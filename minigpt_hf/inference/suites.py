@@ -16,6 +16,7 @@ import yaml
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.encoding import unknown_character_error
 from ..errors import MiniGPTError
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ def evaluate_tasks(
         batch_size: Number of requests per forward pass.
 
     Raises:
-        MiniGPTError: if the harness is not installed, a task does not exist, its definition or data cannot be read, or an
-            answer exceeds the context of the model.
+        MiniGPTError: if the harness is not installed, a task does not exist, its definition or data cannot be read, an
+            answer exceeds the context of the model, or the tokenizer does not know a character.
     """
     try:
         import lm_eval
@@ -120,6 +121,15 @@ def _wrapped(
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class Model(HFLM):
+        def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+            try:
+                return super().tok_encode(string, *args, **options)
+            except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
+                what = "a question or answer of the tasks"
+                if unknown := unknown_character_error(string, tokenizer.get_vocab(), what):
+                    raise unknown from error
+                raise
+
         def check(self, request: Any, prompt: int, answer: int, most: int) -> None:
             """Compare numbers of tokens with the context, in which `most` tokens of prompt and answer fit."""
             if answer >= most:

@@ -231,13 +231,14 @@ def validation_results(metadata: dict[str, Any], dataset_type: str) -> list[Eval
     """Return the validation score in the schema of the Hub; empty if there is none, or it is not one of unseen text."""
     if has_changed_data(metadata) or is_seen_by_base_model(metadata):
         return []
-    data, results = metadata["data"], metadata["results"]
+    data, results, lossy = metadata["data"], metadata["results"], metadata["tokenizer"].get("lossy")
     conditions = {name: results[name] for name in ("block_size", "stride", "tokens", "bytes") if results}
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=dataset_type,
-            dataset_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, data['name'])}, validation split",
+            dataset_name=f"{CONTROL_CHARACTERS.sub(REPLACEMENT, data['name'])}, validation split"
+            + (f" (not comparable: {lossy})" if lossy else ""),
             dataset_split="validation",
             dataset_args={"split": data["cut"]},
             metric_type=name,

@@ -264,3 +264,18 @@ def test_shortened_questions_are_counted_and_answers_longer_than_the_context_rej
     assert {result["shortened"] for result in json.loads(out.splitlines()[-1])["tasks"]} == {2}
     assert main(["evaluate", str(folder), "--tasks", "long", *flags]) == 2
     assert "task long: an answer has up to 64 tokens, and the context of the model is 64" in capsys.readouterr().err
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_reported_in_one_line(tmp_path, capsys):
+    text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
+    text.write_text("abc cab bca " * 200)
+    questions.write_text(json.dumps({"prefix": "abc ", "endings": ["cab", "d\u00e9j\u00e0"], "answer": 0}) + "\n")
+    (tmp_path / "choice.yaml").write_text(TASK.format(name="choice", file=questions) + CHOICE)
+    shape = ("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "1", "--block_size", "16")
+    train = ["train", "--data", str(text), "--tokenizer", "characters", *shape, "--max_steps", "1"]
+    assert main([*train, "--output_dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    evaluate = ["evaluate", str(tmp_path / "run" / "model"), "--tasks", "choice", "--task_path", str(tmp_path)]
+    assert main(evaluate) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt evaluate: "))
+    assert "a question or answer of the tasks has a character that the tokenizer does not know: 'd' (U+0064)" in line

@@ -147,6 +147,7 @@ def test_samples_are_the_first_three_seeds_of_the_published_weights(run_folder, 
         assert main([str(word) for word in argv]) == 0
         assert capsys.readouterr().out.strip() == text.strip()
         assert f"```text\n{text}\n```\n" in card
+    assert "Not selected: seeds 0 to 2, temperature 0.8, at most 10 tokens, " in card  # a document may end before
 
 
 def test_the_card_states_if_the_samples_are_those_of_an_earlier_step(card, metadata):
@@ -229,6 +230,16 @@ def test_no_evaluation_results_are_written_for_a_training_corpus(metadata, tmp_p
     write_model_folder(tmp_path / "model", tiny_model(), character_tokenizer(["ab"]), metadata, [])
     assert not (tmp_path / "model" / ".eval_results").exists()
     assert ModelCard((tmp_path / "model" / "README.md").read_text()).data.eval_results
+
+
+def test_a_score_of_a_tokenizer_that_loses_text_is_not_comparable_in_the_model_index_either(metadata):
+    config, lossy = tiny_config(), "upper case lost or changed"
+    for tokenizer, suffix in (({"lossy": lossy}, f" (not comparable: {lossy})"), ({"lossy": None}, "")):
+        changed = {**metadata, "tokenizer": {**metadata["tokenizer"], **tokenizer}}
+        card = render_card(changed, config)
+        assert ("**Not comparable**" in card) == bool(suffix)
+        names = {result.dataset_name for result in ModelCard(card).data.eval_results}
+        assert names == {f"{metadata['data']['name']}, validation split{suffix}"}
 
 
 def test_emissions_are_energy_times_the_world_average_in_grams(metadata):
