@@ -19,6 +19,7 @@ import minigpt_hf
 from minigpt_hf.cli import main
 from minigpt_hf.cli.chat_web import Page
 from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.inference.generation import generate, load
 from minigpt_hf.publish.model_folder import save_model_files
 from tests.conftest import ROOT, tiny_model
@@ -244,6 +245,23 @@ def test_values_outside_the_usual_ranges_are_neither_shortened_nor_rejected(run_
     for slider, value in ((new_tokens, 5000), (temperature, 3.0), (top_p, 0.01)):
         assert slider.value == value
         assert slider.minimum <= value <= slider.maximum
+
+
+def test_a_temperature_of_zero_is_the_most_probable_token_for_a_model_that_samples(run_folder):
+    pytest.importorskip("gradio", reason="Gradio is not installed: make browser-test")
+    model, tokenizer = load(str(run_folder / "model"))
+    assert model.generation_config.do_sample
+    page = Page(model, tokenizer, {"temperature": 0.0, "top_p": 0.0})
+    values = [each.value for each in page.sampling(None)]
+    assert values[1:3] == [0, 0]
+    assert page.generation_options(*values)["do_sample"] is False
+
+
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", -0.5)])
+def test_numbers_that_generation_rejects_are_errors_before_the_page_is_served(name, value, run_folder):
+    model, tokenizer = load(str(run_folder / "model"))
+    with pytest.raises(MiniGPTError, match=f"--{name} {value}: must be at least "):
+        Page(model, tokenizer, {name: value})
 
 
 def test_without_gradio_the_extra_is_named(run_folder, capsys, monkeypatch):

@@ -6,6 +6,7 @@ policy forbids the page to contact any other server.
 
 import html
 import inspect
+import math
 import os
 import re
 import threading
@@ -134,9 +135,11 @@ class Page:
 
         self.model, self.tokenizer = model, tokenizer
         self.defaults = {**model.generation_config.to_dict(), **options}
-        for name in ("max_new_tokens", "temperature", "top_p"):
+        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_p", 0)):
             if not isinstance(value := options.get(name, 1), int | float) or isinstance(value, bool):
                 raise MiniGPTError(f"--{name} {value}: a number is required")
+            if not least <= value < math.inf:
+                raise MiniGPTError(f"--{name} {value}: must be at least {least}")
         if "max_length" in options:
             raise MiniGPTError("--max_length is not supported with --web: give --max_new_tokens")
         shown = ("max_new_tokens", "do_sample", "temperature", "top_p")
@@ -201,14 +204,16 @@ class Page:
 
         default, longest = self.defaults, min(self.context - 1, MAX_NEW_TOKENS)
         new_tokens = default.get("max_new_tokens") or min(512, self.context // 2)
-        temperature = (default.get("temperature") or 1.0) if default.get("do_sample") else 0
-        top_p = default.get("top_p") or 1.0
+        # A given temperature or top p of 0 is used, and not replaced by that of transformers.
+        unset = {"temperature": 1.0, "top_p": 1.0}
+        temperature, top_p = (value if default.get(name) is None else default[name] for name, value in unset.items())
+        temperature = temperature if default.get("do_sample") else 0
         # The ranges include the initial values: Gradio rejects others.
         most, highest, lowest = max(longest, new_tokens), max(2, temperature), min(0.05, top_p)
         return [
             gradio.Slider(1, most, new_tokens, step=1, label="Maximum number of new tokens"),
             gradio.Slider(0, highest, temperature, step=0.05, label="Temperature", info="0: the most probable token"),
-            gradio.Slider(lowest, 1, top_p, step=0.05, label="Top p", info="1: all tokens"),
+            gradio.Slider(lowest, max(1, top_p), top_p, step=0.05, label="Top p", info="1: all tokens"),
             gradio.Textbox("" if seed is None else str(seed), label="Seed", info="Empty: random", max_lines=1),
         ]
 
