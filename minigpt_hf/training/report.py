@@ -23,6 +23,7 @@ from ..data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from ..errors import MiniGPTError
 from ..inference.copying import Copying, encode_samples, measure_copying
 from ..inference.evaluation import Score, summarize
+from ..trust import checked_folder, read_metadata
 from .arguments import MiniGPTTrainingArguments, ModelArguments, Settings
 from .auxiliary_head import auxiliary_parameters
 from .recipe import resolved
@@ -163,7 +164,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             **({} if text.unseen_fraction is None else {"unseen_fraction": text.unseen_fraction}),
         },
         "tokenizer": {
-            "kind": {"bpe": "byte-level BPE"}.get(text.kind, public_name(text.kind)),
+            "kind": kind_of_tokenizer(text.kind, settings.model.init_from),
             "vocab_size": vocabulary_size(text.tokenizer),
             "bytes_per_token": text.train.bytes / text.train.targets,
             "opening": text.tokenizer.eos_token if text.tokenizer.bos_token is None else text.tokenizer.bos_token,
@@ -200,6 +201,21 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
         },
         "copying": result.copying.to_dict() if result.copying else {},
     }
+
+
+def kind_of_tokenizer(name: str, init_from: str | None) -> str:
+    """Return the kind of a tokenizer of this package, also if it is that of another model, or else its name.
+
+    Args:
+        name: A kind, or the folder or Hub id that it was loaded from.
+        init_from: The model that training started from.
+    """
+    if name not in (kinds := {"bpe": "byte-level BPE", "bytes": "bytes", "characters": "characters"}):
+        source = checked_folder(init_from, with_weights=False) if init_from else Path(name)
+        about = read_metadata(source).get("tokenizer")
+        kind = about.get("kind") if isinstance(about, dict) else None
+        return str(kind if kind in kinds.values() else public_name(name))
+    return kinds[name]
 
 
 def score_of(result: TrainingResult, text: PreparedText, block_size: int) -> Score | None:

@@ -68,6 +68,7 @@ def test_a_score_is_in_the_metadata_the_card_and_its_model_index(folder, questio
     (result,) = (result for result in card.data.eval_results if result.metric_type == "exact_match")
     assert (result.metric_value, result.dataset_name) == (round(expected.score, 4), "test.jsonl")
     assert result.dataset_revision == data["fingerprint"]
+    assert "compared with the last training text of this model, and not with that of its base model" in card.text
     assert result.metric_args["answers"] == 12 and {*result.metric_args["baselines"]} == {*expected.baselines}
     assert {"loss", "perplexity", "bits_per_byte"} < {result.metric_type for result in card.data.eval_results}
     assert doctor.failures(doctor.examine_files(folder)) == []

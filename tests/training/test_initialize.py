@@ -112,6 +112,19 @@ def test_settings_of_a_recipe_that_the_base_model_determines_are_reported(finetu
     assert "no effect" not in capsys.readouterr().err
 
 
+def test_the_kind_of_a_tokenizer_is_that_of_the_base_model(finetune, recipe_file, text_file, tmp_path):
+    argv = ["train", "--recipe", recipe_file, "--data", text_file, "--tokenizer", "characters", "--max_steps", 2]
+    argv += ["--logging_steps", 1, "--sample_tokens", 0, "--output_dir", tmp_path / "base"]
+    assert main([str(word) for word in argv]) == 0
+    assert finetune("run", folder=tmp_path / "base" / "model") == 0
+    assert finetune("next", folder=tmp_path / "run" / "model") == 0
+    for run, origin in (("base", "training text"), ("run", "text that it was made from"), ("next", "text that it was")):
+        folder = tmp_path / run / "model"
+        assert json.loads((folder / "minigpt.json").read_text())["tokenizer"]["kind"] == "characters"
+        sentence = f"The tokenizer rejects characters that do not occur in the {origin}"
+        assert sentence in (folder / "README.md").read_text()
+
+
 def test_text_that_an_earlier_model_was_trained_on_is_marked(finetune, text_file, tmp_path, capsys):
     """The first model has held out a tenth, the second three tenths, and the third those or others."""
     assert finetune("second", "--validation_fraction", "0.3") == 0
