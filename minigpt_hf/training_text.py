@@ -326,7 +326,7 @@ def has_training_text(
 
     A text is recognized if it, or what it contains as its training split, is that of the training. Its validation split
     contains training text as well if it is larger than in the training of this model or of those from which its training
-    started, or if the text is read in another way.
+    started, or if the text is read in another way, e.g. if a part of the training split of a dataset is held out.
 
     Args:
         reading: The settings with which `documents` were read.
@@ -346,7 +346,13 @@ def has_training_text(
     try:
         train = read_divided(data, recipe, as_trained | dedup, by_threshold, bool(recipe.get("streaming"))).train
         if train.fingerprint[: len(trained)] != trained:
-            return False
+            # With `data_split`, the training split of a dataset that has a validation split is divided.
+            whole = {"validation_fraction": 0.0}
+            is_divided = reading["data_split"] not in (None, recipe.get("data_split"))
+            return (
+                is_divided
+                and read_divided(data, recipe, as_trained | whole).train.fingerprint[: len(trained)] == trained
+            )
         is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
         if split != "validation" or is_larger:
             return True
