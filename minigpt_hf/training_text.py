@@ -319,6 +319,20 @@ def trained_on(model: str | os.PathLike) -> tuple[str, float]:
         return "", 0.0
 
 
+def _is_training_split(model: str | os.PathLike, documents: "Documents") -> bool:
+    """Whether documents are those that a model was trained on. Those of shards, whose fingerprint is not that of the documents,
+    are recognized by their numbers of documents and characters."""
+    from .trust import read_metadata
+
+    trained = trained_on(model)[0]
+    if trained and documents.fingerprint[: len(trained)] == trained:
+        return True
+    split = _training_split(model)
+    sizes = (documents.number_of_documents, documents.characters)
+    is_of_shards = bool(split) and bool(read_metadata(model)["data"].get("shards"))
+    return is_of_shards and sizes == (split.get("documents"), split.get("characters"))
+
+
 def has_training_text(
     model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
 ) -> bool:
@@ -335,7 +349,7 @@ def has_training_text(
     trained, trained_fraction = trained_on(model)
     if not trained:
         return False
-    if documents.fingerprint[: len(trained)] == trained:
+    if _is_training_split(model, documents):
         return True
     recipe = recipe_of(model)
     fraction = reading["validation_fraction"]
@@ -345,7 +359,7 @@ def has_training_text(
     dedup = {"dedup": recipe.get("dedup", "none")}
     try:
         train = read_divided(data, recipe, as_trained | dedup, by_threshold, bool(recipe.get("streaming"))).train
-        if train.fingerprint[: len(trained)] != trained:
+        if not _is_training_split(model, train):
             # With `data_split`, the training split of a dataset that has a validation split is divided.
             whole = {"validation_fraction": 0.0}
             is_divided = reading["data_split"] not in (None, recipe.get("data_split"))
