@@ -320,8 +320,8 @@ def trained_on(model: str | os.PathLike) -> tuple[str, float]:
 
 
 def _is_training_split(model: str | os.PathLike, documents: "Documents") -> bool:
-    """Whether documents are those that a model was trained on. Those of shards, whose fingerprint is not that of the documents,
-    are recognized by their numbers of documents and characters."""
+    """Whether documents are those that a model was trained on. Those of shards, whose fingerprint is another one, are
+    recognized by their numbers of documents and characters."""
     from .trust import read_metadata
 
     trained = trained_on(model)[0]
@@ -357,8 +357,9 @@ def has_training_text(
 
     by_threshold = is_divided_by_threshold(model)
     dedup = {"dedup": recipe.get("dedup", "none")}
+    streaming = bool(recipe.get("streaming"))
     try:
-        train = read_divided(data, recipe, as_trained | dedup, by_threshold, bool(recipe.get("streaming"))).train
+        train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
         if not _is_training_split(model, train):
             # With `data_split`, the training split of a dataset that has a validation split is divided.
             whole = {"validation_fraction": 0.0}
