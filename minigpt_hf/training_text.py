@@ -362,12 +362,10 @@ def has_training_text(
         train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
         if not _is_training_split(model, train):
             # With `data_split`, the training split of a dataset that has a validation split is divided.
-            whole = {"validation_fraction": 0.0}
-            is_divided = reading["data_split"] not in (None, recipe.get("data_split"))
-            return (
-                is_divided
-                and read_divided(data, recipe, as_trained | whole).train.fingerprint[: len(trained)] == trained
-            )
+            if reading["data_split"] in (None, recipe.get("data_split")):
+                return False
+            whole = as_trained | {"validation_fraction": 0.0}
+            return _is_training_split(model, read_divided(data, recipe, whole, streaming=streaming).train)
         is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
         if split != "validation" or is_larger:
             return True
