@@ -229,7 +229,8 @@ def evaluate(
     whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
     if split == "train" and (used := truncated_to(folder, recipe, whole)) is not None:
         logger.info(f"{data}: the complete training split is scored; the model was trained on {used:,} tokens of it")
-    is_changed = any(reading[name] not in (None, recipe.get(name)) for name in READING if name not in WHICH_TEXT)
+    changing = ("data_split", *(name for name in READING if name not in WHICH_TEXT))
+    is_changed = any(reading[name] not in (None, recipe.get(name)) for name in changing)
     is_changed = is_changed or trained_on(folder)[1] < recipe.get("validation_fraction", 0)
     if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):
         logger.warning(
@@ -300,7 +301,7 @@ def score_answers(
 
     from tqdm.auto import tqdm
 
-    from .data.conversations import conversations_in
+    from .data.conversations import conversations_in, has_system_message
     from .data.corpus import public_name
     from .inference.answers import score_answers
     from .publish.model_folder import save_score
@@ -322,8 +323,9 @@ def score_answers(
     if save:
         identity: dict[str, Any] = {"name": public_name(data), "split": split, "fingerprint": documents.fingerprint}
         identity |= {"of_training": True} if of_training else {}
-        has_other_system = reading["system"] not in (None, recipe.get("system"))
-        identity |= {"system": reading["system"]} if has_other_system else {}
+        system = reading["system"]
+        if system not in (None, recipe.get("system")) and has_system_message(documents, system):
+            identity |= {"system": system}
         entry = {"data": identity, **result[0].to_dict()}
         _save(model, before, lambda: save_score(Path(model), entry), result)
     return result

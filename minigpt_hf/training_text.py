@@ -319,6 +319,20 @@ def trained_on(model: str | os.PathLike) -> tuple[str, float]:
         return "", 0.0
 
 
+def _is_training_split(model: str | os.PathLike, documents: "Documents") -> bool:
+    """Whether documents are those that a model was trained on. Those of shards, whose fingerprint is another one, are
+    recognized by their numbers of documents and characters."""
+    from .trust import read_metadata
+
+    trained = trained_on(model)[0]
+    if trained and documents.fingerprint[: len(trained)] == trained:
+        return True
+    split = _training_split(model)
+    sizes = (documents.number_of_documents, documents.characters)
+    is_of_shards = bool(split) and bool(read_metadata(model)["data"].get("shards"))
+    return is_of_shards and sizes == (split.get("documents"), split.get("characters"))
+
+
 def has_training_text(
     model: str | os.PathLike, data: str, split: str, reading: dict[str, Any], documents: "Documents"
 ) -> bool:
@@ -326,7 +340,7 @@ def has_training_text(
 
     A text is recognized if it, or what it contains as its training split, is that of the training. Its validation split
     contains training text as well if it is larger than in the training of this model or of those from which its training
-    started, or if the text is read in another way.
+    started, or if the text is read in another way, e.g. if a part of the training split of a dataset is held out.
 
     Args:
         reading: The settings with which `documents` were read.
@@ -335,7 +349,7 @@ def has_training_text(
     trained, trained_fraction = trained_on(model)
     if not trained:
         return False
-    if documents.fingerprint[: len(trained)] == trained:
+    if _is_training_split(model, documents):
         return True
     recipe = recipe_of(model)
     fraction = reading["validation_fraction"]
@@ -343,10 +357,15 @@ def has_training_text(
 
     by_threshold = is_divided_by_threshold(model)
     dedup = {"dedup": recipe.get("dedup", "none")}
+    streaming = bool(recipe.get("streaming"))
     try:
-        train = read_divided(data, recipe, as_trained | dedup, by_threshold, bool(recipe.get("streaming"))).train
-        if train.fingerprint[: len(trained)] != trained:
-            return False
+        train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
+        if not _is_training_split(model, train):
+            # With `data_split`, the training split of a dataset that has a validation split is divided.
+            if reading["data_split"] in (None, recipe.get("data_split")):
+                return False
+            whole = as_trained | {"validation_fraction": 0.0}
+            return _is_training_split(model, read_divided(data, recipe, whole, streaming=streaming).train)
         is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
         if split != "validation" or is_larger:
             return True

@@ -184,6 +184,12 @@ def conversations_in(documents: Documents) -> Iterator[list[Message]]:
         yield deserialize(document)
 
 
+def has_system_message(documents: Documents, system: str) -> bool:
+    """Whether a serialized conversation starts with this system message."""
+    start = [_as_message("system", system)]
+    return any(messages[:1] == start for messages in conversations_in(documents))
+
+
 def contents_of(documents: Documents) -> Iterator[str]:
     """Yield the contents of the messages of serialized conversations, preceded by their roles as in ChatML."""
     for messages in conversations_in(documents):

@@ -25,6 +25,7 @@ from datasets.table import CastError
 
 from ..atomic import remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
+from .conversations import has_system_message
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
 from .files import (
     DOCUMENTATION_NAMES,
@@ -103,6 +104,10 @@ class Source:
             MiniGPTError: if the source does not exist, its format is unknown, or it cannot be read.
         """
         content = self._read_source()
+        if self.chat and self.system is not None and not has_system_message(content.train, self.system):
+            logger.warning(
+                "--system has no effect on %s: every conversation has a system message of its own", printable(self.data)
+            )
         return replace(content, inputs=hashlib.sha256(json.dumps(self.inputs).encode()).hexdigest())
 
     def _read_source(self) -> SourceContent:

@@ -303,7 +303,7 @@ def _stored(
     def write_all(folder: Path) -> None:
         write(folder / "rows.arrow")
         if names := str(unread or ""):
-            (folder / UNREAD).write_text(names, encoding="utf-8")
+            (folder / UNREAD).write_text(printable(names), encoding="utf-8")
 
     def read(folder: Path) -> tuple[datasets.Dataset, str]:
         # By default the fingerprint would depend on the modification time of the file.
@@ -312,7 +312,7 @@ def _stored(
 
     rows, names = cached(cache_dir / "tables" / fingerprint, write_all, read, cache_dir, "text column of a table")
     if names:
-        logger.info("%s: columns that are not read: %s", printable(name), printable(names))
+        logger.info("%s: columns that are not read: %s", printable(name), names)
     return rows
 
 

@@ -179,6 +179,14 @@ def test_what_is_not_read_of_a_row_is_reported(kind, tmp_path, caplog):
     assert next(iter(conversations_in(corpus.train)))[0] == {"role": "system", "content": "Count."}
 
 
+def test_names_that_are_not_text_are_reported_as_well(tmp_path, caplog):
+    message = {"role": "user", "content": "a", "\udc00": 1}  # JSON can contain lone surrogates
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [message, assistant("b")], "\ud800x": 1}) + "\n")
+    with caplog.at_level("INFO"):
+        load_corpus(str(tmp_path / "chats.jsonl"), 0.0, chat=True, cache_dir=tmp_path / "cache")
+    assert r"columns that are not read: \ud800x; of messages: \udc00" in caplog.text
+
+
 def test_two_columns_of_the_same_name_are_an_error_if_a_conversation_needs_them(tmp_path):
     columns, names = [["?"], ["a"], ["b"]], ["prompt", "completion", "completion"]
     pq.write_table(pa.table(columns, names=names), tmp_path / "chats.parquet")

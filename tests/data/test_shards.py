@@ -127,6 +127,18 @@ def test_a_text_that_occurs_twice_is_another_text(corpus, recipe_file, text, tmp
     assert "contains another run" in fails(capsys, *flags, "--data", tmp_path / "2")
 
 
+def test_a_larger_validation_split_than_that_of_the_shards_is_reported(corpus, recipe_file, tmp_path, capsys):
+    write_shards(tmp_path / "shards", corpus / "text", "bytes", 2)
+    assert run("tokenize", "--merge", tmp_path / "shards") == 0
+    flags = ["--recipe", recipe_file, "--data", tmp_path / "shards", "--max_steps", 1, "--output_dir", tmp_path / "run"]
+    assert run("train", *flags) == 0
+    for fraction, is_reported in ((0.1, False), (0.4, True)):
+        capsys.readouterr()
+        flags = ["--data", corpus / "text", "--split", "validation", "--validation_fraction", fraction]
+        assert run("evaluate", tmp_path / "run" / "model", *flags) == 0
+        assert ("contains text that the model was trained on" in capsys.readouterr().err) == is_reported
+
+
 def test_a_complete_shard_is_not_written_again(corpus, merged, capsys):
     file = merged / "shard-00001-of-00004" / "train" / "tokens.bin"
     before = file.stat()

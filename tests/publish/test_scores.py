@@ -166,6 +166,21 @@ def test_a_score_on_the_training_text_is_marked(folder, chats, capsys, split):
     assert result.dataset_name.endswith(" (contains the training text)") == (split != "validation")
 
 
+def test_a_system_message_without_effect_is_reported_and_not_stated(folder, questions, capsys):
+    """Every conversation has its own."""
+    rows = [json.loads(line) | {"system": "Count."} for line in questions.read_text().splitlines()]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(folder, questions, "--system", "Be brief.") == 0
+    assert "--system has no effect on" in capsys.readouterr().err
+    assert "system" not in scores_of(folder)[0]["data"]
+
+    del rows[0]["system"]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(folder, questions, "--system", "Be brief.") == 0
+    assert "--system has no effect on" not in capsys.readouterr().err
+    assert scores_of(folder)[-1]["data"]["system"] == "Be brief."
+
+
 @pytest.mark.parametrize(
     ("flags", "is_of_training"),
     [
@@ -194,6 +209,24 @@ def test_a_validation_split_that_differs_from_that_of_training_is_reported(
         assert main([*argv, "--validation_fraction", fraction]) == 0
         message = "is read or divided in another way than in the training of the model"
         assert (message in capsys.readouterr().err) == is_reported
+
+
+def test_a_part_of_the_training_split_of_a_dataset_is_reported_as_training_text(
+    recipe_file, text_file, tmp_path, capsys
+):
+    """The dataset has a validation split, and `--data_split train` divides its training split."""
+    lines = [json.dumps({"text": line}) + "\n" for line in text_file.read_text().splitlines() if line]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("".join(lines[40:]))
+    (data / "validation.jsonl").write_text("".join(lines[:40]))
+    argv = ["train", "--recipe", recipe_file, "--data", data, "--output_dir", tmp_path / "run", "--max_steps", "1"]
+    assert main([str(word) for word in argv]) == 0
+    argv = ["evaluate", str(tmp_path / "run" / "model"), "--data", str(data), "--split", "validation"]
+    for flags, is_reported in (([], False), (["train"], True), (["validation"], False)):
+        capsys.readouterr()
+        assert main([*argv, *(["--data_split", *flags] if flags else [])]) == 0
+        assert ("contains text that the model was trained on" in capsys.readouterr().err) == is_reported
 
 
 def test_a_score_on_other_conversations_is_not_marked(folder, questions, capsys):
