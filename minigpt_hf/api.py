@@ -256,7 +256,8 @@ def evaluate(
     if tokenizer.is_fast:
         report_lossy_tokenizer(tokenizer, texts)
     score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size, texts.number_of_documents)
-    remedy = "give more text" if texts is whole else "raise --max_characters"
+    is_complete = texts is whole or (whole.characters is not None and texts.characters == whole.characters)
+    remedy = "give more text" if is_complete else "raise --max_characters"
     warn_if_sample_is_small(score.tokens, score.bytes, remedy, score="score")
     return score
 

@@ -372,11 +372,10 @@ def prepare(
             corpus.validation.characters,
             window,
         )
-        warn_if_sample_is_small(
-            validation.targets,
-            validation.bytes,
-            "provide more text, or raise --validation_fraction or --validation_characters",
-        )
+        is_complete = validation.characters == corpus.validation.characters
+        remedy = "provide more text, or raise --validation_fraction"
+        remedy += "" if is_complete else " or --validation_characters"
+        warn_if_sample_is_small(validation.targets, validation.bytes, remedy)
     return PreparedText(
         name=corpus.name,
         split_description=corpus.split_description,

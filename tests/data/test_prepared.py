@@ -174,3 +174,12 @@ def test_a_score_of_fewer_than_10_000_tokens_causes_a_warning(tokens, warns, tmp
     text = prepare(corpus, "bytes", 0, tmp_path / "cache", block_size=tokens, validation_characters=tokens)
     assert text.validation.characters == tokens
     assert ("the validation score is based on only" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("characters", "helps"), [(500, True), (5_000, False)])
+def test_the_warning_names_validation_characters_only_if_more_text_is_held_out(characters, helps, tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("0123456789" * 200)
+    corpus = load_corpus(str(tmp_path / "text.txt"), 0.5)
+    prepare(corpus, "bytes", 0, tmp_path / "cache", block_size=32, validation_characters=characters)
+    assert "or raise --validation_fraction" in caplog.text
+    assert ("or --validation_characters" in caplog.text) == helps
