@@ -257,10 +257,19 @@ def test_a_temperature_of_zero_is_the_most_probable_token_for_a_model_that_sampl
     assert page.generation_options(*values)["do_sample"] is False
 
 
-@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", -0.5)])
-def test_numbers_that_generation_rejects_are_errors_before_the_page_is_served(name, value, run_folder):
+@pytest.mark.parametrize(
+    "name, value, limit",
+    [
+        ("max_new_tokens", 0, "finite and at least 1"),
+        ("temperature", -1.0, "finite and at least 0"),
+        ("temperature", float("inf"), "finite and at least 0"),
+        ("top_p", -0.5, "from 0 to 1"),
+        ("top_p", 1.5, "from 0 to 1"),
+    ],
+)
+def test_numbers_that_generation_rejects_are_errors_before_the_page_is_served(name, value, limit, run_folder):
     model, tokenizer = load(str(run_folder / "model"))
-    with pytest.raises(MiniGPTError, match=f"--{name} {value}: must be at least "):
+    with pytest.raises(MiniGPTError, match=f"--{name} {value}: must be {limit}"):
         Page(model, tokenizer, {name: value})
 
 

@@ -680,6 +680,7 @@ OPTIONS = {
     "deeply nested": (["--top_k", "[" * 20_000], "nested too deeply"),
     "an object": (["--top_k", "!!python/name:os.system"], "invalid value"),
     "nan": (["--temperature", ".nan"], "temperature is nan: a finite number is required"),
+    "more than all tokens": (["--top_p", "1.5"], "top_p is 1.5: a number from 0 to 1 is required"),
     "infinity": (["--temperature", ".inf"], "temperature is inf"),
     "a date": (["--max_new_tokens", "2020-01-01"], "must be an integer of at least 1"),
     "a map": (["--max_new_tokens", "{a: 1}"], "must be an integer of at least 1"),

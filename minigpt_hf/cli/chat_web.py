@@ -135,11 +135,12 @@ class Page:
 
         self.model, self.tokenizer = model, tokenizer
         self.defaults = {**model.generation_config.to_dict(), **options}
-        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_p", 0)):
+        for name, least, most in (("max_new_tokens", 1, math.inf), ("temperature", 0, math.inf), ("top_p", 0, 1)):
             if not isinstance(value := options.get(name, 1), int | float) or isinstance(value, bool):
                 raise MiniGPTError(f"--{name} {value}: a number is required")
-            if not least <= value < math.inf:
-                raise MiniGPTError(f"--{name} {value}: must be at least {least}")
+            if not least <= value <= most or math.isinf(value):
+                limit = f"from {least} to {most}" if math.isfinite(most) else f"finite and at least {least}"
+                raise MiniGPTError(f"--{name} {value}: must be {limit}")
         if "max_length" in options:
             raise MiniGPTError("--max_length is not supported with --web: give --max_new_tokens")
         shown = ("max_new_tokens", "do_sample", "temperature", "top_p")
@@ -213,7 +214,7 @@ class Page:
         return [
             gradio.Slider(1, most, new_tokens, step=1, label="Maximum number of new tokens"),
             gradio.Slider(0, highest, temperature, step=0.05, label="Temperature", info="0: the most probable token"),
-            gradio.Slider(lowest, max(1, top_p), top_p, step=0.05, label="Top p", info="1: all tokens"),
+            gradio.Slider(lowest, 1, top_p, step=0.05, label="Top p", info="1: all tokens"),
             gradio.Textbox("" if seed is None else str(seed), label="Seed", info="Empty: random", max_lines=1),
         ]
 

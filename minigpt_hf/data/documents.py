@@ -26,13 +26,13 @@ import pyarrow.compute as pc
 from .arrays import BLOCK, blocks, selected, stored
 from .cache import cached
 from .reading import (
-    UNDECODABLE,
     Decoding,
     DecodingStatistics,
     changed_file_error,
     compression_of,
     content_sha256,
     decoded,
+    describe_undecodable,
     printable,
     text_chunks,
 )
@@ -469,13 +469,9 @@ class TextFiles:
             )
         undecodable = [path for path, one in zip(self.paths, statistics, strict=True) if one.undecodable]
         if undecodable:
-            logger.warning(
-                "%s bytes that are not %s text (%s %s)",
-                self._subject(undecodable, "contains", "contain"),
-                self.decoding.encoding,
-                f"{sum(one.undecodable for one in statistics):,}",
-                UNDECODABLE[self.decoding.errors],
-            )
+            number = sum(one.undecodable for one in statistics)
+            subject = self._subject(undecodable, "contains", "contain")
+            logger.warning("%s %s", subject, describe_undecodable(self.decoding, number))
         if self.decoding.newline == "universal":
             logger.info(
                 "converted %s line endings (CRLF, CR) to LF", f"{sum(one.newlines_converted for one in statistics):,}"

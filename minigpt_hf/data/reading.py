@@ -249,6 +249,11 @@ for _errors, _name in COUNTING_HANDLERS.items():
     codecs.register_error(_name, _counting(_errors))
 
 
+def describe_undecodable(decoding: Decoding, number: int) -> str:
+    """Return e.g. "bytes that are not utf-8 text (7 dropped)"."""
+    return f"bytes that are not {decoding.encoding} text ({number:,} {UNDECODABLE[decoding.errors]})"
+
+
 def decoded(
     path: str,
     name: str,

@@ -38,7 +38,6 @@ from .documents import rows_sha256
 from .files import extension_of
 from .reading import (
     BYTE_ORDER_MARK,
-    UNDECODABLE,
     Decoding,
     DecodingStatistics,
     byte_chunks,
@@ -46,6 +45,7 @@ from .reading import (
     compression_of,
     content_sha256,
     decoded,
+    describe_undecodable,
     open_bytes,
     printable,
 )
@@ -139,11 +139,7 @@ class Table(ABC):
             pass
         if statistics.undecodable:
             logger.warning(
-                "%s contains bytes that are not %s text (%s %s)",
-                printable(self.name),
-                self.decoding.encoding,
-                f"{statistics.undecodable:,}",
-                UNDECODABLE[self.decoding.errors],
+                "%s contains %s", printable(self.name), describe_undecodable(self.decoding, statistics.undecodable)
             )
 
     def error(self, message: str) -> UnreadableFileError:
@@ -284,7 +280,8 @@ def _cached(
     """
     files = [(extension_of(table.name), digest) for table, digest in zip(tables, digests, strict=True)]
     write = partial(_write, tables, digests, texts)
-    return _stored([*key, asdict(tables[0].decoding), files], write, cache_dir, tables[0].name, unread)
+    name = tables[0].name + (", …" if len(tables) > 1 else "")
+    return _stored([*key, asdict(tables[0].decoding), files], write, cache_dir, name, unread)
 
 
 def _stored(

@@ -134,6 +134,8 @@ def generate(
             options[name] = float(options[name])
         if isinstance(options[name], float) and not math.isfinite(options[name]):
             raise MiniGPTError(f"generation option {name} is {options[name]}: a finite number is required")
+        if name == "top_p" and isinstance(options[name], int | float) and options[name] > 1:
+            raise MiniGPTError(f"generation option top_p is {options[name]}: a number from 0 to 1 is required")
     try:
         copy.deepcopy(model.generation_config).update(**options)  # validates them together with the model's
     except (TypeError, ValueError, AttributeError, KeyError) as error:
