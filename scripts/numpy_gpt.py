@@ -90,10 +90,19 @@ def forward(ids, weights, config):
 
 def load(folder):
     """Load the weights, by name, from one file or all shards, and the configuration."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] not in ("minigpt", "qwen3") or config["rope_parameters"]["rope_type"] != "default":
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(f"{folder}: no model folder ({error.strerror}: config.json)") from error
+    if (
+        config["model_type"] not in ("minigpt", "qwen3")
+        or config.get("attention_bias")
+        or config["hidden_act"] != "silu"
+        or config["rope_parameters"]["rope_type"] != "default"
+    ):
         raise SystemExit(
-            f"{folder}: unsupported model; give a MiniGPT folder without RoPE scaling (rope_type 'default')"
+            f"{folder}: unsupported model; give a MiniGPT folder with hidden_act 'silu' and without RoPE scaling "
+            "(rope_type 'default')"
         )
     if (generation := Path(folder) / "generation_config.json").exists():  # where `generate` stops
         config["eos_token_id"] = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
@@ -133,7 +142,10 @@ if __name__ == "__main__":
     weights, config = load(args.folder)
     tokenizer = Tokenizer.from_file(str(Path(args.folder) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a string such as <|endoftext|> in the prompt is ordinary text
-    ids = tokenizer.encode(args.prompt).ids or [config["bos_token_id"]]
+    try:
+        ids = tokenizer.encode(args.prompt).ids or [config["bos_token_id"]]
+    except Exception as error:  # the class that `tokenizers` raises for a character without an id
+        parser.error(f"the tokenizer cannot encode the prompt: {error}")
     rng = np.random.default_rng(args.seed)
     shown = ""
     print(args.prompt, end="", flush=True)

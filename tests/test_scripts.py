@@ -14,7 +14,7 @@ import torch
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.prepared import PreparedText, find_prepared
-from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.export.native import export_native
 from minigpt_hf.inference.generation import generate
 from minigpt_hf.publish.model_folder import save_model_files
@@ -112,12 +112,37 @@ def test_the_numpy_script_rejects_bfloat16_and_a_temperature_of_0(dtype, flags, 
     assert process.returncode != 0 and message in process.stderr.splitlines()[-1]
 
 
-def test_numpy_rejects_rope_scaling(tmp_path):
-    model = tiny_model(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"]["rope_type"] == "linear"
-    with pytest.raises(SystemExit, match="without RoPE scaling"):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"hidden_act": "gelu"},
+        {"model_type": "qwen3", "attention_bias": True},
+    ],
+)
+def test_numpy_rejects_what_it_does_not_compute(setting, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    with pytest.raises(
+        SystemExit, match="unsupported model; give a MiniGPT folder with hidden_act 'silu' and without RoPE"
+    ):
         numpy_gpt.load(tmp_path)
+
+
+def test_the_numpy_script_reports_a_missing_folder_and_a_prompt_without_ids(tmp_path):
+    script = ROOT / "scripts" / "numpy_gpt.py"
+    tokenizer = character_tokenizer(["ab"])
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    for arguments, message in (
+        ([tmp_path / "absent"], "absent: no model folder (No such file or directory: config.json)"),
+        ([tmp_path / "model", "--prompt", "z"], "error: the tokenizer cannot encode the prompt: "),
+    ):
+        process = subprocess.run(
+            [sys.executable, script, *arguments], capture_output=True, encoding="utf-8", timeout=60
+        )
+        assert process.returncode != 0 and message in process.stderr.splitlines()[-1]
+        assert "Traceback" not in process.stderr
 
 
 def test_conformance_requires_a_checkout_of_transformers(tmp_path, capsys):

@@ -30,6 +30,7 @@ class Runner:
 
     Attributes:
         tokenizer: The tokenizer of the model.
+        context: Maximum number of tokens of a sequence.
         bos_token_id: Token that precedes every document.
         eos_token_ids: Tokens that end generation.
     """
@@ -51,6 +52,7 @@ class Runner:
         eos = config["eos_token_id"]
         self.eos_token_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
         self.bos_token_id = config["bos_token_id"]
+        self.context = config["max_position_embeddings"]
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a prompt without the EOS token that some tokenizers append; of an empty one, the BOS token."""
@@ -99,8 +101,19 @@ def main() -> None:
     parser.add_argument("--graph", default="model.onnx", help="file in the folder onnx (default: model.onnx)")
     args = parser.parse_args()
 
+    graphs = sorted(file.name for file in (Path(__file__).parent / "onnx").glob("*.onnx"))
+    if args.graph not in graphs:
+        parser.error(f"--graph {args.graph}: no such file in the folder onnx; it has {', '.join(graphs)}")
     runner = Runner(Path(__file__).parent, args.graph)
-    ids = runner.encode(args.prompt)
+    try:
+        ids = runner.encode(args.prompt)
+    except Exception as error:  # the class that `tokenizers` raises for a character without an id
+        parser.error(f"the tokenizer cannot encode the prompt: {error}")
+    if len(ids) + args.max_new_tokens > runner.context:
+        parser.error(
+            f"the prompt has {len(ids)} tokens and --max_new_tokens is {args.max_new_tokens}, together more than the "
+            f"{runner.context} tokens of the context: reduce --max_new_tokens or shorten the prompt"
+        )
     # All tokens are decoded each time, because the bytes of a character may be spread over several tokens, and some decoders
     # omit the space before the first token.
     text = printed = runner.tokenizer.decode(ids)

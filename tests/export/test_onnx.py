@@ -1,6 +1,8 @@
 """ONNX: onnxruntime computes what torch computes, with a cache, in batches, beyond the window."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer
+from minigpt_hf.data.tokenizer import END_OF_TEXT, byte_tokenizer, character_tokenizer
 from minigpt_hf.export import onnx as module
 from minigpt_hf.export.native import comparison_ids
 from minigpt_hf.export.onnx import export_onnx
@@ -109,6 +111,27 @@ def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported,
     tokenizer = AutoTokenizer.from_pretrained(folder)
     greedy = model.generate(**tokenizer("def ", return_tensors="pt"), do_sample=False, max_new_tokens=40)
     assert done.stdout == tokenizer.decode(greedy[0], skip_special_tokens=True) + "\n"
+
+
+def test_the_runner_rejects_what_it_cannot_generate(exported, folder, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    character_tokenizer(["ab"]).save_pretrained(tmp_path / "out")
+    context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    for options, message in (
+        (
+            ["--graph", "absent.onnx"],
+            "--graph absent.onnx: no such file in the folder onnx; it has model.onnx, model_fp16",
+        ),
+        (["--prompt", "z"], "the tokenizer cannot encode the prompt: "),
+        (
+            ["--prompt", "ab", "--max_new_tokens", str(context - 1)],
+            f"the prompt has 2 tokens and --max_new_tokens is {context - 1}, together more than the {context} tokens of the",
+        ),
+    ):
+        argv = [sys.executable, tmp_path / "out" / "run_onnx.py", *options]
+        done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr.splitlines()[-1]
 
 
 def test_sampling_is_determined_by_the_seed(exported):
