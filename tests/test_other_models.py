@@ -7,7 +7,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 import minigpt_hf
 from minigpt_hf.cli import main
@@ -58,6 +67,22 @@ def test_a_model_without_a_maximum_context_generates_and_is_evaluated(bloom, tex
 def test_a_model_is_evaluated_in_windows_of_its_longest_context_whatever_its_name(tmp_path, text_file):
     config = MptConfig(vocab_size=258, d_model=16, n_layers=1, n_heads=2, max_seq_len=16)
     assert minigpt_hf.evaluate(save(MptForCausalLM(config), tmp_path), str(text_file)).block_size == 16
+
+
+def test_a_model_that_numbers_positions_after_the_padding_index_is_evaluated_in_its_context(tmp_path, text_file):
+    """RoBERTa with `pad_token_id` 1 uses the positions 2 to `max_position_embeddings` - 1."""
+    config = RobertaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=18,
+        is_decoder=True,
+        pad_token_id=1,
+    )
+    folder = save(RobertaForCausalLM(config), tmp_path)
+    assert minigpt_hf.evaluate(folder, str(text_file), max_characters=500).block_size == 16
 
 
 def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):

@@ -8,6 +8,7 @@ batch size is 1.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Runner:
 
     Attributes:
         tokenizer: The tokenizer of the model.
-        context: Maximum number of tokens of a sequence.
+        context: Maximum number of tokens of a sequence; infinite if every layer has a sliding window.
         bos_token_id: Token that precedes every document.
         eos_token_ids: Tokens that end generation.
     """
@@ -52,7 +53,8 @@ class Runner:
         eos = config["eos_token_id"]
         self.eos_token_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
         self.bos_token_id = config["bos_token_id"]
-        self.context = config["max_position_embeddings"]
+        is_windowed = set(config["layer_types"]) == {"sliding_attention"}
+        self.context = float("inf") if is_windowed else config["max_position_embeddings"]
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a prompt without the EOS token that some tokenizers append; of an empty one, the BOS token."""
@@ -110,9 +112,10 @@ def main() -> None:
     except Exception as error:  # the class that `tokenizers` raises for a character without an id
         parser.error(f"the tokenizer cannot encode the prompt: {error}")
     if len(ids) + args.max_new_tokens > runner.context:
-        parser.error(
-            f"the prompt has {len(ids)} tokens and --max_new_tokens is {args.max_new_tokens}, together more than the "
-            f"{runner.context} tokens of the context: reduce --max_new_tokens or shorten the prompt"
+        print(
+            f"warning: the prompt has {len(ids)} tokens and --max_new_tokens is {args.max_new_tokens}, together more than "
+            f"the {runner.context} tokens of the context, beyond which the text may be meaningless",
+            file=sys.stderr,
         )
     # All tokens are decoded each time, because the bytes of a character may be spread over several tokens, and some decoders
     # omit the space before the first token.

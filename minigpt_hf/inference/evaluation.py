@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.chat_format import CHAT_TEMPLATE, IGNORE_INDEX, ChatFormat, EncodedConversations, Message
 from ..data.encoding import unknown_character_error
 from ..errors import MiniGPTError
+from .generation import context_length
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,8 @@ def changed_arithmetic(device_type: str, tf32: bool = False) -> str | None:
 
 
 def longest_context(model: PreTrainedModel) -> int:
-    """Return the maximum sequence length in tokens; `DEFAULT_WINDOW` for models without one (ALiBi, state space models)."""
-    names = "max_position_embeddings", "max_seq_len"  # the latter of MPT
-    return next(filter(None, (getattr(model.config, name, None) for name in names)), DEFAULT_WINDOW)
+    """Return the maximum sequence length in tokens, `DEFAULT_WINDOW` for models without a limit."""
+    return context_length(model) or DEFAULT_WINDOW
 
 
 def evaluate_texts(

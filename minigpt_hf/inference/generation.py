@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -242,7 +243,7 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
         raise MiniGPTError(
             "the tokenizer encodes the prompt to no token: use the tokenizer that the model was trained with"
         )
-    longest = _longest_context(model)
+    longest = context_length(model)
     if longest is not None and ids.shape[1] >= longest:
         raise MiniGPTError(
             f"the prompt has {ids.shape[1]:,} tokens and the context of the model is {longest:,}: shorten the prompt, so "
@@ -256,8 +257,15 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
         )
 
 
-def _longest_context(model: PreTrainedModel) -> int | None:
-    return getattr(model.config, "max_position_embeddings", None)  # ALiBi and state space models have no limit
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the maximum sequence length in tokens; `None` for models without a limit (ALiBi, state space models)."""
+    names = "max_position_embeddings", "max_seq_len"  # the latter of MPT
+    length = next(filter(None, (getattr(model.config, name, None) for name in names)), None)
+    for name, module in model.named_modules():
+        # RoBERTa and its relatives number positions from `padding_idx` + 1.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return length
 
 
 def warn_of_unused_options(model: PreTrainedModel, options: dict) -> None:
@@ -271,7 +279,7 @@ def warn_of_unused_options(model: PreTrainedModel, options: dict) -> None:
 
 def _warn_of_short_context(model: PreTrainedModel, prompt_tokens: int, options: dict) -> None:
     """Log a warning if the text may become longer than the context, unless every layer has a sliding window."""
-    longest = _longest_context(model)
+    longest = context_length(model)
     new_tokens = options.get("max_new_tokens", model.generation_config.max_new_tokens)
     if new_tokens is None and isinstance(length := options.get("max_length", model.generation_config.max_length), int):
         new_tokens = length - prompt_tokens

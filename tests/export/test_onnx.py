@@ -113,25 +113,34 @@ def test_the_runner_writes_the_same_text_without_torch_or_transformers(exported,
     assert done.stdout == tokenizer.decode(greedy[0], skip_special_tokens=True) + "\n"
 
 
-def test_the_runner_rejects_what_it_cannot_generate(exported, folder, tmp_path):
+def test_the_runner_rejects_what_it_cannot_generate(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     character_tokenizer(["ab"]).save_pretrained(tmp_path / "out")
-    context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     for options, message in (
         (
             ["--graph", "absent.onnx"],
             "--graph absent.onnx: no such file in the folder onnx; it has model.onnx, model_fp16",
         ),
         (["--prompt", "z"], "the tokenizer cannot encode the prompt: "),
-        (
-            ["--prompt", "ab", "--max_new_tokens", str(context - 1)],
-            f"the prompt has 2 tokens and --max_new_tokens is {context - 1}, together more than the {context} tokens of the",
-        ),
     ):
         argv = [sys.executable, tmp_path / "out" / "run_onnx.py", *options]
         done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr.splitlines()[-1]
+
+
+def test_the_runner_warns_beyond_the_context(exported, folder, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    prompt = len(AutoTokenizer.from_pretrained(folder)("de").input_ids)
+    full, sliding = (
+        config | {"max_position_embeddings": 6, "layer_types": [f"{kind}_attention"]} for kind in ("full", "sliding")
+    )
+    for settings, new_tokens, warnings in ((full, 6 - prompt, 0), (full, 7 - prompt, 1), (sliding, 7 - prompt, 0)):
+        (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
+        argv = [sys.executable, tmp_path / "out" / "run_onnx.py", "--prompt", "de", "--max_new_tokens", str(new_tokens)]
+        done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, check=True)
+        assert done.stderr.count("more than the 6 tokens of the context, beyond which the text may be") == warnings
 
 
 def test_sampling_is_determined_by_the_seed(exported):
