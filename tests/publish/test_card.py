@@ -180,6 +180,16 @@ def test_the_card_states_that_the_energy_is_that_of_the_last_devices(metadata):
     assert note in render_card(metadata, tiny_config())
 
 
+def test_the_card_states_that_the_counts_are_those_of_the_last_text(metadata):
+    note = "Data, verbatim copying, tokens and effective epochs are stated as if the whole training had used the last text."
+    metadata["training"]["changes"] = [{"step": 4, "setting": "world_size", "before": 2, "after": 1}]
+    assert note not in render_card(metadata, tiny_config())
+    metadata["training"]["changes"] += [{"step": 4, "setting": "data", "before": None, "after": None}]
+    assert note in render_card(metadata, tiny_config())
+    metadata["copying"] = {}
+    assert note.replace(" verbatim copying,", "") in render_card(metadata, tiny_config())
+
+
 def test_the_hub_accepts_the_metadata_of_the_card(metadata, hub):
     metadata |= {"language": ["no", "code"], "license": "cc-by-4.0"}
     metadata["data"]["datasets"] = ["user/plays"]
