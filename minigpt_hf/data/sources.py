@@ -47,7 +47,7 @@ from .files import (
 )
 from .hub_access import offline_if_unreachable
 from .reading import COMPRESSED_EXTENSIONS, Decoding, printable, store_by_hash
-from .tables import INSPECTED_ROWS, read_conversations, read_tables, serialized_conversations
+from .tables import INSPECTED_ROWS, large_strings, read_conversations, read_tables, serialized_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -496,6 +496,8 @@ class Source:
             rows = rows.select_columns([column])
         if column != "text":
             rows = rows.rename_column(column, "text")
+        if rows.features["text"].dtype == "string_view":  # pyarrow can neither measure nor select such values
+            rows = large_strings(rows, self.data, self.cache_dir)
         self.inputs.append([column, len(rows)])
         return TableRows(self._share_of(rows)).documents(self.cache_dir)
 
@@ -594,7 +596,7 @@ def remote_files(url: str, extensions: Iterable[str] | None) -> RemoteFiles:
 
 
 def _is_text(feature) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
 def has_split(data: str, split: str) -> bool:

@@ -254,13 +254,28 @@ def serialized_conversations(
                 raise UnreadableFileError(f"{name}: row {number:,} {error}") from error
             unread.add(row)
 
-    def write(file: Path) -> None:
-        with ArrowWriter(features=FEATURES, path=str(file)) as writer:
-            for batch in _batches(texts()):
-                writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
-            writer.finalize()
+    key = ["conversations", rows_sha256(rows), system]
+    return _stored(key, lambda file: _write_texts(texts(), file), cache_dir, name, unread)
 
-    return _stored(["conversations", rows_sha256(rows), system], write, cache_dir, name, unread)
+
+def large_strings(rows: datasets.Dataset, name: str, cache_dir: Path) -> datasets.Dataset:
+    """Return the column `text` of a dataset as `large_string`, from the cache; `Dataset.cast` would write next to its files.
+
+    Args:
+        name: Name to display.
+    """
+
+    def write(file: Path) -> None:
+        _write_texts((row["text"] for row in rows), file)
+
+    return _stored(["text", rows_sha256(rows)], write, cache_dir, name)
+
+
+def _write_texts(texts: Iterator[str | None], file: Path) -> None:
+    with ArrowWriter(features=FEATURES, path=str(file)) as writer:
+        for batch in _batches(texts):
+            writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
+        writer.finalize()
 
 
 def _cached(

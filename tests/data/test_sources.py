@@ -97,6 +97,15 @@ def test_the_splits_of_a_saved_dataset_are_used(table, tmp_path):
     assert load_corpus(str(tmp_path / "two"), 0).validation is None
 
 
+@pytest.mark.parametrize("dtype", ["large_string", "string_view"])
+def test_every_type_of_text_is_read_from_a_saved_dataset(table, dtype, tmp_path, tmp_path_factory):
+    table.cast_column("text", datasets.Value(dtype)).save_to_disk(tmp_path / "saved")
+    assert datasets.load_from_disk(tmp_path / "saved").features["text"].dtype == dtype
+    files = set(tmp_path.rglob("*"))
+    assert texts_of(tmp_path / "saved", cache_dir=tmp_path_factory.mktemp("cache")) == ROWS
+    assert set(tmp_path.rglob("*")) == files  # `datasets` would write what it casts next to the data
+
+
 def test_splits_of_a_dataset_that_are_not_read_are_reported(table, tmp_path, caplog):
     splits = {"train": table, "unsupervised": table, "validation": table.select([0]), "test": table.select([1])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
