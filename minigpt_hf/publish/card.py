@@ -125,8 +125,8 @@ def card_for(folder: Path, place: Place, name: str | None = None) -> str:
     if card in (adapted, render_card(metadata, config)):
         return adapted
     logger.warning(
-        f"{folder / 'README.md'}: is not the card that this version writes for the folder, e.g. because it was edited, and is "
-        f"copied unchanged: its name, links and examples are not adapted to {name or 'the export'}"
+        f"{folder / 'README.md'}: is not the card that this version writes for the folder, e.g. because it was edited, "
+        f"and is copied unchanged: its name, links and examples are not adapted to {name or 'the export'}"
     )
     return card
 
