@@ -133,8 +133,10 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
     assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "minigpt") == ["Upload model", "initial commit"]
     cards = {branch: uploaded(hub, "user/tiny", branch)["README.md"] for branch in ("main", "old", "minigpt")}
     assert cards["main"] == cards["minigpt"] and b'revision="old"' in cards["old"]
-    for branch in ("main", "old"):
-        assert uploaded(hub, "user/tiny", branch) == native(folder) | {"README.md": cards[branch]}
+    assert uploaded(hub, "user/tiny") == native(folder) | {"README.md": cards["main"]}
+    old, about = uploaded(hub, "user/tiny", "old"), json.loads(native(folder)["minigpt.json"])
+    assert json.loads(old["minigpt.json"]) == {**about, "hub_revision": "old"}
+    assert old == native(folder) | {name: old[name] for name in ("README.md", "minigpt.json")}
     assert uploaded(hub, "user/tiny", "minigpt") == named(folder) | {"README.md": cards["minigpt"]}
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
