@@ -66,7 +66,7 @@ def run(argv: list[str]) -> None:
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
-    warn_of_unused_options(model, options)
+    warn_of_unused_options(model, options, None if args.web else args.seed)  # the page can change `do_sample`
     if args.system is not None and not tokenizer.chat_template:
         raise MiniGPTError(f"--system: {NO_TEMPLATE}")
     folder = checked_folder(args.model, args.trust_remote_code)  # for a Hub id, its cached snapshot

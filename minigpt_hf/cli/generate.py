@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
 
     quiet()
     model, tokenizer = load(args.model, args.trust_remote_code)
-    warn_of_unused_options(model, options)
+    warn_of_unused_options(model, options, args.seed)
 
     extra = {}
     if args.fast:

@@ -268,11 +268,12 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length
 
 
-def warn_of_unused_options(model: PreTrainedModel, options: dict) -> None:
+def warn_of_unused_options(model: PreTrainedModel, options: dict, seed: int | None = None) -> None:
     """Log a warning if options without effect are given, also those of sampling if the model does not sample."""
     if unused := [name for name in WITHOUT_EFFECT if options.get(name) is not None]:
         logger.warning("%s: no effect in this version of transformers on a causal language model", ", ".join(unused))
     unused = [name for name in SAMPLING if options.get(name) not in (None, 0)]  # temperature 0: no sampling
+    unused += ["seed"] if seed is not None else []
     if unused and not options.get("do_sample", model.generation_config.do_sample):
         logger.warning("%s: no effect without --do_sample true: the most probable token is chosen", ", ".join(unused))
 

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoding import unknown_character_error
+from ..data.tokenizer import appended_tokens
 from ..errors import MiniGPTError
 
 logger = logging.getLogger(__name__)
@@ -114,24 +116,45 @@ def _wrapped(
 ) -> Any:
     """Return the model for the harness.
 
+    Tokens that a tokenizer appends to every text are removed: the harness takes the answer to be what a question with the
+    answer has more than the question, at its end, and would score these tokens instead of the last ones of the answer.
+
     Args:
         shortened: Receives the questions of which the harness omits the start, by task.
     """
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
+    is_fast = tokenizer.is_fast and tokenizer.eos_token is not None
+    appended = tokenizer.convert_tokens_to_ids(appended_tokens(tokenizer)) if is_fast else []
+
     class Model(HFLM):
         def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
             try:
-                return super().tok_encode(string, *args, **options)
+                ids = super().tok_encode(string, *args, **options)
+                end = len(ids) - len(appended)
+                is_text = ids[end:] != appended or ids == super().tok_encode(string, add_special_tokens=False)
+                return ids if is_text else ids[:end]
             except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
-                what = "a question or answer of the tasks"
+                what = "a question, an answer or a stop string of the tasks"
                 if unknown := unknown_character_error(string, tokenizer.get_vocab(), what):
                     raise unknown from error
                 raise
 
+        def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, mask = super().tok_batch_encode(strings, *args, **options)
+            end = ids.shape[1] - len(appended)
+            if any(row[end:] != appended for row in ids.tolist()):  # added to no text, as one begins with the BOS token
+                return ids, mask
+            return ids[:, :end], mask[:, :end]  # padding is on the left
+
         def check(self, request: Any, prompt: int, answer: int, most: int) -> None:
             """Compare numbers of tokens with the context, in which `most` tokens of prompt and answer fit."""
+            if answer == 0:
+                raise MiniGPTError(
+                    f"task {request.task_name}: an answer has no tokens of its own, because the tokenizer joins it with the "
+                    "question: omit this task"
+                )
             if answer >= most:
                 raise MiniGPTError(
                     f"task {request.task_name}: an answer has up to {answer:,} tokens, and the context of the model is "
@@ -153,7 +176,10 @@ def _wrapped(
         def generate_until(self, requests, disable_tqdm: bool = False):
             for request in requests:
                 prompt, settings = request.args
-                answer = normalize_gen_kwargs(dict(settings), self.max_gen_toks)["max_gen_toks"]
+                normalized = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+                for stop in normalized["until"]:
+                    self.tok_encode(stop, add_special_tokens=False)  # the harness encodes it without this check
+                answer = normalized["max_gen_toks"]
                 self.check(request, len(self.tok_encode(prompt)), answer, self.max_length)
             return super().generate_until(requests, disable_tqdm)
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 import shlex
 from collections.abc import Collection
@@ -17,6 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata
+
+logger = logging.getLogger(__name__)
 
 # The template is next to this file in the wheel, and at the root of the repository in a checkout.
 _PACKAGED = Path(__file__).with_name("model_card.md")
@@ -64,12 +67,12 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
     Args:
         metadata: Content of `minigpt.json`.
         config: Configuration of the model.
-        place: Default: `main` of a repository if the name in `metadata` is a Hub id, else a local folder.
+        place: Default: `place_of`.
 
     Raises:
         jinja2.UndefinedError: if the template uses a value that `metadata` lacks.
     """
-    place = place or Place(native="/" in metadata["name"])
+    place = place or place_of(metadata)
     return (
         _template().render(
             card_data=card_data(metadata, place.absent).to_yaml(),
@@ -97,6 +100,11 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
     )
 
 
+def place_of(metadata: dict[str, Any]) -> Place:
+    """Return the branch that the model was trained for or downloaded from if its name is a Hub id, else a local folder."""
+    return Place(native="/" in metadata["name"], revision=metadata.get("hub_revision"))
+
+
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -106,16 +114,21 @@ def _template() -> jinja2.Template:
 
 
 def card_for(folder: Path, place: Place, name: str | None = None) -> str:
-    """Return the card of a model folder for another place, or unchanged if it has been edited.
+    """Return the card of a model folder for another place, or unchanged if it has been edited, which is logged.
 
     Args:
         name: Name of the model there. Default: unchanged.
     """
     card, metadata = (folder / "README.md").read_text(encoding="utf-8"), read_metadata(folder)
     config = MiniGPTConfig.from_pretrained(folder)
-    if card != render_card(metadata, config):
-        return card
-    return render_card({**metadata, "name": name or metadata["name"]}, config, place)
+    adapted = render_card({**metadata, "name": name or metadata["name"]}, config, place)
+    if card in (adapted, render_card(metadata, config)):
+        return adapted
+    logger.warning(
+        f"{folder / 'README.md'}: is not the card that this version writes for the folder, e.g. because it was edited, "
+        f"and is copied unchanged: its name, links and examples are not adapted to {name or 'the export'}"
+    )
+    return card
 
 
 def location(name: str) -> str:

@@ -140,8 +140,10 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
     data, _, training = settings
     power = assumed_power(training)
     score = score_of(result, text, data.block_size)
+    branch = training.hub_revision if training.push_to_hub and training.hub_revision != "main" else None
     return {
         "name": result.name,
+        **({"hub_revision": branch} if branch else {}),
         "run": result.run,
         "date": datetime.now(UTC).date().isoformat(),
         "language": data.language,

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 from minigpt_hf.cli import main
 from minigpt_hf.export.native import export_native
@@ -278,4 +279,37 @@ def test_a_character_that_the_tokenizer_does_not_know_is_reported_in_one_line(tm
     evaluate = ["evaluate", str(tmp_path / "run" / "model"), "--tasks", "choice", "--task_path", str(tmp_path)]
     assert main(evaluate) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt evaluate: "))
-    assert "a question or answer of the tasks has a character that the tokenizer does not know: 'd' (U+0064)" in line
+    of_tasks = "a question, an answer or a stop string of the tasks"
+    assert f"{of_tasks} has a character that the tokenizer does not know: 'd' (U+0064)" in line
+    questions.write_text(json.dumps({"prefix": "abc ", "ending": "cab"}) + "\n")
+    (tmp_path / "choice.yaml").write_text(TASK.format(name="choice", file=questions) + GENERATED.replace("NUMBER", "2"))
+    assert main(evaluate) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt evaluate: "))
+    assert f"{of_tasks} has a character that the tokenizer does not know: '\\n' (U+000A)" in line
+
+
+def test_tokens_that_a_tokenizer_appends_to_every_text_are_not_scored(trained, tmp_path, capsys):
+    """The harness alone would score them instead of the last tokens of an answer, and so give equal answers to all."""
+    folder, file = shutil.copytree(trained, tmp_path / "model"), tmp_path / "rows.jsonl"
+    rows = [{**question, "ending": question["endings"][0], "text": question["prefix"]} for question in questions()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"choice": CHOICE, "generated": GENERATED.replace("NUMBER", "8"), "rolling": ROLLING}
+    for name, task in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + task)
+    flags = ["--tasks", ",".join(tasks), "--task_path", str(tmp_path), "--no_save", "--json"]
+    assert main(["evaluate", str(folder), *flags]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = ("<|endoftext|>", backend.token_to_id("<|endoftext|>"))
+    backend.post_processor = processors.TemplateProcessing("$A <|endoftext|>", special_tokens=[end])
+    backend.save(str(folder / "tokenizer.json"))
+    assert main(["evaluate", str(folder), *flags]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"] == expected
+
+
+def test_an_answer_that_the_tokenizer_joins_with_the_question_is_an_error(trained, tmp_path, capsys):
+    row = {"prefix": "i", "endings": ["n", "q"], "answer": 0}  # `in` is one token
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "choice.yaml").write_text(TASK.format(name="choice", file=tmp_path / "rows.jsonl") + CHOICE)
+    assert main(["evaluate", str(trained), "--tasks", "choice", "--task_path", str(tmp_path), "--no_save"]) == 2
+    assert "task choice: an answer has no tokens of its own" in capsys.readouterr().err

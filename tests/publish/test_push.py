@@ -133,8 +133,10 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
     assert titles(hub, "user/tiny") == titles(hub, "user/tiny", "minigpt") == ["Upload model", "initial commit"]
     cards = {branch: uploaded(hub, "user/tiny", branch)["README.md"] for branch in ("main", "old", "minigpt")}
     assert cards["main"] == cards["minigpt"] and b'revision="old"' in cards["old"]
-    for branch in ("main", "old"):
-        assert uploaded(hub, "user/tiny", branch) == native(folder) | {"README.md": cards[branch]}
+    assert uploaded(hub, "user/tiny") == native(folder) | {"README.md": cards["main"]}
+    old, about = uploaded(hub, "user/tiny", "old"), json.loads(native(folder)["minigpt.json"])
+    assert json.loads(old["minigpt.json"]) == {**about, "hub_revision": "old"}
+    assert old == native(folder) | {name: old[name] for name in ("README.md", "minigpt.json")}
     assert uploaded(hub, "user/tiny", "minigpt") == named(folder) | {"README.md": cards["minigpt"]}
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -167,7 +169,7 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
     assert done.stdout.endswith("all loaded\n"), done.stderr
 
 
-def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp_path):
+def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp_path, caplog):
     push_folder(run_folder / "model", "user/tiny")
     card = uploaded(hub, "user/tiny")["README.md"].decode()
     assert 'pipeline("text-generation", model="user/tiny")' in card
@@ -178,6 +180,8 @@ def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp
     (tmp_path / "model" / "README.md").write_text(mine)
     push_folder(tmp_path / "model", "user/tiny")
     assert uploaded(hub, "user/tiny")["README.md"].decode() == mine
+    (warning,) = (record.getMessage() for record in caplog.records if "README.md" in record.getMessage())
+    assert warning.endswith("its name, links and examples are not adapted to user/tiny")
 
 
 def test_only_model_files_are_uploaded_and_stale_ones_are_deleted(run_folder, hub, tmp_path):
@@ -539,6 +543,26 @@ def test_a_failed_push_during_training_is_logged_and_training_continues(recipe_f
     assert train(recipe_file, text_file, run, *flags) == 0
     assert pushed(hub, "user/tiny") in capsys.readouterr().err
     assert set(uploaded(hub, "user/tiny")) == MODEL
+
+
+def test_the_card_of_a_run_that_pushes_to_a_branch_names_the_branch(recipe_file, text_file, hub, tmp_path, caplog):
+    """The local card and a native export of the folder, too; after a push to `main`, card and metadata name no branch."""
+    folder = tmp_path / "run" / "model"
+    flags = ["--hub_model_id", "user/tiny", "--hub_revision", "dev", "--max_steps", "2", "--hub_strategy", "end"]
+    assert train(recipe_file, text_file, tmp_path / "run", *flags) == 0
+    card = (folder / "README.md").read_text()
+    assert 'model="user/tiny", revision="dev")' in card and 'revision="minigpt"' not in card
+    files = uploaded(hub, "user/tiny", "dev")
+    for name in ("README.md", "minigpt.json"):
+        assert files[name].decode() == (folder / name).read_text()
+    assert main(["export", str(folder), "--to", "native", "--output_dir", str(tmp_path / "native")]) == 0
+    assert (tmp_path / "native" / "README.md").read_text() == card
+    push_folder(folder, "user/other")
+    files = uploaded(hub, "user/other")
+    assert 'model="user/other")' in files["README.md"].decode() and "hub_revision" not in json.loads(
+        files["minigpt.json"]
+    )
+    assert "README.md" not in caplog.text
 
 
 def test_missing_write_permission_is_reported_before_the_first_step(recipe_file, text_file, hub, tmp_path, capsys):

@@ -415,7 +415,11 @@ def test_one_answer_is_printed_whatever_the_generation_config_has(settings, chat
 
 @pytest.mark.parametrize(
     ("flags", "is_unused"),
-    [("--temperature 3 --top_k 2", True), ("--temperature 3 --do_sample true", False), ("", False)],
+    [
+        ("--temperature 3 --top_k 2 --seed 1", True),
+        ("--temperature 3 --do_sample true --seed 1", False),
+        ("", False),
+    ],
 )
 def test_options_of_sampling_without_effect_are_reported(flags, is_unused, chat_run, monkeypatch, capsys):
     """The default of a model that answers is the most probable token."""
@@ -423,7 +427,7 @@ def test_options_of_sampling_without_effect_are_reported(flags, is_unused, chat_
         monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
         capsys.readouterr()
         assert main([command, str(chat_run / "model"), "--max_new_tokens", "3", *flags.split()]) == 0
-        assert ("temperature, top_k: no effect without --do_sample true" in capsys.readouterr().err) == is_unused
+        assert ("temperature, top_k, seed: no effect without --do_sample true" in capsys.readouterr().err) == is_unused
 
 
 def test_options_that_no_causal_model_uses_are_reported(chat_run, monkeypatch, capsys):
