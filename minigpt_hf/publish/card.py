@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 import shlex
 from collections.abc import Collection
@@ -15,8 +16,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata
+
+logger = logging.getLogger(__name__)
 
 # The template is next to this file in the wheel, and at the root of the repository in a checkout.
 _PACKAGED = Path(__file__).with_name("model_card.md")
@@ -106,16 +110,43 @@ def _template() -> jinja2.Template:
 
 
 def card_for(folder: Path, place: Place, name: str | None = None) -> str:
-    """Return the card of a model folder for another place, or unchanged if it has been edited.
+    """Return the card of a model folder for another place.
+
+    A card that has been edited, or was written by another version of the package, is returned unchanged, which is logged.
 
     Args:
         name: Name of the model there. Default: unchanged.
+
+    Raises:
+        MiniGPTError: if no card can be rendered from the metadata.
     """
     card, metadata = (folder / "README.md").read_text(encoding="utf-8"), read_metadata(folder)
-    config = MiniGPTConfig.from_pretrained(folder)
-    if card != render_card(metadata, config):
+    if card != rendered_card(folder):
+        logger.warning(
+            f"{folder / 'README.md'}: has been edited, or written by another version of this package, and is left unchanged: "
+            "its examples may load the model in another way than is possible there"
+        )
         return card
+    config = MiniGPTConfig.from_pretrained(folder)
     return render_card({**metadata, "name": name or metadata["name"]}, config, place)
+
+
+def rendered_card(folder: Path) -> str:
+    """Return the card of a model folder, rendered from its metadata.
+
+    Raises:
+        MiniGPTError: if the metadata lack a value or are malformed.
+    """
+    metadata, config = read_metadata(folder), MiniGPTConfig.from_pretrained(folder)
+    try:
+        return render_card(metadata, config)
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise MiniGPTError(
+            f"{folder}: no card can be rendered from minigpt.json ({reason}), which is malformed, or was written by another "
+            f"version of this package ({metadata.get('minigpt_version', 'unknown')}); restore it from its source, or train "
+            "again"
+        ) from error
 
 
 def location(name: str) -> str:
