@@ -57,7 +57,7 @@ class NotSavedError(MiniGPTError):
 
 
 class DiskFullError(TrainingStopped):
-    """There is no space for the next checkpoint. `exit_code` is ENOSPC."""
+    """There is no space for the next checkpoint, or for a shard of the text. `exit_code` is ENOSPC."""
 
     exit_code = 28
 

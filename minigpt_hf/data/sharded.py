@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..atomic import DISK_FULL, remove_abandoned, sha256, temporary_directory
-from ..errors import MiniGPTError, UnreadableFileError
+from ..errors import DiskFullError, MiniGPTError, UnreadableFileError
 from .array_file import ArrayFile
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class ShardStore:
         with FileLock(self.cache / ".lock"):  # one process copies, and those that need the same file wait
             if target.is_file() and self._is_intact(target, entry):
                 os.utime(target)  # the least recently used files are removed first
+                self._remove_oldest(self.cache, 0, keep=target.name)  # an earlier process may have had a larger cache
                 return target
             remove_abandoned(self.cache)
             self._make_room(self.cache, entry["size"])
@@ -139,18 +140,23 @@ class ShardStore:
         return copy.stat().st_size == entry["size"]
 
     def _make_room(self, cache: Path, size: int) -> None:
+        self._remove_oldest(cache, size)
+        if (free := shutil.disk_usage(cache).free) < size:
+            raise DiskFullError(
+                f"{cache}: a shard of {size / 1e6:,.1f} MB does not fit, {free / 1e6:,.1f} MB are free; free more "
+                "space, specify another folder with --cache_dir, or reduce --shard_cache"
+            )
+
+    def _remove_oldest(self, cache: Path, size: int, keep: str | None = None) -> None:
+        """Remove the least recently used copies until one of `size` bytes fits into the limit, except the copy `keep`."""
         files = sorted((path for path in cache.iterdir() if path.is_file() and path.name != ".lock"), key=_used)
         total = size + sum(path.stat().st_size for path in files)
         for path in files:
             if total <= self.max_bytes:
                 break
-            total -= path.stat().st_size
-            path.unlink()
-        if (free := shutil.disk_usage(cache).free) < size:
-            raise MiniGPTError(
-                f"{cache}: a shard of {size / 1e6:,.0f} MB does not fit, {free / 1e6:,.0f} MB are free; free more "
-                "space, specify another folder with --cache_dir, or reduce --shard_cache"
-            )
+            if path.name != keep:
+                total -= path.stat().st_size
+                path.unlink()
 
     def _copy(self, name: str, entry: dict, target: Path) -> None:
         url = f"{self.location}/{name}"

@@ -23,7 +23,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
-from ..atomic import remove_abandoned, temporary_directory
+from ..atomic import DescribedOSError, remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
 from .conversations import has_system_message
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
@@ -156,7 +156,7 @@ class Source:
             if names_hub_dataset(self.data):
                 with offline_if_unreachable():
                     return self._read_hub_dataset()
-        except UnreadableFileError:
+        except (UnreadableFileError, DescribedOSError):  # the latter: the cache cannot be written, e.g. on a full disk
             raise
         except ImportError as error:  # a package that `fsspec` needs for a protocol is missing
             raise MiniGPTError(f"{self.data}: cannot be read: {_first_line(error)}") from error

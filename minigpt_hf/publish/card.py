@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata
 
@@ -114,21 +115,43 @@ def _template() -> jinja2.Template:
 
 
 def card_for(folder: Path, place: Place, name: str | None = None) -> str:
-    """Return the card of a model folder for another place, or unchanged if it has been edited, which is logged.
+    """Return the card of a model folder for another place.
+
+    A card that has been edited, or was written by another version of the package, is returned unchanged, which is logged.
 
     Args:
         name: Name of the model there. Default: unchanged.
+
+    Raises:
+        MiniGPTError: if no card can be rendered from the metadata.
     """
-    card, metadata = (folder / "README.md").read_text(encoding="utf-8"), read_metadata(folder)
-    config = MiniGPTConfig.from_pretrained(folder)
+    card, here = (folder / "README.md").read_text(encoding="utf-8"), rendered_card(folder)
+    metadata, config = read_metadata(folder), MiniGPTConfig.from_pretrained(folder)
     adapted = render_card({**metadata, "name": name or metadata["name"]}, config, place)
-    if card in (adapted, render_card(metadata, config)):
+    if card in (adapted, here):
         return adapted
     logger.warning(
-        f"{folder / 'README.md'}: is not the card that this version writes for the folder, e.g. because it was edited, "
-        f"and is copied unchanged: its name, links and examples are not adapted to {name or 'the export'}"
+        f"{folder / 'README.md'}: has been edited, or written by another version of this package, and is copied unchanged: "
+        f"its name, links and examples are not adapted to {name or 'the export'}"
     )
     return card
+
+
+def rendered_card(folder: Path) -> str:
+    """Return the card of a model folder, rendered from its metadata.
+
+    Raises:
+        MiniGPTError: if the metadata lack a value or are malformed.
+    """
+    metadata, config = read_metadata(folder), MiniGPTConfig.from_pretrained(folder)
+    try:
+        return render_card(metadata, config)
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+        raise MiniGPTError(
+            f"{folder}: no card can be rendered from minigpt.json ({type(error).__name__}: {error}), which is malformed, "
+            f"or was written by another version of this package ({metadata.get('minigpt_version', 'unknown')}); restore it "
+            "from its source, or train again"
+        ) from error
 
 
 def location(name: str) -> str:

@@ -33,7 +33,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.native import qwen3_settings
 from ..trust import read_metadata, recipe_text
-from .card import Place, base_model, card_for
+from .card import Place, base_model, card_for, rendered_card
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
 from .space import PROGRAM_FILES, space_of
 
@@ -93,11 +93,12 @@ def push_folder(
         The URL of each updated branch, of the Space and of the collection.
 
     Raises:
-        MiniGPTError: if the folder is incomplete or has changed, `revision` is `minigpt`, or the Space demonstrates another
-            model.
+        MiniGPTError: if the folder is incomplete or has changed, no card can be rendered from its metadata, `revision` is
+            `minigpt`, or the Space demonstrates another model.
         OSError: if the Hub rejects the request or cannot be reached.
     """
     check_complete(folder)
+    rendered_card(folder)  # otherwise raises before anything is created
     revision = check_revision(revision)
     repo_id = open_repository(repo_id, private)
     if space is not None:

@@ -170,6 +170,30 @@ def test_a_full_disk_exits_with_code_28_and_leaves_no_files(
     assert main(argv) == 0
 
 
+def test_a_full_disk_exits_with_code_28_if_the_text_of_a_table_does_not_fit(tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"text": "To be"}\n' * 30)
+    real, place = os.fsync, tmp_path / "cache" / "tables"
+
+    def full(descriptor):
+        if os.fstat(descriptor).st_ino in {file.stat().st_ino for file in place.rglob("*.arrow")}:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    argv = [
+        "tokenize",
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--tokenizer",
+        "bytes",
+        "--output_dir",
+        tmp_path / "prepared",
+    ]
+    assert main([str(word) for word in [*argv, "--cache_dir", tmp_path / "cache"]]) == 28
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
+    assert "the text column of a table cannot be written to this cache" in line and "MB are free" in line
+
+
 def test_a_read_only_cache_can_be_used(text_file, recipe_file, tmp_path, capsys, monkeypatch):
     """An entry missing from it is an error that states what to do."""
     argv = ["tokenize", "--recipe", recipe_file, "--data", text_file, "--cache_dir", tmp_path / "cache"]

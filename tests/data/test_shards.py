@@ -439,6 +439,36 @@ def test_training_on_remote_shards_equals_training_on_local_ones(merged, remote,
     assert leftovers(cache) == []
 
 
+def test_a_smaller_limit_removes_copies_of_earlier_processes(merged, remote, tmp_path):
+    url, _, _ = remote
+    sizes = [file.stat().st_size for file in merged.glob("shard-*/train/tokens.bin")]
+
+    def tokens(max_bytes: int) -> list[int]:
+        text = PreparedText.open(find_prepared(url, tmp_path), tmp_path, max_bytes / 1e9)
+        return text.train.tokens[:].tolist()
+
+    def stored() -> int:
+        return sum(file.stat().st_size for file in (tmp_path / "shards").iterdir() if file.name != ".lock")
+
+    everything = tokens(10**9)
+    assert stored() >= sum(sizes)
+    assert tokens(max(sizes)) == everything
+    assert stored() <= max(sizes)
+
+
+def test_a_shard_that_does_not_fit_on_the_disk_exits_with_code_28(remote, recipe_file, tmp_path, capsys, monkeypatch):
+    url, _, _ = remote
+    usage = shutil.disk_usage
+
+    def full(path):
+        return usage(path)._replace(free=100) if Path(path).name == "shards" else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    flags = ["--recipe", recipe_file, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"]
+    assert run("train", *flags, "--data", url) == 28
+    assert "MB does not fit" in capsys.readouterr().err
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

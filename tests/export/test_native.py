@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from minigpt_hf.data.tokenizer import byte_tokenizer
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.export import native as module
 from minigpt_hf.export.native import export_native
 from minigpt_hf.model.native import qwen3_settings
@@ -32,6 +33,16 @@ def test_only_the_config_and_the_examples_differ_and_the_code_is_left_out(run_fo
     assert set(ours) - set(theirs) == {"configuration_minigpt.py", "modeling_minigpt.py"}
     assert {name for name in theirs if theirs[name] != ours[name]} == {"config.json", "README.md"}
     assert "trust_remote_code" not in theirs["README.md"].decode()
+
+
+def test_metadata_of_another_version_are_rejected(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    del metadata["data"]["datasets"]
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    with pytest.raises(MiniGPTError, match="no card can be rendered"):
+        export_native(folder, tmp_path / "twin")
+    assert not (tmp_path / "twin").exists()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minigpt_hf import MiniGPTConfig, doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.model.native import qwen3_settings
 from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files
 from minigpt_hf.publish.push import file_states, push_folder
@@ -171,6 +172,7 @@ def test_a_pushed_model_loads_in_a_new_process_at_every_revision(run_folder, hub
 
 def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp_path, caplog):
     push_folder(run_folder / "model", "user/tiny")
+    assert "README.md" not in caplog.text
     card = uploaded(hub, "user/tiny")["README.md"].decode()
     assert 'pipeline("text-generation", model="user/tiny")' in card
     assert '.from_pretrained("user/tiny", revision="minigpt", trust_remote_code=True)' in card
@@ -182,6 +184,17 @@ def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp
     assert uploaded(hub, "user/tiny")["README.md"].decode() == mine
     (warning,) = (record.getMessage() for record in caplog.records if "README.md" in record.getMessage())
     assert warning.endswith("its name, links and examples are not adapted to user/tiny")
+    assert "has been edited, or written by another version" in warning
+
+
+def test_metadata_of_another_version_are_rejected_before_anything_is_created(run_folder, hub, tmp_path):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    del metadata["data"]["datasets"]
+    (folder / "minigpt.json").write_text(json.dumps({**metadata, "minigpt_version": "0.1.0"}))
+    with pytest.raises(MiniGPTError, match=r"no card can be rendered from minigpt.json .*another version .* \(0.1.0\)"):
+        push_folder(folder, "user/tiny")
+    assert not hub.requests
 
 
 def test_only_model_files_are_uploaded_and_stale_ones_are_deleted(run_folder, hub, tmp_path):
