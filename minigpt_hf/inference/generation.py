@@ -40,8 +40,18 @@ BOOLEANS = {
 FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
 # Options of sampling, without effect if the most probable token is chosen.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Options of group beam search, of an earlier beam search, and of other architectures.
-WITHOUT_EFFECT = ("diversity_penalty", "low_memory", "decoder_start_token_id")
+# Options of group beam search, of an earlier beam search, of other architectures, and of an assistant with another tokenizer.
+WITHOUT_EFFECT = (
+    *("diversity_penalty", "low_memory", "decoder_start_token_id"),
+    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+)
+# Options that have an effect only with another one.
+REQUIRED = {
+    "max_matching_ngram_size": "prompt_lookup_num_tokens",
+    "num_assistant_tokens": "assistant_early_exit",
+    "num_assistant_tokens_schedule": "assistant_early_exit",
+    "assistant_confidence_threshold": "assistant_early_exit",
+}
 
 
 def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -143,6 +153,7 @@ def generate(
         raise MiniGPTError(f"generation options cannot be used: {error}") from error
     if options.get("stop_strings") is not None or model.generation_config.stop_strings:
         options["tokenizer"] = tokenizer
+        check_stop_strings(tokenizer)
     if seed is not None:
         set_seed(seed)
     inputs = encode_prompt(tokenizer, prompt, special_tokens).to(model.device)
@@ -219,6 +230,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
     return BatchEncoding({name: each[:, : of_prompt[-1] + 1] for name, each in encoding.items()})
 
 
+def check_stop_strings(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that transformers can compare texts of this tokenizer with stop strings.
+
+    Raises:
+        MiniGPTError: if not: `StopStringCriteria` decodes each token of the vocabulary after the tokens of "abcdef".
+    """
+    try:
+        ids = tokenizer(prefix := "abcdef", add_special_tokens=False).input_ids
+        is_known = prefix in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids))
+    except Exception:  # the class that `tokenizers` raises for a word without an id
+        is_known = False
+    if not is_known:
+        raise MiniGPTError(
+            "stop_strings cannot be used with this tokenizer: transformers requires that it knows the letters a to f; omit "
+            "them, also in generation_config.json"
+        )
+
+
 @contextmanager
 def only_settings(model: PreTrainedModel, **settings) -> Iterator[None]:
     """Within the block, `generate` decodes greedily, except for `settings`; those in `generation_config.json` do not apply.
@@ -269,9 +298,16 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def warn_of_unused_options(model: PreTrainedModel, options: dict, seed: int | None = None) -> None:
-    """Log a warning if options without effect are given, also those of sampling if the model does not sample."""
+    """Log a warning if options without effect are given, also those of sampling if the model does not sample.
+
+    Args:
+        seed: See `generate`.
+    """
     if unused := [name for name in WITHOUT_EFFECT if options.get(name) is not None]:
         logger.warning("%s: no effect in this version of transformers on a causal language model", ", ".join(unused))
+    for name, required in REQUIRED.items():
+        if options.get(name) is not None and not (options.get(required) or getattr(model.generation_config, required)):
+            logger.warning("%s: no effect without --%s", name, required)
     unused = [name for name in SAMPLING if options.get(name) not in (None, 0)]  # temperature 0: no sampling
     unused += ["seed"] if seed is not None else []
     if unused and not options.get("do_sample", model.generation_config.do_sample):

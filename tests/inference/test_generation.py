@@ -21,6 +21,7 @@ import minigpt_hf
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.inference.compiled import compile_for_generation
 from minigpt_hf.inference.generation import encode_prompt, generate, load
 from minigpt_hf.publish.model_folder import save_model_files
@@ -123,6 +124,19 @@ def test_text_with_a_window_of_one_token_is_that_of_no_cache():
     ids = tokenizer("ab", return_tensors="pt").input_ids
     expected = tokenizer.batch_decode(model.generate(ids, use_cache=False, **options), skip_special_tokens=True)
     assert generate(model, tokenizer, "ab", **options) == expected
+
+
+@pytest.mark.parametrize("characters", ["ab", "abcdef"])
+def test_stop_strings_require_a_tokenizer_that_knows_the_letters_a_to_f(characters):
+    tokenizer = character_tokenizer([characters])
+    model = tiny_model(vocab_size=len(tokenizer)).eval()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    (text,) = generate(model, tokenizer, "ab", **options)
+    if characters == "abcdef":
+        assert generate(model, tokenizer, "ab", stop_strings=["x"], **options) == [text]
+    else:
+        with pytest.raises(MiniGPTError, match="stop_strings cannot be used with this tokenizer"):
+            generate(model, tokenizer, "ab", stop_strings=["b"], **options)
 
 
 def test_a_pipeline_generates_the_same_text(run_folder):
