@@ -102,6 +102,7 @@ def test_a_run_with_more_than_half_of_its_steps_skipped_is_not_published_and_few
     if exit_code == 0:
         card = (folder / "model" / "README.md").read_text()
         assert f"| skipped steps (non-finite or exploded loss) | {len(steps)} |" in card
+        assert "| tokens, including those of skipped steps | " in card
         assert json.loads((folder / "model" / "minigpt.json").read_text())["training"]["skipped_steps"] == 4
 
 
