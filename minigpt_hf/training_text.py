@@ -358,6 +358,9 @@ def has_training_text(
     by_threshold = is_divided_by_threshold(model)
     dedup = {"dedup": recipe.get("dedup", "none")}
     streaming = bool(recipe.get("streaming"))
+    reader = logging.getLogger(f"{__package__}.data")
+    level = reader.level
+    reader.setLevel(logging.CRITICAL)  # what is to be said about this text was logged when `documents` were read
     try:
         train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
         if not _is_training_split(model, train):
@@ -372,4 +375,6 @@ def has_training_text(
         same = read_part(data, split, recipe, as_trained | {"validation_fraction": fraction}, by_threshold)
     except MiniGPTError:  # it is another text
         return False
+    finally:
+        reader.setLevel(level)
     return same.fingerprint != documents.fingerprint

@@ -166,6 +166,13 @@ def test_a_score_on_the_training_text_is_marked(folder, chats, capsys, split):
     assert result.dataset_name.endswith(" (contains the training text)") == (split != "validation")
 
 
+def test_the_text_is_described_once_although_it_is_compared_with_that_of_training(folder, questions, capsys):
+    rows = [json.loads(line) | {"source": "a book"} for line in questions.read_text().splitlines()]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(folder, questions, "--system", "Be brief.") == 0
+    assert capsys.readouterr().err.count("columns that are not read: source") == 1
+
+
 def test_a_system_message_without_effect_is_reported_and_not_stated(folder, questions, capsys):
     """Every conversation has its own."""
     rows = [json.loads(line) | {"system": "Count."} for line in questions.read_text().splitlines()]
