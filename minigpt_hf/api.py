@@ -342,11 +342,14 @@ def model_files(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return {name: (state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states.items()}
 
 
-def _save(model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Callable[[], None], results: Any) -> None:
+def _save(
+    model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Callable[[], list[str]], results: Any
+) -> None:
     """Save results in a model folder; log the reason if that is not possible, because the results are returned as well.
 
     Args:
         before: `model_files` before the model was loaded.
+        save: Returns the names of the files that it has changed.
 
     Raises:
         NotSavedError: if the disk is full, or a file larger than the process may write.
@@ -356,13 +359,13 @@ def _save(model: str | os.PathLike, before: dict[str, tuple[int, ...]], save: Ca
             raise MiniGPTError(f"{model}: is not a local folder")
         if model_files(model) != before:
             raise MiniGPTError(f"{model}: was changed during the evaluation; run the same command again")
-        save()
+        saved = save()
     except (MiniGPTError, OSError) as error:
         if isinstance(error, OSError) and storage_error(error, Path(model)):
             raise NotSavedError(f"not saved: {error}", results) from error
         logger.warning("not saved: %s", error)
     else:
-        logger.info("saved in minigpt.json and README.md of %s", model)
+        logger.info("saved in %s of %s", " and ".join(saved), model)
 
 
 def measure_copying(

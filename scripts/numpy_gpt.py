@@ -142,10 +142,14 @@ if __name__ == "__main__":
     weights, config = load(args.folder)
     tokenizer = Tokenizer.from_file(str(Path(args.folder) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a string such as <|endoftext|> in the prompt is ordinary text
+    tokenizer.no_truncation()  # a tokenizer is saved with the truncation and padding of its last call
+    tokenizer.no_padding()
     try:
-        ids = tokenizer.encode(args.prompt).ids or [config["bos_token_id"]]
+        encoding = tokenizer.encode(args.prompt)
     except Exception as error:  # the class that `tokenizers` raises for a character without an id
         parser.error(f"the tokenizer cannot encode the prompt: {error}")
+    of_prompt = [i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added]
+    ids = encoding.ids[: of_prompt[-1] + 1] if of_prompt else [config["bos_token_id"]]  # some append an EOS token
     rng = np.random.default_rng(args.seed)
     shown = ""
     print(args.prompt, end="", flush=True)

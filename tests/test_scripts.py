@@ -11,6 +11,7 @@ import numpy as np
 import numpy_gpt
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 from minigpt_hf.cli import main
 from minigpt_hf.data.prepared import PreparedText, find_prepared
@@ -96,6 +97,22 @@ def test_the_numpy_script_prints_the_text_of_generate(tmp_path):
         text = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, check=True).stdout
         expected = generate(model.eval(), byte_tokenizer(), prompt, max_new_tokens=length, do_sample=False)
         assert [text.removesuffix("\n")] == expected
+
+
+def test_the_numpy_script_encodes_the_whole_prompt_and_no_token_after_it(tmp_path):
+    """Whatever settings the tokenizer was saved with."""
+    model, prompt = tiny_model(vocab_size=258), "def f(x):"
+    save_model_files(model, byte_tokenizer(), tmp_path)
+    end, tokenizer = "<|endoftext|>", Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=16)
+    tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    argv = [sys.executable, ROOT / "scripts" / "numpy_gpt.py", tmp_path, "--prompt", prompt]
+    argv += ["--max_new_tokens", "8", "--temperature", "1e-4"]
+    text = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60, check=True).stdout
+    expected = generate(model.eval(), byte_tokenizer(), prompt, max_new_tokens=8, do_sample=False)
+    assert [text.removesuffix("\n")] == expected
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def _with_remedy(error: Exception, cache_dir: Path, what: str) -> Exception:
     message = (
         f"{cache_dir}: the {what} cannot be written to this cache ({os.strerror(number or 0)}): {remedy}, or specify"
     )
-    return DescribedOSError(number, f"{message} another folder with --cache_dir")
+    return DescribedOSError(number, f"{message} another folder with --cache_dir or, without this option, HF_HOME")
 
 
 def verification_error(directory: Path, cache_dir: Path) -> str | None:

@@ -5,6 +5,7 @@ import logging
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import ModelCardData
@@ -207,7 +208,9 @@ def write_card(folder: Path, out: Path, library: str, text: str) -> None:
         pipeline_tag="text-generation",
         tags=["minigpt"],
     )
-    source = f"[{base}](https://huggingface.co/{base})" if base else "A MiniGPT"
+    branch = metadata.get("hub_revision")
+    tree = f"/tree/{quote(str(branch), safe='')}" if branch else ""
+    source = f"[{base}{tree}](https://huggingface.co/{base}{tree})" if base else "A MiniGPT"
     card = f"---\n{data.to_yaml()}\n---\n\n{source}, converted by minigpt-hf.\n\n{text}\n"
     (out / "README.md").write_text(card, encoding="utf-8")
 

@@ -371,7 +371,7 @@ def _text(metadata: Any, *path: str) -> str:
 
 def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[str, str]]:
     """The figures of the model card as pairs of label and value; without those that `minigpt.json` lacks."""
-    limits = _limits_of_score(metadata)
+    limits, last = _limits_of_score(metadata), _last_text(metadata)
     formats = {
         f"bits per byte of the validation text{limits}": lambda: f"{metadata['results']['bits_per_byte']:.3f}",
         "parameters": lambda: f"{model.num_parameters():,}",
@@ -379,8 +379,8 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         "training time": lambda: str(metadata["training"]["time"]),
         f"validation loss{limits}": lambda: f"{metadata['results']['loss']:.4f} nats per token",
         "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
-        "training text": lambda: f"{metadata['data']['name']}, {_size_of_text(metadata)}",
-        "epochs": lambda: f"{metadata['training']['epochs']:.2f}",
+        f"training text{last}": lambda: f"{metadata['data']['name']}, {_size_of_text(metadata)}",
+        f"epochs{last}": lambda: f"{metadata['training']['epochs']:.2f}",
         "sequence length": lambda: f"{metadata['recipe']['block_size']:,} tokens",
         "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
         "bytes per token": lambda: f"{metadata['tokenizer']['bytes_per_token']:.2f}",
@@ -395,6 +395,14 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             continue
     return facts
+
+
+def _last_text(metadata: dict[str, Any]) -> str:
+    """What the card states of figures of the training text, for their labels, if the text was changed during training."""
+    try:
+        return ", as if the last text had always been used" if has_changed_data(metadata) else ""
+    except (KeyError, TypeError, AttributeError):  # absent, or written by another program
+        return ""
 
 
 def _limits_of_score(metadata: dict[str, Any]) -> str:

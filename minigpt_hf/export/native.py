@@ -8,7 +8,6 @@ the model folder, and its code is omitted; the weights are the same bytes. The e
 import filecmp
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..atomic import new_folder
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
-from ..publish.card import card_for, place_of
+from ..publish.card import card_for
 from ..publish.model_folder import report_stray_weights
 from ..trust import read_metadata, weight_files
 from .conversion import check_context, check_output, load_model, verify
@@ -55,9 +54,8 @@ def export_native(folder: Path, out: Path, dtype: None = None, context: int | No
             for file in folder.glob(pattern):
                 (twin / file.relative_to(folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, twin / file.relative_to(folder))
-        if (folder / "README.md").is_file() and (metadata := read_metadata(folder)):
-            card = card_for(folder, replace(place_of(metadata), native=True))
-            (twin / "README.md").write_text(card, encoding="utf-8")
+        if (folder / "README.md").is_file() and read_metadata(folder):
+            (twin / "README.md").write_text(card_for(folder), encoding="utf-8")
         _write_json(twin / "config.json", qwen3_settings(model.config, context))
         if context is not None:
             settings = json.loads((twin / "tokenizer_config.json").read_text(encoding="utf-8"))

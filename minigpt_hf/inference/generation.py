@@ -40,9 +40,10 @@ BOOLEANS = {
 FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
 # Options of sampling, without effect if the most probable token is chosen.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Options of group beam search, of an earlier beam search, of other architectures, and of an assistant with another tokenizer.
+# Options of group beam search, of an earlier beam search, of other architectures, of contrastive search, and of an assistant
+# with another tokenizer.
 WITHOUT_EFFECT = (
-    *("diversity_penalty", "low_memory", "decoder_start_token_id"),
+    *("diversity_penalty", "num_beam_groups", "low_memory", "decoder_start_token_id", "penalty_alpha"),
     *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
 )
 # Options that have an effect only with another one.

@@ -141,11 +141,14 @@ def _wrapped(
                     raise unknown from error
                 raise
 
-        def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def tok_batch_encode(
+            self, strings: list[str], *args: Any, left_truncate_len: int, **options: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            options["left_truncate_len"] = left_truncate_len + len(appended)
             ids, mask = super().tok_batch_encode(strings, *args, **options)
             end = ids.shape[1] - len(appended)
             if any(row[end:] != appended for row in ids.tolist()):  # added to no text, as one begins with the BOS token
-                return ids, mask
+                return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
             return ids[:, :end], mask[:, :end]  # padding is on the left
 
         def check(self, request: Any, prompt: int, answer: int, most: int) -> None:

@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,18 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
     )
 
 
-def place_of(metadata: dict[str, Any]) -> Place:
-    """Return the branch that the model was trained for or downloaded from if its name is a Hub id, else a local folder."""
-    return Place(native="/" in metadata["name"], revision=metadata.get("hub_revision"))
+def place_of(metadata: dict[str, Any], card: str = "") -> Place:
+    """Return the branch that the model was trained for or downloaded from if its name is a Hub id, else a local folder.
+
+    Args:
+        card: Its card, which names the demo, and links the datasets and the base model that existed when it was pushed.
+    """
+    native = "/" in metadata["name"]
+    space = re.search(r"^Try it: \[(\S+)\]\(https://huggingface\.co/spaces/", card, re.MULTILINE)
+    ids = {*metadata["data"]["datasets"], base_model(metadata)} - {None}
+    linked = {*re.findall(r"^(?:- |base_model: )(\S+)$", card, re.MULTILINE)}
+    absent = frozenset(ids - linked if native and card else ())
+    return Place(native, absent, space[1] if space else None, metadata.get("hub_revision"))
 
 
 @functools.cache
@@ -114,12 +123,13 @@ def _template() -> jinja2.Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def card_for(folder: Path, place: Place, name: str | None = None) -> str:
+def card_for(folder: Path, place: Place | None = None, name: str | None = None) -> str:
     """Return the card of a model folder for another place.
 
     A card that has been edited, or was written by another version of the package, is returned unchanged, which is logged.
 
     Args:
+        place: Default: a native export.
         name: Name of the model there. Default: unchanged.
 
     Raises:
@@ -127,6 +137,7 @@ def card_for(folder: Path, place: Place, name: str | None = None) -> str:
     """
     card, here = (folder / "README.md").read_text(encoding="utf-8"), rendered_card(folder)
     metadata, config = read_metadata(folder), MiniGPTConfig.from_pretrained(folder)
+    place = place or replace(place_of(metadata, card), native=True)
     adapted = render_card({**metadata, "name": name or metadata["name"]}, config, place)
     if card in (adapted, here):
         return adapted
@@ -138,14 +149,15 @@ def card_for(folder: Path, place: Place, name: str | None = None) -> str:
 
 
 def rendered_card(folder: Path) -> str:
-    """Return the card of a model folder, rendered from its metadata.
+    """Return the card of a model folder, rendered from its metadata for the place that its present card describes.
 
     Raises:
         MiniGPTError: if the metadata lack a value or are malformed.
     """
     metadata, config = read_metadata(folder), MiniGPTConfig.from_pretrained(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
     try:
-        return render_card(metadata, config)
+        return render_card(metadata, config, place_of(metadata, card))
     except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
         raise MiniGPTError(
             f"{folder}: no card can be rendered from minigpt.json ({type(error).__name__}: {error}), which is malformed, "

@@ -24,7 +24,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..trust import read_metadata, weight_files
-from .card import render_card
+from .card import place_of, render_card
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def write_metadata(
     (folder / "README.md").write_text(render_card(metadata, config), encoding="utf-8")
 
 
-def save_score(folder: Path, score: dict[str, Any]) -> None:
+def save_score(folder: Path, score: dict[str, Any]) -> list[str]:
     """Add a score of generated answers to the metadata and the card of a model folder; see `_save`.
 
     It replaces a score of the same data and metric.
@@ -204,7 +204,7 @@ def save_score(folder: Path, score: dict[str, Any]) -> None:
     Args:
         score: An entry of `scores` in `minigpt.json`: an `AnswerScore` and the identity of its data.
     """
-    _save(folder, "scores", [score], lambda each: (each["metric"], each["data"]["fingerprint"]))
+    return _save(folder, "scores", [score], lambda each: (each["metric"], each["data"]["fingerprint"]))
 
 
 def warn_if_weights_differ(folder: Path) -> None:
@@ -213,7 +213,7 @@ def warn_if_weights_differ(folder: Path) -> None:
         logger.warning(f"{folder}: {row.reason}; {row.remedy}")
 
 
-def save_tasks(folder: Path, results: list[dict[str, Any]]) -> None:
+def save_tasks(folder: Path, results: list[dict[str, Any]]) -> list[str]:
     """Add results of evaluation suites to the metadata and the card of a model folder; see `_save`.
 
     They replace those of the same task and metric.
@@ -221,10 +221,12 @@ def save_tasks(folder: Path, results: list[dict[str, Any]]) -> None:
     Args:
         results: Entries of `tasks` in `minigpt.json`: `TaskResult`.
     """
-    _save(folder, "tasks", results, lambda each: (each["task"], each["metric"], each["filter"]))
+    return _save(folder, "tasks", results, lambda each: (each["task"], each["metric"], each["filter"]))
 
 
-def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Callable[[dict], tuple[str, ...]]) -> None:
+def _save(
+    folder: Path, kind: str, entries: list[dict[str, Any]], identity: Callable[[dict], tuple[str, ...]]
+) -> list[str]:
     """Add entries to a list in the metadata of a model folder, and to its card.
 
     Each file is replaced atomically. A card that has been edited, or was written by another version of the package, is left
@@ -232,6 +234,9 @@ def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Call
 
     Args:
         identity: Entries with an equal identity replace earlier ones.
+
+    Returns:
+        The names of the files that were replaced.
 
     Raises:
         MiniGPTError: if `folder` is not a model folder, or its metadata are malformed.
@@ -244,7 +249,8 @@ def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Call
     try:
         known = {identity(each): each for each in (*metadata.get(kind, []), *entries)}
         updated = {**metadata, kind: [*known.values()]}
-        old_card, new_card = render_card(metadata, config), render_card(updated, config)
+        place = place_of(metadata, card)
+        old_card, new_card = render_card(metadata, config, place), render_card(updated, config, place)
     except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise MiniGPTError(f"{folder}: minigpt.json is malformed ({reason}); restore it from its source") from error
@@ -257,6 +263,7 @@ def _save(folder: Path, kind: str, entries: list[dict[str, Any]], identity: Call
             f"{folder / 'README.md'}: has been edited and is left unchanged; the {kind} are in minigpt.json only"
         )
     write_files(contents)
+    return sorted((file.name for file in contents), key=str.lower)
 
 
 def _json(metadata: dict[str, Any]) -> str:

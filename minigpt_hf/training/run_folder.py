@@ -112,8 +112,13 @@ def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
-def truncate_log(file: Path, step: int) -> None:
-    """Remove the rows that a run resumed from `step` writes again: later steps, and samples and final times of `step`."""
+def truncate_log(file: Path, step: int, is_other_validation: bool = False) -> None:
+    """Remove the rows that a run resumed from `step` writes again: later steps, and samples and final times of `step`.
+
+    Args:
+        is_other_validation: The validation text is another one from here on; earlier scores are renamed, e.g.
+            `earlier_eval_loss`, so that figures do not compare them with later ones.
+    """
 
     def is_kept(row: dict[str, Any]) -> bool:
         return row["step"] < step or (row["step"] == step and not row.keys() & {"sample", "train_runtime"})
@@ -129,7 +134,10 @@ def truncate_log(file: Path, step: int) -> None:
     if invalid:
         lines = ", ".join(f"line {number}" for number in invalid)
         logger.warning(f"{file}: removed incomplete or invalid rows, e.g. of an interrupted write ({lines})")
-    write_log(file, [row for row in rows if is_kept(row)])
+    kept = [row for row in rows if is_kept(row)]
+    if is_other_validation:
+        kept = [{f"earlier_{name}" if name.startswith("eval_") else name: row[name] for name in row} for row in kept]
+    write_log(file, kept)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -192,6 +192,7 @@ def test_a_full_disk_exits_with_code_28_if_the_text_of_a_table_does_not_fit(tmp_
     assert main([str(word) for word in [*argv, "--cache_dir", tmp_path / "cache"]]) == 28
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt")]
     assert "the text column of a table cannot be written to this cache" in line and "MB are free" in line
+    assert line.endswith("another folder with --cache_dir or, without this option, HF_HOME")  # as in `minigpt evaluate`
 
 
 def test_a_read_only_cache_can_be_used(text_file, recipe_file, tmp_path, capsys, monkeypatch):

@@ -389,6 +389,16 @@ def test_a_page_states_that_its_score_is_not_one_of_unseen_text(run_folder, tmp_
     assert "validation loss, not of unseen text" in labels and "validation loss" not in labels
 
 
+def test_a_page_states_that_its_training_text_is_the_last_one(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["training"]["changes"] = [{"step": 4, "setting": "data", "before": None, "after": None}]
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    (page,) = export_html(folder, tmp_path / "out", "float32").iterdir()
+    labels = {label for label, _ in data_of(page)["facts"]}
+    assert {f"{name}, as if the last text had always been used" for name in ("training text", "epochs")} <= labels
+
+
 def data_of(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer
 
 from minigpt_hf.cli import main
 from minigpt_hf.export.native import export_native
@@ -288,12 +289,17 @@ def test_a_character_that_the_tokenizer_does_not_know_is_reported_in_one_line(tm
     assert f"{of_tasks} has a character that the tokenizer does not know: '\\n' (U+000A)" in line
 
 
-def test_tokens_that_a_tokenizer_appends_to_every_text_are_not_scored(trained, tmp_path, capsys):
+def test_tokens_that_a_tokenizer_appends_to_every_text_are_not_scored(trained, tmp_path, capsys, monkeypatch):
     """The harness alone would score them instead of the last tokens of an answer, and so give equal answers to all."""
     folder, file = shutil.copytree(trained, tmp_path / "model"), tmp_path / "rows.jsonl"
     rows = [{**question, "ending": question["endings"][0], "text": question["prefix"]} for question in questions()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = {"choice": CHOICE, "generated": GENERATED.replace("NUMBER", "8"), "rolling": ROLLING}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    warnings: list[str] = []
+    monkeypatch.setattr("lm_eval.models.huggingface.eval_logger.warning", lambda text, *_: warnings.append(text))
+    rest = context - max(len(tokenizer(row["prefix"]).input_ids) for row in rows)  # the longest question fits exactly
+    tasks = {"choice": CHOICE, "generated": GENERATED.replace("NUMBER", str(rest)), "rolling": ROLLING}
     for name, task in tasks.items():
         (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + task)
     flags = ["--tasks", ",".join(tasks), "--task_path", str(tmp_path), "--no_save", "--json"]
@@ -305,6 +311,7 @@ def test_tokens_that_a_tokenizer_appends_to_every_text_are_not_scored(trained, t
     backend.save(str(folder / "tokenizer.json"))
     assert main(["evaluate", str(folder), *flags]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"] == expected
+    assert not [warning for warning in warnings if "Left truncation" in warning]
 
 
 def test_an_answer_that_the_tokenizer_joins_with_the_question_is_an_error(trained, tmp_path, capsys):

@@ -300,6 +300,14 @@ def test_the_card_of_an_export_names_the_model_on_the_hub_that_was_converted(to,
         assert all(name in card.text for name in re.findall(r"`([^`]+\.(?:gguf|onnx|py))`", card.text))
 
 
+def test_the_card_of_an_export_names_the_branch_that_was_converted(run_folder, hub, tmp_path):
+    push_folder(run_folder / "model", "user/tiny", "v2")
+    snapshot_download("user/tiny", revision="v2", local_dir=tmp_path / "snapshot")
+    export_model(tmp_path / "snapshot", tmp_path / "out", "gguf", context=32)
+    link = "[user/tiny/tree/v2](https://huggingface.co/user/tiny/tree/v2), converted by minigpt-hf."
+    assert link in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("init_from", ["Qwen/Qwen3-0.6B", "user/tiny_model.v2"])
 @pytest.mark.parametrize("lora_rank", [0, 8])
 def test_the_card_of_a_fine_tuned_model_names_its_base_model(init_from, lora_rank, metadata, hub):

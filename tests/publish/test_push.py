@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants, login
+from huggingface_hub import ModelCard, constants, login, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,8 +18,10 @@ from minigpt_hf import MiniGPTConfig, doctor
 from minigpt_hf.cli import main
 from minigpt_hf.data.tokenizer import tokenizer_fingerprint
 from minigpt_hf.errors import MiniGPTError
+from minigpt_hf.export.native import export_native
+from minigpt_hf.inference.suites import TaskResult
 from minigpt_hf.model.native import qwen3_settings
-from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files
+from minigpt_hf.publish.model_folder import CODE, REQUIRED, published_files, save_tasks, write_metadata
 from minigpt_hf.publish.push import file_states, push_folder
 from tests.conftest import random_ids, representative, tiny_model
 from tests.hub_server import TOKEN, retry_without_pauses
@@ -185,6 +187,27 @@ def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp
     (warning,) = (record.getMessage() for record in caplog.records if "README.md" in record.getMessage())
     assert warning.endswith("its name, links and examples are not adapted to user/tiny")
     assert "has been edited, or written by another version" in warning
+
+
+def test_a_downloaded_card_with_a_demo_and_absent_datasets_is_not_taken_for_an_edited_one(
+    run_folder, hub, tmp_path, caplog
+):
+    model, snapshot = shutil.copytree(run_folder / "model", tmp_path / "model"), tmp_path / "snapshot"
+    metadata = json.loads((model / "minigpt.json").read_text())
+    metadata["data"]["datasets"], metadata["recipe"]["init_from"] = ["user/plays", "user/absent"], "user/gone"
+    hub.put("user/plays", {"train.txt": b"To be"}, repo_type="datasets")
+    write_metadata(model, metadata, MiniGPTConfig.from_pretrained(model), None)
+    push_folder(model, "user/tiny", space="user/demo")
+    snapshot_download("user/tiny", revision="minigpt", local_dir=snapshot)
+    save_tasks(snapshot, [TaskResult("pairs", "1", "acc", "none", 0.618, None, 8, 0, None, "0.4.13").to_dict()])
+    card = (snapshot / "README.md").read_text()
+    assert "| 0.6180 |" in card and "spaces/user/demo" in card and ModelCard(card).data.datasets == ["user/plays"]
+    export_native(snapshot, tmp_path / "twin")
+    assert (tmp_path / "twin" / "README.md").read_text() == card
+    push_folder(snapshot, "user/other")
+    other = uploaded(hub, "user/other")["README.md"].decode()
+    assert "user/tiny" not in other and "user/demo" not in other and ModelCard(other).data.datasets == ["user/plays"]
+    assert "README.md" not in caplog.text
 
 
 def test_metadata_of_another_version_are_rejected_before_anything_is_created(run_folder, hub, tmp_path):

@@ -113,13 +113,14 @@ def test_no_save_leaves_the_folder_unchanged(folder, questions, capsys):
     assert "--no_save requires --score" in capsys.readouterr().err
 
 
-def test_an_edited_card_is_not_changed(folder, questions, caplog):
+def test_an_edited_card_is_not_changed(folder, questions, caplog, capsys):
     card = folder / "README.md"
     card.write_text(card.read_text() + "\nBy hand.\n")
     before = card.read_bytes()
     assert evaluate(folder, questions) == 0
     assert card.read_bytes() == before and len(scores_of(folder)) == 1
     assert "README.md: has been edited and is left unchanged" in caplog.text
+    assert f"saved in minigpt.json of {folder}" in capsys.readouterr().err
 
 
 def test_after_a_kill_between_the_two_files_the_same_command_completes_them(folder, questions):

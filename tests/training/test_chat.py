@@ -432,10 +432,11 @@ def test_options_of_sampling_without_effect_are_reported(flags, is_unused, chat_
 
 def test_options_that_no_causal_model_uses_are_reported(chat_run, monkeypatch, capsys):
     flags = "--diversity_penalty 0.5 --low_memory true --decoder_start_token_id 3 --max_matching_ngram_size 2"
+    flags += " --num_beam_groups 2"
     for command in ("chat", "generate"):
         monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
         assert main([command, str(chat_run / "model"), "--max_new_tokens", "3", *flags.split()]) == 0
-        unused = "diversity_penalty, low_memory, decoder_start_token_id: no effect in this version of transformers"
+        unused = "diversity_penalty, num_beam_groups, low_memory, decoder_start_token_id: no effect in this version"
         error = capsys.readouterr().err
         assert unused in error and "max_matching_ngram_size: no effect without --prompt_lookup_num_tokens" in error
 

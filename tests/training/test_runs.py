@@ -664,6 +664,9 @@ def test_scores_of_another_validation_text_are_neither_compared_nor_published(
     assert "the validation text has changed: earlier scores cannot be compared" in capsys.readouterr().err
     published = json.loads((folder / "model" / "minigpt.json").read_text())["results"]
     score = evaluate(folder / "model", str(words), split="validation")
+    drawn = [row["step"] for row in log_of(folder) if "eval_loss" in row]
+    assert drawn == [*range(step, 9, 2)]
+    assert [row["step"] for row in log_of(folder) if "earlier_eval_loss" in row] == [*range(2, step + 1, 2)]
     assert published["tokens"] == score.tokens
     assert published["loss"] == score.loss
     weights = [load_file(folder / name / "model.safetensors") for name in ("model", "checkpoint-8")]
