@@ -136,7 +136,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not args.temperature > 0:
         parser.error(
-            f"--temperature {args.temperature}: must be greater than 0; with 0.01 the most probable token is chosen"
+            f"--temperature {args.temperature}: must be greater than 0; with 1e-4 the most probable token is chosen"
         )
 
     weights, config = load(args.folder)
