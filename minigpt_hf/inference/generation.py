@@ -40,10 +40,12 @@ BOOLEANS = {
 FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
 # Options of sampling, without effect if the most probable token is chosen.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Options of group beam search, of an earlier beam search, of other architectures, and of an assistant with another tokenizer.
+# Options of group beam search, of an earlier beam search, of other architectures, of an assistant with another tokenizer, and
+# of `generate` without a prompt.
 WITHOUT_EFFECT = (
     *("diversity_penalty", "low_memory", "decoder_start_token_id"),
     *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+    *("num_beam_groups", "bos_token_id"),
 )
 # Options that have an effect only with another one.
 REQUIRED = {
