@@ -537,7 +537,7 @@ def generate(
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 200)
     loaded, tokenizer = load(model, trust_remote_code)
-    warn_of_unused_options(loaded, options)
+    warn_of_unused_options(loaded, options, seed)
     return generate(loaded, tokenizer, prompt, seed=seed, special_tokens=special_tokens, **options)
 
 

@@ -322,3 +322,10 @@ def test_variables_of_accelerate_must_agree_with_the_settings(variable, value, m
 def test_an_invalid_seed_is_a_value_error(seed, run_folder):
     with pytest.raises(ValueError, match=r"seed is .*: an integer from 0 to 4294967295"):
         minigpt_hf.generate(run_folder / "model", seed=seed)
+
+
+def test_options_without_effect_are_reported(run_folder, caplog):
+    options = {"seed": 1, "bos_token_id": 3, "num_beam_groups": 2}
+    minigpt_hf.generate(run_folder / "model", "def ", max_new_tokens=2, do_sample=False, **options)
+    assert "num_beam_groups, bos_token_id: no effect" in caplog.text
+    assert "seed: no effect without --do_sample true" in caplog.text

@@ -356,6 +356,13 @@ def prepare(
             "characters of this mixture, those of its first sources, and not its shares: omit max_tokens; a shorter source "
             "shortens the mixture"
         )
+    is_stream = corpus.train.characters is None
+    if isinstance(corpus.train, Mixture) and is_stream and max_tokens and len(train) < 0.99 * max_tokens:
+        logger.info(
+            "the mixture has %s of %s tokens: it ends with the source that is exhausted first",
+            f"{len(train):,}",
+            f"{max_tokens:,}",
+        )
     validation = scored = None
     if corpus.validation is not None:
         window = max(1, round(block_size * train.characters / (len(train) - len(train.documents))))

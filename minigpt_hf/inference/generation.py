@@ -40,10 +40,10 @@ BOOLEANS = {
 FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
 # Options of sampling, without effect if the most probable token is chosen.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Options of group beam search, of an earlier beam search, of other architectures, of contrastive search, and of an assistant
-# with another tokenizer.
+# Options of group beam search, of contrastive search, of an earlier beam search, of other architectures, of `generate`
+# without a prompt, and of an assistant with another tokenizer.
 WITHOUT_EFFECT = (
-    *("diversity_penalty", "num_beam_groups", "low_memory", "decoder_start_token_id", "penalty_alpha"),
+    *("diversity_penalty", "num_beam_groups", "penalty_alpha", "low_memory", "decoder_start_token_id", "bos_token_id"),
     *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
 )
 # Options that have an effect only with another one.

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -592,9 +593,16 @@ def stored_settings(run: RunFolder) -> dict[str, Any]:
 
 
 def first_words(text: PreparedText) -> str:
-    """Return the first three words of the first line of the training text that has any, at most 40 characters."""
-    beginning = text.tokenizer.decode(text.train.tokens[:200].tolist(), skip_special_tokens=True)
-    line = next((line.strip() for line in beginning.splitlines() if any(map(str.isalnum, line))), "")
+    """Return the first three words of the first line of the training text that has any, at most 40 characters.
+
+    Words of different documents are not joined.
+    """
+    ids = text.train.tokens[:200]
+    starts = text.train.documents[:200]
+    documents = (part.tolist() for part in np.split(ids, starts[starts < len(ids)]))
+    beginnings = (text.tokenizer.decode(document, skip_special_tokens=True) for document in documents)
+    lines = (line.strip() for beginning in beginnings for line in beginning.splitlines())
+    line = next((line for line in lines if any(map(str.isalnum, line))), "")
     words = re.match(r"\S+(?:[ \t]+\S+){0,2}", line)
     prompt = words[0][:40] if words else ""
     # Stop at a character that is incomplete after 200 tokens, and at terminal control characters.

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 
 import datasets
 import pytest
@@ -148,6 +149,18 @@ def test_a_mixture_of_streams_shares_no_document_between_splits(hub, tmp_path):
     )
     assert train.isdisjoint(validation)
     assert train | validation == set(WORDS)
+
+
+def test_a_mixture_of_streams_that_ends_before_the_given_number_of_tokens_is_logged(hub, tmp_path, capsys):
+    for name, texts in (("few", WORDS[:20]), ("many", WORDS[20:])):
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "rows.parquet")
+        hub.put(f"user/{name}", {"train.parquet": (tmp_path / "rows.parquet").read_bytes()}, repo_type="datasets")
+    flags = "--data user/few:0.5,user/many:0.5 --streaming --tokenizer bytes --validation_fraction 0".split()
+    for tokens, is_logged in (("50", False), ("100000", True)):
+        output = tmp_path / tokens
+        assert main(["tokenize", *flags, "--max_tokens", tokens, "--output_dir", str(output)]) == 0
+        message = re.search(r"the mixture has [\d,]+ of 100,000 tokens: it ends with", capsys.readouterr().err)
+        assert (message is not None) == is_logged
 
 
 def test_streams_mixed_in_other_shares_are_another_text(hub, tmp_path):

@@ -419,6 +419,13 @@ def test_the_prompt_is_the_first_words_of_the_text(text, prompt, tokenizer, tmp_
     assert training.sample_prompt == prompt
 
 
+def test_the_prompt_does_not_join_documents(tmp_path):
+    rows = tmp_path / "names.csv"
+    rows.write_text("text\n-\n" + "".join(f"name{i}\n" for i in range(200)))
+    (_, _, training), _ = fitted(tmp_path, ["--data", rows, "--tokenizer", "bytes", "--max_steps", 2], "auto")
+    assert re.fullmatch(r"name\d+", training.sample_prompt)
+
+
 @pytest.mark.parametrize(("characters", "block_size"), [(160, 16), (600, 32), (3000, 128)])
 def test_short_texts_get_sequences_of_at_least_16_tokens(characters, block_size, tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 200)
