@@ -10,12 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     MptConfig,
     MptForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import minigpt_hf
@@ -92,6 +95,28 @@ def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):
     folder = save(BertForMaskedLM(config), tmp_path / "bert")
     for argv in (["generate", folder, "--prompt", "a"], ["evaluate", folder, "--data", text_file]):
         assert "not a causal language model" in rejected(argv, capfd)
+
+
+@pytest.mark.parametrize("architecture", ["BERT", "XLNet"])
+def test_a_causal_architecture_with_bidirectional_attention_is_rejected(architecture, tmp_path, text_file, capfd):
+    """`BertLMHeadModel` is causal if `is_decoder` is true, `XLNetLMHeadModel` if `attn_type` is "uni"."""
+    size = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for is_causal in (False, True):
+        torch.manual_seed(0)
+        if architecture == "BERT":
+            model = BertLMHeadModel(BertConfig(**size, intermediate_size=16, is_decoder=is_causal))
+        else:
+            attention = "uni" if is_causal else "bi"
+            model = XLNetLMHeadModel(
+                XLNetConfig(vocab_size=258, d_model=16, n_layer=1, n_head=2, d_inner=16, attn_type=attention)
+            )
+        folder = save(model, tmp_path / str(is_causal))
+        for argv in (["generate", folder, "--prompt", "a"], ["evaluate", folder, "--data", text_file]):
+            if is_causal:
+                argv += ["--max_new_tokens", "2"] if argv[0] == "generate" else ["--max_characters", "200"]
+                assert main([str(word) for word in argv]) == 0
+            else:
+                assert "with these settings, is not a causal language model" in rejected(argv, capfd)
 
 
 def test_non_finite_weights_are_rejected_by_generate(copy, capfd):

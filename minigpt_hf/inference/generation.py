@@ -38,6 +38,9 @@ BOOLEANS = {
 
 
 FLOATS = {"temperature", "repetition_penalty"}  # transformers rejects integers
+NOT_CAUSAL = (
+    "is not a causal language model, so its scores and texts would be meaningless; give a causal language model"
+)
 # Options of sampling, without effect if the most probable token is chosen.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Options of group beam search, of contrastive search, of an earlier beam search, of other architectures, of `generate`
@@ -77,10 +80,7 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise MiniGPTError(f"{folder}: architectures in config.json is {architectures!r}, not a list of names")
     if not trust_remote_code and not any(name in CAUSAL_LMS for name in architectures):
-        raise MiniGPTError(
-            f"{folder}: {architectures[0]} is not a causal language model, so its prediction of a token may depend on "
-            "the token itself; give a causal language model"
-        )
+        raise MiniGPTError(f"{folder}: {architectures[0]} {NOT_CAUSAL}")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise MiniGPTError(
@@ -94,7 +94,20 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
         )
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return model.eval(), tokenizer
+    if not is_causal(model.eval()):  # e.g. BERT without `is_decoder`
+        raise MiniGPTError(f"{folder}: {type(model).__name__}, with these settings, {NOT_CAUSAL}")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Test whether the logits of a position are independent of the next token; they may differ by rounding."""
+    if context_length(model) == 1:
+        return True
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device) % model.config.vocab_size
+    first, second = model(input_ids=ids).logits[:, 0].float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
+    return bool((first - second).abs().max() <= tolerance * first.std())
 
 
 def generate(
@@ -290,7 +303,7 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the maximum sequence length in tokens; `None` for models without a limit (ALiBi, state space models)."""
     names = "max_position_embeddings", "max_seq_len"  # the latter of MPT
-    length = next(filter(None, (getattr(model.config, name, None) for name in names)), None)
+    length = next((each for each in (getattr(model.config, name, None) for name in names) if each and each > 0), None)
     for name, module in model.named_modules():
         # RoBERTa and its relatives number positions from `padding_idx` + 1.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
