@@ -129,13 +129,17 @@ def test_the_program_starts_conversations_with_the_system_message_of_training(pu
     }
 
 
-def test_the_program_of_another_branch_loads_that_branch(push, hub, with_template):
-    assert push("--space", "--revision", "v2", folder=with_template)[0] == 0
+@pytest.mark.parametrize(("branch", "path"), [("v2", "v2"), ("rel/1.0", "rel%2F1.0")])
+def test_the_program_of_another_branch_loads_that_branch(branch, path, push, hub, with_template):
+    code, out, _ = push("--space", "--revision", branch, folder=with_template)
+    assert code == 0 and f"/user/tiny/tree/{path}\n" in out
     program = demo(hub)["app.py"].decode()
-    assert program.count('\nMODEL = "user/tiny"\nREVISION = "v2"\n') == 1
-    assert "https://huggingface.co/user/tiny/tree/v2" in SpaceCard.load("user/tiny").text
+    assert program.count(f'\nMODEL = "user/tiny"\nREVISION = "{branch}"\n') == 1
+    assert f"https://huggingface.co/user/tiny/tree/{path})" in SpaceCard.load("user/tiny").text
     assert push()[0] == 0  # the Space demonstrates another branch; the card of `main` must not say that it is its demo
     assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
+    assert push("--revision", branch)[0] == 0
+    assert "spaces/user/tiny" in hub.files("user/tiny", branch)["README.md"].decode()
 
 
 @pytest.mark.parametrize(("bytes_per_parameter", "files"), [(1.9, PROGRAM), (2.1, PAGE)])
