@@ -286,7 +286,9 @@ def _commit(
                 revision=branch,
                 parent_commit=parents[branch],
             )
-        urls.append(f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{quote(branch, safe='')}"))
+        urls.append(
+            f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{quote(branch, safe='')}")
+        )
     return urls
 
 

@@ -683,7 +683,9 @@ def test_scores_of_the_validation_text_are_drawn_again_after_an_attempt_with_ano
     shutil.rmtree(folder / "model")
     go_back_to = ["--resume_from_checkpoint", str(folder / "checkpoint-4")]
     assert train(recipe, words, folder, *EVALUATED, *STEEP, *go_back_to) == 0
-    scores = [[(row["step"], row["eval_loss"]) for row in log_of(run) if "eval_loss" in row] for run in (folder, evaluated)]
+    scores = [
+        [(row["step"], row["eval_loss"]) for row in log_of(run) if "eval_loss" in row] for run in (folder, evaluated)
+    ]
     assert scores[0] == scores[1]
     assert not any("earlier_eval_loss" in row for row in log_of(folder))
 
