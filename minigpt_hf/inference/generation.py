@@ -183,6 +183,12 @@ def generate(
     except MiniGPTError:
         raise
     except ValueError as error:  # the message of `generate` names the invalid option
+        method, is_removed, _ = str(error).partition(" requires `trust_remote_code=True` in your `generate` call")
+        if is_removed:  # transformers would load it from the Hub, and never does so here
+            raise MiniGPTError(
+                f"{method} is not part of this version of transformers: omit the options that select it, also in "
+                "generation_config.json"
+            ) from error
         raise MiniGPTError(str(error)) from error
     except Exception as error:  # values of a wrong type or range, of which `generate` checks only some
         raise MiniGPTError(

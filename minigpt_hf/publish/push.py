@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, get_token
 from huggingface_hub.errors import (
@@ -216,7 +217,7 @@ def demonstrated(space: str, repo_id: str) -> str | None:
         branch = re.search(rf"/{re.escape(repo_id)}/tree/([^)\s]+)", card.text)
     except (RepositoryNotFoundError, EntryNotFoundError, ValueError, TypeError, YAMLError):  # absent or malformed
         return None
-    return branch[1] if branch else "main"
+    return unquote(branch[1]) if branch else "main"
 
 
 def add_to_collection(collection: str, repo_id: str, space: str | None, private: bool) -> str:
@@ -285,7 +286,9 @@ def _commit(
                 revision=branch,
                 parent_commit=parents[branch],
             )
-        urls.append(f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{branch}"))
+        urls.append(
+            f"{api.endpoint}/{prefix}{repo_id}" + ("" if branch == "main" else f"/tree/{quote(branch, safe='')}")
+        )
     return urls
 
 

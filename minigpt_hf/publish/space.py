@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 import transformers
@@ -51,7 +52,7 @@ class Space:
             models=[repo_id],
             short_description="A small GPT trained with minigpt-hf",
         )
-        link = f"https://huggingface.co/{repo_id}" + (f"/tree/{revision}" if revision else "")
+        link = f"https://huggingface.co/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
         return f"---\n{data.to_yaml()}\n---\n\nDemo of [{repo_id}]({link}).\n".encode()
 
 

@@ -28,10 +28,15 @@ options = [
 
 def encode(text: str, add_special_tokens: bool = False) -> list[int]:
     """Return the token ids of a text, in which strings such as `<|endoftext|>` are ordinary text, as in training."""
+    settings = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
     try:
-        return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True).input_ids
+        encoding = tokenizer(text, return_special_tokens_mask=True, **settings)
     except Exception as error:  # character tokenizers reject characters that did not occur in training
         raise gr.Error(f"the text has a character that the model does not know ({error})") from error
+    ids, is_added = encoding.input_ids, encoding.special_tokens_mask
+    # Some tokenizers append tokens to every text, after which a model would not continue.
+    length = max((i for i, added in enumerate(is_added) if not added), default=len(ids) - 1) + 1
+    return ids[:length]
 
 
 def encode_messages(messages: list[dict[str, str]]) -> list[int]:
@@ -69,8 +74,6 @@ def generate(prompt: list[int], max_new_tokens: int, temperature: float) -> Iter
 def continue_text(prompt: str, max_new_tokens: int, temperature: float) -> Iterator[str]:
     """Yield the prompt and its continuation so far. An empty prompt is the beginning of a document."""
     ids = encode(prompt, add_special_tokens=True)
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()  # some tokenizers append it to every text, after which a model would not continue
     if not prompt:
         ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if len(ids) > longest:

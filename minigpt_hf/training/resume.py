@@ -231,7 +231,9 @@ def checkpoint_to_resume(
         logger.warning(
             f"{run.path}: no valid checkpoint, so training starts from step 0; log renamed to {rename_aside(log).name}"
         )
-    truncate_log(run.log, step, is_other_validation=not changed.keys().isdisjoint(("validation", "block_size")))
+    history = read_json(checkpoint / "trainer_state.json")["log_history"] if checkpoint else []
+    scores = {(row["step"], repr(row["eval_loss"])) for row in history if "eval_loss" in row}
+    truncate_log(run.log, step, scores, not changed.keys().isdisjoint(("validation", "block_size")))
     if checkpoint:
         logger.info(f"resuming from step {step} ({checkpoint})")
     return checkpoint

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,16 +113,32 @@ def is_model_of(model: Path, fingerprint: dict[str, Any]) -> bool:
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
-def truncate_log(file: Path, step: int, is_other_validation: bool = False) -> None:
-    """Remove the rows that a run resumed from `step` writes again: later steps, and samples and final times of `step`.
+def truncate_log(
+    file: Path, step: int, scores: Collection[tuple[int, str]] = (), is_other_validation: bool = False
+) -> None:
+    """Remove the rows that a run resumed from `step` writes again: later ones, and samples and final times of `step`.
+
+    Scores of another validation text are renamed, e.g. `earlier_eval_loss`, so that figures do not compare them.
 
     Args:
-        is_other_validation: The validation text is another one from here on; earlier scores are renamed, e.g.
-            `earlier_eval_loss`, so that figures do not compare them with later ones.
+        scores: Step and `repr` of `eval_loss` of each evaluation in the checkpoint.
+        is_other_validation: The validation text is another one from here on.
     """
 
+    def is_score(row: dict[str, Any], name: str) -> bool:
+        return (row["step"], repr(row.get(name))) in scores
+
     def is_kept(row: dict[str, Any]) -> bool:
-        return row["step"] < step or (row["step"] == step and not row.keys() & {"sample", "train_runtime"})
+        is_later = "eval_loss" in row and not is_score(row, "eval_loss")  # evaluated after the checkpoint was saved
+        is_again = is_later or row.keys() & {"sample", "train_runtime"}
+        return row["step"] < step or (row["step"] == step and not is_again)
+
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        if is_score(row, "earlier_eval_loss"):  # renamed when another validation text was tried
+            row = {name.removeprefix("earlier_"): row[name] for name in row}
+        if is_score(row, "eval_loss") and not is_other_validation:
+            return row
+        return {f"earlier_{name}" if name.startswith("eval_") else name: row[name] for name in row}
 
     rows, invalid = parse_log(file) if file.is_file() else ([], [])
     if step > 0 and not any(is_kept(row) for row in rows):
@@ -134,10 +151,7 @@ def truncate_log(file: Path, step: int, is_other_validation: bool = False) -> No
     if invalid:
         lines = ", ".join(f"line {number}" for number in invalid)
         logger.warning(f"{file}: removed incomplete or invalid rows, e.g. of an interrupted write ({lines})")
-    kept = [row for row in rows if is_kept(row)]
-    if is_other_validation:
-        kept = [{f"earlier_{name}" if name.startswith("eval_") else name: row[name] for name in row} for row in kept]
-    write_log(file, kept)
+    write_log(file, [renamed(row) for row in rows if is_kept(row)])
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 import ast
 import json
 import re
+import runpy
 import shutil
 
 import pytest
 import yaml
 from huggingface_hub import HfApi, SpaceCard
 
-from minigpt_hf import doctor
+from minigpt_hf import doctor, generate
 from minigpt_hf.cli import main
 from minigpt_hf.export import html
+from minigpt_hf.publish.push import push_folder
 from minigpt_hf.publish.space import GRADIO
 from tests import hub_server
 from tests.conftest import ROOT, representative
@@ -129,13 +131,37 @@ def test_the_program_starts_conversations_with_the_system_message_of_training(pu
     }
 
 
-def test_the_program_of_another_branch_loads_that_branch(push, hub, with_template):
-    assert push("--space", "--revision", "v2", folder=with_template)[0] == 0
+@pytest.mark.parametrize(("branch", "path"), [("v2", "v2"), ("rel/1.0", "rel%2F1.0")])
+def test_the_program_of_another_branch_loads_that_branch(branch, path, push, hub, with_template):
+    code, out, _ = push("--space", "--revision", branch, folder=with_template)
+    assert code == 0 and f"/user/tiny/tree/{path}\n" in out
     program = demo(hub)["app.py"].decode()
-    assert program.count('\nMODEL = "user/tiny"\nREVISION = "v2"\n') == 1
-    assert "https://huggingface.co/user/tiny/tree/v2" in SpaceCard.load("user/tiny").text
+    assert program.count(f'\nMODEL = "user/tiny"\nREVISION = "{branch}"\n') == 1
+    assert f"https://huggingface.co/user/tiny/tree/{path})" in SpaceCard.load("user/tiny").text
     assert push()[0] == 0  # the Space demonstrates another branch; the card of `main` must not say that it is its demo
     assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
+    assert push("--revision", branch)[0] == 0
+    assert "spaces/user/tiny" in hub.files("user/tiny", branch)["README.md"].decode()
+
+
+def test_the_program_continues_a_text_without_tokens_that_the_tokenizer_appends(hub, run_folder, tmp_path):
+    pytest.importorskip("gradio")
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|pad|>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [1], "tokens": ["<|pad|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    push_folder(folder, "user/tiny", space="user/tiny")
+    program = tmp_path / "app.py"
+    program.write_bytes(demo(hub)["app.py"])
+    functions = runpy.run_path(str(program))
+    assert functions["encode"]("def f", add_special_tokens=True) == functions["encode"]("def f")
+    *_, text = functions["continue_text"]("def f", 8, 0)
+    assert text == generate(folder, "def f", max_new_tokens=8, do_sample=False)[0]
 
 
 @pytest.mark.parametrize(("bytes_per_parameter", "files"), [(1.9, PROGRAM), (2.1, PAGE)])

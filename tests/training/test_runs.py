@@ -673,6 +673,23 @@ def test_scores_of_another_validation_text_are_neither_compared_nor_published(
     assert_equal(*weights)
 
 
+def test_scores_of_the_validation_text_are_drawn_again_after_an_attempt_with_another_one(
+    recipe, words, evaluated, tmp_path
+):
+    folder = tmp_path / "run"
+    go_back(evaluated, folder, 4)
+    flags = ["--early_stopping_patience", "9", "--eval_steps", "2", *STEEP, "--validation_fraction", "0.15"]
+    assert train(recipe, words, folder, *flags, "--allow_change", "data", "validation") == 0
+    shutil.rmtree(folder / "model")
+    go_back_to = ["--resume_from_checkpoint", str(folder / "checkpoint-4")]
+    assert train(recipe, words, folder, *EVALUATED, *STEEP, *go_back_to) == 0
+    scores = [
+        [(row["step"], row["eval_loss"]) for row in log_of(run) if "eval_loss" in row] for run in (folder, evaluated)
+    ]
+    assert scores[0] == scores[1]
+    assert not any("earlier_eval_loss" in row for row in log_of(folder))
+
+
 @pytest.mark.parametrize("metric", representative(["loss", "eval_perplexity", "bits_per_byte"], "eval_perplexity"))
 def test_the_lowest_of_every_metric_is_the_best(metric, recipe, words, evaluated, tmp_path):
     folder = tmp_path / "run"
