@@ -243,7 +243,9 @@ def test_settings_of_evaluations_are_reported_if_there_are_none(caplog):
     unused = {"early_stopping_patience": 3, "eval_delay": 2}
     settings = {**unused, "eval_on_start": True}
     assert parse_arguments([], eval_strategy="no", **settings).training.eval_on_start
-    assert [record.message for record in caplog.records] == [f"{name}: no effect with eval_strategy no" for name in unused]
+    assert [record.message for record in caplog.records] == [
+        f"{name}: no effect with eval_strategy no" for name in unused
+    ]
     caplog.clear()
     settings |= {"eval_strategy": "steps", "load_best_model_at_end": True}
     assert not parse_arguments([], validation_fraction=0, **settings).training.eval_on_start
