@@ -190,13 +190,14 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
     if training.size == AUTO and training.minutes:
         raise MiniGPTError("minutes and size auto both determine the length of training: omit one of them")
+    unused: tuple[str, ...] = ()
     if settings.data.validation_fraction == 0:
         cause, unused = "validation_fraction 0", OF_VALIDATION_TEXT
         settings = settings.replace(
             eval_strategy="no", eval_on_start=False, do_eval=False, load_best_model_at_end=False
         )
-    else:
-        cause, unused = "eval_strategy no", OF_EVALUATIONS if training.eval_strategy == "no" else ()
+    elif training.eval_strategy == "no":
+        cause, unused = "eval_strategy no", OF_EVALUATIONS
     for name in unused:
         if name in given | chosen and vars(training)[name] not in (None, False, 0, "no"):
             log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
