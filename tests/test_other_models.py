@@ -13,6 +13,8 @@ from transformers import (
     BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     MptConfig,
     MptForCausalLM,
     RobertaConfig,
@@ -88,6 +90,17 @@ def test_a_model_that_numbers_positions_after_the_padding_index_is_evaluated_in_
     assert minigpt_hf.evaluate(folder, str(text_file), max_characters=500).block_size == 16
 
 
+def test_a_multimodal_model_generates_and_is_evaluated_with_the_settings_of_its_language_model(tmp_path, text_file):
+    text = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    text |= {"num_key_value_heads": 1, "intermediate_size": 16, "max_position_embeddings": 24}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=257)
+    folder = save(Gemma3ForConditionalGeneration(config), tmp_path)
+    assert minigpt_hf.evaluate(folder, str(text_file), max_characters=500).block_size == 24
+    assert minigpt_hf.generate(folder, "ab", max_new_tokens=2)[0].startswith("ab")
+
+
 def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):
     config = BertConfig(
         vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
@@ -117,6 +130,11 @@ def test_a_causal_architecture_with_bidirectional_attention_is_rejected(architec
                 assert main([str(word) for word in argv]) == 0
             else:
                 assert "with these settings, is not a causal language model" in rejected(argv, capfd)
+
+
+def test_logits_that_are_not_finite_are_not_reported_as_bidirectional_attention(copy, text_file, capfd):
+    rewrite(copy, lambda tensors: tensors["model.norm.weight"].fill_(3e38))
+    assert "weights or activations are not finite" in rejected(["evaluate", copy, "--data", text_file], capfd)
 
 
 def test_non_finite_weights_are_rejected_by_generate(copy, capfd):

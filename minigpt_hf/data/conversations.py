@@ -47,7 +47,7 @@ def messages_of(row: dict[str, Any], system: str | None = None) -> list[Message]
     """
     columns = columns_of(row)
     if columns == ("instruction", "input", "output"):
-        context = _string(row, "input") if row.get("input") else ""
+        context = "" if row.get("input") is None else _string(row, "input")
         question = _string(row, "instruction") + (f"\n\n{context}" if context else "")
         messages = [_as_message("user", question), _as_message("assistant", _string(row, "output"))]
     elif columns == ("prompt", "completion"):

@@ -125,7 +125,7 @@ def score_answers(
 def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Number of tokens of a text; of characters, if it has some that the tokenizer lacks."""
     try:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
+        return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
     except Exception:  # the bare `Exception` that `tokenizers` raises for a word without an id
         return len(text)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.chat_format import CHAT_TEMPLATE, IGNORE_INDEX, ChatFormat, EncodedConversations, Message
 from ..data.encoding import unknown_character_error
 from ..errors import MiniGPTError
-from .generation import context_length
+from .generation import context_length, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +105,17 @@ def evaluate_texts(
     block_size = longest if block_size is None else block_size
     if not 1 <= block_size <= longest:
         raise MiniGPTError(f"block_size is {block_size}: this model supports windows of 1 to {longest} tokens")
+    config = text_config(model)
     bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos_token_id is None:  # nanoGPT's tokenizers have no special tokens; the configuration names the line feed
-        bos_token_id = model.config.bos_token_id
+        bos_token_id = config.bos_token_id
     if bos_token_id is None:
         raise MiniGPTError(
             "neither the tokenizer nor the configuration of the model defines a BOS token: add one to either"
         )
-    if not 0 <= bos_token_id < model.config.vocab_size:
+    if not 0 <= bos_token_id < config.vocab_size:
         raise MiniGPTError(
-            f"the BOS token has id {bos_token_id}, which exceeds the vocabulary of the model ({model.config.vocab_size:,} "
+            f"the BOS token has id {bos_token_id}, which exceeds the vocabulary of the model ({config.vocab_size:,} "
             "tokens): use the tokenizer that it was trained with"
         )
     num_bytes = 0
@@ -124,9 +125,9 @@ def evaluate_texts(
         for text in texts:
             num_bytes += len(text.encode())
             ids = np.array(_encode(tokenizer, text), dtype=np.int64)
-            if len(ids) and ids.max() >= model.config.vocab_size:
+            if len(ids) and ids.max() >= config.vocab_size:
                 raise MiniGPTError(
-                    f"token id {ids.max()} exceeds the vocabulary of the model ({model.config.vocab_size:,} tokens): use the "
+                    f"token id {ids.max()} exceeds the vocabulary of the model ({config.vocab_size:,} tokens): use the "
                     "tokenizer that it was trained with"
                 )
             yield ids

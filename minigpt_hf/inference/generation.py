@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BatchEncoding,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -101,13 +102,16 @@ def load(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel,
 
 @torch.no_grad()
 def is_causal(model: PreTrainedModel) -> bool:
-    """Test whether the logits of a position are independent of the next token; they may differ by rounding."""
+    """Test whether the logits of a position are independent of the next token; they may differ by rounding.
+
+    Logits that are not finite are reported where they are used.
+    """
     if context_length(model) == 1:
         return True
-    ids = torch.tensor([[0, 0], [0, 1]], device=model.device) % model.config.vocab_size
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device) % text_config(model).vocab_size
     first, second = model(input_ids=ids).logits[:, 0].float()
     tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
-    return bool((first - second).abs().max() <= tolerance * first.std())
+    return not bool((first - second).abs().max() > tolerance * first.std())  # false for NaN
 
 
 def generate(
@@ -298,18 +302,25 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: t
             f"the prompt has {ids.shape[1]:,} tokens and the context of the model is {longest:,}: shorten the prompt, so "
             "that new tokens fit"
         )
-    if int(ids.max()) >= model.config.vocab_size:
+    vocabulary = text_config(model).vocab_size
+    if int(ids.max()) >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(int(ids.max()))
         raise MiniGPTError(
             f"token id {int(ids.max())} ({token!r}) of the prompt exceeds the vocabulary of the model "
-            f"({model.config.vocab_size:,} tokens): use the tokenizer that it was trained with"
+            f"({vocabulary:,} tokens): use the tokenizer that it was trained with"
         )
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the configuration of the language model, which that of a multimodal model contains."""
+    return model.config.get_text_config(decoder=True)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the maximum sequence length in tokens; `None` for models without a limit (ALiBi, state space models)."""
     names = "max_position_embeddings", "max_seq_len"  # the latter of MPT
-    length = next((each for each in (getattr(model.config, name, None) for name in names) if each and each > 0), None)
+    config = text_config(model)
+    length = next((each for each in (getattr(config, name, None) for name in names) if each and each > 0), None)
     for name, module in model.named_modules():
         # RoBERTa and its relatives number positions from `padding_idx` + 1.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -113,7 +113,7 @@ class AutoConfigurator:
             if self.training.given_in_command & {"eval_strategy", "save_strategy"}:
                 stored.pop("load_best_model_at_end", None)  # follows from the strategies unless it is given
             if self.data.validation_fraction == 0:  # an allowed change; there is nothing to evaluate
-                for name in ("eval_strategy", "do_eval", "load_best_model_at_end"):
+                for name in ("eval_strategy", "eval_on_start", "do_eval", "load_best_model_at_end"):
                     stored.pop(name, None)
             names = {name for group in settings for name in vars(group)}
             self._fill_in({name: value for name, value in stored.items() if name in names})

@@ -46,10 +46,13 @@ EFFECTIVE_WITH = {
     "muon": {"muon_learning_rate", "muon_momentum", "muon_beta2"},
     "use_sliding_window": {"sliding_window", "max_window_layers"},
     "push_to_hub": {"hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"},
-    "activation_checkpointing": {"activation_checkpointing_kwargs"},
+    "activation_checkpointing": {"activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
     "fsdp": {"fsdp_config"},
     "report_to": {"run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"},
 }
+# Settings that have an effect only if the model is evaluated during training, unless their value is none, false or 0.
+OF_EVALUATIONS = ("early_stopping_patience", "eval_delay")
+OF_VALIDATION_TEXT = ("eval_strategy", "eval_on_start", "load_best_model_at_end", *OF_EVALUATIONS)
 # Settings of `TrainingArguments` that the Trainer of this package does not use, and the values that describe what it does.
 WITHOUT_EFFECT = {
     "do_train": True,
@@ -187,8 +190,17 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
     if training.size == AUTO and training.minutes:
         raise MiniGPTError("minutes and size auto both determine the length of training: omit one of them")
+    unused: tuple[str, ...] = ()
     if settings.data.validation_fraction == 0:
-        settings = settings.replace(eval_strategy="no", do_eval=False, load_best_model_at_end=False)
+        cause, unused = "validation_fraction 0", OF_VALIDATION_TEXT
+        settings = settings.replace(
+            eval_strategy="no", eval_on_start=False, do_eval=False, load_best_model_at_end=False
+        )
+    elif training.eval_strategy == "no":
+        cause, unused = "eval_strategy no", OF_EVALUATIONS
+    for name in unused:
+        if name in given | chosen and vars(training)[name] not in (None, False, 0, "no"):
+            log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
     if settings.data.data != recipe_values.get("data", settings.data.data):
         settings = _without_description_of_another_text(settings, recipe_values, given)
     if given >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:

@@ -114,6 +114,7 @@ BAD_ROWS = {
         "a system message that is not the first message (message 2)",
     ),
     "another layout": ({"question": "a", "answer": "b"}, "the columns question, answer"),
+    "input that is no text": ({"instruction": "a", "input": 0, "output": "b"}, "the value 0 in 'input', not a string"),
     "content that is no text": ({"messages": [user(3), assistant("b")]}, "the value 3 in 'content', not a string"),
     "no list": ({"messages": "a"}, "not a list of messages"),
     "no completion": ({"prompt": "a", "completion": None}, "the value null in 'completion'"),

@@ -89,6 +89,17 @@ def test_settings_of_generation_do_not_change_the_answers(settings, model, token
     assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
 
 
+def test_a_reference_with_names_of_special_tokens_has_the_length_of_its_text(model, tokenizer):
+    """Answers are text, in which each of these names is several tokens."""
+    model.generation_config.eos_token_id = 999
+
+    def answer_to(reference):
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reference}]
+        return score_answers(model, tokenizer, [conversation], "exact")[1][0]["answer"]
+
+    assert answer_to("<|im_end|>" * 4) == answer_to("x" * 40)
+
+
 def test_a_model_without_a_token_that_ends_answers_is_an_error(model, tokenizer):
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(MiniGPTError, match="names the EOS token that ends an answer"):

@@ -227,6 +227,7 @@ def test_settings_without_effect_are_reported(caplog):
         "hub_revision": "v1",
         "fsdp_config": {"tp_size": 2},
         "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "run_name": "first",
     }
     parse_arguments([], **unused)
@@ -236,6 +237,25 @@ def test_settings_without_effect_are_reported(caplog):
     parse_arguments(["--do_train", "--do_predict", "false", "--hub_revision", "v1", "--push_to_hub"])
     parse_arguments(["--muon_beta2", "0.5", "--sliding_window", "8"], recipe="shakespeare-char")
     assert "no effect" not in caplog.text
+
+
+def test_settings_of_evaluations_are_reported_if_there_are_none(caplog):
+    unused = {"early_stopping_patience": 3, "eval_delay": 2}
+    settings = {**unused, "eval_on_start": True}
+    assert parse_arguments([], eval_strategy="no", **settings).training.eval_on_start
+    assert [record.message for record in caplog.records] == [
+        f"{name}: no effect with eval_strategy no" for name in unused
+    ]
+    caplog.clear()
+    settings |= {"eval_strategy": "steps", "load_best_model_at_end": True}
+    assert not parse_arguments([], validation_fraction=0, **settings).training.eval_on_start
+    assert {record.message for record in caplog.records} == {
+        f"{name}: no effect with validation_fraction 0" for name in settings
+    }
+    caplog.clear()
+    parse_arguments([], validation_fraction=0, eval_strategy="no", early_stopping_patience=0, eval_on_start=False)
+    parse_arguments([], **settings)
+    assert not caplog.records
 
 
 def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog):
