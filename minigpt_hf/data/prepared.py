@@ -473,8 +473,8 @@ def warn_if_sample_is_small(tokens: int, size: int, remedy: str, score: str = "v
     if tokens < MIN_TOKENS_FOR_A_SCORE:
         error = TOKEN_LOSS_STANDARD_DEVIATION / math.sqrt(max(tokens, 1))
         logger.warning(
-            "the %s is based on only %s tokens (%s bytes): expect a standard error of about %.2f nats per "
-            "token; for a more reliable score, %s",
+            "a %s on only %s tokens (%s bytes) has a standard error of about %.2f nats per token; for a more reliable "
+            "score, %s",
             score,
             f"{tokens:,}",
             f"{size:,}",

@@ -448,7 +448,7 @@ class MiniGPTTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Steps between checkpoints; below 1, share of all steps; default: eval_steps."}
     )
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Number of checkpoints to keep; the best and the last are always kept."}
+        default=2, metadata={"help": "Number of checkpoints to keep, 0 for all; the best and the last are always kept."}
     )
     load_best_model_at_end: bool = field(  # type: ignore[assignment]  # `_resolve` replaces None
         default=None,

@@ -379,7 +379,7 @@ def test_split_all_includes_the_validation_split_of_the_data(tmp_path, run_folde
     assert scores["all"].documents == 3
     with caplog.at_level(logging.INFO):
         assert model.evaluate(str(tmp_path), max_characters=1000).documents == 3
-    assert "the score is based on only" in caplog.text
+    assert "a score on only" in caplog.text
 
 
 def test_invalid_json_is_reported_with_file_and_line(tmp_path):
