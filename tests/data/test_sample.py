@@ -155,7 +155,7 @@ def test_the_published_score_covers_all_held_out_documents_and_evaluate_repeats_
     stated = f"excerpts from {validation['documents']} of 30 documents"
     assert stated in captured.out  # the plan
     assert stated in (run / "model" / "README.md").read_text()
-    assert f"is based on only {results['tokens']:,} tokens" in captured.err
+    assert f"a validation score on only {results['tokens']:,} tokens" in captured.err
 
     assert main(["evaluate", str(run / "model"), "--data", str(many_documents), "--split", "validation", "--json"]) == 0
     captured = capsys.readouterr()
