@@ -174,15 +174,16 @@ class Source:
     def _read_folder(self, folder: str, selection: FileSelection) -> SourceContent:
         """Read the files of known formats below a folder, or all files if `data_format` is given."""
         formats = {file: self._format_of(file) for file in selection.files}
-        tables = [file for file in selection.files if formats[file] != "text"]
-        if tables:
+        if set(formats.values()) - {"text"}:
             selection.filter(
                 lambda file: not Path(file).stem.lower().startswith(DOCUMENTATION_NAMES), "named README or LICENSE"
             )
+        tables = [file for file in selection.files if formats[file] != "text"]
         extensions = {formats[file]: extension_of(file) for file in selection.files}
         if len(extensions) > 1:
+            texts = len(selection.files) - len(tables)
             raise MiniGPTError(
-                f"{folder}: contains {len(selection.files) - len(tables):,} text files and {len(tables):,} tables "
+                f"{folder}: contains {f'{texts:,} text files and ' if texts else ''}{len(tables):,} tables "
                 f"({', '.join(sorted(extensions.values()))}), whose documents differ in kind; select one format with "
                 f"--data '{folder}/**/*{extension_of(tables[0])}', or read all files as text with --data_format text"
             )

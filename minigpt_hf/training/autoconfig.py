@@ -284,8 +284,10 @@ class AutoConfigurator:
             "these heads attend to previous tokens from the start" if distances else "too few heads or tokens for any"
         )
         self._choose(reason, positional_heads=distances)
+        approximately = ""
         if "num_train_epochs" in training.given and training.max_steps < 0:
             tokens = training.num_train_epochs * len(self.stream)
+            approximately = "about "  # the last step of an epoch may be incomplete, or be omitted
         schedule, steps = self._schedule(shape, tokens)
         tokens_per_step = schedule["per_device_train_batch_size"] * self._batches_per_step() * self.data.block_size
         tokens = steps * tokens_per_step  # the exact number, after rounding
@@ -294,12 +296,12 @@ class AutoConfigurator:
         self._fill_in(batch)
         self._log_chosen(
             batch,
-            f"{steps:,} steps of {tokens_per_step:,} tokens = {tokens:,} tokens, {tokens / self._parameters():.2f} per "
-            f"parameter, {epochs:.2f} epochs",
+            f"{approximately}{steps:,} steps of {tokens_per_step:,} tokens = {tokens:,} tokens, "
+            f"{tokens / self._parameters():.2f} per parameter, {epochs:.2f} epochs",
         )
         rates = {name: schedule.pop(name) for name in ("learning_rate", "muon_learning_rate")}
         self._choose(f"for width {shape.width}", **rates)
-        self._choose(f"for {steps:,} steps", **schedule)
+        self._choose(f"for {approximately}{steps:,} steps", **schedule)
         is_repeated = epochs > MAX_EFFECTIVE_EPOCHS
         reason = f"{'more than' if is_repeated else 'at most'} {MAX_EFFECTIVE_EPOCHS} epochs"
         self._choose(reason, residual_dropout=dropout(epochs))

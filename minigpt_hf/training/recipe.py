@@ -201,6 +201,11 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     for name in unused:
         if name in given | chosen and vars(training)[name] not in (None, False, 0, "no"):
             log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
+    for kind in ("logging", "save"):
+        strategy = vars(training)[f"{kind}_strategy"]
+        if f"{kind}_steps" in given and strategy != "steps":
+            message = f"{kind}_steps: no effect with {kind}_strategy {strategy.value}"
+            log_on_main_process(training, message, logging.WARNING)
     if settings.data.data != recipe_values.get("data", settings.data.data):
         settings = _without_description_of_another_text(settings, recipe_values, given)
     if given >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:

@@ -186,6 +186,13 @@ def test_a_folder_with_text_files_and_tables_is_an_error(tmp_path):
     assert texts_of(tmp_path / "*.jsonl") == ["y"]
 
 
+def test_the_message_on_tables_of_several_formats_counts_only_files_that_would_be_read(tmp_path):
+    for name in ("README.jsonl", "a.jsonl", "b.csv"):
+        (tmp_path / name).write_text("text\nTo be\n")
+    with pytest.raises(MiniGPTError, match=r"contains 2 tables \(\.csv, \.jsonl\)"):
+        load_corpus(str(tmp_path))
+
+
 def test_standard_input_is_a_document(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("über\nalles".encode())))
     assert texts_of("-", cache_dir=tmp_path) == ["über\nalles"]

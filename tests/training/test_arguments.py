@@ -258,6 +258,18 @@ def test_settings_of_evaluations_are_reported_if_there_are_none(caplog):
     assert not caplog.records
 
 
+def test_intervals_in_steps_are_reported_if_reports_or_checkpoints_are_not_by_steps(caplog):
+    parse_arguments("--save_steps 3 --save_strategy no --logging_steps 2 --logging_strategy epoch".split())
+    assert [record.message for record in caplog.records] == [
+        "logging_steps: no effect with logging_strategy epoch",
+        "save_steps: no effect with save_strategy no",
+    ]
+    caplog.clear()
+    parse_arguments("--save_steps 3 --logging_steps 2".split())
+    parse_arguments("--save_strategy no --logging_strategy epoch".split())  # the intervals of the recipe are not given
+    assert not caplog.records
+
+
 def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog):
     caplog.set_level(logging.INFO, "minigpt_hf")
     file = tmp_path / "own.yaml"

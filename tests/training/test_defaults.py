@@ -327,6 +327,17 @@ def test_dropout_and_weight_decay_follow_from_the_number_of_epochs_that_will_be_
     assert training.eval_steps == (0.1 if dropout and not size else 0.25)  # often enough for early stopping
 
 
+def test_the_number_of_steps_of_given_epochs_is_stated_as_approximate(letters, tmp_path, caplog):
+    """The Trainer rounds the steps of an epoch up, and those of the run."""
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    fitted(tmp_path, ["--data", letters, "--num_train_epochs", 2.5])
+    chosen = [record.message for record in caplog.records if " steps" in record.message]
+    assert chosen and all(re.search(r": (for )?about [0-9,]+ steps", message) for message in chosen)
+    caplog.clear()
+    fitted(tmp_path, ["--data", letters])
+    assert " steps of " in caplog.text and not re.search(r"about [0-9,]+ steps", caplog.text)
+
+
 @pytest.mark.parametrize("characters", range(43_000, 55_000, 1_500))
 def test_four_epochs_are_not_exceeded_by_rounding_to_whole_steps(characters, letters, tmp_path):
     """Dropout and weight decay start beyond four epochs, so rounding up would switch them on."""
