@@ -57,6 +57,9 @@ class ModelFolder(os.PathLike):
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a string may be given
+
     def __fspath__(self) -> str:
         return str(self.path)
 

@@ -329,3 +329,9 @@ def test_options_without_effect_are_reported(run_folder, caplog):
     minigpt_hf.generate(run_folder / "model", "def ", max_new_tokens=2, do_sample=False, **options)
     assert "num_beam_groups, bos_token_id: no effect" in caplog.text
     assert "seed: no effect without --do_sample true" in caplog.text
+
+
+def test_a_model_folder_can_be_made_from_a_string(run_folder):
+    folder = minigpt_hf.ModelFolder(str(run_folder / "model"))
+    assert folder == minigpt_hf.ModelFolder(run_folder / "model")
+    assert folder.results == minigpt_hf.ModelFolder(run_folder / "model").results != {}

@@ -60,6 +60,11 @@ def last_question(messages: Iterable[Message]) -> str:
     return next((message["content"] for message in reversed([*messages]) if message["role"] == "user"), "")
 
 
+def system_message(messages: Iterable[Message]) -> str | None:
+    """Return the content of the system message; `None` if there is none."""
+    return next((message["content"] for message in messages if message["role"] == "system"), None)
+
+
 class ChatFormat:
     """Encodes conversations with a tokenizer that has the tokens of ChatML.
 

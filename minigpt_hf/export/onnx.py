@@ -38,7 +38,7 @@ COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "
 TABLE = "| file | matrices | deviation of the logits |\n|---|---|---|"
 NOTE = (
     "Deviation: root mean square of the difference from the logits in float32, divided by their standard deviation. "
-    "`run_onnx.py` generates text without torch."
+    "`run_onnx.py` continues a text without torch{}."
 )
 RUNNER = Path(__file__).with_name("onnx_runner.py")
 TOLERANCE = 1e-4  # absolute, per logit; the order of float32 summation causes differences of about 1e-5
@@ -122,7 +122,8 @@ def export_onnx(folder: Path, out: Path, dtype: str | None = None, context: int 
             _write_smaller(unfinished / "onnx")
             rows |= {name: (SMALLER[name], f"{_deviation(unfinished, name, model):.2g}") for name in SMALLER}
         table = "\n".join(f"| `onnx/{name}` | {kind} | {deviation} |" for name, (kind, deviation) in rows.items())
-        write_card(folder, unfinished, "transformers.js", f"{TABLE}\n{table}\n\n{NOTE}")
+        note = NOTE.format("" if tokenizer.chat_template is None else "; it does not apply the chat template")
+        write_card(folder, unfinished, "transformers.js", f"{TABLE}\n{table}\n\n{note}")
     return out
 
 

@@ -117,6 +117,12 @@ def main() -> None:
             f"the {runner.context} tokens of the context, beyond which the text may be meaningless",
             file=sys.stderr,
         )
+    if (Path(__file__).parent / "chat_template.jinja").is_file():
+        print(
+            "warning: this model has a chat template, which this program does not apply: it continues the prompt as text, "
+            "and does not answer it; use transformers.js for answers",
+            file=sys.stderr,
+        )
     # All tokens are decoded each time, because the bytes of a character may be spread over several tokens, and some decoders
     # omit the space before the first token.
     text = printed = runner.tokenizer.decode(ids)

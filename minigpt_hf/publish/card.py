@@ -176,7 +176,8 @@ def example_messages(metadata: dict[str, Any]) -> list[dict[str, str]]:
     recipe, question = metadata["recipe"], metadata["sample"]["prompt"]
     if not recipe.get("chat"):
         return []
-    system = [{"role": "system", "content": recipe["system"]}] if recipe.get("system") else []
+    systems = metadata["sample"].get("systems") or [recipe.get("system") or None]
+    system = [] if systems[0] is None else [{"role": "system", "content": systems[0]}]
     return [*system, {"role": "user", "content": question or "Hello"}]
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..atomic import write_files
-from ..data.chat_format import last_question
+from ..data.chat_format import last_question, system_message
 from ..errors import NonFiniteLossError
 from ..inference.generation import Prompt, check_ids, encode_prompt, generate
 from .report import duration
@@ -217,6 +217,10 @@ class SampleLogger(TrainerCallback):
         """What each of `number` final samples starts with: the prompt, or the question and a line feed."""
         prompts = self.prompts + self.prompts[:1] * (number - len(self.prompts))
         return [given_text(prompt) for prompt in prompts]
+
+    def systems(self) -> list[str | None]:
+        """The system message of each conversation, `None` if it has none."""
+        return [system_message(prompt) for prompt in self.prompts if not isinstance(prompt, str)]
 
     def _samples(self, model: PreTrainedModel) -> list[str]:
         """Generate a sample with seed 0 for each prompt."""

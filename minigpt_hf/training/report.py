@@ -54,6 +54,7 @@ class TrainingResult:
         prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
         sample_step: The step whose weights generated them.
         given: What each sample starts with, which was not generated.
+        systems: System message of each sample of a conversation, if it has one.
         copying: What the samples of the finished model share with the training text.
     """
 
@@ -76,6 +77,7 @@ class TrainingResult:
     sample_step: int
     samples: list[str]
     given: list[str]
+    systems: list[str | None]
     copying: Copying | None
 
 
@@ -108,6 +110,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         sample_step=_step_of_weights(trainer, True) if finished else samples.latest_step,
         samples=texts,
         given=samples.given(len(texts)),
+        systems=samples.systems(),
         copying=_copying(trainer, texts) if finished and texts else None,
     )
 
@@ -199,6 +202,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "tokens": result.sample_tokens,
             "step": result.sample_step,
             "given": result.given,
+            "systems": result.systems,
             "texts": result.samples,
         },
         "copying": result.copying.to_dict() if result.copying else {},

@@ -143,6 +143,15 @@ def test_the_runner_warns_beyond_the_context(exported, folder, tmp_path):
         assert done.stderr.count("more than the 6 tokens of the context, beyond which the text may be") == warnings
 
 
+def test_the_runner_and_the_card_state_that_the_chat_template_is_not_applied(chat_run, tmp_path, exported):
+    out = export_onnx(chat_run / "model", tmp_path / "onnx")
+    argv = [sys.executable, out / "run_onnx.py", "--prompt", "3 + 1", "--max_new_tokens", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0 and "has a chat template, which this program does not apply" in done.stderr
+    assert "it does not apply the chat template." in (out / "README.md").read_text()
+    assert "chat template" not in (exported / "README.md").read_text()
+
+
 def test_sampling_is_determined_by_the_seed(exported):
     runner = Runner(exported)
     drawn = [list(runner.generate([5, 6], 20, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]

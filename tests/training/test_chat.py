@@ -143,6 +143,30 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
     )
 
 
+@pytest.mark.parametrize("contents", [["Add."], ["Add.", "Sum."]], ids=["equal", "different"])
+def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path):
+    """An answer to the question alone differs from the sample."""
+    lines = [json.loads(line) for line in chats.read_text().splitlines()]
+    systems = [contents[number % len(contents)] for number in range(len(lines))]
+    data = tmp_path / "systems.jsonl"
+    data.write_text(
+        "".join(json.dumps(row | {"system": each}) + "\n" for row, each in zip(lines, systems, strict=True))
+    )
+    flags = ["--block_size", "128", "--max_steps", "2"]
+    folder = fine_tune(run_folder, data, tmp_path / "run", *flags) / "model"
+    card, metadata = (folder / "README.md").read_text(), json.loads((folder / "minigpt.json").read_text())
+    questions = [text.splitlines()[0] for text in metadata["sample"]["texts"]]
+    of_question = {row["messages"][0]["content"]: each for row, each in zip(lines, systems, strict=True)}
+    assert metadata["sample"]["systems"] == [of_question[question] for question in questions]
+    first = [{"role": "system", "content": of_question[questions[0]]}, {"role": "user", "content": questions[0]}]
+    assert ModelCard(card).data.to_dict()["widget"] == [{"messages": first}]
+    assert f"messages = {json.dumps(first)}\n" in card
+    assert ("System message: `Add.`" in card) == (len({*metadata["sample"]["systems"]}) == 1)
+    assert ("have different system messages" in card) == (len({*metadata["sample"]["systems"]}) > 1)
+    answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=metadata["sample"]["tokens"])
+    assert metadata["sample"]["texts"][0] == f"{questions[0]}\n{answered[0]['generated_text'][-1]['content']}"
+
+
 def test_the_card_states_which_questions_are_answered(recipe_file, chats, tmp_path, capsys):
     """Without held-out questions, and with a question that the tokenizer cannot encode."""
     argv = [
