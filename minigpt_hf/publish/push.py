@@ -177,10 +177,10 @@ def commit_folder(
         for file in published_files(folder)
     }
     files["README.md"] = card_for(folder, place, repo_id).encode()
-    named = {**metadata, "name": repo_id, "hub_revision": revision}
-    files["minigpt.json"] = json_bytes(
-        named if revision else {key: named[key] for key in named if key != "hub_revision"}
-    )
+    about = {**metadata, "name": repo_id, "hub_revision": revision}
+    if not revision:
+        del about["hub_revision"]
+    files["minigpt.json"] = json_bytes(about)
     config = MiniGPTConfig.from_pretrained(folder)
     report_stray_weights(folder, "not uploaded")
     if checked is not None and file_states(folder) != checked:
