@@ -133,7 +133,9 @@ def _wrapped(
             try:
                 ids = super().tok_encode(string, *args, **options)
                 end = len(ids) - len(appended)
-                is_text = ids[end:] != appended or ids == super().tok_encode(string, add_special_tokens=False)
+                if not appended or ids[end:] != appended:
+                    return ids
+                is_text = ids == super().tok_encode(string, add_special_tokens=False)
                 return ids if is_text else ids[:end]
             except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
                 what = "a question, an answer or a stop string of the tasks"
