@@ -357,6 +357,7 @@ def prepare(
             "shortens the mixture"
         )
     is_stream = corpus.train.characters is None
+    # A stream that is cut has fewer tokens than `max_tokens` by up to a character's.
     if isinstance(corpus.train, Mixture) and is_stream and max_tokens and len(train) < 0.99 * max_tokens:
         logger.info(
             "the mixture has %s of %s tokens: it ends with the source that is exhausted first",
