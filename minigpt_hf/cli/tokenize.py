@@ -73,7 +73,8 @@ def run(argv: list[str]) -> None:
         with raising_on_sigterm():
             is_new = prepare_shard(arguments.data, share, folder)
         remaining = share.count - len(list(folder.glob(f"shard-*-of-{share.count:05}")))
-        following = f"{remaining:,} shards are missing" if remaining else f"next: minigpt tokenize --merge {folder}"
+        missing = f"missing shards: {remaining:,} of {share.count:,}"
+        following = missing if remaining else f"next: minigpt tokenize --merge {folder}"
         print(f"{folder / str(share)}: {'written' if is_new else 'already complete'}; {following}")
         return
     check_new_folder(folder)

@@ -277,14 +277,14 @@ def _of_shards(
     if missing := sorted(set(range(count)) - {int(match[1]) for match in numbers.values() if match}):
         names = ", ".join(map(str, missing[:SHOWN])) + ", …" * (len(missing) > SHOWN)
         raise MiniGPTError(
-            f"{output}: {len(missing):,} of {count:,} shards are missing ({names}): write them with "
+            f"{output}: missing shards: {len(missing):,} of {count:,} ({names}): write them with "
             f"`minigpt tokenize --shard {missing[0]}/{count}`"
         )
     damaged = {folder.name: fault for folder in folders if (fault := verification_error(folder, cache_dir)) is not None}
     if damaged:
         name, fault = next(iter(damaged.items()))
         raise MiniGPTError(
-            f"{output}: {len(damaged):,} of {count:,} shards are damaged ({name}: {fault}): remove and write them again: "
+            f"{output}: damaged shards: {len(damaged):,} of {count:,} ({name}: {fault}): remove and write them again: "
             f"{', '.join(list(damaged)[:SHOWN])}{', …' * (len(damaged) > SHOWN)}"
         )
     shards = {folder: _read_shard(folder) for folder in folders}

@@ -165,12 +165,15 @@ class SampleLogger(TrainerCallback):
     def _is_due_at_start(self, args, state) -> bool:
         """Whether a sample belongs to the step at which this process starts.
 
-        True for step 0, and for the step of a checkpoint after which a sample was logged (resuming has removed it from the
-        log). A checkpoint saved for a signal has none, so that the log of a resumed run equals that of an uninterrupted one.
+        True for step 0, unless an evaluation follows at once, and for the step of a checkpoint after which a sample was
+        logged (resuming has removed it from the log). A checkpoint saved for a signal has none, so that the log of a resumed
+        run equals that of an uninterrupted one.
         """
         step = state.global_step
-        if step == 0 or step >= state.max_steps:
-            return step == 0
+        if step == 0:
+            return not args.eval_on_start
+        if step >= state.max_steps:
+            return False
         if args.eval_strategy != "no":  # an evaluation that is made on resuming logs its own sample
             return any(row["step"] == step and "eval_loss" in row for row in state.log_history)
         if args.save_strategy == "steps":
@@ -179,7 +182,7 @@ class SampleLogger(TrainerCallback):
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         if state.global_step < state.max_steps:
-            self._show(f"after {state.global_step} steps", state, model)
+            self._show(f"after {state.global_step} steps" if state.global_step else "before training", state, model)
 
     def on_save(self, args, state, control, model, **kwargs):
         if args.eval_strategy == "no" and state.global_step < state.max_steps and not self.stop.stopped:

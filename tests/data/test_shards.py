@@ -240,8 +240,8 @@ def add_division(output: Path) -> None:
 
 
 MERGING = {
-    "missing": (remove_shard, "1 of 4 shards are missing (2): write them with `minigpt tokenize --shard 2/4`"),
-    "damaged": (flip, "1 of 4 shards are damaged (shard-00002-of-00004: the content of train/tokens.bin has changed)"),
+    "missing": (remove_shard, "missing shards: 1 of 4 (2): write them with `minigpt tokenize --shard 2/4`"),
+    "damaged": (flip, "damaged shards: 1 of 4 (shard-00002-of-00004: the content of train/tokens.bin has changed)"),
     "copied": (copy_shard, "shard-00002-of-00004: is a copy of shard 1 of 4: remove it, and write this shard"),
     "of another division": (add_division, "has shards of runs with different numbers of shards (4, 8)"),
     "of another tokenizer": (
@@ -297,7 +297,7 @@ def test_a_merged_folder_is_verified_when_it_is_opened_and_its_index_stays_in_th
     flip(tmp_path / "shards")
     argv = ["train", "--data", tmp_path / "shards", "--output_dir", tmp_path / "run"]
     assert "the content of ../shard-00002-of-00004/train/tokens.bin has changed" in fails(capsys, *argv)
-    assert "1 of 4 shards are damaged" in fails(capsys, "tokenize", "--merge", tmp_path / "shards")
+    assert "damaged shards: 1 of 4" in fails(capsys, "tokenize", "--merge", tmp_path / "shards")
     shutil.copytree(merged, tmp_path / "other")
     manifest = json.loads((tmp_path / "other/index/manifest.json").read_text())
     name = "../shard-00002-of-00004/train/tokens.bin"

@@ -30,6 +30,14 @@ def test_without_validation_there_is_a_sample_at_each_checkpoint(recipe, words, 
     assert [row["step"] for row in logged if "sample" in row] == [0, 3, 6, 8]
 
 
+def test_an_evaluation_at_the_start_has_the_sample_before_training(recipe, words, tmp_path, capsys):
+    flags = ("--sample_tokens", "4", "--validation_fraction", "0.3", "--eval_steps", "4", "--eval_on_start", "true")
+    assert train(recipe, words, tmp_path / "run", *flags) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "sample" in row] == [0, 4, 8]
+    assert capsys.readouterr().out.count("--- sample before training:") == 1
+
+
 def test_a_resumed_run_repeats_the_sample_of_its_checkpoint(recipe, words, tmp_path, capsys):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert train(recipe, words, straight, "--sample_tokens", "4") == 0
