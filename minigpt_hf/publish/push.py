@@ -109,6 +109,10 @@ def push_folder(
         space = open_repository(space, private, content.sdk)
         check_space(space, repo_id)
     urls = commit_folder(folder, repo_id, revision, space=space, checked=checked)
+    if space is None:
+        with naming(urls), hub_errors(repo_id):
+            if linked_space(repo_id, revision):
+                logger.warning("the demo in the Space %s is not changed; --space updates it", repo_id)
     if space is not None:
         with naming(urls):
             card = content.card(read_metadata(folder), repo_id, revision)
@@ -159,8 +163,7 @@ def commit_folder(
 
     Args:
         message: Commit message.
-        space: Hub id of the Space that the card links. Default: the demo of this branch with the name of the model, if
-            there is one.
+        space: Hub id of the Space that the card links. Default: see `linked_space`.
         checked: See `push_folder`.
 
     Returns:
@@ -168,8 +171,7 @@ def commit_folder(
     """
     metadata, revision = read_metadata(folder), check_revision(revision)
     with hub_errors(repo_id):
-        if space is None and demonstrated(repo_id, repo_id) == (revision or "main"):
-            space = repo_id
+        space = space or linked_space(repo_id, revision)
         place = Place(native=True, absent=absent_from_hub(metadata), space=space, revision=revision)
     # Only the weights are read again during the upload, which compares their hash.
     files: dict[str, Path | bytes] = {
@@ -206,6 +208,11 @@ def check_space(space: str, repo_id: str) -> None:
                 f"{space}: this Space is not a demo of {repo_id} (its README.md names other models, or none): choose another "
                 "name for --space"
             )
+
+
+def linked_space(repo_id: str, revision: str | None) -> str | None:
+    """Return the demo of a branch that has the name of the model, if there is one; the card links it in every push."""
+    return repo_id if demonstrated(repo_id, repo_id) == (revision or "main") else None
 
 
 def demonstrated(space: str, repo_id: str) -> str | None:

@@ -193,7 +193,10 @@ def test_page_and_program_replace_each_other_in_one_commit(push, hub, with_templ
 def test_a_later_push_without_the_flag_keeps_the_link_to_the_space_of_the_same_name(push, hub):
     assert push()[0] == 0
     assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
-    assert push("--space")[0] == push()[0] == 0
+    for flags, warned in ((("--space",), False), ((), True)):
+        code, _, errors = push(*flags)
+        assert code == 0
+        assert ("the demo in the Space user/tiny is not changed; --space updates it" in errors) == warned
     assert "https://huggingface.co/spaces/user/tiny" in hub.files("user/tiny")["README.md"].decode()
 
 
