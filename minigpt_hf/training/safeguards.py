@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerCallback
 
 from ..atomic import DISK_FULL, file_size_limit
 from ..errors import (
@@ -33,19 +33,22 @@ from ..errors import (
 )
 from ..inference.evaluation import changed_arithmetic
 from ..publish.model_folder import non_finite_parameter
+from .arguments import MiniGPTTrainingArguments, log_on_main_process
 from .callbacks import preserved_random_state
 from .run_folder import RunFolder
 from .schedule import learning_rate_schedule
 from .sharding import data_parallel_size
 
 if TYPE_CHECKING:
-    from .arguments import MiniGPTTrainingArguments
     from .trainer import MiniGPTTrainer
 
 logger = logging.getLogger(__name__)
 
 # A uniform guess costs ln(vocabulary size) nats per token; a loss above this multiple of it has exploded.
 EXPLOSION = 10
+# The argument of an optimizer for each setting of Adam.
+ADAM_SETTINGS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 # -- losses, gradients and weights ------------------------------------------------------------------------------------
@@ -320,7 +323,7 @@ def preserved_global_state() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def check_torch_settings(training: "MiniGPTTrainingArguments") -> None:
+def check_torch_settings(training: MiniGPTTrainingArguments) -> None:
     """Check global settings of torch that the caller of the Python interface may have made.
 
     Raises:
@@ -346,13 +349,21 @@ def check_torch_settings(training: "MiniGPTTrainingArguments") -> None:
 def check_optimizer_and_schedule(trainer: Trainer) -> None:
     """Create the optimizer class and a schedule once, since the Trainer does so after the run folder is written.
 
+    Settings in the command that the optimizer or the schedule does not use are reported.
+
     Raises:
         MiniGPTError: if the schedule rejects its settings.
         ValueError, ImportError: if the optimizer does.
     """
     args = trainer.args
+    unused = {}
     if not args.muon:
-        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        _, used = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        unused = {name: f"optim {args.optim.value}" for name, argument in ADAM_SETTINGS.items() if argument not in used}
+    if args.warmup_steps and args.lr_scheduler_type in WITHOUT_WARMUP:
+        unused["warmup_steps"] = f"lr_scheduler_type {args.lr_scheduler_type.value}"
+    for name in sorted(unused.keys() & args.given_in_command):
+        log_on_main_process(args, f"{name}: no effect with {unused[name]}", logging.WARNING)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         learning_rate_schedule(optimizer, args, max(1, args.max_steps))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.training.optimizer import MuonAdamW, muon_adamw, orthogonalize
 from minigpt_hf.training.run_folder import read_log
 from tests.conftest import random_ids, tiny_config, tiny_model
+from tests.training.conftest import train
 
 SHAPES = [(32, 32), (96, 32), (96, 32), (32, 96), (16, 32)]
 
@@ -125,3 +127,21 @@ def test_min_lr_of_a_schedule_is_the_absolute_learning_rate(text_file, recipe_fi
     # Step k of 6 has the rate after k - 1 steps, on half a cosine from peak to minimum.
     expected = [2e-3 + 6e-3 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        (
+            "--optim sgd --adam_beta1 0.8 --adam_epsilon 1e-6 --adam_beta2 0.9",
+            ["adam_beta1", "adam_beta2", "adam_epsilon"],
+        ),
+        ("--optim rmsprop --lr_scheduler_type constant --warmup_steps 1", ["warmup_steps"]),
+        ("--optim adamw_torch --adam_beta2 0.9 --adam_epsilon 1e-6 --warmup_steps 1", []),
+        ("--optim sgd --lr_scheduler_type constant --warmup_steps 0", []),
+    ],
+)
+def test_settings_that_optimizer_and_schedule_do_not_use_are_reported(flags, unused, recipe, words, tmp_path, capsys):
+    assert train(recipe, words, tmp_path / "run", "--no_muon", "--max_steps", "2", *flags.split()) == 0
+    reported = re.findall(r"(\w+): no effect with (?:optim|lr_scheduler_type) \w+\n", capsys.readouterr().err)
+    assert reported == unused
