@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 KINDS = ("none", "exact", "near")
 VERSION = 2  # version of the format of the cached result
 NUM_HASHES, THRESHOLD, SHINGLE = 128, 0.8, 5
+# Documents are compared if all hashes of one of these groups are equal. With 8, the default of `rensa`, half of the documents
+# that share 85 % of their sequences are never compared; with 16, fewer than 1 %.
+NUM_BANDS = 16
 CHARACTERS_PER_WORD = 20  # in a text with longer words, such as Chinese, sequences of characters are compared
 BATCH_DOCUMENTS = 1000
 DROPPED = "duplicates.jsonl"
@@ -133,7 +136,7 @@ def _near(documents: IndexedDocuments) -> Pairs:
     """Find documents that are similar to an earlier one that is kept."""
     from rensa import RMinHash, RMinHashDeduplicator
 
-    found = RMinHashDeduplicator(threshold=THRESHOLD, num_perm=NUM_HASHES, use_lsh=True)
+    found = RMinHashDeduplicator(threshold=THRESHOLD, num_perm=NUM_HASHES, use_lsh=True, num_bands=NUM_BANDS)
     texts, start = iter(documents), 0
     while batch := list(islice(texts, BATCH_DOCUMENTS)):
         sketches = RMinHash.from_token_sets(map(shingles, batch), num_perm=NUM_HASHES, seed=42)

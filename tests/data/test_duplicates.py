@@ -127,3 +127,17 @@ def test_the_list_names_the_rows_of_the_table_that_is_read(tmp_path):
     assert listed("one.jsonl") == [("row 31", "row 21"), ("row 32", "row 4"), ("row 33", "row 23")]
     assert listed("other.jsonl") == [("row 33", "row 23"), ("row 34", "row 6"), ("row 35", "row 25")]
     assert listed("one.jsonl", Share(1, 2)) == [("row 31", "row 21"), ("row 33", "row 23")]
+
+
+@needs_rensa
+def test_nearly_all_documents_are_found_that_share_clearly_more_than_the_threshold(tmp_path):
+    source, words = random.Random(0), [f"word{number}" for number in range(5000)]
+    texts = [source.choices(words, k=400) for _ in range(100)]
+    changed = [list(one) for one in texts]
+    for one in changed:
+        for position in range(40, 400, 60):  # in 30 of 396 sequences: 366 of 396 + 30 are shared, 86 %
+            one[position] = "changed"
+    rows = [json.dumps({"text": " ".join(one)}) + "\n" for one in texts + changed]
+    data = write_files(tmp_path, {"rows.jsonl": "".join(rows)})
+    corpus = load_corpus(f"{data}/rows.jsonl", 0, dedup="near", cache_dir=tmp_path / "cache")
+    assert 100 <= len(list(corpus.train)) <= 102
