@@ -39,6 +39,7 @@ class Corpus:
         unused: A validation split provided with the data that is not used, because `validation_fraction` is 0.
         inputs: See `SourceContent`.
         duplicates: List of the dropped documents, for each source; see `duplicates`.
+        is_provided: Whether the validation split was provided with the data, so that `validation_fraction` has no effect.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Corpus:
     unused: Documents | None = None
     inputs: str = ""
     duplicates: tuple[Path, ...] = ()
+    is_provided: bool = False
 
 
 def load_corpus(
@@ -192,6 +194,7 @@ def _mix(data: str, corpora: list[Corpus], weights: list[float]) -> Corpus:
         mix_existing([corpus.validation for corpus in corpora], "validation "),
         "; ".join(f"of {public_name(corpus.name)}: {corpus.split_description}" for corpus in corpora),
         mix_existing([corpus.unused for corpus in corpora], "unused "),
+        is_provided=all(corpus.is_provided for corpus in corpora),
     )
 
 
@@ -327,7 +330,8 @@ def _split_one(
 ) -> Corpus:
     documents = content.train
     if content.validation is not None:
-        return Corpus(name, documents, content.validation, "the validation split provided with the data")
+        description = "the validation split provided with the data"
+        return Corpus(name, documents, content.validation, description, is_provided=True)
     if isinstance(documents, StreamedDocuments):
         description = f"documents with the lowest hash of their content, a share of {fraction:g}"
         return Corpus(name, replace(documents, low=fraction), replace(documents, high=fraction), description)

@@ -277,9 +277,14 @@ def without_empty(documents: IndexedDocuments, kind: str) -> IndexedDocuments:
 
 @dataclass(frozen=True)
 class TableRows:
-    """A memory-mapped dataset with a column `text`; each row is a document."""
+    """A memory-mapped dataset with a column `text`; each row is a document.
+
+    Args:
+        start: Number of the rows of the table that precede them, if they are a share of it.
+    """
 
     rows: datasets.Dataset
+    start: int = 0
 
     def parts(self, index: np.ndarray, every: int) -> Iterator[tuple[bool, str]]:
         """Yield the parts of the documents.
@@ -303,7 +308,7 @@ class TableRows:
 
     def describe(self, row: int) -> str:
         """Describe a document for messages."""
-        return f"row {row + 1:,}"
+        return f"row {self.start + row + 1:,}"
 
     def documents(self, cache_dir: Path) -> IndexedDocuments:
         """Index all rows; those without text are omitted."""

@@ -17,14 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MiniGPTError
+from .arrays import blocks
 from .cache import cached
 from .documents import IndexedDocuments, StreamedDocuments, TextFiles
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("none", "exact", "near")
-VERSION = 1  # version of the format of the cached result
+VERSION = 2  # version of the format of the cached result
 NUM_HASHES, THRESHOLD, SHINGLE = 128, 0.8, 5
+# Documents are compared if all hashes of one of these groups are equal. With 8, the default of `rensa`, half of the documents
+# that share 85 % of their sequences are never compared; with 16, fewer than 1 %.
+NUM_BANDS = 16
 CHARACTERS_PER_WORD = 20  # in a text with longer words, such as Chinese, sequences of characters are compared
 BATCH_DOCUMENTS = 1000
 DROPPED = "duplicates.jsonl"
@@ -63,8 +67,9 @@ def without_duplicates(
     if isinstance(documents, StreamedDocuments):
         raise MiniGPTError(f"{name}: --dedup {kind} requires all documents: omit --streaming")
     find = _exact if kind == "exact" else _near
-    paths = documents.source.paths if isinstance(documents.source, TextFiles) else ()
-    key = json.dumps([VERSION, kind, documents.fingerprint, paths, version("rensa") if _has_rensa(kind) else None])
+    key = json.dumps(
+        [VERSION, kind, documents.fingerprint, _names_sha256(documents), version("rensa") if _has_rensa(kind) else None]
+    )
 
     def write(folder: Path) -> None:
         is_kept = np.ones(len(documents), bool)
@@ -89,6 +94,16 @@ def without_duplicates(
     note = f"{np.count_nonzero(~is_kept):,} of {len(documents):,} documents dropped as {kind} duplicates"
     logger.info("%s: %s, which are listed in %s", name, note, folder / DROPPED)
     return Unique(documents.select(is_kept), note, folder / DROPPED)
+
+
+def _names_sha256(documents: IndexedDocuments) -> str:
+    """Return a hash of what determines the names of the documents in the list of duplicates."""
+    source, digest = documents.source, hashlib.sha256()
+    names = [source.name(path) for path in source.paths] if isinstance(source, TextFiles) else source.start
+    digest.update(json.dumps(names).encode())
+    for block in blocks(documents.index):
+        digest.update(np.ascontiguousarray(block["row"]).tobytes())
+    return digest.hexdigest()
 
 
 def _article(kind: str) -> str:
@@ -121,7 +136,7 @@ def _near(documents: IndexedDocuments) -> Pairs:
     """Find documents that are similar to an earlier one that is kept."""
     from rensa import RMinHash, RMinHashDeduplicator
 
-    found = RMinHashDeduplicator(threshold=THRESHOLD, num_perm=NUM_HASHES, use_lsh=True)
+    found = RMinHashDeduplicator(threshold=THRESHOLD, num_perm=NUM_HASHES, use_lsh=True, num_bands=NUM_BANDS)
     texts, start = iter(documents), 0
     while batch := list(islice(texts, BATCH_DOCUMENTS)):
         sketches = RMinHash.from_token_sets(map(shingles, batch), num_perm=NUM_HASHES, seed=42)

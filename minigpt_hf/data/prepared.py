@@ -381,8 +381,7 @@ def prepare(
             window,
         )
         is_complete = validation.characters == corpus.validation.characters
-        remedy = "provide more text, or raise --validation_fraction"
-        remedy += "" if is_complete else " or --validation_characters"
+        remedy = _remedy_for_small_sample(corpus, "text") if is_complete else "raise --validation_characters"
         warn_if_sample_is_small(validation.targets, validation.bytes, remedy)
     return PreparedText(
         name=corpus.name,
@@ -443,9 +442,8 @@ def prepare_conversations(
         validation = encode(corpus.validation, "validation")
         characters, documents = validation.characters, len(validation.documents)
         scored = ValidationSample(documents, corpus.validation.number_of_documents, characters, characters, window=0)
-        warn_if_sample_is_small(
-            validation.targets, validation.bytes, "provide more conversations, or raise --validation_fraction"
-        )
+        remedy = _remedy_for_small_sample(corpus, "conversations")
+        warn_if_sample_is_small(validation.targets, validation.bytes, remedy)
     return PreparedText(corpus.name, corpus.split_description, tokenizer, None, chosen, train, validation, scored)
 
 
@@ -460,6 +458,12 @@ def report_lossy_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Docume
     )
     logger.warning("%s, such as --tokenizer bpe", sentence)
     return sentence
+
+
+def _remedy_for_small_sample(corpus: Corpus, what: str) -> str:
+    if corpus.is_provided:
+        return f"provide a validation split with more {what}"
+    return f"provide more {what}, or raise --validation_fraction"
 
 
 def warn_if_sample_is_small(tokens: int, size: int, remedy: str, score: str = "validation score") -> None:

@@ -295,7 +295,7 @@ class Source:
             if not files:  # all files are in other shares
                 return TextFiles((), self.decoding).documents(self.cache_dir)
             rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
-        return TableRows(self._share_of(rows) if is_share_of_rows else rows).documents(self.cache_dir)
+        return (self._share_of(rows) if is_share_of_rows else TableRows(rows)).documents(self.cache_dir)
 
     def _report_unused(self, subject: str, *names: str) -> None:
         """Log which of the settings `names` are given, although they have no effect on `subject`."""
@@ -333,9 +333,12 @@ class Source:
             )
         return files, True
 
-    def _share_of(self, rows: datasets.Dataset) -> datasets.Dataset:
+    def _share_of(self, rows: datasets.Dataset) -> TableRows:
         """Return the rows of the share, without copying them."""
-        return rows if self.share is None else rows.select(self.share.of_rows(len(rows)))
+        if self.share is None:
+            return TableRows(rows)
+        positions = self.share.of_rows(len(rows))
+        return TableRows(rows.select(positions), positions.start)
 
     def _regular_file(self, path: Path) -> str:
         """Return the file to read: the path itself, or a copy of a pipe inherited by this process, as from `<(command)`."""
@@ -500,7 +503,7 @@ class Source:
         if rows.features["text"].dtype == "string_view":  # pyarrow can neither measure nor select such values
             rows = large_strings(rows, self.data, self.cache_dir)
         self.inputs.append([column, len(rows)])
-        return TableRows(self._share_of(rows)).documents(self.cache_dir)
+        return self._share_of(rows).documents(self.cache_dir)
 
     def _streamed_columns(self, rows: datasets.IterableDataset) -> tuple[list[str], list[str], list[str]]:
         """Return the arguments of `_choose_column`, from the first rows: any of them may have no text."""

@@ -201,10 +201,14 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     for name in unused:
         if name in given | chosen and vars(training)[name] not in (None, False, 0, "no"):
             log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
-    for kind in ("logging", "save"):
+    training = settings.training  # without a validation split, `eval_strategy` is `no`
+    for kind in ("logging", "eval", "save"):
         strategy = vars(training)[f"{kind}_strategy"]
-        if f"{kind}_steps" in given and strategy != "steps":
-            message = f"{kind}_steps: no effect with {kind}_strategy {strategy.value}"
+        is_default_of_save_steps = (
+            kind == "eval" and training.save_strategy == "steps" and "save_steps" not in training.given
+        )
+        if f"{kind}_steps" in given and strategy != "steps" and not is_default_of_save_steps:
+            message = f"{kind}_steps: no effect with {kind}_strategy {getattr(strategy, 'value', strategy)}"
             log_on_main_process(training, message, logging.WARNING)
     if settings.data.data != recipe_values.get("data", settings.data.data):
         settings = _without_description_of_another_text(settings, recipe_values, given)

@@ -9,6 +9,7 @@ import pytest
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.duplicates import shingles
+from minigpt_hf.data.files import Share
 from minigpt_hf.data.prepared import PreparedText
 from minigpt_hf.errors import MiniGPTError
 from tests.data.test_corpus import write_files
@@ -111,3 +112,32 @@ def test_sequences_of_characters_represent_texts_with_few_or_long_words():
     assert list(shingles("abcdefg")) == ["abcde", "bcdef", "cdefg"]
     assert list(shingles("ab")) == ["ab"]
     assert set(map(len, shingles("中文" * 100))) == {5}
+
+
+def test_the_list_names_the_rows_of_the_table_that_is_read(tmp_path):
+    texts = [f"document {number} with some words" for number in range(30)]
+    texts += [texts[20], texts[3], texts[22]]  # of these, a shard of half of the rows finds the first and the last
+    rows = [json.dumps({"text": one}) + "\n" for one in texts]
+    data = write_files(tmp_path, {"one.jsonl": "".join(rows), "other.jsonl": '{"text": ""}\n' * 2 + "".join(rows)})
+
+    def listed(name: str, share: Share | None = None) -> list[tuple[str, str]]:
+        corpus = load_corpus(f"{data}/{name}", 0, dedup="exact", share=share, cache_dir=tmp_path / "cache")
+        return [tuple(json.loads(line).values()) for line in corpus.duplicates[0].read_text().splitlines()]
+
+    assert listed("one.jsonl") == [("row 31", "row 21"), ("row 32", "row 4"), ("row 33", "row 23")]
+    assert listed("other.jsonl") == [("row 33", "row 23"), ("row 34", "row 6"), ("row 35", "row 25")]
+    assert listed("one.jsonl", Share(1, 2)) == [("row 31", "row 21"), ("row 33", "row 23")]
+
+
+@needs_rensa
+def test_nearly_all_documents_are_found_that_share_clearly_more_than_the_threshold(tmp_path):
+    source, words = random.Random(0), [f"word{number}" for number in range(5000)]
+    texts = [source.choices(words, k=400) for _ in range(100)]
+    changed = [list(one) for one in texts]
+    for one in changed:
+        for position in range(40, 400, 60):  # in 30 of 396 sequences: 366 of 396 + 30 are shared, 86 %
+            one[position] = "changed"
+    rows = [json.dumps({"text": " ".join(one)}) + "\n" for one in texts + changed]
+    data = write_files(tmp_path, {"rows.jsonl": "".join(rows)})
+    corpus = load_corpus(f"{data}/rows.jsonl", 0, dedup="near", cache_dir=tmp_path / "cache")
+    assert 100 <= len(list(corpus.train)) <= 102

@@ -176,10 +176,20 @@ def test_a_score_of_fewer_than_10_000_tokens_causes_a_warning(tokens, warns, tmp
     assert ("a validation score on only" in caplog.text) == warns
 
 
-@pytest.mark.parametrize(("characters", "helps"), [(500, True), (5_000, False)])
-def test_the_warning_names_validation_characters_only_if_more_text_is_held_out(characters, helps, tmp_path, caplog):
-    (tmp_path / "text.txt").write_text("0123456789" * 200)
-    corpus = load_corpus(str(tmp_path / "text.txt"), 0.5)
+@pytest.mark.parametrize(
+    ("characters", "is_provided", "remedy"),
+    [
+        (500, False, "raise --validation_characters"),
+        (500, True, "raise --validation_characters"),
+        (5_000, False, "provide more text, or raise --validation_fraction"),
+        (5_000, True, "provide a validation split with more text"),
+    ],
+)
+def test_the_warning_names_a_setting_that_adds_text_to_the_sample(characters, is_provided, remedy, tmp_path, caplog):
+    row = json.dumps({"text": "0123456789" * 200}) + "\n"
+    (tmp_path / "train.jsonl").write_text(row)
+    if is_provided:
+        (tmp_path / "validation.jsonl").write_text(row)
+    corpus = load_corpus(str(tmp_path), 0.5, cache_dir=tmp_path / "cache")
     prepare(corpus, "bytes", 0, tmp_path / "cache", block_size=32, validation_characters=characters)
-    assert "or raise --validation_fraction" in caplog.text
-    assert ("or --validation_characters" in caplog.text) == helps
+    assert f"for a more reliable score, {remedy}\n" in caplog.text

@@ -267,7 +267,13 @@ def test_intervals_in_steps_are_reported_if_reports_or_checkpoints_are_not_by_st
     caplog.clear()
     parse_arguments("--save_steps 3 --logging_steps 2".split())
     parse_arguments("--save_strategy no --logging_strategy epoch".split())  # the intervals of the recipe are not given
+    parse_arguments("--eval_steps 3 --eval_strategy no".split())  # the default of `save_steps`
     assert not caplog.records
+    parse_arguments("--eval_steps 3 --eval_strategy epoch --save_strategy epoch".split())
+    parse_arguments("--eval_steps 3 --validation_fraction 0 --save_steps 2".split())
+    assert [record.message for record in caplog.records] == [
+        f"eval_steps: no effect with eval_strategy {strategy}" for strategy in ("epoch", "no")
+    ]
 
 
 def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog):
