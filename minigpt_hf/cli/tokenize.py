@@ -1,6 +1,7 @@
 """`minigpt tokenize`: tokenize a text once, into a folder that `minigpt train --data` reads on any machine."""
 
 import argparse
+import logging
 import time
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def run(argv: list[str]) -> None:
 
     from ..atomic import check_new_folder
     from ..data.files import Share
+    from ..training.arguments import log_on_main_process
     from ..training.autoconfig import AutoConfigurator
     from ..training.recipe import parse_arguments
     from ..training.run_folder import RunFolder
@@ -70,6 +72,8 @@ def run(argv: list[str]) -> None:
     quiet()
     folder = Path(training.output_dir)
     if share is not None:
+        if "vocab_size" in training.given_in_command:
+            log_on_main_process(training, "vocab_size: no effect with --shard", logging.WARNING)
         with raising_on_sigterm():
             is_new = prepare_shard(arguments.data, share, folder)
         remaining = share.count - len(list(folder.glob(f"shard-*-of-{share.count:05}")))
@@ -81,6 +85,7 @@ def run(argv: list[str]) -> None:
     configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
     with raising_on_sigterm():
         text = prepare_text(configurator.data, configurator.choose_tokenizer)
+        configurator.report_vocabulary(text)
         text.save(folder, vars(configurator.data))
     held_out = f"{len(text.validation):,} validation tokens" if text.validation else "no validation split"
     print(

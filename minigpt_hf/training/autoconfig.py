@@ -361,19 +361,23 @@ class AutoConfigurator:
                 f"eval_delay {training.eval_delay:g}: there are only {steps:,} steps, so the model is not evaluated",
                 level=logging.WARNING,
             )
-        vocabulary = vocabulary_size(text.tokenizer)
-        if text.kind == "bpe" and vocabulary < data.vocab_size:
-            self._log(f"vocab_size {vocabulary:,}: the text is too short for {data.vocab_size:,} tokens")
-        elif "vocab_size" in given and vocabulary != self.requested_vocab_size:
-            self._log(
-                f"vocab_size {self.requested_vocab_size:,}: no effect, tokenizer {text.kind} has {vocabulary:,} tokens"
-            )
+        self.report_vocabulary(text)
         if training.sample_prompt is None and not data.chat:
             self.settings = self.settings.replace(sample_prompt=first_words(text))
             if self.training.sample_prompt:
                 self._log(f"sample_prompt {self.training.sample_prompt!r}: the first words of the text")
             else:
                 self._log("sample_prompt is empty, so samples start a document: the text does not start with words")
+
+    def report_vocabulary(self, text: PreparedText) -> None:
+        """Log if the vocabulary does not have the requested size."""
+        vocabulary = vocabulary_size(text.tokenizer)
+        if text.kind == "bpe" and vocabulary < self.data.vocab_size:
+            self._log(f"vocab_size {vocabulary:,}: the text is too short for {self.data.vocab_size:,} tokens")
+        elif "vocab_size" in self.training.given_in_command and vocabulary != self.requested_vocab_size:
+            self._log(
+                f"vocab_size {self.requested_vocab_size:,}: no effect, tokenizer {text.kind} has {vocabulary:,} tokens"
+            )
 
     def _planned_steps(self, text: PreparedText) -> int:
         training, block_size = self.training, self.data.block_size

@@ -201,6 +201,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     for name in unused:
         if name in given | chosen and vars(training)[name] not in (None, False, 0, "no"):
             log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
+    if "validation_characters" in given and settings.data.validation_fraction == 0 and not settings.data.chat:
+        log_on_main_process(training, "validation_characters: no effect with validation_fraction 0", logging.WARNING)
     training = settings.training  # without a validation split, `eval_strategy` is `no`
     for kind in ("logging", "eval", "save"):
         strategy = vars(training)[f"{kind}_strategy"]

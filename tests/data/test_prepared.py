@@ -88,6 +88,25 @@ def test_training_on_a_prepared_text_equals_training_on_the_original(text_file, 
     assert "--output_dir FOLDER is required" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "vocab_size 300: no effect, tokenizer bytes has 258 tokens"), (["--shard", "0/2"], "vocab_size: no effect")],
+    ids=["whole", "shard"],
+)
+def test_a_vocabulary_that_the_tokenizer_does_not_have_is_reported(flags, message, text, tmp_path, capsys):
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps({"text": text[:300]}) + "\n" for _ in range(4)))
+    data = [
+        "--data",
+        str(tmp_path / "table.jsonl"),
+        "--validation_fraction",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["tokenize", *data, *flags, "--tokenizer", "bytes", "--vocab_size", "300"]) == 0
+    assert message in capsys.readouterr().err
+
+
 def test_a_prepared_text_is_published_and_evaluated_with_its_settings(text, recipe_file, tmp_path, capsys):
     """Each of these settings changes the score or is an error if `evaluate` does not use it."""
     original, prepared, run = tmp_path / "plays.dat", tmp_path / "prepared", tmp_path / "run"

@@ -248,9 +248,10 @@ def test_settings_of_evaluations_are_reported_if_there_are_none(caplog):
     ]
     caplog.clear()
     settings |= {"eval_strategy": "steps", "load_best_model_at_end": True}
-    assert not parse_arguments([], validation_fraction=0, **settings).training.eval_on_start
+    without = parse_arguments([], validation_fraction=0, validation_characters=50, **settings)
+    assert not without.training.eval_on_start
     assert {record.message for record in caplog.records} == {
-        f"{name}: no effect with validation_fraction 0" for name in settings
+        f"{name}: no effect with validation_fraction 0" for name in (*settings, "validation_characters")
     }
     caplog.clear()
     parse_arguments([], validation_fraction=0, eval_strategy="no", early_stopping_patience=0, eval_on_start=False)
