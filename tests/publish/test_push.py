@@ -303,7 +303,9 @@ def test_weights_that_are_replaced_during_the_upload_are_not_published(updated, 
     assert ("user/tiny was updated before" in str(error.value)) == bool(updated)
     branches = {"main": uploaded(hub, "user/tiny"), "minigpt": hub.files("user/tiny", "minigpt")}
     with_weights = {name: files for name, files in branches.items() if "model.safetensors" in files}
-    assert {name: files["model.safetensors"] for name, files in with_weights.items()} == dict.fromkeys(updated, original)
+    assert {name: files["model.safetensors"] for name, files in with_weights.items()} == dict.fromkeys(
+        updated, original
+    )
 
 
 def test_a_failure_of_the_second_branch_names_the_branch_that_was_updated(run_folder, hub, capsys):
