@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
-from ..trust import read_metadata
+from ..trust import read_metadata, recipe_text
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,23 @@ def example_messages(metadata: dict[str, Any]) -> list[dict[str, str]]:
     systems = metadata["sample"].get("systems") or [recipe.get("system") or None]
     system = [] if systems[0] is None else [{"role": "system", "content": systems[0]}]
     return [*system, {"role": "user", "content": question or "Hello"}]
+
+
+def report_system_messages(folder: Path, what: str) -> bool:
+    """Log, and return, whether the samples of a model answer conversations with system messages of their own.
+
+    Args:
+        what: What starts conversations with the system message of the settings, or with none.
+    """
+    sample = read_metadata(folder).get("sample")
+    systems = sample.get("systems") if isinstance(sample, dict) else None
+    found = {each for each in systems if isinstance(each, str)} if isinstance(systems, list) else set()
+    if has_others := bool(found - {recipe_text(folder, "system")}):
+        logger.warning(
+            f"{folder}: conversations of the training have system messages of their own, which {what} does not contain, so "
+            "its answers may differ from those in the card"
+        )
+    return has_others
 
 
 def messages_literal(metadata: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.native import qwen3_settings
 from ..trust import read_metadata, recipe_text
-from .card import Place, base_model, card_for, rendered_card
+from .card import Place, base_model, card_for, rendered_card, report_system_messages
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
 from .space import PROGRAM_FILES, space_of
 
@@ -105,6 +105,8 @@ def push_folder(
     if space is not None:
         with hub_errors(repo_id):
             private = private or bool(HfApi().model_info(repo_id).private)  # a page contains the weights
+        if page is None:
+            report_system_messages(folder, "the program of the Space")
         content = space_of(repo_id, page, revision, recipe_text(folder, "system"))
         space = open_repository(space, private, content.sdk)
         check_space(space, repo_id)
