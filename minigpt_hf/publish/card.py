@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..doctor.card import ACTIVE
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..trust import read_metadata, recipe_text
@@ -251,6 +252,7 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         absent: Hub ids that are not linked.
     """
     prompt, messages = metadata["sample"]["prompt"], example_messages(metadata)
+    shown = [prompt, *(message["content"] for message in messages)]  # by other programs, in web pages
     datasets = [name for name in metadata["data"]["datasets"] if name not in absent]
     base = base_model(metadata, absent)
     results = [
@@ -271,7 +273,7 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         base_model_relation="finetune" if base else None,
         co2_eq_emissions=emissions(metadata),
         widget=[{"messages": messages} if messages else {"text": prompt}]
-        if prompt and not CONTROL_CHARACTERS.search(f"{prompt} {messages}")
+        if prompt and not any(CONTROL_CHARACTERS.search(each) or ACTIVE.search(each) for each in shown)
         else None,
         eval_results=results or None,
     )

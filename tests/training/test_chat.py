@@ -143,6 +143,14 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
     )
 
 
+def test_markup_in_a_system_message_is_not_in_the_widget(run_folder, chats, tmp_path):
+    """The Hub shows the widget in a page, and `push` rejects active markup in it."""
+    flags = ["--block_size", "128", "--max_steps", "2", "--system", "No <script>."]
+    folder = fine_tune(run_folder, chats, tmp_path / "run", *flags) / "model"
+    assert "widget" not in ModelCard((folder / "README.md").read_text()).data.to_dict()
+    assert not doctor.failures(doctor.examine_files(folder))
+
+
 @pytest.mark.parametrize("contents", [["Add {{ x }}\nTODO `"], ["Add.", "Sum."]], ids=["equal", "different"])
 def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path):
     """An answer to the question alone differs from the sample."""
