@@ -120,9 +120,11 @@ def _prompts(folder: Folder) -> Iterator[tuple[str, str]]:
     if CARD in folder.files:
         widget = _metadata(folder).get("widget")
         for entry in widget if isinstance(widget, list) else []:
-            prompt = entry.get("text") if isinstance(entry, dict) else entry
-            if isinstance(prompt, str):
-                yield CARD, prompt
+            prompts = [entry.get("text") if isinstance(entry, dict) else entry]
+            messages = entry.get("messages") if isinstance(entry, dict) else None
+            for message in messages if isinstance(messages, list) else []:
+                prompts.append(message.get("content") if isinstance(message, dict) else message)
+            yield from ((CARD, prompt) for prompt in prompts if isinstance(prompt, str))
     about = folder.json_if_there("minigpt.json")
     for part, name in (("sample", "prompt"), ("recipe", "sample_prompt")):
         if isinstance(about.get(part), dict) and isinstance(about[part].get(name), str):

@@ -33,6 +33,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM
 from ..model.native import qwen3_settings
+from ..publish.card import report_system_messages
 from ..trust import recipe_text
 from .conversion import (
     check_context,
@@ -105,6 +106,8 @@ def export_gguf(folder: Path, out: Path, dtype: str | None = None, context: int 
                 f"{folder}: the Modelfile omits the system message of training, which has or ends with quotes"
             )
             system = ""
+        elif is_chat:
+            report_system_messages(folder, "the Modelfile")
         content = modelfile(file.name, model.generation_config, ends, context, is_chat, system)
         (unfinished / "Modelfile").write_text(content, encoding="utf-8")
     return out

@@ -28,7 +28,7 @@ from ..data.tokenizer import bos_token_id
 from ..errors import MiniGPTError
 from ..model import modeling_minigpt
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..publish.card import has_changed_data, has_copying, is_seen_by_base_model
+from ..publish.card import has_changed_data, has_copying, is_seen_by_base_model, report_system_messages
 from ..training.run_folder import RunFolder, is_model_of, read_json, read_log
 from ..trust import read_metadata, recipe_text
 from .conversion import (
@@ -184,6 +184,7 @@ def _page(
         "config": _settings(model, context),
         "tokenizer": source.vocabulary,
         "chat": source.chat,
+        "hasOtherSystems": source.chat is not None and report_system_messages(folder, "the page"),
         "hasTemplate": source.tokenizer.chat_template is not None,
         "bos": bos_token_id(source.tokenizer),
         "stop": _stop_ids(model, source.chat),

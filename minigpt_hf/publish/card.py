@@ -16,9 +16,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..doctor.card import ACTIVE
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
-from ..trust import read_metadata
+from ..trust import read_metadata, recipe_text
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,23 @@ def example_messages(metadata: dict[str, Any]) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": question or "Hello"}]
 
 
+def report_system_messages(folder: Path, what: str) -> bool:
+    """Log, and return, whether the samples of a model answer conversations with system messages of their own.
+
+    Args:
+        what: What starts conversations with the system message of the settings, or with none.
+    """
+    sample = read_metadata(folder).get("sample")
+    systems = sample.get("systems") if isinstance(sample, dict) else None
+    found = {each for each in systems if isinstance(each, str)} if isinstance(systems, list) else set()
+    if has_others := bool(found - {recipe_text(folder, "system")}):
+        logger.warning(
+            f"{folder}: conversations of the training have system messages of their own, which {what} does not contain, so "
+            "its answers may differ from those in the card"
+        )
+    return has_others
+
+
 def messages_literal(metadata: dict[str, Any]) -> str:
     """Return `example_messages` as a Python literal; "" for other models."""
     messages = [
@@ -234,6 +252,7 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         absent: Hub ids that are not linked.
     """
     prompt, messages = metadata["sample"]["prompt"], example_messages(metadata)
+    shown = [prompt, *(message["content"] for message in messages)]  # by other programs, in web pages
     datasets = [name for name in metadata["data"]["datasets"] if name not in absent]
     base = base_model(metadata, absent)
     results = [
@@ -254,7 +273,7 @@ def card_data(metadata: dict[str, Any], absent: Collection[str] = ()) -> ModelCa
         base_model_relation="finetune" if base else None,
         co2_eq_emissions=emissions(metadata),
         widget=[{"messages": messages} if messages else {"text": prompt}]
-        if prompt and not CONTROL_CHARACTERS.search(f"{prompt} {messages}")
+        if prompt and not any(CONTROL_CHARACTERS.search(each) or ACTIVE.search(each) for each in shown)
         else None,
         eval_results=results or None,
     )

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -34,7 +34,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.native import qwen3_settings
 from ..trust import read_metadata, recipe_text
-from .card import Place, base_model, card_for, rendered_card
+from .card import Place, base_model, card_for, rendered_card, report_system_messages
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
 from .space import PROGRAM_FILES, space_of
 
@@ -105,6 +105,8 @@ def push_folder(
     if space is not None:
         with hub_errors(repo_id):
             private = private or bool(HfApi().model_info(repo_id).private)  # a page contains the weights
+        if page is None:
+            report_system_messages(folder, "the program of the Space")
         content = space_of(repo_id, page, revision, recipe_text(folder, "system"))
         space = open_repository(space, private, content.sdk)
         check_space(space, repo_id)
@@ -169,11 +171,12 @@ def commit_folder(
     Returns:
         The URL of each updated branch.
     """
+    checked = file_states(folder) if checked is None else checked
     metadata, revision = read_metadata(folder), check_revision(revision)
     with hub_errors(repo_id):
         space = space or linked_space(repo_id, revision)
         place = Place(native=True, absent=absent_from_hub(metadata), space=space, revision=revision)
-    # Only the weights are read again during the upload, which compares their hash.
+    # Only the weights are read during the upload, before each commit.
     files: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file if file.suffix == ".safetensors" else file.read_bytes()
         for file in published_files(folder)
@@ -185,13 +188,21 @@ def commit_folder(
     files["minigpt.json"] = json_bytes(about)
     config = MiniGPTConfig.from_pretrained(folder)
     report_stray_weights(folder, "not uploaded")
-    if checked is not None and file_states(folder) != checked:
-        raise MiniGPTError(
-            f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
-        )
+    changed = MiniGPTError(
+        f"{folder}: has changed since it was checked: wait until no process writes to it, and push again"
+    )
+    if file_states(folder) != checked:
+        raise changed
     native = {name: file for name, file in files.items() if name not in CODE}
     native["config.json"] = json_bytes(qwen3_settings(config))
-    return _commit({revision: native} if revision else {"main": native, CODE_BRANCH: files}, repo_id, message)
+    weights = {file: state for file, state in checked.items() if file.suffix == ".safetensors"}
+
+    def check_weights() -> None:
+        if _states(weights) != weights:
+            raise changed
+
+    branches = {revision: native} if revision else {"main": native, CODE_BRANCH: files}
+    return _commit(branches, repo_id, message, check=check_weights)
 
 
 def check_space(space: str, repo_id: str) -> None:
@@ -241,15 +252,20 @@ def add_to_collection(collection: str, repo_id: str, space: str | None, private:
 
 @contextmanager
 def naming(urls: list[str]) -> Iterator[None]:
-    """Append to the message of an `OSError` in the block the URLs that were updated before it."""
+    """Append to the message of an error in the block the URLs that were updated before it."""
     try:
         yield
-    except OSError as error:
-        raise OSError("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
+    except (OSError, MiniGPTError) as error:
+        kind = MiniGPTError if isinstance(error, MiniGPTError) else OSError
+        raise kind("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
 
 
 def _commit(
-    branches: dict[str, dict[str, Path | bytes]], repo_id: str, message: str, repo_type: str = "model"
+    branches: dict[str, dict[str, Path | bytes]],
+    repo_id: str,
+    message: str,
+    repo_type: str = "model",
+    check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Update branches to sets of files, in one commit each, and return their URLs.
 
@@ -261,6 +277,7 @@ def _commit(
 
     Args:
         branches: Content by path, for each branch.
+        check: Called after the files of a branch were read and before they are committed; raises if one has changed.
     """
     api = HfApi()
     parents: dict[str, str | None] = {}
@@ -282,13 +299,13 @@ def _commit(
             stale = [path for path in stale if not path.startswith("figures/")]  # only the card refers to figures
             if stale:
                 logger.warning("%s: files of an earlier model are deleted: %s", repo_id, ", ".join(stale))
+            additions = [CommitOperationAdd(path, file) for path, file in content.items()]
+            api.preupload_lfs_files(repo_id, additions, repo_type=repo_type, revision=branch, free_memory=False)
+            check()
             api.create_commit(
                 repo_id,
                 repo_type=repo_type,
-                operations=[
-                    *(CommitOperationDelete(path) for path in stale),
-                    *(CommitOperationAdd(path, file) for path, file in content.items()),
-                ],
+                operations=[*(CommitOperationDelete(path) for path in stale), *additions],
                 commit_message=message,
                 revision=branch,
                 parent_commit=parents[branch],
@@ -351,7 +368,11 @@ def check_revision(revision: str | None) -> str | None:
 
 def file_states(folder: Path) -> dict[Path, tuple[int, ...]]:
     """Return size, modification time in nanoseconds and inode of each file that would be uploaded."""
-    states = {file: file.stat() for file in published_files(folder)}
+    return _states(published_files(folder))
+
+
+def _states(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    states = {file: file.stat() for file in files if file.is_file()}
     return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
 
 

@@ -303,6 +303,12 @@ def markup_in_the_prompt_of_the_widget(folder: Broken):
     folder.replace("README.md", "widget:\n", widget)
 
 
+@attack("prompts inert", reason=r"README\.md: a prompt has '<script'")
+def markup_in_a_message_of_the_widget(folder: Broken):
+    widget = "widget:\n- messages:\n  - {role: system, content: <script>}\n  - {role: user, content: Hello}\n"
+    folder.replace("README.md", "widget:\n", widget)
+
+
 @attack("prompts inert", reason=re.escape(r"minigpt.json: a prompt has '\x1b'"))
 def a_prompt_with_terminal_escape_sequences(folder: Broken):
     folder.json("minigpt.json", sample={"prompt": ESCAPE, "text": ""})

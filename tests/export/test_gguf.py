@@ -131,6 +131,23 @@ def test_the_modelfile_has_the_system_message_of_training_and_penalizes_the_enti
     assert "the Modelfile omits the system message" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("systems", "recipe", "is_reported"),
+    [(["Add.", None], {}, True), (["Add."], {"system": "Add."}, False), ([None], {}, False), (None, {}, False)],
+    ids=["of rows", "of the settings", "none", "malformed"],
+)
+def test_system_messages_that_are_not_part_of_the_modelfile_are_reported(
+    systems, recipe, is_reported, tmp_path, caplog
+):
+    """The samples of the card are answers after them."""
+    tokenizer = with_chat_tokens(byte_tokenizer())
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "minigpt.json").write_text(json.dumps({"recipe": recipe, "sample": {"systems": systems}}))
+    export_gguf(tmp_path / "model", tmp_path / "out")
+    message = "conversations of the training have system messages of their own, which the Modelfile does not contain"
+    assert (message in caplog.text) == is_reported
+
+
 def test_the_end_of_text_is_the_token_at_which_generate_stops(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "model")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [66]}))  # the byte "@"

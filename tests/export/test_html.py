@@ -463,6 +463,17 @@ def test_the_system_message_of_training_is_that_of_the_page(tmp_path):
     (tmp_path / "model" / "minigpt.json").write_text('{"recipe": {"chat": true, "system": "Be brief."}}')
     (page,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
     assert data_of(page)["chat"]["system"] == "Be brief."
+    assert data_of(page)["hasOtherSystems"] is False
+
+
+def test_a_page_without_the_system_messages_of_its_training_states_this(tmp_path, caplog):
+    """The samples of the card are answers after them."""
+    tokenizer = chat_tokenizer()
+    save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "minigpt.json").write_text('{"recipe": {"chat": true}, "sample": {"systems": ["Add."]}}')
+    (page,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
+    assert data_of(page)["hasOtherSystems"] is True
+    assert "have system messages of their own, which the page does not contain" in caplog.text
 
 
 def test_a_folder_without_a_run_and_metadata_of_another_program_is_exported(run_folder, tmp_path):

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants, login, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, login, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -280,6 +280,32 @@ def test_a_folder_that_is_replaced_during_the_upload_of_the_weights_is_not_mixed
     replacing.join()
     for files in (uploaded(hub, "user/tiny"), hub.files("user/tiny", "minigpt")):
         assert {name: files[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("updated", [[], ["main"]], ids=["before the first commit", "between the commits"])
+def test_weights_that_are_replaced_during_the_upload_are_not_published(updated, run_folder, hub, tmp_path, monkeypatch):
+    """Metadata and card were read before, and describe other weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(run_folder / "model", folder)
+    original = (folder / "model.safetensors").read_bytes()
+    wait_for = "create_commit" if updated else "preupload_lfs_files"
+    replaced = getattr(HfApi, wait_for)
+
+    def replace(*args, **options):
+        result = replaced(*args, **options)
+        (folder / "new").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        (folder / "new").replace(folder / "model.safetensors")
+        return result
+
+    monkeypatch.setattr(HfApi, wait_for, replace)
+    with pytest.raises(MiniGPTError, match="has changed since it was checked") as error:
+        push_folder(folder, "user/tiny", checked=file_states(folder))
+    assert ("user/tiny was updated before" in str(error.value)) == bool(updated)
+    branches = {"main": uploaded(hub, "user/tiny"), "minigpt": hub.files("user/tiny", "minigpt")}
+    with_weights = {name: files for name, files in branches.items() if "model.safetensors" in files}
+    assert {name: files["model.safetensors"] for name, files in with_weights.items()} == dict.fromkeys(
+        updated, original
+    )
 
 
 def test_a_failure_of_the_second_branch_names_the_branch_that_was_updated(run_folder, hub, capsys):

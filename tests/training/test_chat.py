@@ -143,7 +143,15 @@ def test_a_system_message_is_trained_on_and_used_by_default(run_folder, chats, t
     )
 
 
-@pytest.mark.parametrize("contents", [["Add."], ["Add.", "Sum."]], ids=["equal", "different"])
+def test_markup_in_a_system_message_is_not_in_the_widget(run_folder, chats, tmp_path):
+    """The Hub shows the widget in a page, and `push` rejects active markup in it."""
+    flags = ["--block_size", "128", "--max_steps", "2", "--system", "No <script>."]
+    folder = fine_tune(run_folder, chats, tmp_path / "run", *flags) / "model"
+    assert "widget" not in ModelCard((folder / "README.md").read_text()).data.to_dict()
+    assert not doctor.failures(doctor.examine_files(folder))
+
+
+@pytest.mark.parametrize("contents", [["Add {{ x }}\nTODO `"], ["Add.", "Sum."]], ids=["equal", "different"])
 def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path):
     """An answer to the question alone differs from the sample."""
     lines = [json.loads(line) for line in chats.read_text().splitlines()]
@@ -161,8 +169,9 @@ def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder
     first = [{"role": "system", "content": of_question[questions[0]]}, {"role": "user", "content": questions[0]}]
     assert ModelCard(card).data.to_dict()["widget"] == [{"messages": first}]
     assert f"messages = {json.dumps(first)}\n" in card
-    assert ("System message: `Add.`" in card) == (len({*metadata["sample"]["systems"]}) == 1)
+    assert (f"System message:\n\n```text\n{contents[0]}\n```\n" in card) == (len({*metadata["sample"]["systems"]}) == 1)
     assert ("have different system messages" in card) == (len({*metadata["sample"]["systems"]}) > 1)
+    assert not doctor.failures(doctor.examine_files(folder))  # as prose, braces would be placeholders
     answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=metadata["sample"]["tokens"])
     assert metadata["sample"]["texts"][0] == f"{questions[0]}\n{answered[0]['generated_text'][-1]['content']}"
 

@@ -59,6 +59,7 @@ function generateView() {
     byId("prompt-label").textContent = isChat ? "Your message" : "Prompt";
     byId("clear").textContent = isChat ? "New conversation" : "Clear";
     byId("chat-note").hidden = !isChat;
+    byId("system-note").hidden = !isChat || !page.hasOtherSystems;
     byId("result").classList.toggle("reply", isChat);
     byId("output-empty").textContent =
       `The ${isChat ? "answer" : "text"} appears here, shaded by how surprising each token is to the model.`;
