@@ -43,7 +43,7 @@ MAY_IMPORT = {
         *("data.chat_format", "data.encoding", "data.matching", "data.stream", "data.tokenizer", "trust"),
     },
     "training": {"atomic", "data", "inference", "model", "output", "publish", "training_text", "trust", "__version__"},
-    "publish": {"atomic", "doctor.folder", "doctor.weights", "model", "trust"},
+    "publish": {"atomic", "data.chat_format", "doctor.card", "doctor.folder", "doctor.weights", "model", "trust"},
     "export": {
         *("__version__", "atomic", "data", "inference", "model", "publish.card", "publish.model_folder"),
         *("training.run_folder", "trust"),

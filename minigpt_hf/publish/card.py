@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.chat_format import system_message
 from ..doctor.card import ACTIVE
 from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
@@ -94,6 +95,7 @@ def render_card(metadata: dict[str, Any], config: MiniGPTConfig, place: Place | 
             install=INSTALL,
             prompt=metadata["sample"]["prompt"] or metadata["tokenizer"]["opening"],
             messages=messages_literal(metadata),
+            systems=system_messages(metadata),
             recipe_yaml=to_yaml(metadata["recipe"]).strip(),
             score_names=SCORE_NAMES,
             **{"scores": [], "tasks": [], **metadata},
@@ -177,9 +179,23 @@ def example_messages(metadata: dict[str, Any]) -> list[dict[str, str]]:
     recipe, question = metadata["recipe"], metadata["sample"]["prompt"]
     if not recipe.get("chat"):
         return []
-    systems = metadata["sample"].get("systems") or [recipe.get("system") or None]
+    asked = metadata["sample"].get("conversations") or [[]]
+    if question and asked[0]:
+        return asked[0]
+    systems = system_messages(metadata) or [recipe.get("system") or None]
     system = [] if systems[0] is None else [{"role": "system", "content": systems[0]}]
     return [*system, {"role": "user", "content": question or "Hello"}]
+
+
+def system_messages(metadata: dict[str, Any]) -> list[str | None]:
+    """Return the system message of each conversation that a sample answers; empty if the metadata have none."""
+    sample = metadata.get("sample")
+    conversations = sample.get("conversations") if isinstance(sample, dict) else None
+    try:
+        found: list[Any] = [system_message(messages) for messages in conversations or []]
+    except (TypeError, KeyError):  # metadata of another program
+        return []
+    return [each if isinstance(each, str) else None for each in found]
 
 
 def report_system_messages(folder: Path, what: str) -> bool:
@@ -188,10 +204,8 @@ def report_system_messages(folder: Path, what: str) -> bool:
     Args:
         what: What starts conversations with the system message of the settings, or with none.
     """
-    sample = read_metadata(folder).get("sample")
-    systems = sample.get("systems") if isinstance(sample, dict) else None
-    found = {each for each in systems if isinstance(each, str)} if isinstance(systems, list) else set()
-    if has_others := bool(found - {recipe_text(folder, "system")}):
+    found = {*system_messages(read_metadata(folder))} - {None, recipe_text(folder, "system")}
+    if has_others := bool(found):
         logger.warning(
             f"{folder}: conversations of the training have system messages of their own, which {what} does not contain, so "
             "its answers may differ from those in the card"

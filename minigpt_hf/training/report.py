@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import __version__
 from ..data.blocks import SequenceDataset
+from ..data.chat_format import Message
 from ..data.corpus import hub_datasets, public_name
 from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
@@ -54,7 +55,7 @@ class TrainingResult:
         prompt, temperature, sample_tokens, samples: Generated texts and how they were generated.
         sample_step: The step whose weights generated them.
         given: What each sample starts with, which was not generated.
-        systems: System message of each sample of a conversation, if it has one.
+        conversations: The messages that each sample answers; empty if the samples continue a text.
         copying: What the samples of the finished model share with the training text.
     """
 
@@ -77,7 +78,7 @@ class TrainingResult:
     sample_step: int
     samples: list[str]
     given: list[str]
-    systems: list[str | None]
+    conversations: list[list[Message]]
     copying: Copying | None
 
 
@@ -110,7 +111,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         sample_step=_step_of_weights(trainer, True) if finished else samples.latest_step,
         samples=texts,
         given=samples.given(len(texts)),
-        systems=samples.systems(),
+        conversations=samples.conversations(),
         copying=_copying(trainer, texts) if finished and texts else None,
     )
 
@@ -202,7 +203,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "tokens": result.sample_tokens,
             "step": result.sample_step,
             "given": result.given,
-            "systems": result.systems,
+            "conversations": result.conversations,
             "texts": result.samples,
         },
         "copying": result.copying.to_dict() if result.copying else {},

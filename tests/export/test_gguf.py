@@ -133,7 +133,7 @@ def test_the_modelfile_has_the_system_message_of_training_and_penalizes_the_enti
 
 @pytest.mark.parametrize(
     ("systems", "recipe", "is_reported"),
-    [(["Add.", None], {}, True), (["Add."], {"system": "Add."}, False), ([None], {}, False), (None, {}, False)],
+    [(["Add.", None], {}, True), (["Add."], {"system": "Add."}, False), ([None], {}, False), ([3], {}, False)],
     ids=["of rows", "of the settings", "none", "malformed"],
 )
 def test_system_messages_that_are_not_part_of_the_modelfile_are_reported(
@@ -142,7 +142,9 @@ def test_system_messages_that_are_not_part_of_the_modelfile_are_reported(
     """The samples of the card are answers after them."""
     tokenizer = with_chat_tokens(byte_tokenizer())
     save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
-    (tmp_path / "model" / "minigpt.json").write_text(json.dumps({"recipe": recipe, "sample": {"systems": systems}}))
+    conversations = [[] if each is None else [{"role": "system", "content": each}] for each in systems]
+    about = {"recipe": recipe, "sample": {"conversations": conversations}}
+    (tmp_path / "model" / "minigpt.json").write_text(json.dumps(about))
     export_gguf(tmp_path / "model", tmp_path / "out")
     message = "conversations of the training have system messages of their own, which the Modelfile does not contain"
     assert (message in caplog.text) == is_reported

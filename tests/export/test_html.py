@@ -470,7 +470,8 @@ def test_a_page_without_the_system_messages_of_its_training_states_this(tmp_path
     """The samples of the card are answers after them."""
     tokenizer = chat_tokenizer()
     save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
-    (tmp_path / "model" / "minigpt.json").write_text('{"recipe": {"chat": true}, "sample": {"systems": ["Add."]}}')
+    sample = {"conversations": [[{"role": "system", "content": "Add."}]]}
+    (tmp_path / "model" / "minigpt.json").write_text(json.dumps({"recipe": {"chat": True}, "sample": sample}))
     (page,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
     assert data_of(page)["hasOtherSystems"] is True
     assert "have system messages of their own, which the page does not contain" in caplog.text

@@ -151,7 +151,10 @@ def test_markup_in_a_system_message_is_not_in_the_widget(run_folder, chats, tmp_
     assert not doctor.failures(doctor.examine_files(folder))
 
 
-@pytest.mark.parametrize("contents", [["Add {{ x }}\nTODO `"], ["Add.", "Sum."]], ids=["equal", "different"])
+SYSTEMS = {"equal": ["Add {{ x }}\nTODO `"], "different": ["Add.", "Sum."], "or none": ["Add.", None]}
+
+
+@pytest.mark.parametrize("contents", SYSTEMS.values(), ids=SYSTEMS.keys())
 def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path):
     """An answer to the question alone differs from the sample."""
     lines = [json.loads(line) for line in chats.read_text().splitlines()]
@@ -165,15 +168,39 @@ def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder
     card, metadata = (folder / "README.md").read_text(), json.loads((folder / "minigpt.json").read_text())
     questions = [text.splitlines()[0] for text in metadata["sample"]["texts"]]
     of_question = {row["messages"][0]["content"]: each for row, each in zip(lines, systems, strict=True)}
-    assert metadata["sample"]["systems"] == [of_question[question] for question in questions]
-    first = [{"role": "system", "content": of_question[questions[0]]}, {"role": "user", "content": questions[0]}]
+    of_samples = [of_question[question] for question in questions]
+    asked = [
+        [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": question}]
+        for system, question in zip(of_samples, questions, strict=True)
+    ]
+    assert metadata["sample"]["conversations"] == asked
+    first = asked[0]
     assert ModelCard(card).data.to_dict()["widget"] == [{"messages": first}]
     assert f"messages = {json.dumps(first)}\n" in card
-    assert (f"System message:\n\n```text\n{contents[0]}\n```\n" in card) == (len({*metadata["sample"]["systems"]}) == 1)
-    assert ("have different system messages" in card) == (len({*metadata["sample"]["systems"]}) > 1)
+    assert (f"System message:\n\n```text\n{contents[0]}\n```\n" in card) == (len({*of_samples}) == 1)
+    assert ("have different system messages" in card) == (len({*of_samples}) > 1)
+    assert ("have different system messages or none" in card) == (None in of_samples)
     assert not doctor.failures(doctor.examine_files(folder))  # as prose, braces would be placeholders
     answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=metadata["sample"]["tokens"])
     assert metadata["sample"]["texts"][0] == f"{questions[0]}\n{answered[0]['generated_text'][-1]['content']}"
+
+
+def test_a_sample_and_the_example_of_the_card_contain_all_messages_before_the_answer(run_folder, chats, tmp_path):
+    """The answer to the last one alone may be another."""
+    rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    before = {"role": "user", "content": "Add:"}
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"messages": [before, *messages]}) + "\n" for messages in rows))
+    flags = ["--block_size", "128", "--max_steps", "2"]
+    folder = fine_tune(run_folder, data, tmp_path / "run", *flags) / "model"
+    sample = json.loads((folder / "minigpt.json").read_text())["sample"]
+    first = sample["conversations"][0]
+    assert [message["role"] for message in first] == ["user", "user"] and first[0] == before
+    assert f"messages = {json.dumps(first)}\n" in (folder / "README.md").read_text()
+    answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=sample["tokens"])
+    answer = answered[0]["generated_text"][-1]["content"]
+    assert sample["texts"][0] == f"Add:\n{first[1]['content']}\n{answer}"
+    assert sample["given"][0] == f"Add:\n{first[1]['content']}\n"
 
 
 def test_the_card_states_which_questions_are_answered(recipe_file, chats, tmp_path, capsys):
