@@ -196,19 +196,22 @@ def chat_format(folder: Folder) -> Row:
 
 @check("fingerprint")
 def fingerprint(folder: Folder) -> Row:
-    """Compare the hash of the tokenizer with the one that training stored in `minigpt.json`."""
-    if "minigpt.json" not in folder.files:
-        raise NotApplicable("no minigpt.json")
-    written = described(folder).get("fingerprint")
+    """Compare the hash of the tokenizer with those that training stored in `minigpt.json` and `config.json`."""
+    recorded = {"minigpt.json": described(folder).get("fingerprint")} if "minigpt.json" in folder.files else {}
+    if (of_config := folder.json_if_there("config.json").get("tokenizer_fingerprint")) is not None:
+        recorded["config.json"] = of_config
+    if not recorded:
+        raise NotApplicable("neither minigpt.json nor config.json records it")
     tokenizer = load(folder)
     end = tokenizer.token_to_id(specials(folder).get("eos_token", ""))
     found = hashlib.sha256(f"{tokenizer.to_str()} {end}".encode()).hexdigest()
-    if written != found:
-        return failed(
-            f"minigpt.json has {str(written)[:12]}…, tokenizer.json {found[:12]}…",
-            "use the tokenizer that the model was trained with",
-        )
-    return passed(f"{found[:12]}…, as in minigpt.json")
+    for name, written in recorded.items():
+        if written != found:
+            return failed(
+                f"{name} has {str(written)[:12]}…, tokenizer.json {found[:12]}…",
+                "use the tokenizer that the model was trained with",
+            )
+    return passed(f"{found[:12]}…, as in {' and '.join(recorded)}")
 
 
 CHECKS = (loads, round_trip, vocabulary, distinct, end_of_text, chat_format, fingerprint)

@@ -359,6 +359,17 @@ def the_tokenizer_of_another_text(folder: Broken):
     folder.write("tokenizer.json", other.backend_tokenizer.to_str())
 
 
+@plant("fingerprint", "files complete", reason="config.json has ")
+def the_tokenizer_of_another_text_without_metadata(folder: Broken):
+    the_tokenizer_of_another_text(folder)
+    folder.delete("minigpt.json")
+
+
+@plant("fingerprint", reason="config.json has ")
+def the_configuration_of_another_tokenizer(folder: Broken):
+    folder.json("config.json", tokenizer_fingerprint="0" * 64)
+
+
 @plant("vocabulary", "fingerprint", reason=r"ids beyond the 300 rows of the embedding")
 def a_tokenizer_that_is_too_big(folder: Broken):
     content = folder.get("tokenizer.json")
