@@ -10,6 +10,7 @@ message is encoded as text, so a string such as `<|im_end|>` in it never becomes
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import MiniGPTError
-from .encoding import Encoder
+from .encoding import Encoder, UnknownCharacterError
 
 START, END = "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -137,6 +138,22 @@ class ChatFormat:
                 break
             messages.append({"role": role, "content": content})
         return messages
+
+    def have_other_system(self, conversations: Iterable[np.ndarray], system: str | None) -> bool:
+        """Whether a conversation, given its ids, starts with a system message other than `system`."""
+        try:
+            header = np.array([self.start, *self._text("system")])
+        except UnknownCharacterError:  # no conversation has a system message
+            return False
+        known = None
+        if system is not None:
+            with suppress(UnknownCharacterError):  # no conversation has this one
+                known = self.encode([{"role": "system", "content": system}])[:-1]
+        return any(
+            np.array_equal(ids[: len(header)], header)
+            and (known is None or not np.array_equal(ids[: len(known)], known))
+            for ids in conversations
+        )
 
     def questions(self, conversations: Iterable[np.ndarray], number: int) -> list[Any]:
         """Return `question` of each of the first `number` conversations."""

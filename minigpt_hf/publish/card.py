@@ -199,16 +199,18 @@ def system_messages(metadata: dict[str, Any]) -> list[str | None]:
 
 
 def report_system_messages(folder: Path, what: str) -> bool:
-    """Log, and return, whether the samples of a model answer conversations with system messages of their own.
+    """Log, and return, whether conversations of the training of a model have system messages of their own.
 
     Args:
         what: What starts conversations with the system message of the settings, or with none.
     """
-    found = {*system_messages(read_metadata(folder))} - {None, recipe_text(folder, "system")}
-    if has_others := bool(found):
+    metadata = read_metadata(folder)
+    data, of_samples = metadata.get("data"), {*system_messages(metadata)} - {None, recipe_text(folder, "system")}
+    has_others = bool(of_samples) or (isinstance(data, dict) and data.get("has_other_systems") is True)
+    if has_others:
         logger.warning(
-            f"{folder}: conversations of the training have system messages of their own, which {what} does not contain, so "
-            "its answers may differ from those in the card"
+            f"{folder}: conversations of the training have system messages of their own, which {what} does not contain"
+            + (", so its answers may differ from those in the card" if of_samples else "")
         )
     return has_others
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import __version__
 from ..data.blocks import SequenceDataset
-from ..data.chat_format import Message
+from ..data.chat_format import ChatFormat, Message
 from ..data.corpus import hub_datasets, public_name
 from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
@@ -168,6 +168,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "validation": describe_validation(text),
             **({"compared_with_base_model": text.is_compared} if settings.model.init_from else {}),
             **({} if text.unseen_fraction is None else {"unseen_fraction": text.unseen_fraction}),
+            **({"has_other_systems": has_other_systems(text, data.system)} if data.chat else {}),
         },
         "tokenizer": {
             "kind": kind_of_tokenizer(text.kind, settings.model.init_from),
@@ -250,6 +251,11 @@ def describe_validation(text: PreparedText) -> dict[str, Any] | None:
         "window_characters": text.scored.window,
         "scored": str(text.scored),
     }
+
+
+def has_other_systems(text: PreparedText, system: str | None) -> bool:
+    """Whether conversations of the training have system messages of their own, other than that of the settings."""
+    return ChatFormat(text.tokenizer).have_other_system(text.train.iterate_documents(), system)
 
 
 def describe_stream(stream: TokenStream) -> dict[str, Any]:

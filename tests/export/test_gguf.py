@@ -132,22 +132,28 @@ def test_the_modelfile_has_the_system_message_of_training_and_penalizes_the_enti
 
 
 @pytest.mark.parametrize(
-    ("systems", "recipe", "is_reported"),
-    [(["Add.", None], {}, True), (["Add."], {"system": "Add."}, False), ([None], {}, False), ([3], {}, False)],
-    ids=["of rows", "of the settings", "none", "malformed"],
+    ("systems", "recipe", "data", "is_reported"),
+    [
+        (["Add.", None], {}, {}, True),
+        (["Add."], {"system": "Add."}, {"has_other_systems": False}, False),
+        ([None], {}, {"has_other_systems": True}, True),
+        ([None], {}, {}, False),
+        ([3], {}, [], False),
+    ],
+    ids=["of samples", "of the settings", "of other rows", "none", "malformed"],
 )
 def test_system_messages_that_are_not_part_of_the_modelfile_are_reported(
-    systems, recipe, is_reported, tmp_path, caplog
+    systems, recipe, data, is_reported, tmp_path, caplog
 ):
-    """The samples of the card are answers after them."""
     tokenizer = with_chat_tokens(byte_tokenizer())
     save_model_files(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
     conversations = [[] if each is None else [{"role": "system", "content": each}] for each in systems]
-    about = {"recipe": recipe, "sample": {"conversations": conversations}}
+    about = {"recipe": recipe, "data": data, "sample": {"conversations": conversations}}
     (tmp_path / "model" / "minigpt.json").write_text(json.dumps(about))
     export_gguf(tmp_path / "model", tmp_path / "out")
     message = "conversations of the training have system messages of their own, which the Modelfile does not contain"
     assert (message in caplog.text) == is_reported
+    assert ("may differ from those in the card" in caplog.text) == (systems[0] == "Add." and is_reported)
 
 
 def test_the_end_of_text_is_the_token_at_which_generate_stops(folder, tmp_path):

@@ -180,6 +180,7 @@ def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder
     assert (f"System message:\n\n```text\n{contents[0]}\n```\n" in card) == (len({*of_samples}) == 1)
     assert ("have different system messages" in card) == (len({*of_samples}) > 1)
     assert ("have different system messages or none" in card) == (None in of_samples)
+    assert metadata["data"]["has_other_systems"] is True
     assert not doctor.failures(doctor.examine_files(folder))  # as prose, braces would be placeholders
     answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=metadata["sample"]["tokens"])
     assert metadata["sample"]["texts"][0] == f"{questions[0]}\n{answered[0]['generated_text'][-1]['content']}"
@@ -193,7 +194,9 @@ def test_a_sample_and_the_example_of_the_card_contain_all_messages_before_the_an
     data.write_text("".join(json.dumps({"messages": [before, *messages]}) + "\n" for messages in rows))
     flags = ["--block_size", "128", "--max_steps", "2"]
     folder = fine_tune(run_folder, data, tmp_path / "run", *flags) / "model"
-    sample = json.loads((folder / "minigpt.json").read_text())["sample"]
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    sample = metadata["sample"]
+    assert metadata["data"]["has_other_systems"] is False
     first = sample["conversations"][0]
     assert [message["role"] for message in first] == ["user", "user"] and first[0] == before
     assert f"messages = {json.dumps(first)}\n" in (folder / "README.md").read_text()
@@ -223,7 +226,7 @@ def test_the_card_states_which_questions_are_answered(recipe_file, chats, tmp_pa
     sample = json.loads((tmp_path / "model" / "minigpt.json").read_text())["sample"]
     assert len(sample["texts"]) == 3 and sample["prompt"].endswith(" + 1")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "Not selected: greedily decoded answers to the first questions of the training conversations" in card
+    assert "Not selected: greedily decoded first answers of the first conversations of the training" in card
 
 
 @pytest.mark.slow
