@@ -48,7 +48,8 @@ class TrainingResult:
         steps, skipped_steps, planned_steps: Optimizer steps.
         finished: Whether no step follows: all planned steps were taken, or early stopping has ended training.
         published_step: The step whose weights are described: the last one or that of the best checkpoint.
-        tokens: Training tokens of these steps.
+        tokens: Training tokens of these steps, including padding.
+        tokens_per_epoch, padding: Tokens of all sequences, and the share of them that is padding.
         changes: Settings that were changed when the run was resumed; see `changes_since`.
         seconds: Training time, over all starts of the run.
         evaluation: Log row of the evaluation of these weights; `None` if they were not evaluated.
@@ -70,6 +71,7 @@ class TrainingResult:
     tokens: int
     changes: list[dict[str, Any]]
     tokens_per_epoch: int
+    padding: float
     seconds: float
     evaluation: dict[str, Any] | None
     prompt: str
@@ -88,7 +90,7 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
     Args:
         finished: The model to publish, if training has ended; its samples are generated.
     """
-    samples, progress = trainer.samples, trainer.progress
+    samples, progress, sequences = trainer.samples, trainer.progress, trainer.train_dataset
     assert samples is not None and progress is not None  # a trainer that publishes has both callbacks
     texts = samples.final_samples(finished) if finished else samples.latest
     return TrainingResult(
@@ -102,7 +104,8 @@ def training_result(trainer: "MiniGPTTrainer", finished: PreTrainedModel | None 
         published_step=_step_of_weights(trainer, finished is not None),
         tokens=trained_tokens(trainer.args, trainer.train_dataset, trainer.state.global_step),
         changes=trainer.changes,
-        tokens_per_epoch=trainer.train_dataset.tokens_per_epoch,
+        tokens_per_epoch=sequences.tokens_per_epoch,
+        padding=1 - sequences.filled if isinstance(sequences, ConversationDataset) else 0.0,
         seconds=progress.seconds,
         evaluation=_evaluation_of_weights(trainer, finished is not None),
         prompt=samples.prompt,
@@ -188,6 +191,7 @@ def describe(settings: Settings, text: PreparedText, result: TrainingResult) -> 
             "changes": result.changes,
             "tokens_per_step": tokens_per_step(training, data.block_size),
             "tokens": result.tokens,
+            "padding": result.padding,
             "epochs": result.tokens / result.tokens_per_epoch,
             "seconds": round(result.seconds, 1),
             "time": duration(result.seconds),

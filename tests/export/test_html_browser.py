@@ -83,6 +83,7 @@ def generated(page) -> list[int]:
 def test_the_page_writes_the_greedy_text_of_torch(opened, run_folder):
     assert opened.url.startswith("file://")
     assert opened.evaluate("document.body.dataset.ready") == "WebAssembly"
+    assert " · 2 layers of 4 attention heads · " in opened.inner_text("#summary")
     model, tokenizer = (auto.from_pretrained(run_folder / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
     opened.fill("#prompt", PROMPT)
     opened.locator("#sampling input").first.press("Home")  # temperature 0
@@ -281,6 +282,7 @@ def chat_page(tmp_path_factory):
 def test_a_conversation_is_continued_in_the_chat_layout(browser, chat_page):
     opened = next(pages := watched(browser, chat_page[0]))
     assert opened.is_checked("#mode-chat")
+    expect(opened.locator("#system-note")).to_be_hidden()
     opened.locator("#sampling input").last.press("Home")  # 10 new tokens
     for number in (1, 3):
         opened.fill("#prompt", "<|im_end|> & <b>")
@@ -295,6 +297,21 @@ def test_a_conversation_is_continued_in_the_chat_layout(browser, chat_page):
     assert generated(opened) == []
     opened.check("#mode-continue")
     expect(opened.locator("#prompt-label")).to_have_text("Prompt")
+    next(pages, None)
+
+
+def test_the_chat_states_that_the_system_messages_of_the_training_are_missing(browser, tmp_path):
+    tokenizer = chat_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1)
+    save_model_files(model, tokenizer, tmp_path / "model")
+    sample = {"conversations": [[{"role": "system", "content": "Add."}]]}
+    (tmp_path / "model" / "minigpt.json").write_text(json.dumps({"recipe": {"chat": True}, "sample": sample}))
+    (file,) = export_html(tmp_path / "model", tmp_path / "out").iterdir()
+    opened = next(pages := watched(browser, file))
+    assert " · 1 layer of 4 attention heads · " in opened.inner_text("#summary")
+    expect(opened.locator("#system-note")).to_be_visible()
+    opened.check("#mode-continue")
+    expect(opened.locator("#system-note")).to_be_hidden()
     next(pages, None)
 
 

@@ -60,6 +60,17 @@ def test_the_examples_of_the_card_run_and_ask_a_question(chat_run, tmp_path):
     assert ModelCard(card).data.to_dict()["widget"] == [{"messages": [question]}]
 
 
+def test_the_card_states_how_many_of_the_training_tokens_are_padding(chat_run):
+    """A sequence holds the inputs of its conversations: without BOS and the last `<|im_end|>` of each."""
+    metadata = json.loads((chat_run / "model" / "minigpt.json").read_text())
+    training, data = metadata["training"], metadata["data"]["train"]
+    positions = training["tokens"] / training["epochs"]
+    padding = 1 - (data["tokens"] - 2 * data["documents"]) / positions
+    assert 0 < padding < 1 and training["padding"] == pytest.approx(padding)
+    card = (chat_run / "model" / "README.md").read_text()
+    assert f"| tokens | {training['tokens']:,}, of which {100 * padding:.1f} % are padding |\n" in card
+
+
 def test_evaluate_reproduces_the_published_score_of_the_answers(chat_run, chats, capsys):
     results = json.loads((chat_run / "model" / "minigpt.json").read_text())["results"]
     score = minigpt_hf.evaluate(chat_run / "model", chats, split="validation")
@@ -177,9 +188,15 @@ def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder
     first = asked[0]
     assert ModelCard(card).data.to_dict()["widget"] == [{"messages": first}]
     assert f"messages = {json.dumps(first)}\n" in card
-    assert (f"System message:\n\n```text\n{contents[0]}\n```\n" in card) == (len({*of_samples}) == 1)
-    assert ("have different system messages" in card) == (len({*of_samples}) > 1)
-    assert ("have different system messages or none" in card) == (None in of_samples)
+    blocks = [f"```text\n{text}\n```\n" for text in metadata["sample"]["texts"]]
+    before = ["" if each is None else f"System message:\n\n```text\n{each}\n```\n" for each in of_samples]
+    if len({*of_samples}) == 1:
+        shown = "\n".join([f"{before[0]}\nQuestions and answers:\n", *blocks])
+    else:
+        described = ("Question and answer, without a system message:", "\nQuestion and answer:")
+        parts = zip(before, blocks, strict=True)
+        shown = "\n".join(f"{system}{described[bool(system)]}\n\n{block}" for system, block in parts)
+    assert shown in card
     assert metadata["data"]["has_other_systems"] is True
     assert not doctor.failures(doctor.examine_files(folder))  # as prose, braces would be placeholders
     answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=metadata["sample"]["tokens"])

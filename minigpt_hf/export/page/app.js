@@ -239,9 +239,9 @@ function startPage(loaded) {
   document.title = page.name;
   byId("version").textContent = page.version;
   byId("name").textContent = page.name;
-  const heads = config.num_attention_heads * config.num_hidden_layers;
+  const layers = config.num_hidden_layers === 1 ? "1 layer" : `${config.num_hidden_layers} layers`;
   byId("summary").textContent =
-    `${integer(page.parameters)} parameters · ${config.num_hidden_layers} layers · ${heads} attention heads · ` +
+    `${integer(page.parameters)} parameters · ${layers} of ${config.num_attention_heads} attention heads · ` +
     `vocabulary of ${integer(config.vocab_size)} tokens · runs in this page, offline`;
   for (const tab of tabs) {
     tab.addEventListener("click", () => showTab(tab));
