@@ -105,12 +105,14 @@ def inert(folder: Folder) -> Row:
 
 @check("prompts inert")
 def prompts(folder: Folder) -> Row:
-    """Other programs show prompts in web pages and terminals."""
+    """The Hub shows the prompts of the widget in web pages; those in `minigpt.json` are only shown by the package itself."""
     found = list(_prompts(folder))
     if not found:
         raise NotApplicable("no prompt in the card or minigpt.json")
     for place, prompt in found:
-        match = ACTIVE.search(prompt) or CONTROL.search(prompt) or re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", prompt)
+        match = CONTROL.search(prompt) or re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", prompt)
+        if place == CARD:
+            match = ACTIVE.search(prompt) or match
         if match:
             return failed(f"{place}: a prompt has {match[0]!r}", "use a plain-text prompt")
     return passed(f"{len(found)} plain-text prompts")

@@ -55,6 +55,19 @@ def test_a_minigpt_with_a_character_tokenizer_passes(recipe_file, text_file, tmp
 
 
 @pytest.mark.slow
+def test_a_model_trained_on_markup_passes(recipe_file, tmp_path):
+    """The sample prompt is the beginning of the text; the card has it in code blocks only."""
+    (tmp_path / "page.html").write_text(
+        "".join(f'<script src="{number}.js"></script>\n<p>{number}</p>\n' for number in range(400))
+    )
+    data = ["--data", str(tmp_path / "page.html"), "--data_format", "text", "--output_dir", str(tmp_path / "run")]
+    assert (
+        main(["train", *data, "--recipe", str(recipe_file), "--max_steps", "2", "--sample_prompt", "<script src"]) == 0
+    )
+    assert json.loads((tmp_path / "run/model/minigpt.json").read_text())["sample"]["prompt"] == "<script src"
+    assert doctor.failures(doctor.examine_files(tmp_path / "run" / "model")) == []
+
+
 def test_the_native_twin_passes_and_needs_no_code(run_folder, tmp_path):
     rows = doctor.examine(make_twin(run_folder / "model", tmp_path / "twin"))
     without_code = {"auto_map", "code", "loads with the package", "loads without the package"}
