@@ -321,6 +321,8 @@ class MiniGPTTrainer(CheckpointingTrainer):
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float] | None:
         """Overridden because `eval_on_start`, the only caller with `skip_scheduler`, would evaluate on every resume."""
         if skip_scheduler and self.resumed_from is not None:
+            if not any(row["step"] == 0 and "eval_loss" in row for row in self.state.log_history):
+                logger.warning("eval_on_start: no effect, because the run is resumed, and step 0 was not evaluated")
             return None
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
