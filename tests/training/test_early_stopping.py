@@ -74,7 +74,9 @@ def test_an_evaluation_at_the_start_that_is_requested_of_a_resumed_run_is_report
         capsys.readouterr()
         assert train(recipe, words, continued, *flags, "--eval_on_start", "true") == 0
         assert rows(continued) == rows(run)
-        assert ("eval_on_start: no effect, because the run is resumed" in capsys.readouterr().err) == (at_start == "false")
+        assert ("eval_on_start: no effect, because the run is resumed" in capsys.readouterr().err) == (
+            at_start == "false"
+        )
 
 
 def test_without_evaluations_after_a_resume_no_score_of_earlier_weights_is_published(recipe, words, tmp_path, capsys):
