@@ -180,7 +180,7 @@ def example_messages(metadata: dict[str, Any]) -> list[dict[str, str]]:
     if not recipe.get("chat"):
         return []
     asked = metadata["sample"].get("conversations") or [[]]
-    if question and asked[0]:
+    if asked[0]:
         return asked[0]
     systems = system_messages(metadata) or [recipe.get("system") or None]
     system = [] if systems[0] is None else [{"role": "system", "content": systems[0]}]

@@ -37,7 +37,7 @@ from ..errors import MiniGPTError, NonFiniteLossError
 from ..inference.evaluation import score_conversations, score_documents, summarize
 from ..publish.model_folder import published_files, write_metadata
 from ..publish.push import check_revision, commit_in_background, open_repository
-from .arguments import MiniGPTTrainingArguments, Settings
+from .arguments import MiniGPTTrainingArguments, Settings, log_on_main_process
 from .auxiliary_head import (
     add_auxiliary_loss,
     attach_auxiliary_head,
@@ -321,6 +321,9 @@ class MiniGPTTrainer(CheckpointingTrainer):
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float] | None:
         """Overridden because `eval_on_start`, the only caller with `skip_scheduler`, would evaluate on every resume."""
         if skip_scheduler and self.resumed_from is not None:
+            if not any(row["step"] == 0 and "eval_loss" in row for row in self.state.log_history):
+                message = "eval_on_start: no effect, because the run is resumed, and step 0 was not evaluated"
+                log_on_main_process(self.args, message, logging.WARNING)
             return None
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 

@@ -191,9 +191,9 @@ def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder
     blocks = [f"```text\n{text}\n```\n" for text in metadata["sample"]["texts"]]
     before = ["" if each is None else f"System message:\n\n```text\n{each}\n```\n" for each in of_samples]
     if len({*of_samples}) == 1:
-        shown = "\n".join([f"{before[0]}\nQuestions and answers:\n", *blocks])
+        shown = "\n".join([f"{before[0]}\nConversations:\n", *blocks])
     else:
-        described = ("Question and answer, without a system message:", "\nQuestion and answer:")
+        described = ("Conversation without a system message:", "\nConversation:")
         parts = zip(before, blocks, strict=True)
         shown = "\n".join(f"{system}{described[bool(system)]}\n\n{block}" for system, block in parts)
     assert shown in card
@@ -357,7 +357,8 @@ def test_conversations_that_start_with_an_answer_are_trained_on_and_published(fi
     assert main([*argv, "--per_device_train_batch_size", "1", "--block_size", "64"]) == 0
     sample = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["sample"]
     assert sample["prompt"] == "" and len(sample["texts"]) == 3
-    assert '"content": "Hello"' in (tmp_path / "run" / "model" / "README.md").read_text()  # a question for the example
+    example = json.dumps(start or [{"role": "user", "content": "Hello"}])  # a question, if there is no message at all
+    assert f"messages = {example}\n" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name, value", [("max_tokens", 5), ("minutes", 1), ("size", "10k")])

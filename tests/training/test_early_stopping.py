@@ -62,6 +62,23 @@ def test_the_evaluation_at_the_start_is_not_repeated_when_a_run_is_resumed(recip
     assert evaluated == [[0, 2, 4, 6, 8]] * 2
 
 
+def test_an_evaluation_at_the_start_that_is_requested_of_a_resumed_run_is_reported_as_not_made(
+    recipe, words, tmp_path, capsys
+):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = ["--validation_fraction", "0.3", "--eval_steps", "2"]
+    for at_start in ("true", "false"):
+        run, continued = straight / at_start, resumed / at_start
+        assert train(recipe, words, run, *flags, "--eval_on_start", at_start) == 0
+        go_back(run, continued, 4)
+        capsys.readouterr()
+        assert train(recipe, words, continued, *flags, "--eval_on_start", "true") == 0
+        assert rows(continued) == rows(run)
+        assert ("eval_on_start: no effect, because the run is resumed" in capsys.readouterr().err) == (
+            at_start == "false"
+        )
+
+
 def test_without_evaluations_after_a_resume_no_score_of_earlier_weights_is_published(recipe, words, tmp_path, capsys):
     straight, folder = tmp_path / "straight", tmp_path / "run"
     evaluated = ["--validation_fraction", "0.3", "--eval_steps", "2"]
