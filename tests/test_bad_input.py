@@ -159,6 +159,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--recipe", "list.yaml"),
             "recipe list.yaml: expected lines of `key: value`, found a list",
         ),
+        "an empty recipe": (train("--recipe", "empty.yaml"), "recipe empty.yaml: has no settings; add lines of"),
         "a binary recipe": (train("--recipe", "binary.yaml"), "recipe binary.yaml: invalid YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),
@@ -518,6 +519,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("typo.yaml", "hiden_size: 8\n")
     write("broken.yaml", "hidden_size: [8\n")
     write("list.yaml", "- a\n- b\n")
+    write("empty.yaml", "# hidden_size: 64\n")
     write("binary.yaml", b"\x00\xff\xfe\x01")
     write("norwegian.yaml", "language: [no]\n")
     write("large.yaml", "seed: 9223372036854775808\n")
