@@ -122,7 +122,9 @@ def push_folder(
             card = content.card(read_metadata(folder), repo_id, revision)
             urls += _commit({"main": {"README.md": card, **content.files}}, space, "Upload demo", repo_type="space")
             with hub_errors(repo_id):
-                is_still_linked = earlier not in (None, revision or "main") and space_in_branch(repo_id, earlier) == space
+                is_still_linked = (
+                    earlier not in (None, revision or "main") and space_in_branch(repo_id, earlier) == space
+                )
         if is_still_linked:
             logger.warning(
                 "the card of the branch %s still links the Space %s, which is the demo of the branch %s now: push %s again",
@@ -277,12 +279,13 @@ def add_to_collection(collection: str, repo_id: str, space: str | None, private:
 
 @contextmanager
 def naming(urls: list[str]) -> Iterator[None]:
-    """Append to the message of an error in the block the URLs that were updated before it."""
+    """Append to the message of an error or an interrupt in the block the URLs that were updated before it."""
     try:
         yield
-    except (OSError, MiniGPTError) as error:
-        kind = MiniGPTError if isinstance(error, MiniGPTError) else OSError
-        raise kind("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
+    except (OSError, MiniGPTError, KeyboardInterrupt) as error:
+        kind = next(kind for kind in (MiniGPTError, OSError, KeyboardInterrupt) if isinstance(error, kind))
+        before = [str(error)] if str(error) else []  # that of an interrupt is empty
+        raise kind("; ".join([*before, *(f"{url} was updated before" for url in urls)])) from error
 
 
 def _commit(

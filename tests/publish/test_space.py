@@ -211,7 +211,9 @@ def test_a_card_that_links_the_demo_of_another_branch_is_reported(push, hub):
     assert push("--space")[0] == 0
     code, _, errors = push("--space", "--revision", "v2")
     assert code == 0
-    assert "the card of the branch main still links the Space user/tiny, which is the demo of the branch v2 now" in errors
+    assert (
+        "the card of the branch main still links the Space user/tiny, which is the demo of the branch v2 now" in errors
+    )
     assert push()[0] == 0
     assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
     assert push("--space", "--revision", "v2")[::2] == (0, "")

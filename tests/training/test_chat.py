@@ -166,9 +166,7 @@ SYSTEMS = {"equal": ["Add {{ x }}\nTODO `"], "different": ["Add.", "Sum."], "or 
 
 
 @pytest.mark.parametrize("contents", SYSTEMS.values(), ids=SYSTEMS.keys())
-def test_the_card_states_the_system_messages_of_the_samples(
-    contents, run_folder, chats, tmp_path, monkeypatch, capsys
-):
+def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path, monkeypatch, capsys):
     """An answer to the question alone differs from the sample."""
     lines = [json.loads(line) for line in chats.read_text().splitlines()]
     systems = [contents[number % len(contents)] for number in range(len(lines))]
