@@ -401,7 +401,11 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """Format text as a fenced code block whose fence is longer than any run of backticks in the text."""
+    """Format text as a fenced code block whose fence is longer than any run of backticks in the text.
+
+    Line ends of Windows become those of the card; as control characters, they would be replaced.
+    """
+    text = text.replace("\r\n", "\n")
     ticks = "`" * max(3, _longest_backtick_run(text) + 1)
     return f"{ticks}{language}\n{CONTROL_CHARACTERS.sub(REPLACEMENT, text)}\n{ticks}"
 
