@@ -55,8 +55,8 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
     try:
         code = import_module(f"{__name__}.{command}").run(argv)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"minigpt {command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"minigpt {command}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     except Terminated:
         print(f"minigpt {command}: stopped by SIGTERM; nothing was saved", file=sys.stderr)

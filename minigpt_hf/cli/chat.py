@@ -33,7 +33,7 @@ def parser() -> Parser:
         "--temperature 0.8 --top_p 0.9 …",
     )
     parser.add_argument("model", help="model folder or Hub id; a model without a chat template continues each text")
-    parser.add_argument("--system", help="system message (default: that of the training)")
+    parser.add_argument("--system", help="system message (default: that of --system in training)")
     parser.add_argument("--seed", type=int, help="seed of sampling")
     parser.add_argument("--web", action="store_true", help="serve a page for browsers instead (extra `web`: Gradio)")
     parser.add_argument("--host", help="with --web: address to listen on (default: 127.0.0.1, this machine only)")
@@ -61,6 +61,7 @@ def run(argv: list[str]) -> None:
     from transformers import set_seed
 
     from ..inference.generation import load, warn_of_unused_options
+    from ..publish.card import report_system_messages
     from ..training_text import recipe_of
     from ..trust import checked_folder
 
@@ -71,6 +72,8 @@ def run(argv: list[str]) -> None:
         raise MiniGPTError(f"--system: {NO_TEMPLATE}")
     folder = checked_folder(args.model, args.trust_remote_code)  # for a Hub id, its cached snapshot
     system = recipe_of(folder).get("system") if args.system is None else args.system
+    if args.system is None and tokenizer.chat_template:
+        report_system_messages(folder, "this conversation")
     if args.web:
         from ..trust import read_metadata
         from .chat_web import serve
@@ -88,7 +91,7 @@ def run(argv: list[str]) -> None:
     chat = Chat(model, tokenizer, system, options)
     while True:
         try:
-            text = input("> ")
+            text = input("> ").removesuffix("\r")  # Windows line ends of a file
         except (EOFError, KeyboardInterrupt):
             print()
             return

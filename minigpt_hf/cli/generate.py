@@ -95,7 +95,7 @@ def run(argv: list[str]) -> None:
     print("One prompt per line; an empty line starts a new document; end with Ctrl-D.", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ")
+            prompt = input("> ").removesuffix("\r")  # Windows line ends of a file
         except EOFError:
             print()
             return

@@ -106,6 +106,10 @@ def main() -> None:
     graphs = sorted(file.name for file in (Path(__file__).parent / "onnx").glob("*.onnx"))
     if args.graph not in graphs:
         parser.error(f"--graph {args.graph}: no such file in the folder onnx; it has {', '.join(graphs)}")
+    if not args.temperature >= 0:
+        parser.error(f"--temperature {args.temperature}: must be at least 0")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     runner = Runner(Path(__file__).parent, args.graph)
     try:
         ids = runner.encode(args.prompt)

@@ -111,11 +111,16 @@ def place_of(metadata: dict[str, Any], card: str = "") -> Place:
         card: Its card, which names the demo, and links the datasets and the base model that existed when it was pushed.
     """
     native = "/" in metadata["name"]
-    space = re.search(r"^Try it: \[(\S+)\]\(https://huggingface\.co/spaces/", card, re.MULTILINE)
     ids = {*metadata["data"]["datasets"], base_model(metadata)} - {None}
     linked = {*re.findall(r"^(?:- |base_model: )(\S+)$", card, re.MULTILINE)}
     absent = frozenset(ids - linked if native and card else ())
-    return Place(native, absent, space[1] if space else None, metadata.get("hub_revision"))
+    return Place(native, absent, space_in(card), metadata.get("hub_revision"))
+
+
+def space_in(card: str) -> str | None:
+    """Return the demo that a card links."""
+    space = re.search(r"^Try it: \[(\S+)\]\(https://huggingface\.co/spaces/", card, re.MULTILINE)
+    return space[1] if space else None
 
 
 @functools.cache
@@ -396,7 +401,11 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """Format text as a fenced code block whose fence is longer than any run of backticks in the text."""
+    """Format text as a fenced code block whose fence is longer than any run of backticks in the text.
+
+    Line ends of Windows become those of the card; as control characters, they would be replaced.
+    """
+    text = text.replace("\r\n", "\n")
     ticks = "`" * max(3, _longest_backtick_run(text) + 1)
     return f"{ticks}{language}\n{CONTROL_CHARACTERS.sub(REPLACEMENT, text)}\n{ticks}"
 

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from yaml import YAMLError
 
@@ -34,7 +35,7 @@ from ..errors import MiniGPTError
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.native import qwen3_settings
 from ..trust import read_metadata, recipe_text
-from .card import Place, base_model, card_for, rendered_card, report_system_messages
+from .card import Place, base_model, card_for, hub_id, rendered_card, report_system_messages, space_in
 from .model_folder import CODE, OPTIONAL, REQUIRED, published_files, report_stray_weights
 from .space import PROGRAM_FILES, space_of
 
@@ -102,23 +103,34 @@ def push_folder(
     rendered_card(folder)  # otherwise raises before anything is created
     revision = check_revision(revision)
     repo_id = open_repository(repo_id, private)
-    if space is not None:
+    if space is not None or collection is not None:
         with hub_errors(repo_id):
             private = private or bool(HfApi().model_info(repo_id).private)  # a page contains the weights
+    if space is not None:
         if page is None:
             report_system_messages(folder, "the program of the Space")
         content = space_of(repo_id, page, revision, recipe_text(folder, "system"))
         space = open_repository(space, private, content.sdk)
-        check_space(space, repo_id)
-    urls = commit_folder(folder, repo_id, revision, space=space, checked=checked)
-    if space is None:
-        with naming(urls), hub_errors(repo_id):
-            if linked_space(repo_id, revision):
-                logger.warning("the demo in the Space %s is not changed; --space updates it", repo_id)
+        earlier = check_space(space, repo_id)
+    with hub_errors(repo_id):
+        linked = space or linked_space(repo_id, revision)
+    urls = commit_folder(folder, repo_id, revision, space=linked, checked=checked)
+    if space is None and linked is not None:
+        flag = "--space" if linked == repo_id else f"--space {linked}"
+        logger.warning("the demo in the Space %s is not changed; %s updates it", linked, flag)
     if space is not None:
         with naming(urls):
             card = content.card(read_metadata(folder), repo_id, revision)
             urls += _commit({"main": {"README.md": card, **content.files}}, space, "Upload demo", repo_type="space")
+            with hub_errors(repo_id):
+                is_still_linked = (
+                    earlier not in (None, revision or "main") and space_in_branch(repo_id, earlier) == space
+                )
+        if is_still_linked:
+            logger.warning(
+                "the card of the branch %s still links the Space %s, which is the demo of the branch %s now: push %s again",
+                *(earlier, space, revision or "main", earlier),
+            )
     if collection is not None:
         with naming(urls):
             urls.append(add_to_collection(collection, repo_id, space, private))
@@ -205,8 +217,11 @@ def commit_folder(
     return _commit(branches, repo_id, message, check=check_weights)
 
 
-def check_space(space: str, repo_id: str) -> None:
+def check_space(space: str, repo_id: str) -> str | None:
     """Check that a Space is empty or demonstrates the model, so that no other program is overwritten.
+
+    Returns:
+        The branch of the model that it demonstrates; `None` if it is empty.
 
     Raises:
         MiniGPTError: otherwise.
@@ -214,16 +229,29 @@ def check_space(space: str, repo_id: str) -> None:
     """
     with hub_errors(space):
         is_empty = {*HfApi().list_repo_files(space, repo_type="space")} <= {"README.md", ".gitattributes"}
-        if not is_empty and demonstrated(space, repo_id) is None:
+        branch = None if is_empty else demonstrated(space, repo_id)
+        if not is_empty and branch is None:
             raise MiniGPTError(
                 f"{space}: this Space is not a demo of {repo_id} (its README.md names other models, or none): choose another "
                 "name for --space"
             )
+    return branch
 
 
 def linked_space(repo_id: str, revision: str | None) -> str | None:
-    """Return the demo of a branch that has the name of the model, if there is one; the card links it in every push."""
-    return repo_id if demonstrated(repo_id, repo_id) == (revision or "main") else None
+    """Return the demo of a branch, if it is linked by its card or has the name of the model; every push links it."""
+    candidates = dict.fromkeys((space_in_branch(repo_id, revision), repo_id))
+    demos = [space for space in candidates if space and demonstrated(space, repo_id) == (revision or "main")]
+    return demos[0] if demos else None
+
+
+def space_in_branch(repo_id: str, revision: str | None) -> str | None:
+    """Return the Space that the card of a branch links, or `None` if there is none."""
+    try:
+        card = Path(HfApi().hf_hub_download(repo_id, "README.md", revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+        return None
+    return hub_id(space_in(card.read_text(encoding="utf-8", errors="replace")))
 
 
 def demonstrated(space: str, repo_id: str) -> str | None:
@@ -252,12 +280,13 @@ def add_to_collection(collection: str, repo_id: str, space: str | None, private:
 
 @contextmanager
 def naming(urls: list[str]) -> Iterator[None]:
-    """Append to the message of an error in the block the URLs that were updated before it."""
+    """Append to the message of an error or an interrupt in the block the URLs that were updated before it."""
     try:
         yield
-    except (OSError, MiniGPTError) as error:
-        kind = MiniGPTError if isinstance(error, MiniGPTError) else OSError
-        raise kind("; ".join([str(error), *(f"{url} was updated before" for url in urls)])) from error
+    except (OSError, MiniGPTError, KeyboardInterrupt) as error:
+        kind = next(kind for kind in (MiniGPTError, OSError, KeyboardInterrupt) if isinstance(error, kind))
+        before = [str(error)] if str(error) else []  # that of an interrupt is empty
+        raise kind("; ".join([*before, *(f"{url} was updated before" for url in urls)])) from error
 
 
 def _commit(

@@ -122,6 +122,9 @@ def test_the_runner_rejects_what_it_cannot_generate(exported, tmp_path):
             "--graph absent.onnx: no such file in the folder onnx; it has model.onnx, model_fp16",
         ),
         (["--prompt", "z"], "the tokenizer cannot encode the prompt: "),
+        (["--temperature", "-1"], "--temperature -1.0: must be at least 0"),
+        (["--temperature", "nan"], "--temperature nan: must be at least 0"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
     ):
         argv = [sys.executable, tmp_path / "out" / "run_onnx.py", *options]
         done = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=60)

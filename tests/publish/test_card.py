@@ -408,6 +408,10 @@ def test_code_fences_are_longer_than_any_in_the_text():
     assert fenced("a\n````\nb") == "`````text\na\n````\nb\n`````"
 
 
+def test_line_ends_of_windows_in_samples_are_not_shown_as_replaced_characters():
+    assert fenced("<p>\r\n\r</p>\r\n") == "```text\n<p>\n\N{REPLACEMENT CHARACTER}</p>\n\n```"
+
+
 def test_verbatim_copying_is_not_stated_for_samples_shorter_than_the_stretches_it_counts(metadata):
     for tokens, is_stated in ((7, False), (8, True)):
         stretches = [{"tokens": 3, "text": "abc", "of_tokens": tokens}, {"tokens": 0, "text": "", "of_tokens": 0}]

@@ -319,6 +319,19 @@ def test_a_failure_of_the_second_branch_names_the_branch_that_was_updated(run_fo
     assert set(uploaded(hub, "user/tiny")) == MODEL
 
 
+def test_an_interrupt_states_what_was_updated_before(hub, run_folder, monkeypatch, capsys):
+    commit = HfApi.create_commit
+
+    def interrupted(self, *arguments, revision, **keywords):
+        if revision == "minigpt":
+            raise KeyboardInterrupt
+        return commit(self, *arguments, revision=revision, **keywords)
+
+    monkeypatch.setattr(HfApi, "create_commit", interrupted)
+    assert main(["push", str(run_folder / "model"), "--repo-id", "user/tiny"]) == 130
+    assert capsys.readouterr().err == f"minigpt push: interrupted; {hub.endpoint}/user/tiny was updated before\n"
+
+
 def test_shards_are_uploaded_with_their_index(run_folder, hub, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(run_folder / "model", folder)

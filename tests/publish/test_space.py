@@ -200,6 +200,25 @@ def test_a_later_push_without_the_flag_keeps_the_link_to_the_space_of_the_same_n
     assert "https://huggingface.co/spaces/user/tiny" in hub.files("user/tiny")["README.md"].decode()
 
 
+def test_a_later_push_keeps_the_link_to_a_space_of_another_name(push, hub):
+    assert push("--space", "demo")[0] == 0
+    code, _, errors = push()
+    assert (code, errors) == (0, "the demo in the Space user/demo is not changed; --space user/demo updates it\n")
+    assert "https://huggingface.co/spaces/user/demo" in hub.files("user/tiny")["README.md"].decode()
+
+
+def test_a_card_that_links_the_demo_of_another_branch_is_reported(push, hub):
+    assert push("--space")[0] == 0
+    code, _, errors = push("--space", "--revision", "v2")
+    assert code == 0
+    assert (
+        "the card of the branch main still links the Space user/tiny, which is the demo of the branch v2 now" in errors
+    )
+    assert push()[0] == 0
+    assert "spaces/" not in hub.files("user/tiny")["README.md"].decode()
+    assert push("--space", "--revision", "v2")[::2] == (0, "")
+
+
 FOREIGN = [b"---\ntitle: x\nsdk: gradio\n---\n", b"---\nmodels: [user/big]\n---\n", b"---\n{: [\n---\n", b"", None]
 
 

@@ -166,7 +166,7 @@ SYSTEMS = {"equal": ["Add {{ x }}\nTODO `"], "different": ["Add.", "Sum."], "or 
 
 
 @pytest.mark.parametrize("contents", SYSTEMS.values(), ids=SYSTEMS.keys())
-def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path):
+def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder, chats, tmp_path, monkeypatch, capsys):
     """An answer to the question alone differs from the sample."""
     lines = [json.loads(line) for line in chats.read_text().splitlines()]
     systems = [contents[number % len(contents)] for number in range(len(lines))]
@@ -199,6 +199,11 @@ def test_the_card_states_the_system_messages_of_the_samples(contents, run_folder
     assert shown in card
     assert metadata["data"]["has_other_systems"] is True
     assert not doctor.failures(doctor.examine_files(folder))  # as prose, braces would be placeholders
+    for options, is_reported in (((), True), (("--system", "Add."), False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
+        capsys.readouterr()
+        assert main(["chat", str(folder), *options]) == 0
+        assert ("system messages of their own, which this conversation" in capsys.readouterr().err) == is_reported
     answered = pipeline("text-generation", model=str(folder))(first, max_new_tokens=metadata["sample"]["tokens"])
     assert metadata["sample"]["texts"][0] == f"{questions[0]}\n{answered[0]['generated_text'][-1]['content']}"
 
@@ -465,7 +470,8 @@ def test_a_conversation_in_the_terminal(chat_run, tmp_path, monkeypatch, capsys)
     saved = tmp_path / "saved.jsonl"
     lines = ["3 + 1", "Thanks", f"/save {saved}", "/nonsense", "/system Add.", "//4", f"/save {saved}"]
     lines += ["/reset", f"/save {saved}", "/exit", "never"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    text = "\r\n".join(lines).encode()  # of a file with the line ends of Windows
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), newline="\n"))  # as Python opens it on POSIX
     assert main(["chat", str(chat_run / "model"), "--max_new_tokens", "8"]) == 0
     errors = capsys.readouterr().err
     assert "/nonsense is not a command" in errors and "there is no conversation to save yet" in errors
