@@ -375,7 +375,9 @@ def check_complete(folder: Path) -> None:
     if "model.safetensors.index.json" in names:
         names.add("model.safetensors")
     if missing := [name for name in REQUIRED if name not in names]:
-        raise MiniGPTError(f"{folder}: not a model folder: {', '.join(missing)} missing")
+        is_twin = {*missing} <= {*CODE}
+        remedy = f"; of a downloaded model, give the branch {CODE_BRANCH}, which contains them" if is_twin else ""
+        raise MiniGPTError(f"{folder}: not a model folder: {', '.join(missing)} missing{remedy}")
     if links := [file for file in folder.rglob("*") if file.is_symlink()]:
         raise MiniGPTError(f"{links[0]}: is a link; replace it by the file")
 

@@ -393,9 +393,11 @@ def test_a_stored_login_suffices(run_folder, hub, tmp_path, monkeypatch, capsys)
 
 
 def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, hub, tmp_path, capsys, monkeypatch):
-    half, linked = tmp_path / "half", tmp_path / "linked"
-    for folder in (half, linked):
+    half, linked, twin = tmp_path / "half", tmp_path / "linked", tmp_path / "twin"
+    for folder in (half, linked, twin):
         shutil.copytree(run_folder / "model", folder)
+    for file in twin.glob("*.py"):
+        file.unlink()
     (half / "tokenizer.json").unlink()
     (linked / "README.md").unlink()
     (linked / "README.md").symlink_to(tmp_path / "elsewhere")
@@ -403,6 +405,10 @@ def test_an_invalid_push_is_reported_in_one_line_and_sends_nothing(run_folder, h
     model = run_folder / "model"
     cases = [
         ([half, "--repo-id", "user/tiny"], "half: not a model folder: tokenizer.json missing"),
+        (
+            [twin, "--repo-id", "user/tiny"],
+            "missing; of a downloaded model, give the branch minigpt, which contains them",
+        ),
         ([tmp_path / "absent", "--repo-id", "user/tiny"], "absent: no such folder; give a model folder"),
         ([run_folder, "--repo-id", "user/tiny"], "this is a run folder; its model folder is"),
         ([linked, "--repo-id", "user/tiny"], r"README\.md: is a link"),

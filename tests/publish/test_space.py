@@ -317,6 +317,12 @@ def test_model_and_space_are_added_to_a_collection_by_title_and_by_slug(push, hu
     assert [(item["id"], item["type"]) for item in hub.collection(slug)["items"]] == expected
 
 
+def test_a_collection_that_is_created_for_a_private_model_is_private(push, hub):
+    """Also if the repository existed and the flag is not repeated."""
+    assert push("--private")[0] == push("--collection", "My models")[0] == 0
+    assert hub.collection(HfApi().create_collection("My models", exists_ok=True).slug)["private"] is True
+
+
 def test_a_missing_collection_is_reported_after_the_upload(push, hub):
     code, _, err = push("--collection", f"user/absent-{'0' * 24}")
     assert (code, err.count("\n")) == (2, 1)
