@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 import minigpt_hf
 from minigpt_hf.cli import main
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.tokenizer import vocabulary_size
 from minigpt_hf.training import autoconfig as dial
 from minigpt_hf.training import train as module
@@ -27,7 +28,7 @@ from minigpt_hf.training.recipe import (
     recipe_notes,
     resolved,
 )
-from minigpt_hf.training.report import describe
+from minigpt_hf.training.report import describe, trained_tokens
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import (
     MAX_AUTO_EPOCHS,
@@ -345,7 +346,8 @@ def test_four_epochs_are_not_exceeded_by_rounding_to_whole_steps(characters, let
     flags = ["--data", tmp_path / "text.txt", "--tokenizer", "bytes", "--cache_dir", tmp_path]
     (data, architecture, training), text = fitted(tmp_path, flags)
     step = training.per_device_train_batch_size * data.block_size
-    assert 4 * len(text.train) - step < training.max_steps * step <= 4 * len(text.train)
+    tokens = trained_tokens(training, SequenceDataset(text.train, data.block_size, seed=0), training.max_steps)
+    assert 4 * len(text.train) - step < tokens <= 4 * len(text.train)
     assert (architecture.residual_dropout, training.weight_decay) == (0, 0)
 
 
@@ -357,9 +359,8 @@ def test_a_tenth_of_the_steps_is_warm_up_and_the_log_has_about_forty_lines(steps
 
 def test_a_larger_batch_or_accumulation_means_fewer_steps_with_the_same_number_of_tokens(letters, tmp_path):
     def tokens(*flags):
-        (data, _, training), _ = fitted(tmp_path, ["--data", letters, *flags])
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        return training.max_steps * rows * data.block_size
+        (data, _, training), text = fitted(tmp_path, ["--data", letters, *flags])
+        return trained_tokens(training, SequenceDataset(text.train, data.block_size, seed=0), training.max_steps)
 
     plain = tokens()
     assert tokens("--per_device_train_batch_size", 2) == pytest.approx(plain, rel=0.02)
