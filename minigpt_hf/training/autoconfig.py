@@ -285,7 +285,7 @@ class AutoConfigurator:
         )
         self._choose(reason, positional_heads=distances)
         approximately = ""
-        if "num_train_epochs" in training.given and training.max_steps < 0:
+        if training.max_steps < 0:  # given, so that `num_train_epochs`, which may be the default, determines the length
             tokens = training.num_train_epochs * len(self.stream)
             approximately = "about "  # the last step of an epoch may be incomplete, or be omitted
         schedule, steps = self._schedule(shape, tokens)

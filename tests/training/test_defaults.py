@@ -339,6 +339,14 @@ def test_the_number_of_steps_of_given_epochs_is_stated_as_approximate(letters, t
     assert " steps of " in caplog.text and not re.search(r"about [0-9,]+ steps", caplog.text)
 
 
+def test_without_a_number_of_steps_the_default_number_of_epochs_determines_the_regularization(letters, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", -1])
+    assert (training.max_steps, training.num_train_epochs) == (-1, 3)
+    assert (architecture.residual_dropout, training.weight_decay) == (0, 0)
+    assert "small text" not in caplog.text and "max_steps" not in caplog.text
+
+
 @pytest.mark.parametrize("characters", range(43_000, 55_000, 1_500))
 def test_four_epochs_are_not_exceeded_by_rounding_to_whole_steps(characters, letters, tmp_path):
     """Dropout and weight decay start beyond four epochs, so rounding up would switch them on."""
