@@ -389,7 +389,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         settings = load_yaml(source.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError included
         raise MiniGPTError(f"recipe {name}: invalid YAML: {' '.join(str(error).split())}") from error
-    settings = {} if settings is None else settings
+    if settings is None:
+        raise MiniGPTError(f"recipe {name}: is empty")
     if not isinstance(settings, dict):
         raise MiniGPTError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
     return _checked(settings, f"recipe {name}: ")

@@ -339,7 +339,9 @@ def test_the_number_of_steps_of_given_epochs_is_stated_as_approximate(letters, t
     assert " steps of " in caplog.text and not re.search(r"about [0-9,]+ steps", caplog.text)
 
 
-def test_without_a_number_of_steps_the_default_number_of_epochs_determines_the_regularization(letters, tmp_path, caplog):
+def test_without_a_number_of_steps_the_default_number_of_epochs_determines_the_regularization(
+    letters, tmp_path, caplog
+):
     caplog.set_level(logging.INFO, "minigpt_hf")
     (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", -1])
     assert (training.max_steps, training.num_train_epochs) == (-1, 3)
