@@ -331,10 +331,13 @@ class AutoConfigurator:
         if abs(parameters / size - 1) <= 0.15:
             return
         embeddings = self.vocabulary * shape.width * (1 if self.architecture.tie_word_embeddings else 2)
+        remedies = ["reduce --vocab_size"] if parameters > size and self.data.tokenizer == "bpe" else []
+        if self.training.given & {"num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"}:
+            remedies.append("omit settings of the architecture")
         self._log(
             f"size {self.training.size}: the closest model has {parameters:,} parameters, {embeddings:,} of them in the "
-            f"embedding of {self.vocabulary:,} tokens at width {shape.width}; to get closer, reduce --vocab_size or omit "
-            "settings of the architecture",
+            f"embedding of {self.vocabulary:,} tokens at width {shape.width}"
+            f"{'; to get closer, ' if remedies else ''}{' or '.join(remedies)}",
             level=logging.WARNING,
         )
 

@@ -431,3 +431,18 @@ def test_the_length_of_training_counts_incomplete_steps(argv, tmp_path, caplog, 
     assert f"small text: {epochs:.1f} epochs" in caplog.text
     if "--size" not in argv:
         assert 19 < epochs <= 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["--size", "5k"], ""),  # a character tokenizer has a fixed vocabulary
+        (["--size", "20k", "--tokenizer", "bpe"], "; to get closer, reduce --vocab_size"),
+        (["--size", "5k", "--intermediate_size", "512"], "; to get closer, omit settings of the architecture"),
+    ],
+)
+def test_a_size_that_is_not_met_names_only_settings_that_would_help(argv, remedy, text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    automatic_settings([*argv, "--data", str(text_file)], tmp_path)
+    (warning,) = [message for message in caplog.messages if "the closest model has" in message]
+    assert re.search(r" at width \d+(.*)", warning)[1] == remedy
