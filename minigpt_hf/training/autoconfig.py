@@ -41,7 +41,7 @@ from .initialize import build_config, build_model
 from .optimizer import optimizer_factory
 from .positional_heads import fitting_positional_heads
 from .recipe import read_recipe
-from .report import device_name, duration, tokens_per_step
+from .report import device_name, duration, tokens_per_step, trained_sequences, used_sequences
 from .run_folder import RunFolder
 from .scaling import (
     MAX_AUTO_PARAMETERS,
@@ -285,18 +285,21 @@ class AutoConfigurator:
         )
         self._choose(reason, positional_heads=distances)
         approximately = ""
-        if "num_train_epochs" in training.given and training.max_steps < 0:
+        if training.max_steps < 0:  # given, so that `num_train_epochs`, which may be the default, determines the length
             tokens = training.num_train_epochs * len(self.stream)
             approximately = "about "  # the last step of an epoch may be incomplete, or be omitted
         schedule, steps = self._schedule(shape, tokens)
-        tokens_per_step = schedule["per_device_train_batch_size"] * self._batches_per_step() * self.data.block_size
-        tokens = steps * tokens_per_step  # the exact number, after rounding
+        step = schedule["per_device_train_batch_size"] * self._batches_per_step()
+        tokens_per_step = step * self.data.block_size
+        # The exact number, after rounding.
+        tokens = trained_sequences(training, steps, self._sequences(), step) * self.data.block_size
+        at_most = "at most " if tokens < steps * tokens_per_step else ""
         epochs = tokens / len(self.stream)
         batch = {name: schedule.pop(name) for name in ("per_device_train_batch_size", "max_steps")}
         self._fill_in(batch)
         self._log_chosen(
             batch,
-            f"{approximately}{steps:,} steps of {tokens_per_step:,} tokens = {tokens:,} tokens, "
+            f"{approximately}{steps:,} steps of {at_most}{tokens_per_step:,} tokens = {tokens:,} tokens, "
             f"{tokens / self._parameters():.2f} per parameter, {epochs:.2f} epochs",
         )
         rates = {name: schedule.pop(name) for name in ("learning_rate", "muon_learning_rate")}
@@ -328,10 +331,13 @@ class AutoConfigurator:
         if abs(parameters / size - 1) <= 0.15:
             return
         embeddings = self.vocabulary * shape.width * (1 if self.architecture.tie_word_embeddings else 2)
+        remedies = ["reduce --vocab_size"] if parameters > size and self.data.tokenizer == "bpe" else []
+        if self.training.given & {"num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"}:
+            remedies.append("omit settings of the architecture")
         self._log(
             f"size {self.training.size}: the closest model has {parameters:,} parameters, {embeddings:,} of them in the "
-            f"embedding of {self.vocabulary:,} tokens at width {shape.width}; to get closer, reduce --vocab_size or omit "
-            "settings of the architecture",
+            f"embedding of {self.vocabulary:,} tokens at width {shape.width}"
+            f"{'; to get closer, ' if remedies else ''}{' or '.join(remedies)}",
             level=logging.WARNING,
         )
 
@@ -416,6 +422,10 @@ class AutoConfigurator:
 
     def _limit_to_context(self, block_size: int) -> int:
         return min(block_size, self.architecture.max_position_embeddings or block_size)
+
+    def _sequences(self) -> int:
+        """Sequences of an epoch."""
+        return max(1, len(self.stream) // self.data.block_size)
 
     def _batches_per_step(self) -> int:
         """Batches of `per_device_train_batch_size` sequences per optimizer step."""
@@ -559,11 +569,16 @@ class AutoConfigurator:
         rows = max(1, round(batch_tokens(tokens) / (block_size * self._batches_per_step())))
         if not self.is_auto and training.device.type != "cpu":
             rows = max(rows, 16384 // block_size)  # assumed to be necessary to utilize an accelerator; not measured
-        sequences = len(self.stream) // block_size
+        sequences = self._sequences()
         rows = max(1, min(rows, sequences // (2 * self._batches_per_step())))  # at least 2 steps per epoch
         if "per_device_train_batch_size" in training.given:
             rows = training.per_device_train_batch_size
-        steps = max(1, int(tokens / (rows * self._batches_per_step() * block_size)))  # not more epochs than intended
+        step = rows * self._batches_per_step()
+        used = used_sequences(training, sequences, step)
+        epochs, remaining = divmod(tokens / block_size, used)
+        if training.minutes:  # an incomplete step may take as long as a complete one
+            epochs, remaining = 0, tokens / block_size
+        steps = max(1, int(epochs) * math.ceil(used / step) + int(remaining / step))  # not more epochs than intended
         if "max_steps" in training.given and training.max_steps > 0:
             steps = training.max_steps
         return {

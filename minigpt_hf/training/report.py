@@ -288,12 +288,22 @@ def trained_tokens(
 ) -> int:
     """Training tokens of the first optimizer steps of a run: the last step of an epoch has only the remaining sequences."""
     step = tokens_per_step(training, sequences.block_size) // sequences.block_size
-    used = len(sequences)  # in an epoch
-    if training.dataloader_drop_last:
-        batch = step // training.gradient_accumulation_steps
-        used = used // step * step or used // batch * batch or used  # `check_batches` rejects 0
+    return trained_sequences(training, steps, len(sequences), step) * sequences.block_size
+
+
+def trained_sequences(training: MiniGPTTrainingArguments, steps: int, sequences: int, step: int) -> int:
+    """Sequences of the first optimizer steps of a run, given those of an epoch and of a complete step."""
+    used = used_sequences(training, sequences, step)
     epochs, remaining = divmod(steps, math.ceil(used / step))
-    return (epochs * used + min(remaining * step, used)) * sequences.block_size
+    return epochs * used + min(remaining * step, used)
+
+
+def used_sequences(training: MiniGPTTrainingArguments, sequences: int, step: int) -> int:
+    """Sequences that are used in an epoch: those of an incomplete last step may be omitted."""
+    if not training.dataloader_drop_last:
+        return sequences
+    batch = step // training.gradient_accumulation_steps
+    return sequences // step * step or sequences // batch * batch or sequences  # `check_batches` rejects 0
 
 
 def check_memory(config: PreTrainedConfig, architecture: ModelArguments, training: MiniGPTTrainingArguments) -> None:

@@ -122,7 +122,15 @@ def test_checkpoints_follow_validation_so_that_the_best_can_be_published(flags, 
     assert (training.save_steps, training.load_best_model_at_end) == (save_steps, best)
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "found a list"), ("a: [1\n", "invalid YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "found a list"),
+        ("a: [1\n", "invalid YAML"),
+        ("", "no settings"),
+        ("# a comment\n", "no settings"),
+    ],
+)
 def test_a_recipe_that_is_not_a_mapping_is_rejected(text, message, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(text)

@@ -11,10 +11,12 @@ import yaml
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.cli import main
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.training import autoconfig
 from minigpt_hf.training.autoconfig import OTHER_SECONDS, AutoConfigurator, parse_size
 from minigpt_hf.training.recipe import parse_arguments, resolved
+from minigpt_hf.training.report import trained_tokens
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import (
     WIDTHS,
@@ -89,7 +91,9 @@ def test_minutes_measure_for_a_tenth_of_the_time_and_plan_the_rest(text_file, tm
     assert seconds[-1] >= OTHER_SECONDS
     assert seconds[-3] <= 18 or out.count("at width") <= 2  # on a stalled machine no further shapes are measured
     assert (training.learning_rate, training.muon_learning_rate) == (0.003, 0.02)  # given settings are not replaced
-    epochs = training.max_steps * training.per_device_train_batch_size * data.block_size / len(stream)
+    epochs = trained_tokens(training, SequenceDataset(stream, data.block_size, seed=0), training.max_steps) / len(
+        stream
+    )
     assert (
         ("small text" in out) == (epochs > 4) == (training.weight_decay == 0.1) == (architecture.residual_dropout > 0)
     )
@@ -162,10 +166,10 @@ def test_minutes_of_which_less_than_a_quarter_is_left_are_refused_before_anythin
 
 def test_a_size_chooses_the_nearest_shape_and_its_optimal_number_of_tokens(text_file, tmp_path, caplog):
     caplog.set_level(logging.INFO, "minigpt_hf")
-    (data, architecture, training), _ = automatic_settings(["--size", "0.8m", "--data", str(text_file)], tmp_path)
+    (data, architecture, training), stream = automatic_settings(["--size", "0.8m", "--data", str(text_file)], tmp_path)
     assert (architecture.hidden_size, architecture.num_hidden_layers, architecture.use_sliding_window) == (128, 4, True)
-    step = training.per_device_train_batch_size * data.block_size
-    assert training.max_steps * step == pytest.approx(2 * 8e5, rel=0.03)
+    tokens = trained_tokens(training, SequenceDataset(stream, data.block_size, seed=0), training.max_steps)
+    assert tokens == pytest.approx(2 * 8e5, rel=0.03)
     assert training.mtp_loss_weight == 0.5
     assert "small text" in caplog.text
 
@@ -409,3 +413,36 @@ def test_the_same_size_in_another_notation_resumes_a_run(sized, tmp_path, capsys
     argv = [*(word if word != "110k" else "110000" for word in argv), "--output_dir", str(tmp_path / "run")]
     assert "110000" in argv and main(argv) == 0
     assert "resuming from step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["--size", "30k"], ["--gradient_accumulation_steps", "3"]])
+def test_the_length_of_training_counts_incomplete_steps(argv, tmp_path, caplog, text):
+    """Short texts have few steps per epoch, the last of them incomplete: the announced epochs are those of the plan."""
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    (file := tmp_path / "text.txt").write_text(text[:5000])
+    settings, stream = automatic_settings([*argv, "--data", str(file)], tmp_path)
+    data, training = settings.data, settings.training
+    sequences = SequenceDataset(stream, data.block_size, seed=0)
+    tokens = trained_tokens(training, sequences, training.max_steps)
+    epochs = tokens / len(stream)
+    (choice,) = [message for message in caplog.messages if " max_steps " in message]
+    assert f"{training.max_steps:,} steps of at most " in choice
+    assert f" = {tokens:,} tokens, " in choice and f", {epochs:.2f} epochs" in choice
+    assert f"small text: {epochs:.1f} epochs" in caplog.text
+    if "--size" not in argv:
+        assert 19 < epochs <= 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["--size", "5k"], ""),  # a character tokenizer has a fixed vocabulary
+        (["--size", "20k", "--tokenizer", "bpe"], "; to get closer, reduce --vocab_size"),
+        (["--size", "5k", "--intermediate_size", "512"], "; to get closer, omit settings of the architecture"),
+    ],
+)
+def test_a_size_that_is_not_met_names_only_settings_that_would_help(argv, remedy, text_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    automatic_settings([*argv, "--data", str(text_file)], tmp_path)
+    (warning,) = [message for message in caplog.messages if "the closest model has" in message]
+    assert re.search(r" at width \d+(.*)", warning)[1] == remedy

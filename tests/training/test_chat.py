@@ -399,6 +399,8 @@ def test_the_card_counts_the_tokens_and_bytes_of_answers(chat_run):
     assert metadata["tokenizer"]["bytes_per_token"] == train["bytes"] / train["targets"]
     card = (chat_run / "model" / "README.md").read_text()
     assert f"| training | {train['documents']} | {train['characters']} | {train['bytes']} " in card.replace(",", "")
+    assert f"| bytes of answers per token of answers | {train['bytes'] / train['targets']:.2f} |" in card
+    assert "bytes per token" not in card
     text = (chat_run / "log.jsonl").read_text().splitlines()
     epoch = next(json.loads(line)["epoch"] for line in text if "train_loss" in line)
     assert metadata["training"]["epochs"] == pytest.approx(epoch, rel=0.05)  # `epoch` counts batches, not sequences

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 import minigpt_hf
 from minigpt_hf.cli import main
+from minigpt_hf.data.blocks import SequenceDataset
 from minigpt_hf.data.tokenizer import vocabulary_size
 from minigpt_hf.training import autoconfig as dial
 from minigpt_hf.training import train as module
@@ -27,7 +28,7 @@ from minigpt_hf.training.recipe import (
     recipe_notes,
     resolved,
 )
-from minigpt_hf.training.report import describe
+from minigpt_hf.training.report import describe, trained_tokens
 from minigpt_hf.training.run_folder import RunFolder
 from minigpt_hf.training.scaling import (
     MAX_AUTO_EPOCHS,
@@ -338,6 +339,16 @@ def test_the_number_of_steps_of_given_epochs_is_stated_as_approximate(letters, t
     assert " steps of " in caplog.text and not re.search(r"about [0-9,]+ steps", caplog.text)
 
 
+def test_without_a_number_of_steps_the_default_number_of_epochs_determines_the_regularization(
+    letters, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    (_, architecture, training), _ = fitted(tmp_path, ["--data", letters, "--max_steps", -1])
+    assert (training.max_steps, training.num_train_epochs) == (-1, 3)
+    assert (architecture.residual_dropout, training.weight_decay) == (0, 0)
+    assert "small text" not in caplog.text and "max_steps" not in caplog.text
+
+
 @pytest.mark.parametrize("characters", range(43_000, 55_000, 1_500))
 def test_four_epochs_are_not_exceeded_by_rounding_to_whole_steps(characters, letters, tmp_path):
     """Dropout and weight decay start beyond four epochs, so rounding up would switch them on."""
@@ -345,7 +356,8 @@ def test_four_epochs_are_not_exceeded_by_rounding_to_whole_steps(characters, let
     flags = ["--data", tmp_path / "text.txt", "--tokenizer", "bytes", "--cache_dir", tmp_path]
     (data, architecture, training), text = fitted(tmp_path, flags)
     step = training.per_device_train_batch_size * data.block_size
-    assert 4 * len(text.train) - step < training.max_steps * step <= 4 * len(text.train)
+    tokens = trained_tokens(training, SequenceDataset(text.train, data.block_size, seed=0), training.max_steps)
+    assert 4 * len(text.train) - step < tokens <= 4 * len(text.train)
     assert (architecture.residual_dropout, training.weight_decay) == (0, 0)
 
 
@@ -357,9 +369,8 @@ def test_a_tenth_of_the_steps_is_warm_up_and_the_log_has_about_forty_lines(steps
 
 def test_a_larger_batch_or_accumulation_means_fewer_steps_with_the_same_number_of_tokens(letters, tmp_path):
     def tokens(*flags):
-        (data, _, training), _ = fitted(tmp_path, ["--data", letters, *flags])
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        return training.max_steps * rows * data.block_size
+        (data, _, training), text = fitted(tmp_path, ["--data", letters, *flags])
+        return trained_tokens(training, SequenceDataset(text.train, data.block_size, seed=0), training.max_steps)
 
     plain = tokens()
     assert tokens("--per_device_train_batch_size", 2) == pytest.approx(plain, rel=0.02)
