@@ -373,10 +373,14 @@ def _text(metadata: Any, *path: str) -> str:
 def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[str, str]]:
     """The figures of the model card as pairs of label and value; without those that `minigpt.json` lacks."""
     limits, last = _limits_of_score(metadata), _last_text(metadata)
+    recipe = metadata.get("recipe")
+    is_chat = isinstance(recipe, dict) and bool(recipe.get("chat"))
+    scored = "answers of the validation split" if is_chat else "validation text"
+    size = "bytes of answers per token of answers" if is_chat else "bytes per token"
     formats = {
-        f"bits per byte of the validation text{limits}": lambda: f"{metadata['results']['bits_per_byte']:.3f}",
+        f"bits per byte of the {scored}{limits}": lambda: f"{metadata['results']['bits_per_byte']:.3f}",
         "parameters": lambda: f"{model.num_parameters():,}",
-        "training tokens": lambda: f"{metadata['training']['tokens']:,}",
+        f"training tokens{', padding included' if is_chat else ''}": lambda: f"{metadata['training']['tokens']:,}",
         "training time": lambda: str(metadata["training"]["time"]),
         f"validation loss{limits}": lambda: f"{metadata['results']['loss']:.4f} nats per token",
         "tokens scored": lambda: f"{metadata['results']['tokens']:,}",
@@ -384,7 +388,7 @@ def _facts(metadata: dict[str, Any], model: MiniGPTForCausalLM) -> list[tuple[st
         f"epochs{last}": lambda: f"{metadata['training']['epochs']:.2f}",
         "sequence length": lambda: f"{metadata['recipe']['block_size']:,} tokens",
         "tokenizer": lambda: f"{metadata['tokenizer']['kind']}, {model.config.vocab_size:,} tokens",
-        "bytes per token": lambda: f"{metadata['tokenizer']['bytes_per_token']:.2f}",
+        size: lambda: f"{metadata['tokenizer']['bytes_per_token']:.2f}",
         "hardware": lambda: str(metadata["training"]["device"]),
         "date": lambda: str(metadata["date"]),
         "license": lambda: str(metadata["license"] or "not stated"),

@@ -389,6 +389,18 @@ def test_a_page_states_that_its_score_is_not_one_of_unseen_text(run_folder, tmp_
     assert "validation loss, not of unseen text" in labels and "validation loss" not in labels
 
 
+def test_a_page_states_that_the_figures_of_a_chat_model_are_those_of_answers(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    metadata = json.loads((folder / "minigpt.json").read_text())
+    metadata["recipe"]["chat"] = True
+    (folder / "minigpt.json").write_text(json.dumps(metadata))
+    (page,) = export_html(folder, tmp_path / "out", "float32").iterdir()
+    labels = [label for label, _ in data_of(page)["facts"]]
+    assert labels[0] == "bits per byte of the answers of the validation split"
+    assert {"training tokens, padding included", "bytes of answers per token of answers"} <= {*labels}
+    assert not {"training tokens", "bytes per token"} & {*labels}
+
+
 def test_a_page_states_that_its_training_text_is_the_last_one(run_folder, tmp_path):
     folder = shutil.copytree(run_folder / "model", tmp_path / "model")
     metadata = json.loads((folder / "minigpt.json").read_text())
