@@ -159,7 +159,7 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--recipe", "list.yaml"),
             "recipe list.yaml: expected lines of `key: value`, found a list",
         ),
-        "an empty recipe": (train("--recipe", "empty.yaml"), "recipe empty.yaml: has no settings; add lines of"),
+        "an empty recipe": (train("--recipe", "empty.yaml"), "recipe empty.yaml: is empty: expected lines of"),
         "a binary recipe": (train("--recipe", "binary.yaml"), "recipe binary.yaml: invalid YAML"),
         "a word for a number": (train("--recipe", "word.yaml"), "invalid int value: 'many'"),
         "a list for a number": (train("--recipe", "list-value.yaml"), "hidden_size … [1, 2]"),

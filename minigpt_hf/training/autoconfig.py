@@ -601,16 +601,12 @@ def stored_settings(run: RunFolder) -> dict[str, Any]:
     Raises:
         MiniGPTError: if the recipe is missing, empty or damaged.
     """
-    file = run.recipe
     try:
-        settings = read_recipe(str(file))
-        if not settings:
-            raise MiniGPTError(f"recipe {file}: is empty")
+        return read_recipe(str(run.recipe))
     except ValueError as error:
         raise MiniGPTError(
             f"{error}; the run cannot be resumed without it: restore the file, or use another --output_dir or --fresh"
         ) from error
-    return settings
 
 
 def first_words(text: PreparedText) -> str:

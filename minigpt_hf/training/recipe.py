@@ -390,7 +390,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     except ValueError as error:  # UnicodeDecodeError included
         raise MiniGPTError(f"recipe {name}: invalid YAML: {' '.join(str(error).split())}") from error
     if settings is None or settings == {}:  # e.g. of a file whose writing failed
-        raise MiniGPTError(f"recipe {name}: has no settings; add lines of `key: value`, or omit the recipe")
+        raise MiniGPTError(f"recipe {name}: is empty: expected lines of `key: value`")
     if not isinstance(settings, dict):
         raise MiniGPTError(f"recipe {name}: expected lines of `key: value`, found a {type(settings).__name__}")
     return _checked(settings, f"recipe {name}: ")

@@ -127,8 +127,8 @@ def test_checkpoints_follow_validation_so_that_the_best_can_be_published(flags, 
     [
         ("- a\n- b\n", "found a list"),
         ("a: [1\n", "invalid YAML"),
-        ("", "no settings"),
-        ("# a comment\n", "no settings"),
+        ("", "is empty"),
+        ("# a comment\n", "is empty"),
     ],
 )
 def test_a_recipe_that_is_not_a_mapping_is_rejected(text, message, tmp_path):
