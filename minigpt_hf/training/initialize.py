@@ -118,9 +118,7 @@ def build_config(
     if chat:
         config.vocab_size = max(config.vocab_size, size)
         config.eos_token_id = tokenizer.eos_token_id
-    if (
-        chat or tokenizer.bos_token_id is not None
-    ):  # of a model from another source, it may not be that of the tokenizer
+    if chat or tokenizer.bos_token_id is not None:  # the configuration of another program may name another token
         config.bos_token_id = tokenizer.bos_token_id
     if config.vocab_size < size:
         raise MiniGPTError(
