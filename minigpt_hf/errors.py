@@ -75,7 +75,7 @@ class UntrainedModelError(TrainingStopped):
 
 
 class StorageError(TrainingStopped):
-    """The run folder was removed, became read-only, or its device fails. `exit_code` is EX_IOERR of sysexits.h."""
+    """The run folder was removed, replaced or read-only, or its device fails. `exit_code` is EX_IOERR of sysexits.h."""
 
     exit_code = 74
 

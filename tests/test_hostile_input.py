@@ -553,6 +553,16 @@ def test_the_tokenizer_of_another_model_is_reported(verb, folder, text_file, rec
     )
 
 
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "init_from", "export"])
+def test_another_token_that_precedes_documents_is_another_tokenizer(verb, folder, text_file, recipe_file, capfd):
+    """Only tokenizer_config.json names it; its ids are in no hash of tokenizer.json."""
+    tokenizer = folder.get("tokenizer_config.json")
+    folder.write("tokenizer_config.json", json.dumps(tokenizer | {"bos_token": tokenizer["pad_token"]}))
+    status = main(arguments_of(verb, folder.path, text_file, recipe_file))
+    assert status == (0 if verb in ("generate", "evaluate") else 2)
+    assert "has another tokenizer than the one that the model was trained with (BOS token" in capfd.readouterr().err
+
+
 def test_a_null_in_a_recipe_is_a_setting_that_was_not_given(folder, text_file, recipe_file, capfd):
     argv = arguments_of("evaluate", folder.path, text_file, recipe_file)
     assert main(argv) == 0

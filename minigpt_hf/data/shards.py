@@ -103,7 +103,9 @@ def share_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         except MiniGPTError:  # another process has written it in the meantime
             if not folder.exists():
                 raise
-    if tokenizer_fingerprint(load_tokenizer(str(folder))) != tokenizer_fingerprint(tokenizer):
+    shared = load_tokenizer(str(folder))
+    is_same = tokenizer_fingerprint(shared) == tokenizer_fingerprint(tokenizer)
+    if not is_same or bos_token_id(shared) != bos_token_id(tokenizer):
         raise MiniGPTError(f"{output}: has shards of another tokenizer; give another --output_dir")
 
 

@@ -200,12 +200,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenizer_mismatch(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a description if a configuration records another tokenizer than the given one, otherwise None."""
     recorded = getattr(config, "tokenizer_fingerprint", None)
-    if recorded is None or not tokenizer.is_fast or tokenizer_fingerprint(tokenizer) == recorded:
+    if recorded is None or not tokenizer.is_fast:
         return None
-    return (
-        "has another tokenizer than the one that the model was trained with: restore tokenizer.json, or, if the change is "
-        "intended, remove tokenizer_fingerprint from config.json"
-    )
+    fault, file = None, "tokenizer.json"
+    if tokenizer_fingerprint(tokenizer) != recorded:
+        fault = "has another tokenizer than the one that the model was trained with"
+    elif None not in (bos := (config.bos_token_id, tokenizer.bos_token_id)) and bos[0] != bos[1]:
+        fault = f"has another tokenizer than the one that the model was trained with (BOS token {bos[1]} instead of {bos[0]})"
+        file = "tokenizer_config.json"
+    if fault is None:
+        return None
+    return f"{fault}: restore {file}, or, if the change is intended, remove tokenizer_fingerprint from config.json"
 
 
 def _byte_level_tokenizer(model: models.Model) -> Tokenizer:

@@ -117,7 +117,9 @@ def build_config(
     size = vocabulary_size(tokenizer)
     if chat:
         config.vocab_size = max(config.vocab_size, size)
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+    if chat or tokenizer.bos_token_id is not None:  # the configuration of another program may name another token
+        config.bos_token_id = tokenizer.bos_token_id
     if config.vocab_size < size:
         raise MiniGPTError(
             f"the tokenizer has {size:,} tokens, but the vocabulary of the model has only {config.vocab_size:,}"

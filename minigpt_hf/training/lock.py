@@ -12,8 +12,10 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
+from transformers import TrainerCallback
+
 from ..atomic import storage_error
-from ..errors import MiniGPTError
+from ..errors import MiniGPTError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,18 @@ class FolderLock:
             self.file.unlink(missing_ok=True)
         self._remove_created()
 
+    def check(self) -> None:
+        """Check that the folder at the path is the locked one: another one may belong to another process.
+
+        Raises:
+            StorageError: if not.
+        """
+        if self.descriptor is not None and self.folder.is_dir() and not self._is_current():
+            raise StorageError(
+                f"output_dir {self.folder}: the folder or its file {LOCK} was moved, removed or replaced during the run; "
+                "nothing more is written there; if it was moved, move it back, and run the same command again to resume"
+            )
+
     def moved_to(self, folder: Path) -> None:
         """Update the path after the folder was renamed. The lock is on the file, so it is still held."""
         self.folder, self.file, self.created = folder, folder / LOCK, []
@@ -122,7 +136,7 @@ class FolderLock:
         try:
             assert self.descriptor is not None
             return os.path.samestat(os.fstat(self.descriptor), self.file.lstat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def _holder(self) -> str:
@@ -139,6 +153,22 @@ class FolderLock:
                 folder.rmdir()
             except OSError:  # not empty: it contains a run
                 break
+
+
+class LockCheck(TrainerCallback):
+    """Ends a run whose folder was moved or removed, before it writes to another folder at the same path."""
+
+    def __init__(self, lock: FolderLock):
+        self.lock = lock
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.lock.check()
+
+    def on_log(self, args, state, control, **kwargs):
+        self.lock.check()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.lock.check()
 
 
 def _lock(descriptor: int) -> None:

@@ -14,7 +14,7 @@ from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.files import Share
 from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conversations, report_lossy_tokenizer
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
-from ..data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_fingerprint
+from ..data.tokenizer import bos_token_id, byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
 from ..training_text import recipe_of, trained_on
 from ..trust import checked_folder, read_metadata
@@ -222,7 +222,9 @@ def raise_unless_same_tokenizer(text: PreparedText, settings: Settings) -> None:
     source = settings.model.init_from
     if not source or find_prepared(settings.data.data, settings.data.cache_dir) is None:
         return
-    if tokenizer_fingerprint(load_tokenizer(source)) != tokenizer_fingerprint(text.tokenizer):
+    tokenizer = load_tokenizer(source)
+    is_same = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(text.tokenizer)
+    if not is_same or bos_token_id(tokenizer) != text.train.bos_token_id:
         raise MiniGPTError(
             f"--data {settings.data.data}: was prepared with another tokenizer than that of --init_from {source}; "
             f"prepare the text with `minigpt tokenize --tokenizer {source}`"

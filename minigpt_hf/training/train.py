@@ -44,7 +44,7 @@ from .initialize import (
     merge_lora,
     with_pretrained_architecture,
 )
-from .lock import FolderLock
+from .lock import FolderLock, LockCheck
 from .recipe import resolved
 from .report import check_memory, describe, plan_table, trained_tokens, training_result
 from .resume import (
@@ -125,7 +125,7 @@ def train(settings: Settings, began: float | None = None) -> Path:
         plan = resolve(settings, run, began)
         if not plan.is_finished:
             trainer = run_training(plan, lock, stop)
-            publish(plan, trainer, run, stop)
+            publish(plan, trainer, lock, stop)
         elif training.push_to_hub and training.process_index == 0:
             push_finished(run, training)
         leave_process_group(plan.settings.training)
@@ -233,7 +233,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
         prompts = [question_of(training.sample_prompt, data.system)] if training.sample_prompt else fallback
     samples = SampleLogger(progress, model, text.tokenizer, prompts, training.sample_tokens, stop, fallback)
     early = EarlyStopping(patience(training, sequences))
-    callbacks = [progress, samples, stop, early, RandomStateCheck()]
+    callbacks = [LockCheck(lock), progress, samples, stop, early, RandomStateCheck()]
     if is_in_notebook() and not progress.quiet:
         from transformers.utils.notebook import NotebookProgressCallback  # needs IPython
 
@@ -250,6 +250,7 @@ def run_training(plan: Plan, lock: FolderLock, stop: StopAtBoundary) -> MiniGPTT
             check_disk_space(trainer)
             if training.fsdp:
                 check_host_memory(checkpoint_bytes(trainer))
+            lock.check()
             if plan.starts_over:
                 start_over(lock)
             recipe = yaml.safe_dump(resolved(settings), sort_keys=False)
@@ -362,18 +363,20 @@ def leave_process_group(training: MiniGPTTrainingArguments) -> None:
 # -- publish ----------------------------------------------------------------------------------------------------------
 
 
-def publish(plan: Plan, trainer: MiniGPTTrainer, run: RunFolder, stop: StopAtBoundary) -> None:
+def publish(plan: Plan, trainer: MiniGPTTrainer, lock: FolderLock, stop: StopAtBoundary) -> None:
     """Write the model folder and, with `push_to_hub`, upload it, on the main process only."""
     training = plan.settings.training
     model = trainer.whole_model()
     if not trainer.is_world_process_zero():
         return
-    folder, progress = run.model, trainer.progress
+    run, progress = RunFolder(lock.folder), trainer.progress
+    folder = run.model
     assert progress is not None
     with storage_errors(trainer):
         detach_auxiliary_head(model)
         model = merge_lora(model) if plan.settings.model.lora_rank else model
         metadata = describe(plan.settings, plan.text, training_result(trainer, model))
+        lock.check()
         log = read_log(run.log) if training.figures else None
         write_model_folder(folder, model, plan.text.tokenizer, metadata, log)
     progress.print(f"the model is in {folder}")

@@ -21,7 +21,7 @@ from minigpt_hf.data import sharded
 from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
 from minigpt_hf.data.prepared import PreparedText, find_prepared
 from minigpt_hf.data.sharded import Part, ShardedArray
-from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer
+from minigpt_hf.data.tokenizer import byte_level_bpe, byte_tokenizer, character_tokenizer, load_tokenizer
 from minigpt_hf.errors import MiniGPTError
 from tests.data.test_interrupted_cache import SLOW, leftovers, start, wait_for
 
@@ -277,6 +277,12 @@ def test_invalid_shards_are_rejected_in_one_line(corpus, merged, tmp_path, capsy
         assert "expected I/N" in fails(capsys, *argv, *tokenizer, "--shard", shard)
     assert "--shard requires a tokenizer that all shards share" in fails(capsys, *argv, "--shard", "0/4")
     assert "has shards of another tokenizer" in fails(capsys, *argv, "--tokenizer", "bytes", "--shard", "1/5")
+    other = load_tokenizer(str(merged / "tokenizer"))
+    other.bos_token = other.pad_token  # in tokenizer_config.json only
+    other.save_pretrained(tmp_path / "other")
+    assert "has shards of another tokenizer" in fails(
+        capsys, *argv, "--tokenizer", tmp_path / "other", "--shard", "1/5"
+    )
     assert "was written with other newline" in fails(
         capsys, *argv, *tokenizer, "--shard", "1/4", "--newline", "universal"
     )

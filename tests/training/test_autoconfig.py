@@ -238,6 +238,21 @@ def test_every_chosen_setting_is_logged(argv, text_file, tmp_path, caplog):
         assert int(shown.replace(",", "")) == pytest.approx(characters, abs=200)
 
 
+@pytest.mark.parametrize("argv", [[], ["--hidden_size", "256"]])
+def test_the_intended_and_the_actual_number_of_parameters_are_logged(argv, tmp_path, caplog):
+    """They differ for the smallest model and with given settings of the architecture."""
+    caplog.set_level(logging.INFO, "minigpt_hf")
+    (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.\n" * 90)
+    automatic_settings(["--data", str(tmp_path / "short.txt"), "--validation_fraction", "0", *argv], tmp_path)
+    actual, intended, ratio, size = re.search(
+        r"([\d,]+) parameters, for ([\d,]+), (\d+) per byte of training text \(([\d,]+) bytes\)", caplog.text
+    ).groups()
+    actual, intended, ratio, size = (int(number.replace(",", "")) for number in (actual, intended, ratio, size))
+    assert size == 43 * 90
+    assert intended == ratio * size
+    assert actual > 1.4 * intended
+
+
 def data_vocabulary(text_file) -> int:
     return len(set(text_file.read_text())) + 2
 

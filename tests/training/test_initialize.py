@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from minigpt_hf.cli import main
+from minigpt_hf.data.tokenizer import load_tokenizer
 from minigpt_hf.training.run_folder import read_log
 from tests.conftest import random_ids, tiny_model
 from tests.training.conftest import rows
@@ -236,13 +237,17 @@ def test_settings_that_contradict_an_existing_model_are_rejected(flags, message,
 
 def test_a_text_prepared_with_another_tokenizer_is_rejected(finetune, run_folder, text_file, tmp_path, capsys):
     """Its token ids would index another vocabulary, of the same size or a smaller one."""
-    prepared = {"ours": str(run_folder / "model"), "other": "bytes"}
+    of_bos = load_tokenizer(str(run_folder / "model"))
+    of_bos.bos_token = of_bos.pad_token  # in tokenizer_config.json only
+    of_bos.save_pretrained(tmp_path / "bos")
+    prepared = {"ours": str(run_folder / "model"), "other": "bytes", "other-bos": str(tmp_path / "bos")}
     for name, tokenizer in prepared.items():
         argv = ["tokenize", "--recipe", "demo", "--data", str(text_file), "--tokenizer", tokenizer]
         argv += ["--validation_characters", "2000"]
         assert main([*argv, "--output_dir", str(tmp_path / name)]) == 0
-    assert finetune("run", "--data", str(tmp_path / "other")) == 2
-    assert "was prepared with another tokenizer than that of --init_from" in capsys.readouterr().err
+    for name in ("other", "other-bos"):
+        assert finetune("run", "--data", str(tmp_path / name)) == 2
+        assert "was prepared with another tokenizer than that of --init_from" in capsys.readouterr().err
     assert finetune("run", "--data", str(tmp_path / "ours")) == 0
 
 

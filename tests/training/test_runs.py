@@ -493,6 +493,29 @@ def test_files_of_a_run_are_replaced_atomically(recipe, words, tmp_path, monkeyp
     assert train(recipe, words, folder) == 0
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("event", ["training_step", "evaluate"])
+def test_a_run_whose_folder_was_replaced_writes_nothing_into_the_new_one(
+    event, kept, recipe, words, tmp_path, capsys, monkeypatch
+):
+    """As by `mv run old` or `rm -r run`, and another run in its place."""
+    run, called = tmp_path / "run", getattr(MiniGPTTrainer, event)
+
+    def replacing(self, *args, **kwargs):
+        if not (run / "new").exists():
+            run.rename(tmp_path / "old")
+            if not kept:
+                shutil.rmtree(tmp_path / "old")
+            run.mkdir()
+            (run / "new").touch()
+        return called(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPTTrainer, event, replacing)
+    assert train(recipe, words, run, *EVALUATED) == 74
+    assert "moved, removed or replaced" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["new"]
+
+
 def test_a_run_folder_that_vanishes_ends_the_run_with_a_message(recipe, words, tmp_path, capsys, monkeypatch):
     real = MiniGPTTrainer.training_step
 
