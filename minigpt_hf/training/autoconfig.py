@@ -254,7 +254,7 @@ class AutoConfigurator:
         self._choose_block_size(block_size, f"the training text has {len(stream):,} tokens")
         parameters, tokens = size_for_text(stream.bytes, len(stream))
         reason = (
-            f"for {parameters:,.0f}, {PARAMETERS_PER_BYTE} per byte of training text ({stream.bytes:,} bytes), at most "
+            f"intended {parameters:,.0f}, {PARAMETERS_PER_BYTE} per byte of training text ({stream.bytes:,} bytes), at most "
             f"{MAX_AUTO_PARAMETERS:,}"
         )
         self._choose_for_shape(self._shape(parameters), tokens, reason)

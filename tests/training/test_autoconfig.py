@@ -245,7 +245,7 @@ def test_the_intended_and_the_actual_number_of_parameters_are_logged(argv, tmp_p
     (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.\n" * 90)
     automatic_settings(["--data", str(tmp_path / "short.txt"), "--validation_fraction", "0", *argv], tmp_path)
     actual, intended, ratio, size = re.search(
-        r"([\d,]+) parameters, for ([\d,]+), (\d+) per byte of training text \(([\d,]+) bytes\)", caplog.text
+        r"([\d,]+) parameters, intended ([\d,]+), (\d+) per byte of training text \(([\d,]+) bytes\)", caplog.text
     ).groups()
     actual, intended, ratio, size = (int(number.replace(",", "")) for number in (actual, intended, ratio, size))
     assert size == 43 * 90
