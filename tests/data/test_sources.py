@@ -21,7 +21,7 @@ import zstandard
 import minigpt_hf
 from minigpt_hf.data import documents as module
 from minigpt_hf.data.corpus import load_corpus, mixture
-from minigpt_hf.data.files import FORMATS
+from minigpt_hf.data.files import FORMATS, Share
 from minigpt_hf.data.tables import READERS
 from minigpt_hf.errors import MiniGPTError
 from tests.data.test_corpus import write_files
@@ -285,6 +285,15 @@ def test_without_a_held_out_share_the_validation_splits_of_a_mixture_are_unused(
     corpus = load_corpus(f"{tmp_path}/one:1,{tmp_path}/two:1", 0)
     assert sorted(corpus.train) == ["one train", "two train"]
     assert sorted(corpus.unused) == ["one validation", "two validation"]
+
+
+@pytest.mark.parametrize("share", [None, Share(0, 1)])
+def test_a_validation_split_of_the_data_that_is_not_used_is_reported(share, table, tmp_path):
+    datasets.DatasetDict({"train": table, "validation": table.select([0])}).save_to_disk(tmp_path / "saved")
+    description = "no validation; the validation split provided with the data is not used"
+    assert load_corpus(str(tmp_path / "saved"), 0, share=share).split_description == description
+    table.save_to_disk(tmp_path / "train")
+    assert load_corpus(str(tmp_path / "train"), 0, share=share).split_description == "no validation"
 
 
 def test_a_mixture_is_distinguished_from_a_name_with_a_comma(tmp_path, monkeypatch):
