@@ -193,7 +193,7 @@ def _prefixes(path: Path, root: str) -> list[Path]:
 def _links_in(folder: Path) -> list[str]:
     """Return the links to folders in a folder."""
     with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if entry.is_symlink() and entry.is_dir()]
+        return [entry.path for entry in entries if entry.is_symlink() and os.path.isdir(entry.path)]
 
 
 def files_matching(pattern: str) -> FileSelection:

@@ -411,6 +411,7 @@ def test_a_glob_counts_links_to_folders_that_it_does_not_follow(tmp_path, caplog
     write_files(tmp_path, {"texts/a.md": "a", "texts/sub/b.md": "b", "other/c.md": "c", "other/docs/d.md": "d"})
     (tmp_path / "texts" / "link").symlink_to(tmp_path / "other")
     (tmp_path / "texts" / ".hidden").symlink_to(tmp_path / "other")
+    (tmp_path / "texts" / "loop").symlink_to("loop")
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "texts" / "**" / "*.md") == ["a", "b"]
     assert "read 2 of 3 files; skipped 1: 1 links to folders" in caplog.text
