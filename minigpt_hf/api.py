@@ -24,6 +24,7 @@ from .training_text import (
     check_split_is_reproducible,
     has_training_text,
     is_divided_by_threshold,
+    is_other_text,
     read_part,
     reading_of,
     recipe_of,
@@ -229,16 +230,22 @@ def evaluate(
         )
     if split != "all":
         check_split_is_reproducible(folder)
-    whole = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
+    whole, train = read_part(data, split, recipe, reading, is_divided_by_threshold(folder))
     if split == "train" and (used := truncated_to(folder, recipe, whole)) is not None:
         logger.info(f"{data}: the complete training split is scored; the model was trained on {used:,} tokens of it")
     changing = ("data_split", *(name for name in READING if name not in WHICH_TEXT))
     is_changed = any(reading[name] not in (None, recipe.get(name)) for name in changing)
     is_changed = is_changed or trained_on(folder)[1] < recipe.get("validation_fraction", 0)
-    if split == "validation" and is_changed and has_training_text(folder, data, split, reading | {"chat": chat}, whole):
+    of_text = reading | {"chat": chat}
+    if split == "validation" and is_changed and has_training_text(folder, data, split, of_text, whole):
         logger.warning(
             f"{data}: is read or divided in another way than in the training of the model, or of the one from which its "
             "training started, so its validation split contains text that the model was trained on"
+        )
+    elif split == "validation" and is_other_text(folder, data, of_text, None if is_changed else train):
+        logger.info(
+            f"{data}: is not the text that the model was trained on, or it has changed, e.g. the names, and so the order, of "
+            "its files: if it has parts of that text, its validation split may contain text that the model was trained on"
         )
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
@@ -316,7 +323,7 @@ def score_answers(
     before = model_files(folder)
     loaded, tokenizer = load(model, trust_remote_code)
     recipe = recipe_of(folder)
-    documents = read_part(data, split, recipe, reading)
+    documents, _ = read_part(data, split, recipe, reading)
     of_training = has_training_text(folder, data, split, reading, documents)
     if of_training:
         logger.warning(

@@ -6,6 +6,8 @@
 import logging
 import os
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import MiniGPTError, check_type
@@ -64,8 +66,8 @@ def check_data(data: str | os.PathLike, split: str, reading: dict[str, Any]) -> 
 
 def read_part(
     data: str, split: str, recipe: dict[str, Any], reading: dict[str, Any], as_shards: bool = False
-) -> "Documents":
-    """Read a text or conversations and return the part to score.
+) -> "tuple[Documents, Documents]":
+    """Read a text or conversations and return the part to score, and the training split.
 
     Args:
         split: See `evaluate`.
@@ -88,7 +90,7 @@ def read_part(
         logger.info("the separate validation split of the data set is evaluated as well")
     if whole is None or whole.characters == 0:
         raise MiniGPTError(f"{data} has no validation split; set its size with --validation_fraction")
-    return whole
+    return whole, corpus.train
 
 
 def read_divided(
@@ -358,23 +360,55 @@ def has_training_text(
     by_threshold = is_divided_by_threshold(model)
     dedup = {"dedup": recipe.get("dedup", "none")}
     streaming = bool(recipe.get("streaming"))
+    with _read_again():
+        try:
+            train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
+            if not _is_training_split(model, train):
+                # With `data_split`, the training split of a dataset that has a validation split is divided.
+                if reading["data_split"] in (None, recipe.get("data_split")):
+                    return False
+                whole = as_trained | {"validation_fraction": 0.0}
+                return _is_training_split(model, read_divided(data, recipe, whole, streaming=streaming).train)
+            is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
+            if split != "validation" or is_larger:
+                return True
+            same, _ = read_part(data, split, recipe, as_trained | {"validation_fraction": fraction}, by_threshold)
+        except MiniGPTError:  # it is another text
+            return False
+    return same.fingerprint != documents.fingerprint
+
+
+def is_other_text(
+    model: str | os.PathLike, data: str, reading: dict[str, Any], train: "Documents | None" = None
+) -> bool:
+    """Whether a text is not the one that the model was trained on, as far as that is known. It may be a changed one.
+
+    Args:
+        reading: The settings with which the text was read.
+        train: Its training split, if it was read and divided as in training.
+    """
+    if not trained_on(model)[0]:
+        return False
+    recipe = recipe_of(model)
+    streaming = bool(recipe.get("streaming"))
+    if train is None or streaming:
+        as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
+        as_trained |= {"dedup": recipe.get("dedup", "none")}
+        with _read_again():
+            try:
+                train = read_divided(data, recipe, as_trained, is_divided_by_threshold(model), streaming).train
+            except MiniGPTError:  # it cannot be read as in training
+                return True
+    return not _is_training_split(model, train)
+
+
+@contextmanager
+def _read_again() -> Iterator[None]:
+    """Suppress what is logged about a text, because it was logged when the text was read first."""
     reader = logging.getLogger(f"{__package__}.data")
     level = reader.level
-    reader.setLevel(logging.CRITICAL)  # what is to be said about this text was logged when `documents` were read
+    reader.setLevel(logging.CRITICAL)
     try:
-        train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
-        if not _is_training_split(model, train):
-            # With `data_split`, the training split of a dataset that has a validation split is divided.
-            if reading["data_split"] in (None, recipe.get("data_split")):
-                return False
-            whole = as_trained | {"validation_fraction": 0.0}
-            return _is_training_split(model, read_divided(data, recipe, whole, streaming=streaming).train)
-        is_larger = (recipe.get("validation_fraction", 0) if fraction is None else fraction) > trained_fraction
-        if split != "validation" or is_larger:
-            return True
-        same = read_part(data, split, recipe, as_trained | {"validation_fraction": fraction}, by_threshold)
-    except MiniGPTError:  # it is another text
-        return False
+        yield
     finally:
         reader.setLevel(level)
-    return same.fingerprint != documents.fingerprint

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 2
 # The state of an entry with a file of at least this size is recorded when it is created, after waiting for one tick.
 RECORDED_BYTES = 100_000_000
+# A file with the name of the entry: an intact entry under the name of another one would be the text of another source.
+NAME = "name"
 ANNOUNCED_BYTES = 1_000_000_000  # hashing this much takes a second or more and is logged
 
 
@@ -57,7 +59,7 @@ def cached(
         OSError: if the cache cannot be written; the message states its folder and what to do.
     """
     remove_abandoned(directory.parent)
-    fault = verification_error(directory, cache_dir)
+    fault = _fault_of_entry(directory, cache_dir)
     if fault is None:
         try:
             return read(directory)
@@ -70,10 +72,11 @@ def cached(
             content = temporary / "content"
             content.mkdir()
             write(content)
+            (content / NAME).write_text(directory.name, encoding="utf-8")
             states = _seal_and_record(content)
             while not publish(content, directory):
                 with suppress(OSError, ValueError, KeyError, TypeError):
-                    if verification_error(directory, cache_dir) is None:
+                    if _fault_of_entry(directory, cache_dir) is None:
                         return read(directory)  # another process has created it in the meantime
                 with suppress(FileNotFoundError):  # another process is replacing it as well
                     directory.rename(temporary / "damaged")
@@ -83,6 +86,17 @@ def cached(
     if states:
         _write_record(_record_of(directory, cache_dir), states)
     return read(directory)
+
+
+def _fault_of_entry(directory: Path, cache_dir: Path) -> str | None:
+    """Verify a cache entry; return a description of the first error, or None."""
+    if fault := verification_error(directory, cache_dir):
+        return fault
+    try:
+        name = (directory / NAME).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        return f"its name cannot be read: {error}"
+    return None if name == directory.name else f"it is a copy of the entry {name}"
 
 
 def _seal_and_record(content: Path) -> dict[str, list]:

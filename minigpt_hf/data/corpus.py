@@ -262,7 +262,10 @@ def _split(contents: list[tuple[str, SourceContent]], fraction: float) -> list[C
             if documents is not None and documents.characters == 0:
                 raise MiniGPTError(f"{name}: contains no text; specify a file or folder with text")
     if fraction == 0:
-        corpora = [Corpus(name, content.train, None, "no validation", content.validation) for name, content in contents]
+        corpora = [
+            Corpus(name, content.train, None, _without_validation(content), content.validation)
+            for name, content in contents
+        ]
     else:
         is_held_out = _hash_threshold([content for _, content in contents], fraction)
         corpora = [_split_one(name, content, fraction, is_held_out) for name, content in contents]
@@ -276,10 +279,17 @@ def _split(contents: list[tuple[str, SourceContent]], fraction: float) -> list[C
     ]
 
 
+def _without_validation(content: SourceContent) -> str:
+    """Describe the split of a text of which nothing is held out."""
+    return "no validation" + "; the validation split provided with the data is not used" * (
+        content.validation is not None
+    )
+
+
 def _split_share(name: str, content: SourceContent, fraction: float) -> Corpus:
     """Split a share of a source by a hash threshold that is the same for all shares."""
     if fraction == 0 or content.validation is not None:
-        description = "the validation split provided with the data" if fraction else "no validation"
+        description = "the validation split provided with the data" if fraction else _without_validation(content)
         return Corpus(name, content.train, content.validation if fraction else None, description, inputs=content.inputs)
     description = f"documents with the lowest hash of their content, a share of {fraction:g}"
     train, validation = content.train, content.train

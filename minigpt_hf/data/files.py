@@ -178,11 +178,32 @@ def folder_of(pattern: str) -> str:
     return str(Path(*takewhile(lambda part: not has_magic(part), Path(pattern).parts[:-1])))
 
 
+def _glob(path: Path) -> Iterator[Path]:
+    return Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+
+
+def _prefixes(path: Path, root: str) -> list[Path]:
+    """Return the patterns of the folders that a pattern searches: a/**/b/*.md -> a, a/**, a/**/b."""
+    return [
+        Path(*path.parts[:length])
+        for length in range(max(1 + bool(path.anchor), len(Path(root).parts)), len(path.parts))
+    ]
+
+
+def _links_in(folder: Path) -> list[str]:
+    """Return the links to folders in a folder."""
+    with os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.is_symlink() and os.path.isdir(entry.path)]
+
+
 def files_matching(pattern: str) -> FileSelection:
     """Return the files that match a glob pattern, sorted.
 
-    `**` matches any number of folders, and at the end of a pattern all files below them; not those of runs and models. Hidden
-    files and folders are skipped unless a component of the pattern starts with a dot.
+    `**` matches any number of folders, and at the end of a pattern all files below them; not those of runs and models, and
+    without following links. Hidden files and folders are skipped unless a component of the pattern starts with a dot.
+
+    Raises:
+        MiniGPTError: if a folder that is searched cannot be read.
     """
     path, selection, root = Path(pattern), FileSelection(), folder_of(pattern)
     if path.name == "**":
@@ -193,8 +214,17 @@ def files_matching(pattern: str) -> FileSelection:
         return folder != Path(root) and (is_written(os.listdir(folder)) or in_written(folder.parent))
 
     includes_hidden = any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
-    for match in sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
-        if not includes_hidden and any(part.startswith(".") for part in os.path.relpath(match, root).split(os.sep)):
+
+    def is_hidden(match: Path) -> bool:
+        return not includes_hidden and any(part.startswith(".") for part in os.path.relpath(match, root).split(os.sep))
+
+    searched = {folder for prefix in _prefixes(path, root) for folder in _glob(prefix) if folder.is_dir()}
+    for folder in sorted(folder for folder in searched if folder == Path(root) or not is_hidden(folder)):
+        if not os.access(folder, os.R_OK | os.X_OK):  # `glob` omits it without an error
+            raise _unreadable(folder, "Permission denied")
+    matches = sorted(_glob(path))
+    for match in matches:
+        if is_hidden(match):
             if not match.is_dir():
                 selection.skipped["hidden"] += 1
         elif not match.is_file():
@@ -203,6 +233,11 @@ def files_matching(pattern: str) -> FileSelection:
             selection.skipped[WRITTEN] += 1
         else:
             selection.files.append(str(match))
+    found = {folder for match in matches for folder in (match, *match.parents)}
+    for prefix in _prefixes(path, root):
+        if prefix.name == "**":
+            links = {Path(link) for folder in _glob(prefix) if not in_written(folder) for link in _links_in(folder)}
+            selection.skipped["links to folders"] += sum(not is_hidden(link) for link in links - found)
     return selection
 
 
@@ -237,13 +272,15 @@ def is_written(names: Iterable[str]) -> bool:
     return "minigpt.json" in names or ("recipe.yaml" in names and ("fingerprint.json" in names or "log.jsonl" in names))
 
 
+def _unreadable(folder: os.PathLike | str, reason: str | None) -> MiniGPTError:
+    return MiniGPTError(f"{printable(str(folder))}: cannot be read: {reason}; change its permissions or exclude it")
+
+
 def _walk(folder: str, excluded_folders: set[str]) -> Iterator[tuple[str, str | None]]:
     """Yield (path, why it is skipped) of everything below a folder except the folders that are searched."""
 
     def raise_error(error: OSError) -> None:
-        raise MiniGPTError(
-            f"{printable(error.filename)}: cannot be read: {error.strerror}; change its permissions or exclude it"
-        ) from error
+        raise _unreadable(error.filename, error.strerror) from error
 
     for parent, folders, files in os.walk(folder, onerror=raise_error):
         folders[:] = [name for name in folders if name not in excluded_folders]

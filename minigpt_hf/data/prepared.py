@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import MANIFEST, new_folder, read_manifest, seal, sha256
 from ..errors import MiniGPTError
-from .cache import cached, verification_error
+from .cache import NAME, cached, verification_error
 from .chat_format import END, START, with_chat_tokens, with_reserved_tokens
 from .conversations import build_conversation_stream, contents_of
 from .corpus import CACHE, Corpus, public_name
@@ -201,7 +201,7 @@ class PreparedText:
             self.tokenizer.save_pretrained(content / "tokenizer")
             for name, stream in (("train", self.train), ("validation", self.validation)):
                 if stream is not None:
-                    ignored = shutil.ignore_patterns(MANIFEST)
+                    ignored = shutil.ignore_patterns(MANIFEST, NAME)
                     shutil.copytree(stream.folder, content / name, ignore=ignored, copy_function=_link_or_copy)
             join_listings(self.duplicates, content)
             (content / "prepared.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")

@@ -313,7 +313,8 @@ def _of_shards(
     if scored and not is_held_out:
         logger.warning("%s: no document is held out for validation; raise --validation_fraction", output)
         del streams["validation"]
-    cut = f"{first['cut']}; {count:,} shards" if is_held_out else "no validation"
+    without = first["cut"] if first["cut"].startswith("no validation") else "no validation"
+    cut = f"{first['cut']}; {count:,} shards" if is_held_out else without
     if dropped := sum(shard["dropped"] for shard in shards.values()):
         cut += f"; {dropped:,} documents dropped as {first['settings']['dedup']} duplicates of others in their shards"
     return {

@@ -25,6 +25,7 @@ from datasets.table import CastError
 
 from ..atomic import DescribedOSError, remove_abandoned, temporary_directory
 from ..errors import MiniGPTError, UnreadableFileError
+from .cache import cached
 from .conversations import has_system_message
 from .documents import IndexedDocuments, StreamedDocuments, TableRows, TextFiles
 from .files import (
@@ -294,7 +295,9 @@ class Source:
         else:
             if not files:  # all files are in other shares
                 return TextFiles((), self.decoding).documents(self.cache_dir)
-            rows = read_tables(data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column)
+            rows = read_tables(
+                data_format, files, self.names, self.decoding, self.cache_dir, self._choose_column, self.text_column
+            )
         return (self._share_of(rows) if is_share_of_rows else TableRows(rows)).documents(self.cache_dir)
 
     def _report_unused(self, subject: str, *names: str) -> None:
@@ -368,7 +371,7 @@ class Source:
         """Read a URL: a file, or for other protocols than HTTP a folder or pattern, like local ones."""
         if self.data.startswith(("http://", "https://")):
             file_system, path = fsspec.core.url_to_fs(self.data)
-            return self._read_files(self._downloaded([self.data], file_system.info(path)))
+            return self._read_files([self._copied(self.data, file_system.info(path))])
         found = remote_files(self.data, self._extensions)
         if not found.selection.files:
             raise MiniGPTError(
@@ -389,31 +392,45 @@ class Source:
             return self._downloaded(files)
         return [self._copied(url, self.remote[url]) for url in files]
 
-    def _downloaded(self, urls: list[str], *infos: dict) -> list[str]:
-        """Download files into the cache of `datasets`.
-
-        Args:
-            infos: What the file system knows about them. Without an ETag there is no way to tell whether an earlier download
-                is still current.
-        """
-        has_version = self.data.startswith("hf://") or all({"ETag", "etag"} & info.keys() for info in infos)
-        download = datasets.DownloadManager(download_config=datasets.DownloadConfig(force_download=not has_version))
-        paths = [str(path) for path in download.download(urls)]
+    def _downloaded(self, urls: list[str]) -> list[str]:
+        """Download files of the Hub into its cache."""
+        paths = [str(path) for path in datasets.DownloadManager().download(urls)]
         self.names.update(zip(paths, urls, strict=True))
         return paths
 
     def _copied(self, url: str, info: dict) -> str:
-        """Copy a file of an object store to the cache, unless the same version, stated by an ETag, is there."""
+        """Copy a remote file to the cache, unless an intact copy of the same version, stated by an ETag, is there.
+
+        Args:
+            info: What the file system knows about it.
+        """
         version, folder = info.get("ETag") or info.get("etag"), self.cache_dir / "downloads"
-        target = folder / hashlib.sha256(json.dumps([url, info["size"], version]).encode()).hexdigest()[:32]
-        self.names[str(target)] = url
-        if version is None or not target.is_file():
+        fetch = self._download if url.startswith(("http://", "https://")) else _copy
+        if version is None:  # an earlier copy may be outdated
             remove_abandoned(folder)
+            target = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
             with temporary_directory(folder) as temporary:
-                with fsspec.open(url, "rb", compression=None) as source, (temporary / "file").open("wb") as copy:
-                    shutil.copyfileobj(source, copy, COPIED_BYTES)
+                fetch(url, temporary / "file")
                 (temporary / "file").replace(target)
+        else:
+            key = hashlib.sha256(json.dumps(["verified", url, info["size"], version]).encode()).hexdigest()[:32]
+            target = cached(
+                folder / key,
+                lambda copy: fetch(url, copy / "file"),
+                lambda copy: copy / "file",
+                self.cache_dir,
+                "copy of a remote file",
+            )
+        self.names[str(target)] = url
         return str(target)
+
+    def _download(self, url: str, target: Path) -> None:
+        """Download a URL."""
+        with temporary_directory(self.cache_dir / "downloads") as temporary:
+            config = datasets.DownloadConfig(cache_dir=str(temporary), force_download=True)
+            path = Path(datasets.DownloadManager(download_config=config).download(url))
+            # URLs of the Hub are downloaded into its cache.
+            (shutil.move if path.is_relative_to(temporary) else shutil.copyfile)(path, target)
 
     # -- datasets -----------------------------------------------------------------------------------------------------
 
@@ -544,6 +561,12 @@ class Source:
             )
         hint = "" if names_hub_dataset(self.data) else "; to read the file as plain text, use --data_format text"
         raise MiniGPTError(f"{self.data}: {fault}; columns of text: {names}{hint}")
+
+
+def _copy(url: str, target: Path) -> None:
+    """Copy a file of an object store."""
+    with fsspec.open(url, "rb", compression=None) as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, COPIED_BYTES)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,12 @@ class Table(ABC):
                 "%s contains %s", printable(self.name), describe_undecodable(self.decoding, statistics.undecodable)
             )
 
+    def late_column_error(self, location: str, late: str, column: str) -> UnreadableFileError:
+        return self.error(
+            f"{location} is the first one with the column {late!r}, and {column!r} was used up to there; choose one with "
+            "--text_column"
+        )
+
     def error(self, message: str) -> UnreadableFileError:
         return UnreadableFileError(f"{printable(self.name)}: {message}")
 
@@ -174,6 +180,7 @@ def read_tables(
     decoding: Decoding,
     cache_dir: Path,
     choose_column: ChooseColumn,
+    requested: str | None = None,
 ) -> datasets.Dataset:
     """Return the text column of tables of one format.
 
@@ -184,6 +191,7 @@ def read_tables(
         decoding: Encoding of the files, for text formats.
         cache_dir: Root of the cache.
         choose_column: Maps the result of `Table.columns` to the name of a column.
+        requested: The column that was requested, if any; without one, further columns of text are errors, see `Table.texts`.
 
     Raises:
         UnreadableFileError: if a table is damaged or empty, or its text column is missing, ambiguous or not text.
@@ -191,19 +199,32 @@ def read_tables(
     tables = [READERS[data_format](path, names.get(path, path), decoding) for path in paths]
     digests = [content_sha256(table.path, table.name) for table in tables]
     chosen: dict[str, Table] = {}
+    empty = []
     for table in tables:
         columns = table.columns()
         if columns[0]:
             chosen.setdefault(choose_column(*columns), table)
+        else:
+            empty.append(table)
     if len(chosen) > 1:
         texts = ", ".join(f"{column!r} in {printable(table.name)}" for column, table in chosen.items())
         raise UnreadableFileError(f"the text is in different columns, {texts}; choose one with --text_column")
     if not chosen:
         raise tables[0].error("contains no text: the table has no rows")
     (column,) = chosen
+    if empty:
+        first, total = printable(empty[0].name), f"{len(tables):,}"
+        logger.info(
+            "%s of %s tables have no rows and are skipped: %s",
+            f"{len(empty):,}",
+            total,
+            first + ", …" * (len(empty) > 1),
+        )
     for table in tables:
-        table.describe()
-    return _cached(tables, digests, [data_format, column], lambda table: table.texts(column, choose_column), cache_dir)
+        if table not in empty:
+            table.describe()
+    key = [data_format, column, requested]
+    return _cached(tables, digests, key, lambda table: table.texts(column, choose_column), cache_dir)
 
 
 def read_conversations(
@@ -385,10 +406,7 @@ class JsonTable(Table):
             for late in [name for name in row if name not in text_columns and isinstance(row[name], str)]:
                 text_columns.append(late)
                 if choose_column(text_columns, text_columns, text_columns) != column:
-                    raise self.error(
-                        f"{location} is the first one with the column {late!r}, and {column!r} was used up to there; choose "
-                        "one with --text_column"
-                    )
+                    raise self.late_column_error(location, late, column)
             text = row.get(column)
             if text is not None and not isinstance(text, str):
                 raise self.error(
@@ -492,11 +510,17 @@ class CsvTable(Table):
 
     def texts(self, column: str, choose_column: ChooseColumn) -> Iterator[str | None]:
         rows = self._rows()
-        header = next(rows)
+        header = next(rows, [column])
         if header.count(column) > 1:
             raise self.error(f"{header.count(column)} columns are named {column!r}; rename all but one")
-        index = header.index(column)
-        for row in rows:
+        index, (_, text_columns, _) = header.index(column), self.columns()
+        for number, row in enumerate(rows, 1):
+            for late in [
+                name for name, value in zip(header, row, strict=False) if name not in text_columns and _is_text(value)
+            ]:
+                text_columns.append(late)
+                if choose_column(header, text_columns, header) != column:
+                    raise self.late_column_error(f"row {number:,}", late, column)
             yield row[index] if index < len(row) else None
 
     def column_names(self) -> list[str]:
@@ -511,7 +535,7 @@ class CsvTable(Table):
     def describe(self) -> None:
         self.report_undecodable()
         logger.info(
-            "%s: the first row is the header, %s", printable(self.name), ", ".join(map(repr, next(self._rows())))
+            "%s: the first row is the header, %s", printable(self.name), ", ".join(map(repr, self.column_names()))
         )
         if self._delimiter == "\t":
             with self.lines("") as lines:

@@ -5,6 +5,7 @@ import gzip
 import http.server
 import json
 import threading
+from pathlib import Path
 
 import datasets
 import pytest
@@ -109,6 +110,44 @@ def test_a_url_has_the_format_of_its_extension_and_changed_content_is_downloaded
         with pytest.raises(ValueError, match=f"{url}/bad.txt: not utf-8 text: byte 0xff at position 0"):
             load_corpus(f"{url}/bad.txt")
         server.shutdown()
+
+
+def test_a_damaged_copy_of_a_url_is_downloaded_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # the server is on loopback
+    content, requests = b"".join(b"line %d\n" % i for i in range(1000)), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+
+        def do_GET(self):
+            requests.append(self.path)
+            self.do_HEAD()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/lines.txt"
+        texts = lambda: list(load_corpus(url, 0, cache_dir=tmp_path / "cache").train)  # noqa: E731
+        assert texts() == texts() == [content.decode()]
+        assert len(requests) == 1
+        copies = [
+            file
+            for folder in (tmp_path, Path(datasets.config.HF_DATASETS_CACHE))
+            for file in folder.rglob("*")
+            if file.is_file() and file.read_bytes() == content
+        ]
+        for copy in copies:
+            copy.write_bytes(content[: len(content) // 10])
+        assert texts() == [content.decode()]
+        server.shutdown()
+    assert len(requests) == 2 and "the cached copy of a remote file is damaged" in caplog.text
 
 
 def test_the_access_token_in_a_url_is_not_stored_in_a_prepared_text(text_file, tmp_path, monkeypatch):

@@ -118,6 +118,25 @@ def test_a_damaged_file_of_the_cache_is_rebuilt_and_reported(kind, damage, intac
         assert {path.name for path in (cache / kind).iterdir()} == {path.name for path in (original / kind).iterdir()}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_entry_under_the_name_of_another_one_is_rebuilt_and_reported(kind, texts, tmp_path, caplog):
+    """For example after files were recovered or restored under wrong names."""
+    other = tmp_path / "texts.jsonl"
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    other.write_text("".join(json.dumps({"text": row[::-1]}) + "\n" for row in rows))
+    cache, expected = tmp_path / "cache", []
+    for file in (texts, other):
+        expected.append(content(prepared(file, cache)))
+    entries = sorted((cache / kind).iterdir())
+    for entry in entries:
+        entry.rename(tmp_path / entry.name)
+    for entry, name in zip(entries, [*entries[1:], entries[0]], strict=True):
+        (tmp_path / entry.name).rename(name)
+    with caplog.at_level(logging.INFO, "minigpt_hf"):
+        assert [content(prepared(file, cache)) for file in (texts, other)] == expected
+    assert "is damaged (it is a copy of the entry" in caplog.text
+
+
 @pytest.fixture
 def later(monkeypatch):
     """Advance the clock of this process; files keep their times."""

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import lzma
+import os
 import re
 import sys
 from datetime import datetime
@@ -20,7 +21,7 @@ import zstandard
 import minigpt_hf
 from minigpt_hf.data import documents as module
 from minigpt_hf.data.corpus import load_corpus, mixture
-from minigpt_hf.data.files import FORMATS
+from minigpt_hf.data.files import FORMATS, Share
 from minigpt_hf.data.tables import READERS
 from minigpt_hf.errors import MiniGPTError
 from tests.data.test_corpus import write_files
@@ -157,6 +158,28 @@ def test_a_column_of_text_that_begins_after_the_inspected_rows_is_not_ignored(ea
     assert texts_of(tmp_path / "rows.jsonl", text_column="title") == [row["title"] for row in rows]
 
 
+@pytest.mark.parametrize("early", ["", "12"])
+def test_a_csv_column_of_text_that_begins_after_the_inspected_rows_is_not_ignored(early, tmp_path):
+    rows = ["title,body", *(f"t{i},{early}" for i in range(1001)), "t,b"]
+    (tmp_path / "rows.csv").write_text("\n".join(rows) + "\n")
+    message = "several columns contain text; .*columns of text: title, body"
+    with pytest.raises(ValueError, match=message):
+        texts_of(tmp_path / "rows.csv", cache_dir=tmp_path / "cache")
+    requested = texts_of(tmp_path / "rows.csv", cache_dir=tmp_path / "cache", text_column="title")
+    assert requested == [*(f"t{i}" for i in range(1001)), "t"]
+    with pytest.raises(ValueError, match=message):  # although the column is in the cache now
+        texts_of(tmp_path / "rows.csv", cache_dir=tmp_path / "cache")
+
+
+def test_empty_tables_next_to_others_are_reported(tmp_path, caplog):
+    for extension, content in ((".csv", "text\na\n"), (".jsonl", '{"text": "a"}\n')):
+        write_files(tmp_path / extension, {f"a{extension}": content, f"b{extension}": ""})
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert texts_of(tmp_path / extension) == ["a"]
+        assert f"1 of 2 tables have no rows and are skipped: {tmp_path / extension}/b{extension}" in caplog.text
+
+
 def test_a_table_can_be_read_as_plain_text(table, tmp_path):
     write_table(table, tmp_path / "rows.csv")
     assert texts_of(tmp_path / "rows.csv", data_format="text") == [(tmp_path / "rows.csv").read_text(encoding="utf-8")]
@@ -262,6 +285,15 @@ def test_without_a_held_out_share_the_validation_splits_of_a_mixture_are_unused(
     corpus = load_corpus(f"{tmp_path}/one:1,{tmp_path}/two:1", 0)
     assert sorted(corpus.train) == ["one train", "two train"]
     assert sorted(corpus.unused) == ["one validation", "two validation"]
+
+
+@pytest.mark.parametrize("share", [None, Share(0, 1)])
+def test_a_validation_split_of_the_data_that_is_not_used_is_reported(share, table, tmp_path):
+    datasets.DatasetDict({"train": table, "validation": table.select([0])}).save_to_disk(tmp_path / "saved")
+    description = "no validation; the validation split provided with the data is not used"
+    assert load_corpus(str(tmp_path / "saved"), 0, share=share).split_description == description
+    table.save_to_disk(tmp_path / "train")
+    assert load_corpus(str(tmp_path / "train"), 0, share=share).split_description == "no validation"
 
 
 def test_a_mixture_is_distinguished_from_a_name_with_a_comma(tmp_path, monkeypatch):
@@ -373,6 +405,33 @@ def test_a_glob_skips_and_counts_hidden_files(tmp_path, caplog):
     assert "read 2 of 5 files; skipped 3: 2 hidden, 1 folders" in caplog.text  # a hidden folder is not counted
     assert texts_of(tmp_path / ".*.txt") == ["b"]
     assert texts_of(tmp_path / ".git" / "*") == ["c"]
+
+
+def test_a_glob_counts_links_to_folders_that_it_does_not_follow(tmp_path, caplog):
+    write_files(tmp_path, {"texts/a.md": "a", "texts/sub/b.md": "b", "other/c.md": "c", "other/docs/d.md": "d"})
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "texts" / ".hidden").symlink_to(tmp_path / "other")
+    (tmp_path / "texts" / "loop").symlink_to("loop")
+    with caplog.at_level(logging.INFO):
+        assert texts_of(tmp_path / "texts" / "**" / "*.md") == ["a", "b"]
+    assert "read 2 of 3 files; skipped 1: 1 links to folders" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert texts_of(tmp_path / "texts" / "*" / "*.md") == ["c", "b"]
+        assert texts_of(tmp_path / "texts" / "**" / "link" / "*.md") == ["c"]
+    assert "links to folders" not in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every folder")
+@pytest.mark.parametrize("pattern", ["**/*.md", "*/*.md", "**"])
+def test_a_folder_that_a_glob_cannot_read_is_an_error(pattern, tmp_path):
+    write_files(tmp_path, {"a.md": "a", "sub/b.md": "b", "private/c.md": "c"})
+    (tmp_path / "private").chmod(0)
+    try:
+        with pytest.raises(ValueError, match="private: cannot be read: Permission denied"):
+            texts_of(tmp_path / pattern)
+    finally:
+        (tmp_path / "private").chmod(0o700)
 
 
 def test_split_all_includes_the_validation_split_of_the_data(tmp_path, run_folder, caplog):

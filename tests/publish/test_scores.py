@@ -219,6 +219,26 @@ def test_a_validation_split_that_differs_from_that_of_training_is_reported(
         assert (message in capsys.readouterr().err) == is_reported
 
 
+def test_the_validation_split_of_a_changed_text_is_reported(run_folder, text_file, tmp_path, capsys):
+    """The last tenth of a shortened text was trained on."""
+    text = text_file.read_bytes().decode()
+    copy, shortened = tmp_path / "copy.txt", tmp_path / "shortened.txt"
+    copy.write_bytes(text.encode())
+    shortened.write_bytes(text[: len(text) // 2].encode())
+    for data, flags, is_reported in (
+        (copy, [], False),
+        (copy, ["--validation_fraction", "0.05"], False),
+        (shortened, [], True),
+        (shortened, ["--validation_fraction", "0.05"], True),
+        (shortened, ["--split", "all"], False),
+    ):
+        argv = ["evaluate", str(run_folder / "model"), "--data", str(data), "--split", "validation"]
+        assert main([*argv, "--max_characters", "500", *flags]) == 0
+        assert (
+            "is not the text that the model was trained on, or it has changed" in capsys.readouterr().err
+        ) == is_reported
+
+
 def test_a_part_of_the_training_split_of_a_dataset_is_reported_as_training_text(
     recipe_file, text_file, tmp_path, capsys
 ):
