@@ -126,7 +126,14 @@ def space_in(card: str) -> str | None:
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"code": code, "fenced": fenced, "literal": literal, "shell": shell, "energy": energy}
+    environment.filters |= {
+        "code": code,
+        "cell": cell,
+        "fenced": fenced,
+        "literal": literal,
+        "shell": shell,
+        "energy": energy,
+    }
     environment.filters["score"] = score_value
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
@@ -393,11 +400,16 @@ def has_copying(metadata: dict[str, Any]) -> bool:
 
 
 def code(text: str) -> str:
-    """Format text as inline code that is valid in sentences and table cells: a`b|c becomes ``a`b\\|c``."""
-    text = CONTROL_CHARACTERS.sub(REPLACEMENT, text.replace("\n", " ")).replace("|", r"\|")
+    """Format text as inline code in a sentence: a`b|c becomes ``a`b|c``."""
+    text = CONTROL_CHARACTERS.sub(REPLACEMENT, text.replace("\n", " "))
     ticks = "`" * (_longest_backtick_run(text) + 1)
     space = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""  # CommonMark strips one space
     return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def cell(text: str) -> str:
+    """Format text as inline code in a cell of a table: a|b becomes `a\\|b`."""
+    return code(text).replace("|", r"\|")
 
 
 def fenced(text: str, language: str = "text") -> str:

@@ -18,7 +18,7 @@ from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import hub_datasets
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.export import export_model
-from minigpt_hf.publish.card import code, energy, fenced, literal, render_card, shell
+from minigpt_hf.publish.card import cell, code, energy, fenced, literal, render_card, shell
 from minigpt_hf.publish.model_folder import write_model_folder
 from minigpt_hf.publish.push import push_folder
 from tests.conftest import ROOT, tiny_config, tiny_model
@@ -403,7 +403,8 @@ def headings(card: str) -> list[str]:
 
 
 def test_code_fences_are_longer_than_any_in_the_text():
-    assert code("a`b|c\nd") == "``a`b\\|c d``"
+    assert code("a`b|c\nd") == "``a`b|c d``"
+    assert cell("a`b|c\nd") == "``a`b\\|c d``"  # GitHub divides cells before it reads code
     assert code("def ") == "` def  `"  # CommonMark strips one space on either side
     assert fenced("a\n````\nb") == "`````text\na\n````\nb\n`````"
 
