@@ -143,6 +143,7 @@ class Table(ABC):
             )
 
     def late_column_error(self, location: str, late: str, column: str) -> UnreadableFileError:
+        """The error for a second column of text that begins after the first rows, on which the choice of `column` rests."""
         return self.error(
             f"{location} is the first one with the column {late!r}, and {column!r} was used up to there; choose one with "
             "--text_column"
