@@ -247,6 +247,11 @@ def evaluate(
             f"{data}: is not the text that the model was trained on, or it has changed, e.g. the names, and so the order, of "
             "its files: if it has parts of that text, its validation split may contain text that the model was trained on"
         )
+    elif split == "all" and has_training_text(folder, data, split, of_text, whole):
+        logger.warning(
+            f"{data}: contains the training text of the model, so the score is not one of unseen text; "
+            "see --split validation"
+        )
     if max_characters is None and split == "validation":
         max_characters = recipe.get("validation_characters")
     block_size = recipe.get("block_size") if block_size is None else block_size

@@ -219,6 +219,16 @@ def test_a_validation_split_that_differs_from_that_of_training_is_reported(
         assert (message in capsys.readouterr().err) == is_reported
 
 
+def test_a_score_on_all_of_the_training_text_is_reported(run_folder, text_file, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("To be, or not to be, that is the question.\n" * 200)
+    for data, split, is_reported in ((text_file, "all", True), (text_file, "validation", False), (other, "all", False)):
+        flags = ["--split", split, *(["--max_characters", "2000"] if split == "all" else [])]
+        assert main(["evaluate", str(run_folder / "model"), "--data", str(data), *flags]) == 0
+        message = f"{data}: contains the training text of the model, so the score is not one of unseen text"
+        assert (message in capsys.readouterr().err) == is_reported
+
+
 def test_the_validation_split_of_a_changed_text_is_reported(run_folder, text_file, tmp_path, capsys):
     """The last tenth of a shortened text was trained on."""
     text = text_file.read_bytes().decode()
