@@ -202,15 +202,17 @@ def tokenizer_mismatch(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerB
     recorded = getattr(config, "tokenizer_fingerprint", None)
     if recorded is None or not tokenizer.is_fast:
         return None
-    fault, file = None, "tokenizer.json"
+    expected, found = config.bos_token_id, tokenizer.bos_token_id
     if tokenizer_fingerprint(tokenizer) != recorded:
-        fault = "has another tokenizer than the one that the model was trained with"
-    elif None not in (bos := (config.bos_token_id, tokenizer.bos_token_id)) and bos[0] != bos[1]:
-        fault = f"has another tokenizer than the one that the model was trained with (BOS token {bos[1]} instead of {bos[0]})"
-        file = "tokenizer_config.json"
-    if fault is None:
+        detail, file = "", "tokenizer.json"
+    elif None not in (expected, found) and expected != found:  # the fingerprint includes the EOS token only
+        detail, file = f" (BOS token {found} instead of {expected})", "tokenizer_config.json"
+    else:
         return None
-    return f"{fault}: restore {file}, or, if the change is intended, remove tokenizer_fingerprint from config.json"
+    return (
+        f"has another tokenizer than the one that the model was trained with{detail}: restore {file}, or, if the change is "
+        "intended, remove tokenizer_fingerprint from config.json"
+    )
 
 
 def _byte_level_tokenizer(model: models.Model) -> Tokenizer:
