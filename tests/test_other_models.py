@@ -110,6 +110,12 @@ def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):
         assert "not a causal language model" in rejected(argv, capfd)
 
 
+def test_a_huge_perplexity_is_printed_with_an_exponent(copy, text_file, capfd):
+    rewrite(copy, lambda tensors: tensors["model.norm.weight"].mul_(1e2))
+    assert main(["evaluate", str(copy), "--data", str(text_file), "--max_characters", "500"]) == 0
+    assert re.search(r"^perplexity      \d\.\d{5}e\+\d+$", capfd.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("architecture", ["BERT", "XLNet"])
 def test_a_causal_architecture_with_bidirectional_attention_is_rejected(architecture, tmp_path, text_file, capfd):
     """`BertLMHeadModel` is causal if `is_decoder` is true, `XLNetLMHeadModel` if `attn_type` is "uni"."""

@@ -140,7 +140,7 @@ def run(argv: list[str]) -> None:
         windows = f"{score['block_size']} input tokens, {score['stride']} scored per window"
     print(
         f"loss            {score['loss']:.4f} nats per token\n"
-        f"perplexity      {score['perplexity']:.3f}\n"
+        f"perplexity      {score['perplexity']:.6g}\n"
         f"bits per byte   {score['bits_per_byte']:.4f}\n"
         f"scored          {scored}\n"
         f"windows         {windows}"

@@ -100,7 +100,7 @@ class ProgressLogger(TrainerCallback):
         position = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
         line = None
         if "eval_loss" in logs:
-            line = f"validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.2f}"
+            line = f"validation loss {logs['eval_loss']:.4f}   perplexity {logs['eval_perplexity']:.4g}"
             line += f"   {logs['eval_bits_per_byte']:.3f} bits/byte"
         elif "loss" in logs:
             if args.label_smoothing_factor:  # not a likelihood of the text
