@@ -360,7 +360,7 @@ def has_training_text(
     by_threshold = is_divided_by_threshold(model)
     dedup = {"dedup": recipe.get("dedup", "none")}
     streaming = bool(recipe.get("streaming"))
-    with _read_again():
+    with read_again():
         try:
             train = read_divided(data, recipe, as_trained | dedup, by_threshold, streaming).train
             if not _is_training_split(model, train):
@@ -394,7 +394,7 @@ def is_other_text(
     if train is None or streaming:
         as_trained = NOTHING_GIVEN | {name: reading[name] for name in ("chat", *WHICH_TEXT)}
         as_trained |= {"dedup": recipe.get("dedup", "none")}
-        with _read_again():
+        with read_again():
             try:
                 train = read_divided(data, recipe, as_trained, is_divided_by_threshold(model), streaming).train
             except MiniGPTError:  # it cannot be read as in training
@@ -403,7 +403,7 @@ def is_other_text(
 
 
 @contextmanager
-def _read_again() -> Iterator[None]:
+def read_again() -> Iterator[None]:
     """Suppress what is logged about a text, because it was logged when the text was read first."""
     reader = logging.getLogger(f"{__package__}.data")
     level = reader.level

@@ -228,7 +228,9 @@ def files_matching(pattern: str) -> FileSelection:
             if not match.is_dir():
                 selection.skipped["hidden"] += 1
         elif not match.is_file():
-            selection.skipped["folders" if match.is_dir() else "not regular files"] += 1
+            is_unsearched_link = "**" in path.parts and match.is_symlink()  # `**` searches the other folders
+            folders = "links to folders" if is_unsearched_link else "folders"
+            selection.skipped[folders if match.is_dir() else "not regular files"] += 1
         elif "**" in path.parts and in_written(match.parent):
             selection.skipped[WRITTEN] += 1
         else:

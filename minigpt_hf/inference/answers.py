@@ -211,12 +211,21 @@ def _sacrebleu(name: str) -> Callable[[], Metric]:
     def create() -> Metric:
         try:
             from sacrebleu import metrics
+            from sacrebleu.significance import _bootstrap_resample
         except ImportError as error:
             raise MiniGPTError(f"--score {name.lower()} requires sacrebleu: `pip install sacrebleu`") from error
 
         def compute(answers: list[str], references: list[str]) -> tuple[float, float, float]:
-            result = getattr(metrics, name)().corpus_score(answers, [references], n_bootstrap=BOOTSTRAP_SAMPLES)
-            return result.score, float(result._mean - result._ci), float(result._mean + result._ci)
+            metric = getattr(metrics, name)()
+            score = metric.corpus_score(answers, [references]).score
+            # The interval of sacrebleu, whose own computation fails if some samples have a score of 0.
+            statistics = metric._extract_corpus_statistics(answers, [references])
+            _, samples = _bootstrap_resample(statistics, metric, BOOTSTRAP_SAMPLES)
+            values = sorted(float(sample.score) for sample in samples)
+            tail = len(values) // 40
+            mean, half = float(np.mean(values)), (values[-tail - 1] - values[tail]) / 2
+            low, high = np.clip([mean - half, mean + half], 0, 100).tolist()
+            return score, low, high
 
         return compute
 

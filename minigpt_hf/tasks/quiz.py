@@ -120,11 +120,12 @@ def quiz(source: Path | None, seed: int) -> Task:
     """Facts in several wordings, of which one is for testing and one for validation.
 
     Raises:
-        MiniGPTError: if the files are missing.
+        MiniGPTError: if a file is missing or not UTF-8, or the files have no fact.
     """
     folder = source or DEFAULT_SOURCE
     rows: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     number = 0
+    asked: dict[str, set[str]] = {}
     for relation in RELATIONS:
         for subject, answer in facts(folder, relation).items():
             number += 1
@@ -132,13 +133,20 @@ def quiz(source: Path | None, seed: int) -> Task:
             for place, wording in enumerate(order):
                 split = ("test", "validation")[place] if place < 2 else "train"
                 rows[split].append(row(wording.format(subject), answer))
+                asked.setdefault(split, set()).add(wording)
+    if not number:
+        raise MiniGPTError(f"{folder}: its files contain no fact; give the folder of quiz(6) with --source")
+    is_trained = asked["test"] | asked["validation"] <= asked["train"]
+    trained = "each wording occurs in training with other facts"
+    if not is_trained:
+        trained = "some wordings do not occur in training, because there are few facts"
     return Task(
         name="quiz",
         description=f"{number:,} facts, each asked in {len(FRAMES) + 2} wordings.",
         source=f"data files of quiz(6), the BSD games, {folder}",
         license="BSD-3-Clause",
         split=f"by wording: of each fact, {len(FRAMES)} wordings are for training, one for validation and one for testing; "
-        "each wording occurs in training with other facts",
+        + trained,
         rows=rows,
         seed=seed,
         metric="exact",
@@ -166,7 +174,13 @@ def _lines(folder: Path, name: str) -> Iterator[str]:
     if not file.is_file():
         how = "install the package bsdgames (apt-get install bsdgames), or give the folder with --source"
         raise MiniGPTError(f"{file}: there is no such file; the quiz is made from the files of quiz(6): {how}")
-    text = file.read_text(encoding="utf-8", errors="replace").replace("\\\n", "")
+    try:
+        text = file.read_text(encoding="utf-8").replace("\\\n", "")
+    except UnicodeDecodeError as error:
+        raise MiniGPTError(
+            f"{file}: byte {error.object[error.start]:#04x} at position {error.start:,} is not UTF-8; convert the file, e.g. "
+            "with `iconv -f latin1 -t utf-8`"
+        ) from error
     yield from filter(None, text.splitlines())
 
 

@@ -16,7 +16,7 @@ from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conver
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
 from ..data.tokenizer import bos_token_id, byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
-from ..training_text import recipe_of, trained_on
+from ..training_text import read_again, recipe_of, trained_on
 from ..trust import checked_folder, read_metadata
 from .arguments import DataArguments, MiniGPTTrainingArguments, Settings
 
@@ -127,11 +127,12 @@ def with_unseen_fraction(text: PreparedText, settings: Settings) -> PreparedText
     if recipe.get("streaming"):  # a dataset that is streamed now is not downloaded for the comparison
         as_base |= {"streaming": True, "max_tokens": recipe.get("max_tokens")}
     try:
-        of_base = replace(data, **as_base)
-        if read_corpus(of_base).train.fingerprint[: len(trained)] != trained:
-            return text
-        if not is_read_alike:
-            fraction = fraction if held_out(replace(of_base, **as_given)) == held_out(data) else 0.0
+        with read_again():
+            of_base = replace(data, **as_base)
+            if read_corpus(of_base).train.fingerprint[: len(trained)] != trained:
+                return text
+            if not is_read_alike:
+                fraction = fraction if held_out(replace(of_base, **as_given)) == held_out(data) else 0.0
     except MiniGPTError:  # it cannot be read in this way, so it is another text
         return text
     if fraction >= data.validation_fraction:

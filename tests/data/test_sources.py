@@ -415,6 +415,11 @@ def test_a_glob_counts_links_to_folders_that_it_does_not_follow(tmp_path, caplog
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "texts" / "**" / "*.md") == ["a", "b"]
     assert "read 2 of 3 files; skipped 1: 1 links to folders" in caplog.text
+    for pattern in (tmp_path / "texts" / "**", tmp_path / "texts" / "**" / "*"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert texts_of(pattern) == ["a", "b"]
+        assert "1 folders, 1 links to folders" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path / "texts" / "*" / "*.md") == ["c", "b"]

@@ -116,6 +116,16 @@ def test_exact_ignores_surrounding_white_space_and_has_a_wilson_interval():
     assert compute(["a"], ["b"])[:2] == (0, 0) and compute(["a"], ["a"])[::2] == (1, 1)
 
 
+@pytest.mark.parametrize("metric", ["chrf", "bleu"])
+@pytest.mark.parametrize("correct", [1, 29])
+def test_intervals_of_nearly_correct_and_nearly_wrong_answers_are_within_0_and_100(metric, correct):
+    pytest.importorskip("sacrebleu")
+    references = [f"the answer to question {i} has the number {i * 7}" for i in range(30)]
+    answers = [text if i < correct else "" for i, text in enumerate(references)]
+    _, low, high = METRICS[metric]()(answers, references)
+    assert 0 <= low < high <= 100
+
+
 @pytest.mark.parametrize("metric, name", [("chrf", "CHRF"), ("bleu", "BLEU")])
 def test_chrf_and_bleu_are_those_of_sacrebleu(metric, name):
     metrics = pytest.importorskip("sacrebleu.metrics")

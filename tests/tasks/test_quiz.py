@@ -78,3 +78,26 @@ def test_missing_files_are_reported_with_the_package(source, tmp_path, capsys):
     assert main(argv) == 2
     assert "apt-get install bsdgames" in capsys.readouterr().err
     assert not (tmp_path / "task").exists()
+
+
+def test_a_file_that_is_not_utf8_is_an_error_that_names_it(source, tmp_path, capsys):
+    (source / "america").write_bytes("Peru:Lima\nMéxico:México\n".encode("latin-1"))
+    argv = ["data", "quiz", "--source", str(source), "--output_dir", str(tmp_path / "task")]
+    assert main(argv) == 2
+    assert "america: byte 0xe9 at position 11 is not UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "task").exists()
+
+
+def test_files_without_a_fact_are_an_error(source, tmp_path, capsys):
+    for file in source.iterdir():
+        file.write_text("")
+    assert main(["data", "quiz", "--source", str(source), "--output_dir", str(tmp_path / "task")]) == 2
+    assert "contain no fact" in capsys.readouterr().err
+
+
+def test_the_split_states_whether_all_wordings_occur_in_training(source, tmp_path):
+    assert "some wordings do not occur in training" in build("quiz", source=source).split  # one fact of most relations
+    facts = "".join(f"subject {i}:answer {i}:second {i}:third {i}\n" for i in range(50))
+    for file in source.iterdir():
+        file.write_text(facts)
+    assert "each wording occurs in training with other facts" in build("quiz", source=source).split

@@ -66,6 +66,19 @@ def test_a_score_on_text_that_the_base_model_was_trained_on_is_marked(fraction, 
     assert bool(card.data.eval_results) != is_seen
 
 
+def test_reading_a_text_like_the_base_model_is_not_logged(finetune, text_file, tmp_path, capsys):
+    """The text is read again, without the duplicates that the base model dropped, to compare it with that of its training."""
+    lines = [f"line {i} of {words}" for i, words in enumerate(text_file.read_text().splitlines()) if words.strip()]
+    table = tmp_path / "table.csv"
+    table.write_text("text\n" + "".join('"' + line.replace('"', "'") + '"\n' for line in [*lines, *lines[:9]]))
+    assert finetune("base", "--data", str(table), "--dedup", "exact") == 0
+    assert "9 of" in capsys.readouterr().err
+    assert finetune("run", "--data", str(table), folder=tmp_path / "base" / "model") == 0
+    log = "".join(capsys.readouterr())
+    assert "dropped as" not in log
+    assert log.count("the first row is the header") == 1
+
+
 @pytest.mark.parametrize("case", ["prepared text", "no metadata"])
 def test_a_text_that_is_not_compared_with_that_of_the_base_model_is_not_called_compared(
     case, finetune, run_folder, text_file, tmp_path, capsys
