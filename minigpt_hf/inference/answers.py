@@ -210,8 +210,7 @@ def _exact() -> Metric:
 def _sacrebleu(name: str) -> Callable[[], Metric]:
     def create() -> Metric:
         try:
-            from sacrebleu import metrics
-            from sacrebleu.significance import _bootstrap_resample
+            from sacrebleu import metrics, significance
         except ImportError as error:
             raise MiniGPTError(f"--score {name.lower()} requires sacrebleu: `pip install sacrebleu`") from error
 
@@ -220,7 +219,7 @@ def _sacrebleu(name: str) -> Callable[[], Metric]:
             score = metric.corpus_score(answers, [references]).score
             # The interval of sacrebleu, whose own computation fails if some samples have a score of 0.
             statistics = metric._extract_corpus_statistics(answers, [references])
-            _, samples = _bootstrap_resample(statistics, metric, BOOTSTRAP_SAMPLES)
+            _, samples = significance._bootstrap_resample(statistics, metric, BOOTSTRAP_SAMPLES)
             values = sorted(float(sample.score) for sample in samples)
             tail = len(values) // 40
             mean, half = float(np.mean(values)), (values[-tail - 1] - values[tail]) / 2
