@@ -7,6 +7,7 @@ import signal
 import pytest
 from transformers import Trainer
 
+from minigpt_hf.training import trainer
 from tests.training.conftest import train
 
 
@@ -69,6 +70,27 @@ def test_a_stopped_and_resumed_run_logs_the_samples_of_an_uninterrupted_one(
     ]
     assert samples[0] == samples[1]
     assert [step for step, _ in samples[0]] == due
+
+
+def test_a_signal_during_an_evaluation_saves_a_checkpoint_that_is_not_the_best(
+    recipe, words, tmp_path, capsys, monkeypatch
+):
+    """With save_strategy best, the Trainer would save at step 4 only if its score were better than that of step 2."""
+    folder, real, nats = tmp_path / "run", trainer.score_documents, [1.0, 2.0, 3.0, 4.0]
+    flags = "--validation_fraction 0.3 --eval_steps 2 --save_strategy best --metric_for_best_model loss".split()
+
+    def score_documents(*args):
+        if len(nats) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return nats.pop(0), *real(*args)[1:]
+
+    monkeypatch.setattr(trainer, "score_documents", score_documents)
+    assert train(recipe, words, folder, *flags) == 75
+    assert "saved at step 4" in capsys.readouterr().err
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert train(recipe, words, folder, *flags) == 0
+    assert steps_with(folder, "eval_loss") == [2, 4, 6, 8]
+    assert json.loads((folder / "model/minigpt.json").read_text())["training"]["published_step"] == 2
 
 
 def steps_with(folder, name: str) -> list[int]:
