@@ -81,12 +81,9 @@ class StopAtBoundary(TrainerCallback):
         self._stop_if_signaled(args, control)
         if self.stopped:
             control.should_evaluate = False  # the process must end soon; a resumed run evaluates first
-            if _ends_epoch(args, state):
-                control.should_log = True  # before the checkpoint is saved, unlike at `on_epoch_end`
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if args.eval_strategy == "epoch" or not _ends_epoch(args, state):  # else the loss of the epoch is logged first
-            self._stop_if_signaled(args, control)
+        self._stop_if_signaled(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:  # training ended, and was saved, within this epoch or at its last step
@@ -119,12 +116,6 @@ class StopAtBoundary(TrainerCallback):
             self.number = number
             if not self.training:
                 raise _Stop
-
-
-def _ends_epoch(args, state) -> bool:
-    """Whether the loss of an epoch is logged after the current step."""
-    is_last = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
-    return args.logging_strategy == "epoch" and is_last
 
 
 def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> None:

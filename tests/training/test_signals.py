@@ -72,23 +72,32 @@ def test_a_stopped_and_resumed_run_logs_the_samples_of_an_uninterrupted_one(
     assert [step for step, _ in samples[0]] == due
 
 
-@pytest.mark.parametrize("event", ["training_step", "evaluate"])
-def test_the_losses_of_epochs_at_whose_last_step_a_run_is_stopped_are_logged(
-    event, recipe, words, tmp_path, monkeypatch
+@pytest.mark.parametrize(("event", "step"), [("training_step", 2), ("evaluate", 3), ("training_step", 4)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, None], ids=["signal", "error"])
+def test_the_losses_of_epochs_are_those_of_an_uninterrupted_run(
+    number, event, step, recipe, words, tmp_path, monkeypatch
 ):
-    """3 steps per epoch, and an evaluation after each of them."""
+    """3 steps per epoch, with an evaluation and a checkpoint after the last one."""
     straight, folder, real = tmp_path / "straight", tmp_path / "run", getattr(trainer.MiniGPTTrainer, event)
-    flags = "--logging_strategy epoch --per_device_train_batch_size 8 --validation_fraction 0.3 --eval_steps 3".split()
+    flags = "--logging_strategy epoch --per_device_train_batch_size 8 --validation_fraction 0.3".split()
+    flags += ["--eval_steps", "3", "--save_steps", "3"]
     assert train(recipe, words, straight, *flags) == 0
     sent = []
 
-    def sends(self, *args, **kwargs):
-        if self.state.global_step == {"training_step": 2, "evaluate": 3}[event] and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+    def ends(self, *args, **kwargs):
+        if self.state.global_step == step and not sent:
+            sent.append(number)
+            if number is None:
+                raise RuntimeError
+            os.kill(os.getpid(), number)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.MiniGPTTrainer, event, sends)
-    assert train(recipe, words, folder, *flags) == 143
+    monkeypatch.setattr(trainer.MiniGPTTrainer, event, ends)
+    if number is None:
+        with pytest.raises(RuntimeError):
+            train(recipe, words, folder, *flags)
+    else:
+        assert train(recipe, words, folder, *flags) == 143
     assert train(recipe, words, folder, *flags) == 0
     losses = [
         [(row["step"], row["loss"]) for row in map(json.loads, (run / "log.jsonl").open()) if "loss" in row]
