@@ -107,6 +107,24 @@ def test_the_losses_of_epochs_are_those_of_an_uninterrupted_run(
     assert [step for step, _ in losses[0]] == [3, 6, 8]
 
 
+def test_a_loss_with_the_tokens_seen_is_kept_when_a_run_is_resumed_at_its_step(recipe, words, tmp_path, monkeypatch):
+    """transformers adds `train_runtime` to such rows, as to the one at the end of training."""
+    folder, real = tmp_path / "run", Trainer.training_step
+    flags = ["--include_num_input_tokens_seen", "true", "--logging_steps", "1"]
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    assert train(recipe, words, folder, *flags) == 143
+    monkeypatch.setattr(Trainer, "training_step", real)
+    assert train(recipe, words, folder, *flags) == 0
+    assert steps_with(folder, "loss") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert steps_with(folder, "train_loss") == [8]
+
+
 def test_a_signal_during_an_evaluation_saves_a_checkpoint_that_is_not_the_best(
     recipe, words, tmp_path, capsys, monkeypatch
 ):
