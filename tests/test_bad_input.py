@@ -172,6 +172,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             train("--save_only_model", "true"),
             "save_only_model is not supported: such checkpoints cannot be resumed from … --save_total_limit",
         ),
+        "checkpoints of the best scores without evaluations": (
+            train("--save_strategy", "best", "--validation_fraction", "0"),
+            "save_strategy best: checkpoints are saved after evaluations, and there are none with … validation_fraction 0",
+        ),
         "a mode of compilation": (
             train("--torch_compile_mode", "fast"),
             "torch_compile_mode is 'fast': expected … reduce-overhead",

@@ -567,9 +567,15 @@ class MiniGPTTrainingArguments(TrainingArguments):
             self.eval_steps = self.logging_steps  # as in transformers
         if self.save_steps is None:
             self.save_steps = self.eval_steps
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise MiniGPTError(
+                "save_strategy best: checkpoints are saved after evaluations, and there are none with eval_strategy no or "
+                "validation_fraction 0; use --save_strategy steps"
+            )
         if self.load_best_model_at_end is None:
             is_same_schedule = self.save_strategy == self.eval_strategy and self.save_steps == self.eval_steps
-            self.load_best_model_at_end = self.eval_strategy != "no" and is_same_schedule
+            is_evaluated = is_same_schedule or self.save_strategy == "best"
+            self.load_best_model_at_end = self.eval_strategy != "no" and is_evaluated
         self.check_intervals()
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate treats each process of the launcher as the only one

@@ -85,6 +85,10 @@ class ProgressLogger(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
         self.busy, self.mark = self.busy + now - self.mark, now
+        if args.logging_strategy == "epoch" and (
+            float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        ):
+            control.should_log = True  # before a checkpoint of this step is saved, and not at `on_epoch_end`
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = None

@@ -130,7 +130,8 @@ def truncate_log(
 
     def is_kept(row: dict[str, Any]) -> bool:
         is_later = "eval_loss" in row and not is_score(row, "eval_loss")  # evaluated after the checkpoint was saved
-        is_again = is_later or row.keys() & {"sample", "train_runtime"}
+        is_final = "train_runtime" in row and "loss" not in row  # rows of losses may have it, with the tokens seen
+        is_again = is_later or is_final or "sample" in row
         return row["step"] < step or (row["step"] == step and not is_again)
 
     def renamed(row: dict[str, Any]) -> dict[str, Any]:

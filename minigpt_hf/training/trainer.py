@@ -288,7 +288,9 @@ class MiniGPTTrainer(CheckpointingTrainer):
         is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
         is_saved = is_saved or self.state.global_step == self._initial_global_step  # resumed from there
         is_candidate = is_saved and math.isfinite(metrics.get("eval_loss", 0.0))
-        return is_candidate and super()._determine_best_metric(metrics, trial)
+        is_best = is_candidate and super()._determine_best_metric(metrics, trial)
+        # With save_strategy best, this is whether the Trainer saves, which a signal during the evaluation may demand.
+        return is_best or self.control.should_save
 
     def _run_epoch(self, *, trial, ignore_keys_for_eval, **kwargs) -> None:
         """Overridden because a run interrupted at a step is evaluated at that step when it resumes, and a run with all
@@ -296,7 +298,8 @@ class MiniGPTTrainer(CheckpointingTrainer):
         self.saving.wait()  # the data loader may fork workers, which must not happen while a thread writes
         if self._lacks_evaluation():
             metrics = self._evaluate(trial, ignore_keys_for_eval)
-            if self._determine_best_metric(metrics, trial):
+            self._determine_best_metric(metrics, trial)
+            if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self.resumed_from)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True

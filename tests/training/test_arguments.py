@@ -115,6 +115,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
         (["--eval_strategy", "no"], 0.25, False),
         (["--validation_fraction", "0"], 0.25, False),
         (["--load_best_model_at_end", "false"], 0.25, False),
+        (["--save_strategy", "best"], 0.25, True),
     ],
 )
 def test_checkpoints_follow_validation_so_that_the_best_can_be_published(flags, save_steps, best):
