@@ -192,6 +192,15 @@ class MiniGPTTrainer(CheckpointingTrainer):
             torch_loader.generator = torch.Generator()
         return loader
 
+    def train(self, *args, **kwargs):
+        """Overridden to end persistent workers: they ignore SIGTERM, and Python would wait for them at its exit."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            loader = self.callback_handler.train_dataloader
+            if loader is not None and (iterator := loader.base_dataloader._iterator) is not None:
+                iterator._shutdown_workers()
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Overridden so that the schedule is defined in one place."""
         if self.lr_scheduler is None:

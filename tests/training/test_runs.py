@@ -558,6 +558,16 @@ def test_losses_are_averaged_over_the_same_steps_after_a_resume(recipe, words, t
     assert final(straight)["train_loss"] == pytest.approx(sum(single) / 8, rel=1e-6)
 
 
+def test_persistent_workers_end_with_the_training(recipe, words, tmp_path):
+    """They ignore SIGTERM, so Python would wait for them at its exit."""
+    flags = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true", "--max_steps", "2"]
+    assert train(recipe, words, tmp_path / "done", *flags) == 0
+    assert multiprocessing.active_children() == []
+    flags += ["--learning_rate", "1e30", "--muon_learning_rate", "1e30", "--lr_scheduler_type", "constant"]
+    assert train(recipe, words, tmp_path / "failed", *flags, "--warmup_steps", "0") == 65
+    assert multiprocessing.active_children() == []
+
+
 @pytest.mark.slow
 def test_a_run_with_persistent_workers_is_resumed_exactly(recipe, words, tmp_path):
     """13 steps per epoch; interrupted in the second and ending in the third; with dropout."""

@@ -283,6 +283,7 @@ def test_generating_samples_restores_all_rng_states():
 
 # Methods of the Trainer that MiniGPTTrainer overrides or calls, so that an incompatible release is detected here.
 SIGNATURES = {
+    "train": "resume_from_checkpoint trial ignore_keys_for_eval",
     "_get_train_sampler": "train_dataset",
     "get_train_dataloader": "",
     "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
