@@ -234,8 +234,8 @@ def report_replaced_card(repo_id: str, branch: str, card: bytes) -> None:
         written = None
     if present not in (card, written):
         logger.warning(
-            "%s: README.md of the branch %s has been edited on the Hub, or was not written by this version of the package, and "
-            "is replaced; the earlier one is in the commit %s",
+            "%s: README.md of the branch %s has been edited on the Hub, or was not written by this version of the package, "
+            "and is replaced; the earlier one is in the commit %s",
             *(repo_id, branch, folder.name),
         )
 
