@@ -268,8 +268,7 @@ def evaluate(
         if documents is not None and characters is not None:  # not a stream
             sample = ValidationSample(documents, whole.number_of_documents, characters, whole.characters, window)
             logger.info("scored: %s", sample)
-    if tokenizer.is_fast:
-        report_lossy_tokenizer(tokenizer, texts)
+    report_lossy_tokenizer(tokenizer, texts)
     score = evaluate_texts(loaded, tokenizer, texts, block_size, stride, batch_size, texts.number_of_documents)
     is_complete = texts is whole or (whole.characters is not None and texts.characters == whole.characters)
     remedy = "give more text" if is_complete else "raise --max_characters"

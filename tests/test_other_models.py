@@ -13,6 +13,9 @@ from transformers import (
     BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    CTRLTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     MptConfig,
@@ -108,6 +111,26 @@ def test_a_bidirectional_model_is_rejected(tmp_path, text_file, capfd):
     folder = save(BertForMaskedLM(config), tmp_path / "bert")
     for argv in (["generate", folder, "--prompt", "a"], ["evaluate", folder, "--data", text_file]):
         assert "not a causal language model" in rejected(argv, capfd)
+
+
+@pytest.mark.parametrize("is_lossy", [True, False])
+def test_a_tokenizer_in_python_that_loses_text_is_reported(is_lossy, tmp_path, capfd):
+    """CTRL's has no `tokenizer.json`; it knows no upper case here, and divides words at white space."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<unk>", "<s>", *letters, *(f"{letter}@@" for letter in letters)]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    tokenizer = CTRLTokenizer(*files, bos_token="<s>", eos_token="<s>")
+    config = CTRLConfig(vocab_size=len(tokens), n_embd=16, n_layer=1, n_head=2, dff=16, n_positions=16)
+    CTRLLMHeadModel(config).save_pretrained(tmp_path / "ctrl")
+    tokenizer.save_pretrained(tmp_path / "ctrl")
+    text = tmp_path / "text.txt"
+    text.write_text("One\n\n  two  THREE\n" * 20 if is_lossy else "one two three")
+    assert main(["evaluate", str(tmp_path / "ctrl"), "--data", str(text)]) == 0
+    message = capfd.readouterr().err
+    assert ("the tokenizer does not reproduce the text" in message) == is_lossy
+    assert ("of the tokens are unknown; upper case, white space lost or changed" in message) == is_lossy
 
 
 def test_a_huge_perplexity_is_printed_with_an_exponent(copy, text_file, capfd):

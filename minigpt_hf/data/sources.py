@@ -428,7 +428,14 @@ class Source:
         """Download a URL."""
         with temporary_directory(self.cache_dir / "downloads") as temporary:
             config = datasets.DownloadConfig(cache_dir=str(temporary), force_download=True)
-            path = Path(datasets.DownloadManager(download_config=config).download(url))
+            try:
+                path = Path(datasets.DownloadManager(download_config=config).download(url))
+            except Exception as error:
+                from aiohttp import ClientError  # slow to import
+
+                if isinstance(error, ClientError):  # e.g. the connection was lost; not an `OSError`
+                    raise OSError(str(error)) from error
+                raise
             # URLs of the Hub are downloaded into its cache.
             (shutil.move if path.is_relative_to(temporary) else shutil.copyfile)(path, target)
 

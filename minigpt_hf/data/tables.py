@@ -650,6 +650,11 @@ class ArrowTable(Table):
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             yield from reader
+            end = source.tell()
+            if source.size() != end:  # the reader ignores what follows
+                raise self.error(
+                    f"more data follow the end of its Arrow stream, at byte {end:,}; give joined files one by one"
+                )
 
     @contextmanager
     def _opened(self) -> Iterator[pa.NativeFile]:

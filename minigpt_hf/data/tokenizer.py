@@ -11,9 +11,10 @@ never mistaken for padding and ignored by a loss.
 import hashlib
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -150,18 +151,17 @@ def special_tokens_in_text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
     """Describe what is lost when texts are encoded and decoded; None if nothing is."""
-    encoder = Encoder(tokenizer.backend_tokenizer.to_str())
+    encode, decode = _codec(tokenizer)
     tokens = unknown = 0
     changed: list[tuple[str, str]] = []
     for text in texts:
         try:
-            ids = encoder(text)
+            ids = encode(text)
         except ValueError:  # an unknown character, which is reported when the entire text is encoded
             return None
         tokens += len(ids)
         unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
-        decoded = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        if decoded != text:
+        if (decoded := decode(ids.tolist())) != text:
             changed.append((text, decoded))
     if not changed:  # even if a character of the text is the unknown token
         return None
@@ -174,6 +174,24 @@ def lost_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
     lost = [name for name, belongs in categories.items() if sum(map(belongs, before)) != sum(map(belongs, after))]
     description = f"{', '.join(lost or ['characters'])} lost or changed"
     return f"{unknown / max(tokens, 1):.2%} of the tokens are unknown; {description}" if unknown else description
+
+
+def _codec(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Callable[[str], np.ndarray], Callable[[list[int]], str]]:
+    """Return functions that encode a text as ordinary text, and decode ids, also for a tokenizer that is Python code."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        return Encoder(backend.to_str()), lambda ids: backend.decode(ids, skip_special_tokens=False)
+
+    def encode(text: str) -> np.ndarray:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return np.array(ids, dtype=np.int64)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return encode, decode
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

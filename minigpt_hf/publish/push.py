@@ -193,7 +193,7 @@ def commit_folder(
         file.relative_to(folder).as_posix(): file if file.suffix == ".safetensors" else file.read_bytes()
         for file in published_files(folder)
     }
-    files["README.md"] = card_for(folder, place, repo_id).encode()
+    files["README.md"] = card = card_for(folder, place, repo_id).encode()
     about = {**metadata, "name": repo_id, "hub_revision": revision}
     if not revision:
         del about["hub_revision"]
@@ -214,7 +214,30 @@ def commit_folder(
             raise changed
 
     branches = {revision: native} if revision else {"main": native, CODE_BRANCH: files}
+    for branch in branches:
+        report_replaced_card(repo_id, branch, card)
     return _commit(branches, repo_id, message, check=check_weights)
+
+
+def report_replaced_card(repo_id: str, branch: str, card: bytes) -> None:
+    """Log that the card of a branch, which another program or a person has written, is replaced by `card`."""
+    with hub_errors(repo_id):
+        try:
+            names = ["README.md", "minigpt.json", "config.json"]
+            folder = Path(HfApi().snapshot_download(repo_id, revision=branch, allow_patterns=names))
+            present = (folder / "README.md").read_bytes()
+        except (RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError):
+            return
+    try:
+        written = rendered_card(folder).encode()
+    except (MiniGPTError, OSError, ValueError):  # e.g. without a model
+        written = None
+    if present not in (card, written):
+        logger.warning(
+            "%s: README.md of the branch %s has been edited on the Hub, or was not written by this version of the package, "
+            "and is replaced; the earlier one is in the commit %s",
+            *(repo_id, branch, folder.name),
+        )
 
 
 def check_space(space: str, repo_id: str) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from minigpt_hf.cli import main
 from minigpt_hf.data.corpus import load_corpus
 from minigpt_hf.data.documents import IndexedDocuments
+from minigpt_hf.errors import MiniGPTError
 
 
 def write_files(folder, texts: dict[str, str]):
@@ -109,6 +110,30 @@ def test_a_url_has_the_format_of_its_extension_and_changed_content_is_downloaded
         (tmp_path / "bad.txt").write_bytes(b"\xff")
         with pytest.raises(ValueError, match=f"{url}/bad.txt: not utf-8 text: byte 0xff at position 0"):
             load_corpus(f"{url}/bad.txt")
+        server.shutdown()
+
+
+def test_a_connection_that_is_lost_during_a_download_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # the server is on loopback
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(b"line\n")
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/lines.txt"
+        with pytest.raises(MiniGPTError, match=r"lines\.txt: cannot be read: .*payload"):
+            load_corpus(url, 0, cache_dir=tmp_path / "cache")
         server.shutdown()
 
 

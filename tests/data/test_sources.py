@@ -566,6 +566,20 @@ def test_dictionary_encoded_and_view_columns_are_text(tmp_path):
         assert texts_of(tmp_path / f"{number}.arrow") == ["a", "b", "a"]
 
 
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_an_arrow_stream_that_is_followed_by_another_one_is_an_error(compression, tmp_path):
+    """Readers of Arrow end at the end of the first stream."""
+    table, stream = pa.table({"text": ["a", "b", "c"]}), io.BytesIO()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    compress, file = COMPRESS.get(compression, bytes), tmp_path / f"table.arrow{compression}"
+    file.write_bytes(compress(stream.getvalue()))
+    assert texts_of(file) == ["a", "b", "c"]
+    file.write_bytes(compress(stream.getvalue()) * 2)
+    with pytest.raises(MiniGPTError, match="more data follow the end of its Arrow stream, at byte"):
+        texts_of(file)
+
+
 def test_text_in_parquet_that_is_not_utf8_and_columns_of_equal_names_are_errors(tmp_path):
     texts = ["a"] * 12_000 + ["invalid"]  # several batches
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)

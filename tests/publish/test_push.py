@@ -189,6 +189,33 @@ def test_the_card_names_the_repository_unless_it_was_edited(run_folder, hub, tmp
     assert "has been edited, or written by another version" in warning
 
 
+@pytest.mark.parametrize("revision", [None, "small"])
+def test_a_card_that_was_edited_on_the_hub_and_is_replaced_is_reported(revision, run_folder, hub, tmp_path, caplog):
+    branch = revision or "main"
+    push_folder(run_folder / "model", "user/tiny", revision)
+    card = uploaded(hub, "user/tiny", branch)["README.md"]
+    push_folder(run_folder / "model", "user/tiny", revision)
+    model = shutil.copytree(run_folder / "model", tmp_path / "model")
+    save_tasks(model, [TaskResult("pairs", "1", "acc", "none", 0.618, None, 8, 0, None, "0.4.13").to_dict()])
+    push_folder(model, "user/tiny", revision)
+    assert "README.md" not in caplog.text
+    api = HfApi()
+    edited = card + b"\nWritten manually.\n"
+    commit = api.upload_file(path_or_fileobj=edited, path_in_repo="README.md", repo_id="user/tiny", revision=branch).oid
+    push_folder(model, "user/tiny", revision)
+    (warning,) = (record.getMessage() for record in caplog.records if "README.md" in record.getMessage())
+    assert f"README.md of the branch {branch} has been edited on the Hub" in warning
+    assert warning.endswith(f"is replaced; the earlier one is in the commit {commit}")
+    assert b"manually" not in uploaded(hub, "user/tiny", branch)["README.md"]
+
+
+def test_a_card_that_was_on_the_hub_before_the_first_push_is_reported(run_folder, hub, caplog):
+    HfApi().create_repo("user/tiny")
+    hub.put("user/tiny", {"README.md": b"Written manually.\n"})
+    push_folder(run_folder / "model", "user/tiny")
+    assert "user/tiny: README.md of the branch main has been edited on the Hub" in caplog.text
+
+
 def test_a_downloaded_card_with_a_demo_and_absent_datasets_is_not_taken_for_an_edited_one(
     run_folder, hub, tmp_path, caplog
 ):
