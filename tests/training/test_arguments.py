@@ -301,7 +301,8 @@ def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog)
     assert "validation_characters 10: no effect" in caplog.text
     caplog.clear()
     file.write_text(
-        "logging_strategy: epoch\nlogging_steps: 5\neval_strategy: epoch\neval_steps: 3\nsave_strategy: epoch\nsave_steps: 6\n"
+        "logging_strategy: epoch\nlogging_steps: 5\neval_strategy: epoch\neval_steps: 3\n"
+        "save_strategy: epoch\nsave_steps: 6\n"
         "max_steps: 9\nnum_train_epochs: 2\naccelerator_config: {even_batches: false, use_seedable_sampler: false}\n"
     )
     parse_arguments([], recipe=str(file))
