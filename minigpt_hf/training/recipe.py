@@ -69,6 +69,12 @@ WITHOUT_EFFECT = {
     "length_column_name": TrainingArguments.length_column_name,
     "liger_kernel_config": None,
 }
+OPTIONAL_BASIS = {"minutes", "size", "init_from"}  # settings that determine the default recipe unless they are None
+# Settings that would have no effect if they were empty.
+NOT_EMPTY = {
+    *("init_from", "resume_from_checkpoint", "text_column", "data_split", "cache_dir", "deepspeed"),
+    *("hub_model_id", "hub_revision"),
+}
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
@@ -97,8 +103,16 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
     overrides = {name: os.fspath(each) if isinstance(each, os.PathLike) else each for name, each in overrides.items()}
     overrides = _checked(overrides)
+    if recipe is not None and not recipe.strip():
+        raise MiniGPTError("recipe is empty: give a name or a YAML file, or omit it")
     if recipe is None:
-        recipe = _default_recipe(given)
+        # None is the default of these settings, which programs may pass on; `auto` itself sets `size`.
+        overrides = {name: each for name, each in overrides.items() if each is not None or name not in OPTIONAL_BASIS}
+        given = {*flags, *overrides}
+        preliminary = argument_parser(prog="minigpt train")
+        preliminary.set_defaults(**overrides)
+        values_of_flags = vars(preliminary.parse_known_args([*argv])[0])
+        recipe = _default_recipe({name for name in given if values_of_flags.get(name) not in (None, False, 0)})
     recipe_values = read_recipe(recipe) if recipe else {}
     values = {"output_dir": f"runs/{Path(recipe or 'auto').stem}", **recipe_values, **overrides}
     for layer in (given, recipe_values):  # num_train_epochs overrides the max_steps of a layer of lower precedence
@@ -126,6 +140,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-').replace('-', '_'), setting_types())}"
         )
     settings = Settings(data, model, training)
+    for group in settings:
+        for name in sorted(NOT_EMPTY & vars(group).keys()):
+            if vars(group)[name] == "":  # e.g. of an unset variable of the shell
+                raise MiniGPTError(f"{name} is empty: give a value, or omit it")
     if model.init_from:
         if training.minutes or training.size:
             raise MiniGPTError(
@@ -269,6 +287,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _default_recipe(given: set[str]) -> str | None:
+    """The recipe for the settings that are given with a value other than none, false or 0."""
     if given & {"minutes", "size"}:
         return None
     for setting, recipe in (("chat", "chat"), ("lora_rank", "lora"), ("init_from", "finetune"), ("data", "auto")):
