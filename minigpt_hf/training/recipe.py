@@ -233,7 +233,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         is_default_of_save_steps = (
             kind == "eval" and training.save_strategy == "steps" and "save_steps" not in training.given
         )
-        is_written = f"{kind}_steps" in written
+        is_written = f"{kind}_steps" in (given if f"{kind}_strategy" in given else written)
         if kind == "save" and "save_steps" not in given and training.save_steps == training.eval_steps:
             is_written = False  # the default, which a recorded recipe contains
         if is_written and strategy != "steps" and not is_default_of_save_steps:
