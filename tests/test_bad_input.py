@@ -356,6 +356,14 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             "num_train_epochs is 0.0: it must be more than 0",
         ),
         "label_names": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
+        **{
+            f"an empty {name}": (train(f"--{name}", ""), f"{name} is empty: give a")
+            for name in ("recipe", "init_from", "resume_from_checkpoint", "text_column", "data_split", "cache_dir")
+        },
+        "a new run that continues a checkpoint": (
+            train("--fresh", "--resume_from_checkpoint", "x"),
+            "fresh starts at step 0, and resume_from_checkpoint x continues a run: omit one",
+        ),
         "a missing checkpoint": (train("--resume_from_checkpoint", "x"), "there is no run to resume in new"),
     },
     "folders": {

@@ -348,6 +348,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
     given: frozenset[str] = field(default=frozenset(), init=False)
     # The subset given by a flag or keyword. Values of a recipe may be adjusted to other settings, which is logged.
     given_in_command: frozenset[str] = field(default=frozenset(), init=False)
+    # Those, and the ones that a recipe file sets to another value than the default: someone's choice.
+    written: frozenset[str] = field(default=frozenset(), init=False)
 
     muon: bool = field(
         default=True,
@@ -489,6 +491,11 @@ class MiniGPTTrainingArguments(TrainingArguments):
     def _resolve(self) -> None:
         """Validate the settings, and set those derived from the hardware or from other settings."""
         check_numbers(self)
+        if self.fresh and self.resume_from_checkpoint:
+            raise MiniGPTError(
+                f"fresh starts at step 0, and resume_from_checkpoint {self.resume_from_checkpoint} continues a run: omit one "
+                "of them; to start a new run from the weights of a checkpoint, use --init_from"
+            )
         if self.minutes is not None and self.size not in (None, AUTO):
             raise MiniGPTError("minutes and size both determine the model: give only one of them")
         if self.size is not None and str(self.size) != AUTO:
@@ -669,7 +676,9 @@ class Settings(NamedTuple):
         own = [{name: values.pop(name) for name in [*values] if name in group.__dataclass_fields__} for group in self]
         assert not values, f"unknown settings: {', '.join(values)}"
         data, model, training = own
-        given = {name: training.pop(name, getattr(self.training, name)) for name in ("given", "given_in_command")}
+        given = {
+            name: training.pop(name, getattr(self.training, name)) for name in ("given", "given_in_command", "written")
+        }
         new = dataclasses.replace(self.training, **training) if training else self.training
         new = new.mutable_copy()
         for name, value in given.items():  # not arguments of the constructor

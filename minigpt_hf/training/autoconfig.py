@@ -380,7 +380,10 @@ class AutoConfigurator:
         vocabulary = vocabulary_size(text.tokenizer)
         if text.kind == "bpe" and vocabulary < self.data.vocab_size:
             self._log(f"vocab_size {vocabulary:,}: the text is too short for {self.data.vocab_size:,} tokens")
-        elif "vocab_size" in self.training.given_in_command and vocabulary != self.requested_vocab_size:
+            return
+        given = self.training.given_in_command
+        is_written = "vocab_size" in (given if "tokenizer" in given else self.training.written)
+        if is_written and vocabulary != self.requested_vocab_size:
             self._log(
                 f"vocab_size {self.requested_vocab_size:,}: no effect, tokenizer {text.kind} has {vocabulary:,} tokens"
             )

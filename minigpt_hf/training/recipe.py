@@ -69,6 +69,12 @@ WITHOUT_EFFECT = {
     "length_column_name": TrainingArguments.length_column_name,
     "liger_kernel_config": None,
 }
+OPTIONAL_BASIS = {"minutes", "size", "init_from"}  # settings that determine the default recipe unless they are None
+# Settings that would have no effect if they were empty.
+NOT_EMPTY = {
+    *("init_from", "resume_from_checkpoint", "text_column", "data_split", "cache_dir", "deepspeed"),
+    *("hub_model_id", "hub_revision"),
+}
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
@@ -97,8 +103,16 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             )
     overrides = {name: os.fspath(each) if isinstance(each, os.PathLike) else each for name, each in overrides.items()}
     overrides = _checked(overrides)
+    if recipe is not None and not recipe.strip():
+        raise MiniGPTError("recipe is empty: give a name or a YAML file, or omit it")
     if recipe is None:
-        recipe = _default_recipe(given)
+        # None is the default of these settings, which programs may pass on; `auto` itself sets `size`.
+        overrides = {name: each for name, each in overrides.items() if each is not None or name not in OPTIONAL_BASIS}
+        given = {*flags, *overrides}
+        preliminary = argument_parser(prog="minigpt train")
+        preliminary.set_defaults(**overrides)
+        values_of_flags = vars(preliminary.parse_known_args([*argv])[0])
+        recipe = _default_recipe({name for name in given if values_of_flags.get(name) not in (None, False, 0)})
     recipe_values = read_recipe(recipe) if recipe else {}
     values = {"output_dir": f"runs/{Path(recipe or 'auto').stem}", **recipe_values, **overrides}
     for layer in (given, recipe_values):  # num_train_epochs overrides the max_steps of a layer of lower precedence
@@ -111,6 +125,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     # A recipe that a run has recorded contains every setting; only values other than the defaults are someone's choice.
     of_file = recipe_values if recipe and _is_file(recipe) else {}
     chosen = {name for name, value in of_file.items() if value != parser.get_default(name)}
+    written = given | chosen
     parser.set_defaults(**values)
     try:
         data, model, training, unknown = parser.parse_args_into_dataclasses(
@@ -125,6 +140,10 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-').replace('-', '_'), setting_types())}"
         )
     settings = Settings(data, model, training)
+    for group in settings:
+        for name in sorted(NOT_EMPTY & vars(group).keys()):
+            if vars(group)[name] == "":  # e.g. of an unset variable of the shell
+                raise MiniGPTError(f"{name} is empty: give a value, or omit it")
     if model.init_from:
         if training.minutes or training.size:
             raise MiniGPTError(
@@ -146,23 +165,26 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         for name in NOT_FOR_CHAT & (given | recipe_values.keys()):
             if values_of[name]:
                 raise MiniGPTError(f"{name} is not supported with chat: omit one of them")
-        if "validation_characters" in given | chosen:
+        if "validation_characters" in written:
             message = (
                 f"validation_characters {settings.data.validation_characters}: no effect, all conversations are scored"
             )
             log_on_main_process(training, message)
     for condition, names in EFFECTIVE_WITH.items():
-        for name in sorted((given | chosen) & names):
+        for name in sorted(written & names):
             if not {**vars(model), **vars(training)}[condition]:
                 log_on_main_process(training, f"{name}: no effect without {condition}", logging.WARNING)
     knows_layers = "num_hidden_layers" in given or not (training.size or training.minutes)  # otherwise chosen later
     all_are_full = knows_layers and model.max_window_layers >= model.num_hidden_layers
-    if "sliding_window" in given | chosen and model.use_sliding_window and all_are_full:
+    if "sliding_window" in written and model.use_sliding_window and all_are_full:
         message = f"sliding_window: no effect, because max_window_layers {model.max_window_layers} includes every layer"
         log_on_main_process(training, message, logging.WARNING)
     for name, value in WITHOUT_EFFECT.items():
-        if name in given | chosen and getattr(training, name) != value:
+        if name in written and getattr(training, name) != value:
             log_on_main_process(training, f"{name}: no effect", logging.WARNING)
+    for name in ("even_batches", "use_seedable_sampler"):  # each process computes the addresses of its sequences itself
+        if "accelerator_config" in written and not vars(training.accelerator_config)[name]:
+            log_on_main_process(training, f"accelerator_config: {name}: no effect", logging.WARNING)
     if "do_eval" in given or recipe_values.get("do_eval") is False:  # recorded recipes contain true
         log_on_main_process(training, "do_eval: no effect; eval_strategy determines when to evaluate", logging.WARNING)
     for name in UNSUPPORTED_WITH:
@@ -175,7 +197,9 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             "hub_strategy every_save is not supported with lora_rank, whose checkpoints have the factors but not the weights "
             "of the model: use --hub_strategy end, which uploads the merged model"
         )
-    settings = settings.replace(given=frozenset(given | values.keys()), given_in_command=frozenset(given))
+    settings = settings.replace(
+        given=frozenset(given | values.keys()), given_in_command=frozenset(given), written=frozenset(written)
+    )
     training = settings.training
     if training.minutes and "num_train_epochs" in training.given:
         raise MiniGPTError("minutes and num_train_epochs both determine the length of training: omit one of them")
@@ -199,7 +223,7 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
     elif training.eval_strategy == "no":
         cause, unused = "eval_strategy no", OF_EVALUATIONS
     for name in unused:
-        if name in given | chosen and vars(training)[name] not in (None, False, 0, "no"):
+        if name in written and vars(training)[name] not in (None, False, 0, "no"):
             log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
     if "validation_characters" in given and settings.data.validation_fraction == 0 and not settings.data.chat:
         log_on_main_process(training, "validation_characters: no effect with validation_fraction 0", logging.WARNING)
@@ -209,12 +233,15 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         is_default_of_save_steps = (
             kind == "eval" and training.save_strategy == "steps" and "save_steps" not in training.given
         )
-        if f"{kind}_steps" in given and strategy != "steps" and not is_default_of_save_steps:
+        is_written = f"{kind}_steps" in (given if f"{kind}_strategy" in given else written)
+        if kind == "save" and "save_steps" not in given and training.save_steps == training.eval_steps:
+            is_written = False  # the default, which a recorded recipe contains
+        if is_written and strategy != "steps" and not is_default_of_save_steps:
             message = f"{kind}_steps: no effect with {kind}_strategy {getattr(strategy, 'value', strategy)}"
             log_on_main_process(training, message, logging.WARNING)
     if settings.data.data != recipe_values.get("data", settings.data.data):
         settings = _without_description_of_another_text(settings, recipe_values, given)
-    if given >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:
+    if written >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:
         log_on_main_process(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
     if not model.init_from and training.size != AUTO:
         settings = _with_fitting_heads(settings, given)
@@ -260,6 +287,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _default_recipe(given: set[str]) -> str | None:
+    """The recipe for the settings that are given with a value other than none, false or 0."""
     if given & {"minutes", "size"}:
         return None
     for setting, recipe in (("chat", "chat"), ("lora_rank", "lora"), ("init_from", "finetune"), ("data", "auto")):

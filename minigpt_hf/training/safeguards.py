@@ -349,7 +349,7 @@ def check_torch_settings(training: MiniGPTTrainingArguments) -> None:
 def check_optimizer_and_schedule(trainer: Trainer) -> None:
     """Create the optimizer class and a schedule once, since the Trainer does so after the run folder is written.
 
-    Settings in the command that the optimizer or the schedule does not use are reported.
+    Settings of the command or of a recipe file that the optimizer or the schedule does not use are reported.
 
     Raises:
         MiniGPTError: if the schedule rejects its settings.
@@ -362,7 +362,7 @@ def check_optimizer_and_schedule(trainer: Trainer) -> None:
         unused = {name: f"optim {args.optim.value}" for name, argument in ADAM_SETTINGS.items() if argument not in used}
     if args.warmup_steps and args.lr_scheduler_type in WITHOUT_WARMUP:
         unused["warmup_steps"] = f"lr_scheduler_type {args.lr_scheduler_type.value}"
-    for name in sorted(unused.keys() & args.given_in_command):
+    for name in sorted(unused.keys() & args.written):
         log_on_main_process(args, f"{name}: no effect with {unused[name]}", logging.WARNING)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:

@@ -377,7 +377,10 @@ class MiniGPTTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: TokenStream | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Overridden because the Trainer averages over batches, not tokens; this is the score of `minigpt evaluate`.
 
@@ -387,7 +390,7 @@ class MiniGPTTrainer(CheckpointingTrainer):
             NonFiniteLossError: if the loss is non-finite and `on_bad_loss` is `stop`.
         """
         self.guard.check_pending()
-        stream: TokenStream = self.eval_dataset
+        stream: TokenStream = self.eval_dataset if eval_dataset is None else eval_dataset
         block_size = self.train_dataset.block_size
         began = time.perf_counter()
         with self.compute_loss_context_manager(), self.accelerator.autocast():

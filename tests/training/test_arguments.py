@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import minigpt_hf
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.tokenizer import byte_tokenizer, character_tokenizer
 from minigpt_hf.errors import MiniGPTError
@@ -298,6 +299,39 @@ def test_settings_without_effect_in_a_recipe_file_are_reported(tmp_path, caplog)
     file.write_text("chat: true\nvalidation_characters: 10\n")
     parse_arguments(["--data", "chat.jsonl"], recipe=str(file))
     assert "validation_characters 10: no effect" in caplog.text
+    caplog.clear()
+    file.write_text(
+        "logging_strategy: epoch\nlogging_steps: 5\neval_strategy: epoch\neval_steps: 3\n"
+        "save_strategy: epoch\nsave_steps: 6\n"
+        "max_steps: 9\nnum_train_epochs: 2\naccelerator_config: {even_batches: false, use_seedable_sampler: false}\n"
+    )
+    parse_arguments([], recipe=str(file))
+    assert [record.message for record in caplog.records] == [
+        "accelerator_config: even_batches: no effect",
+        "accelerator_config: use_seedable_sampler: no effect",
+        "logging_steps: no effect with logging_strategy epoch",
+        "eval_steps: no effect with eval_strategy epoch",
+        "save_steps: no effect with save_strategy epoch",
+        "max_steps 9 takes precedence over num_train_epochs",
+    ]
+
+
+def test_settings_of_a_recipe_file_that_optimizer_schedule_and_tokenizer_do_not_use_are_reported(
+    words, tmp_path, caplog
+):
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "hidden_size: 32\nnum_hidden_layers: 1\nnum_attention_heads: 2\nblock_size: 16\nmax_steps: 1\ntokenizer: bytes\n"
+        "vocab_size: 500\nmuon: false\noptim: adafactor\nadam_beta1: 0.8\nlr_scheduler_type: constant\nwarmup_steps: 3\n"
+    )
+    with caplog.at_level(logging.INFO, "minigpt_hf"):
+        minigpt_hf.train(words, file, tmp_path / "run")
+    for message in (
+        "adam_beta1: no effect with optim adafactor",
+        "warmup_steps: no effect with lr_scheduler_type constant",
+        "vocab_size 500: no effect, tokenizer bytes has 258 tokens",
+    ):
+        assert message in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"finetune", "lora", "chat"}))

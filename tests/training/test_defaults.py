@@ -121,6 +121,21 @@ def test_python_and_the_command_choose_the_same_settings(letters, tmp_path):
     assert folder.metadata["sample"]["prompt"] == "Liebe Grete, ich"
 
 
+@pytest.mark.parametrize(
+    ("argv", "overrides"),
+    [
+        ([], {"minutes": None, "size": None, "init_from": None}),
+        ([], {"chat": False, "lora_rank": 0}),
+        ([], {"chat": "false", "lora_rank": "0"}),
+        (["--chat", "false", "--lora_rank", "0"], {}),
+    ],
+)
+def test_a_setting_without_a_value_does_not_change_the_recipe(argv, overrides, letters):
+    expected = parse_arguments([], data=str(letters))
+    assert expected.training.size == "auto"
+    assert resolved(parse_arguments(argv, data=str(letters), **overrides)) == resolved(expected)
+
+
 def test_without_a_text_the_settings_are_those_of_the_recipe_demo():
     bare, demo = resolved(parse_arguments([])), read_recipe("demo")
     assert {name: bare[name] for name in demo} == demo

@@ -112,6 +112,10 @@ def test_validation_during_training_equals_evaluate(streams, text, tmp_path):
     score = evaluate_texts(trainer.model, byte_tokenizer(), [validation], block_size=32, batch_size=7)
     assert metrics["eval_loss"] == pytest.approx(score.loss, rel=1e-6)
     assert metrics["eval_bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+    other = trainer.evaluate(streams[0])
+    training = text[: int(len(text) * 0.9)]
+    score = evaluate_texts(trainer.model, byte_tokenizer(), [training], block_size=32)
+    assert other["eval_loss"] == pytest.approx(score.loss, rel=1e-6)
 
 
 def test_without_muon_the_optimizer_is_that_of_the_trainer(streams, tmp_path):
