@@ -348,7 +348,8 @@ class MiniGPTTrainingArguments(TrainingArguments):
     given: frozenset[str] = field(default=frozenset(), init=False)
     # The subset given by a flag or keyword. Values of a recipe may be adjusted to other settings, which is logged.
     given_in_command: frozenset[str] = field(default=frozenset(), init=False)
-    # Those, and the ones that a recipe file sets to another value than the default: someone's choice.
+    # Those, and the ones that a recipe file sets to another value than the default: someone's choice. (A recipe that a run
+    # has recorded contains every setting.)
     written: frozenset[str] = field(default=frozenset(), init=False)
 
     muon: bool = field(

@@ -6,7 +6,6 @@ the package.
 
 import copy
 import difflib
-import logging
 import math
 import os
 import re
@@ -24,57 +23,20 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import MiniGPTError
 from .arguments import (
-    ARCHITECTURE_SETTINGS,
     AUTO,
     GROUPS,
-    UNSUPPORTED_WITH,
-    DataArguments,
     MiniGPTTrainingArguments,
     Settings,
     log_on_main_process,
     parse_positional_heads,
     setting_types,
 )
+from .combinations import reject_contradictions, report_settings_without_effect, settings_of_base
 from .positional_heads import fitting_positional_heads
 from .scaling import heads_for
 
 MAX_RECIPE_BYTES = 1 << 16
-# Conversations are not truncated, and shape and length of training are not chosen for them.
-NOT_FOR_CHAT = {"max_tokens", "minutes", "size", "mtp_loss_weight"}
-# Settings that have an effect only with another one.
-EFFECTIVE_WITH = {
-    "muon": {"muon_learning_rate", "muon_momentum", "muon_beta2"},
-    "use_sliding_window": {"sliding_window", "max_window_layers"},
-    "push_to_hub": {"hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"},
-    "activation_checkpointing": {"activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
-    "fsdp": {"fsdp_config"},
-    "report_to": {"run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"},
-}
-# Settings that have an effect only if the model is evaluated during training, unless their value is none, false or 0.
-OF_EVALUATIONS = ("early_stopping_patience", "eval_delay")
-OF_VALIDATION_TEXT = ("eval_strategy", "eval_on_start", "load_best_model_at_end", *OF_EVALUATIONS)
-# Settings of `TrainingArguments` that the Trainer of this package does not use, and the values that describe what it does.
-WITHOUT_EFFECT = {
-    "do_train": True,
-    "do_predict": False,
-    "fp16_full_eval": False,
-    "bf16_full_eval": False,
-    "prediction_loss_only": False,
-    "logging_nan_inf_filter": False,
-    "batch_eval_metrics": False,
-    "include_for_metrics": [],
-    "eval_accumulation_steps": None,
-    "eval_do_concat_batches": True,
-    "eval_use_gather_object": False,
-    "length_column_name": TrainingArguments.length_column_name,
-    "liger_kernel_config": None,
-}
 OPTIONAL_BASIS = {"minutes", "size", "init_from"}  # settings that determine the default recipe unless they are None
-# Settings that would have no effect if they were empty.
-NOT_EMPTY = {
-    *("init_from", "resume_from_checkpoint", "text_column", "data_split", "cache_dir", "deepspeed"),
-    *("hub_model_id", "hub_revision"),
-}
 RECIPES = files("minigpt_hf") / "training" / "recipes"
 
 
@@ -122,10 +84,8 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
             values["max_steps"] = -1
             break
     parser = argument_parser(prog="minigpt train")
-    # A recipe that a run has recorded contains every setting; only values other than the defaults are someone's choice.
     of_file = recipe_values if recipe and _is_file(recipe) else {}
     chosen = {name for name, value in of_file.items() if value != parser.get_default(name)}
-    written = given | chosen
     parser.set_defaults(**values)
     try:
         data, model, training, unknown = parser.parse_args_into_dataclasses(
@@ -139,110 +99,20 @@ def parse_arguments(argv: Sequence[str], recipe: str | None = None, **overrides:
         raise MiniGPTError(
             f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-').replace('-', '_'), setting_types())}"
         )
-    settings = Settings(data, model, training)
-    for group in settings:
-        for name in sorted(NOT_EMPTY & vars(group).keys()):
-            if vars(group)[name] == "":  # e.g. of an unset variable of the shell
-                raise MiniGPTError(f"{name} is empty: give a value, or omit it")
-    if model.init_from:
-        if training.minutes or training.size:
-            raise MiniGPTError(
-                "minutes and size determine the architecture, which init_from determines as well: omit one of them"
-            )
-        if fixed := sorted(given & (ARCHITECTURE_SETTINGS | {"tokenizer", "vocab_size", "chat_tokens"})):
-            raise MiniGPTError(f"{fixed[0]} is determined by the model of init_from {model.init_from}: omit it")
-        of_base = {"tokenizer": model.init_from, "vocab_size": DataArguments.vocab_size, "chat_tokens": False}
-        for name, value in of_base.items():
-            if (replaced := recipe_values.get(name, value)) != value:
-                message = f"{name} {replaced}: no effect, the tokenizer of init_from {model.init_from} is used"
-                log_on_main_process(training, message, logging.WARNING)
-        settings = settings.replace(**of_base)
-    settings = _with_settings_of_prepared_text(settings, given)
-    if not model.init_from and (model.lora_rank or recipe in ("finetune", "chat")):
-        raise MiniGPTError("there is no pretrained model to start from: give a folder or a Hub id with --init_from")
-    if settings.data.chat:
-        values_of = {**vars(settings.data), **vars(training)}
-        for name in NOT_FOR_CHAT & (given | recipe_values.keys()):
-            if values_of[name]:
-                raise MiniGPTError(f"{name} is not supported with chat: omit one of them")
-        if "validation_characters" in written:
-            message = (
-                f"validation_characters {settings.data.validation_characters}: no effect, all conversations are scored"
-            )
-            log_on_main_process(training, message)
-    for condition, names in EFFECTIVE_WITH.items():
-        for name in sorted(written & names):
-            if not {**vars(model), **vars(training)}[condition]:
-                log_on_main_process(training, f"{name}: no effect without {condition}", logging.WARNING)
-    knows_layers = "num_hidden_layers" in given or not (training.size or training.minutes)  # otherwise chosen later
-    all_are_full = knows_layers and model.max_window_layers >= model.num_hidden_layers
-    if "sliding_window" in written and model.use_sliding_window and all_are_full:
-        message = f"sliding_window: no effect, because max_window_layers {model.max_window_layers} includes every layer"
-        log_on_main_process(training, message, logging.WARNING)
-    for name, value in WITHOUT_EFFECT.items():
-        if name in written and getattr(training, name) != value:
-            log_on_main_process(training, f"{name}: no effect", logging.WARNING)
-    for name in ("even_batches", "use_seedable_sampler"):  # each process computes the addresses of its sequences itself
-        if "accelerator_config" in written and not vars(training.accelerator_config)[name]:
-            log_on_main_process(training, f"accelerator_config: {name}: no effect", logging.WARNING)
-    if "do_eval" in given or recipe_values.get("do_eval") is False:  # recorded recipes contain true
-        log_on_main_process(training, "do_eval: no effect; eval_strategy determines when to evaluate", logging.WARNING)
-    for name in UNSUPPORTED_WITH:
-        if model.lora_rank and getattr(training, name):
-            raise MiniGPTError(f"{name} is not supported with lora_rank, which freezes the model: omit one of them")
-    if model.lora_rank and training.muon:
-        raise MiniGPTError("lora_rank: LoRA is trained with AdamW, not with Muon; add --no_muon, or use --recipe lora")
-    if model.lora_rank and training.push_to_hub and training.hub_strategy != "end":
-        raise MiniGPTError(
-            "hub_strategy every_save is not supported with lora_rank, whose checkpoints have the factors but not the weights "
-            "of the model: use --hub_strategy end, which uploads the merged model"
-        )
-    settings = settings.replace(
-        given=frozenset(given | values.keys()), given_in_command=frozenset(given), written=frozenset(written)
+    settings = Settings(data, model, training).replace(
+        given=frozenset(given | values.keys()), given_in_command=frozenset(given), written=frozenset(given | chosen)
     )
-    training = settings.training
-    if training.minutes and "num_train_epochs" in training.given:
-        raise MiniGPTError("minutes and num_train_epochs both determine the length of training: omit one of them")
-    if training.minutes and "max_steps" in training.given:
-        remedy = "omit one of them" if "max_steps" in given else f"omit the recipe {recipe}, which sets max_steps"
-        raise MiniGPTError(f"minutes and max_steps both determine the length of training: {remedy}")
-    for name, strategy in (("eval_steps", training.eval_strategy), ("save_steps", training.save_strategy)):
-        if training.minutes and strategy == "steps" and name in training.given and vars(training)[name] >= 1:
-            raise MiniGPTError(
-                f"{name} {vars(training)[name]:g}: the number of steps is chosen for minutes, and evaluations and "
-                "checkpoints count towards that time: give a share of the steps below 1, e.g. 0.1"
-            )
-    if training.size == AUTO and training.minutes:
-        raise MiniGPTError("minutes and size auto both determine the length of training: omit one of them")
-    unused: tuple[str, ...] = ()
+    reject_contradictions(settings, recipe, recipe_values)
+    if model.init_from:
+        settings = settings.replace(**settings_of_base(model.init_from))
+    settings = _with_settings_of_prepared_text(settings, given)
+    report_settings_without_effect(settings, recipe_values)
     if settings.data.validation_fraction == 0:
-        cause, unused = "validation_fraction 0", OF_VALIDATION_TEXT
         settings = settings.replace(
             eval_strategy="no", eval_on_start=False, do_eval=False, load_best_model_at_end=False
         )
-    elif training.eval_strategy == "no":
-        cause, unused = "eval_strategy no", OF_EVALUATIONS
-    for name in unused:
-        if name in written and vars(training)[name] not in (None, False, 0, "no"):
-            log_on_main_process(training, f"{name}: no effect with {cause}", logging.WARNING)
-    if "validation_characters" in given and settings.data.validation_fraction == 0 and not settings.data.chat:
-        log_on_main_process(training, "validation_characters: no effect with validation_fraction 0", logging.WARNING)
-    training = settings.training  # without a validation split, `eval_strategy` is `no`
-    for kind in ("logging", "eval", "save"):
-        strategy = vars(training)[f"{kind}_strategy"]
-        is_default_of_save_steps = (
-            kind == "eval" and training.save_strategy == "steps" and "save_steps" not in training.given
-        )
-        is_written = f"{kind}_steps" in (given if f"{kind}_strategy" in given else written)
-        if kind == "save" and "save_steps" not in given and training.save_steps == training.eval_steps:
-            is_written = False  # the default, which a recorded recipe contains
-        if is_written and strategy != "steps" and not is_default_of_save_steps:
-            message = f"{kind}_steps: no effect with {kind}_strategy {getattr(strategy, 'value', strategy)}"
-            log_on_main_process(training, message, logging.WARNING)
     if settings.data.data != recipe_values.get("data", settings.data.data):
         settings = _without_description_of_another_text(settings, recipe_values, given)
-    if written >= {"max_steps", "num_train_epochs"} and training.max_steps > 0:
-        log_on_main_process(training, f"max_steps {training.max_steps} takes precedence over num_train_epochs")
     if not model.init_from and training.size != AUTO:
         settings = _with_fitting_heads(settings, given)
         settings = _with_fitting_positional_heads(settings, given)
