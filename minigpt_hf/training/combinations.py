@@ -16,9 +16,9 @@ from .arguments import (
     log_on_main_process,
 )
 
-# Settings that would have no effect if they were empty, e.g. that of an unset variable of the shell.
+# Settings that must not be empty, e.g. because a variable of the shell is not set: most of them would have no effect.
 NOT_EMPTY = {
-    *("init_from", "resume_from_checkpoint", "text_column", "data_split", "cache_dir", "deepspeed"),
+    *("output_dir", "init_from", "resume_from_checkpoint", "text_column", "data_split", "cache_dir", "deepspeed"),
     *("hub_model_id", "hub_revision"),
 }
 # Conversations are not truncated, and shape and length of training are not chosen for them.
