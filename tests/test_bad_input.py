@@ -358,7 +358,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
         "label_names": (train("--label_names", "foo"), "label_names ['foo'] is not supported"),
         **{
             f"an empty {name}": (train(f"--{name}", ""), f"{name} is empty: give a")
-            for name in ("recipe", "output_dir", "init_from", "resume_from_checkpoint", "text_column", "cache_dir")
+            for name in (
+                *("recipe", "output_dir", "init_from", "resume_from_checkpoint", "text_column", "data_split"),
+                "cache_dir",
+            )
         },
         "a new run that continues a checkpoint": (
             train("--fresh", "--resume_from_checkpoint", "x"),
