@@ -239,6 +239,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
             return_special_tokens_mask=True,
             split_special_tokens=split,
             add_special_tokens=bool(prompt),  # otherwise some tokenizers would add a second BOS token
+            verbose=False,  # the length is checked by the callers
         )
     except Exception as error:  # the bare `Exception` that `tokenizers` raises for a word without an id
         if unknown := unknown_character_error(prompt, tokenizer.get_vocab(), "the prompt"):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 
 import pytest
@@ -282,6 +283,13 @@ def test_text_beyond_the_context_is_reported_unless_all_layers_have_a_window(win
     generate(tiny_model(vocab_size=258, **sliding), byte_tokenizer(), "abcd", **limit)
     is_reported = "4 tokens of prompt and 61 new tokens exceed the context of the model, 64 tokens" in caplog.text
     assert is_reported == (window is None and new_tokens == 61)
+
+
+def test_a_prompt_beyond_the_context_is_an_error_without_a_warning_of_transformers(run_folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(MiniGPTError, match="shorten the prompt, so that new tokens fit"):
+        minigpt_hf.generate(run_folder / "model", "def " * 500)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
