@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from yaml import YAMLError
 
 from ..errors import MiniGPTError
@@ -251,8 +252,11 @@ def report_edited_demo(space: str) -> None:
         if pushed in (None, commits[0].commit_id):
             return
         before, present = (
-            {file.path: file.blob_id for file in api.get_paths_info(space, names, revision=revision, repo_type="space")}
-            for revision in (pushed, commits[0].commit_id)
+            {file.path: file.blob_id for file in files if isinstance(file, RepoFile)}
+            for files in (
+                api.get_paths_info(space, names, revision=commit, repo_type="space")
+                for commit in (pushed, commits[0].commit_id)
+            )
         )
     if edited := [name for name, blob in present.items() if before.get(name) != blob]:
         logger.warning(

@@ -188,9 +188,7 @@ def test_a_file_of_the_space_that_was_edited_on_the_hub_and_is_replaced_is_repor
 ):
     folder = run_folder / "model" if name == "index.html" else with_template
     push("--space", folder=folder)
-    HfApi().upload_file(
-        path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/tiny", repo_type="space"
-    )  # is kept
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/tiny", repo_type="space")
     assert "edited" not in push("--space", folder=folder)[2]
     edited = hub.files("user/tiny", repo_type="spaces")[name] + b"\n"
     commit = HfApi().upload_file(path_or_fileobj=edited, path_in_repo=name, repo_id="user/tiny", repo_type="space")
