@@ -97,12 +97,14 @@ def _positions(config: dict[str, Any]) -> Iterator[str]:
         return
     # One for all layers, or one per layer type.
     of_layers = (
-        rope.values() if isinstance(rope, dict) and "rope_type" not in rope and "rope_theta" not in rope else [rope]
+        [*rope.values()] if isinstance(rope, dict) and "rope_type" not in rope and "rope_theta" not in rope else [rope]
     )
     for parameters in of_layers:
         theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
         if not (_is_number(theta) and theta > 1):
             yield f"`rope_theta` is {theta!r}: must be a number above 1"
+        elif config.get("rope_theta") not in (None, theta) and len(of_layers) == 1:
+            yield f"`rope_theta` is {config['rope_theta']!r}, but {theta!r} in `rope_parameters`: engines read either"
 
 
 def _token_ids(settings: dict[str, Any], vocabulary: int) -> Iterator[str]:

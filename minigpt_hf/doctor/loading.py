@@ -151,12 +151,21 @@ def tokenizer_loads(subject: LoadedFolder) -> Row:
         raise NotApplicable("the tokenizer is defined by code of the folder")
     reference = tokenizer.load(subject.folder)
     loaded = AutoTokenizer.from_pretrained(subject.path, trust_remote_code=False)
-    for text in tokenizer.texts_of(reference):
+    known = {token.content for token in reference.get_added_tokens_decoder().values()}
+    if added := sorted({str(token) for token in getattr(loaded, "added_tokens_decoder", {}).values()} - known):
+        return failed(
+            f"{type(loaded).__name__} makes {some([*map(repr, added)])} a token, which tokenizer.json does not",
+            "remove it from tokenizer_config.json, added_tokens.json and special_tokens_map.json",
+        )
+    specials = "".join(dict.fromkeys(text for text in tokenizer.specials(subject.folder).values() if text in known))
+    for text in (*tokenizer.texts_of(reference), specials):
         expected = reference.encode(text, add_special_tokens=False).ids
         if loaded(text, add_special_tokens=False).input_ids != expected:
             return failed(
                 f"{type(loaded).__name__} encodes {text!r} differently from tokenizer.json",
-                'set `"tokenizer_class": "PreTrainedTokenizerFast"` in tokenizer_config.json',
+                "remove `split_special_tokens` from tokenizer_config.json"
+                if getattr(loaded, "split_special_tokens", False)
+                else 'set `"tokenizer_class": "PreTrainedTokenizerFast"` in tokenizer_config.json',
             )
     return passed(f"as {type(loaded).__name__}, with the ids of tokenizer.json")
 

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from yaml import YAMLError
 
 from ..errors import MiniGPTError
@@ -42,6 +43,7 @@ from .space import PROGRAM_FILES, space_of
 logger = logging.getLogger(__name__)
 
 CODE_BRANCH = "minigpt"
+UPLOAD_DEMO = "Upload demo"  # message of every commit to a Space
 
 # Files that are not part of every model folder, and that `from_pretrained` would read if an earlier model left them.
 FOREIGN = (
@@ -121,7 +123,8 @@ def push_folder(
     if space is not None:
         with naming(urls):
             card = content.card(read_metadata(folder), repo_id, revision)
-            urls += _commit({"main": {"README.md": card, **content.files}}, space, "Upload demo", repo_type="space")
+            report_edited_demo(space)
+            urls += _commit({"main": {"README.md": card, **content.files}}, space, UPLOAD_DEMO, repo_type="space")
             with hub_errors(repo_id):
                 is_still_linked = (
                     earlier not in (None, revision or "main") and space_in_branch(repo_id, earlier) == space
@@ -237,6 +240,28 @@ def report_replaced_card(repo_id: str, branch: str, card: bytes) -> None:
             "%s: README.md of the branch %s has been edited on the Hub, or was not written by this version of the package, "
             "and is replaced; the earlier one is in the commit %s",
             *(repo_id, branch, folder.name),
+        )
+
+
+def report_edited_demo(space: str) -> None:
+    """Log which files of a Space, edited since the last push, are replaced by the next one."""
+    api, names = HfApi(), ["README.md", *PROGRAM_FILES]
+    with hub_errors(space):
+        commits = api.list_repo_commits(space, repo_type="space")
+        pushed = next((commit.commit_id for commit in commits if commit.title == UPLOAD_DEMO), None)
+        if pushed in (None, commits[0].commit_id):
+            return
+        before, present = (
+            {file.path: file.blob_id for file in files if isinstance(file, RepoFile)}
+            for files in (
+                api.get_paths_info(space, names, revision=commit, repo_type="space")
+                for commit in (pushed, commits[0].commit_id)
+            )
+        )
+    if edited := [name for name, blob in present.items() if before.get(name) != blob]:
+        logger.warning(
+            "%s: %s of the Space %s been edited on the Hub, and %s replaced; the earlier one is in the commit %s",
+            *(space, ", ".join(edited), *(("have", "are") if edited[1:] else ("has", "is")), commits[0].commit_id),
         )
 
 

@@ -147,3 +147,25 @@ def test_a_tokenizer_that_loads_as_another_class_is_detected(broken: Broken):
     row = loading.tokenizer_loads(loading.LoadedFolder(broken.path))
     assert row.state == "fail"
     assert "differently from tokenizer.json" in row.reason
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [("tokenizer_config.json", {"additional_special_tokens": ["ab"]}), ("added_tokens.json", {"ab": 200})],
+)
+def test_a_text_that_is_made_a_token_by_another_file_than_the_tokenizer_is_detected(name, settings, broken: Broken):
+    """It is encoded differently within a word, and omitted from decoded text if it is special."""
+    if not (broken.path / name).exists():
+        broken.write(name, "{}")
+    broken.json(name, **settings)
+    row = loading.tokenizer_loads(loading.LoadedFolder(broken.path))
+    assert row.state == "fail"
+    assert "makes 'ab' a token, which tokenizer.json does not" in row.reason
+
+
+def test_a_tokenizer_that_splits_the_special_tokens_of_a_conversation_is_detected(broken: Broken):
+    broken.json("tokenizer_config.json", split_special_tokens=True)
+    row = loading.tokenizer_loads(loading.LoadedFolder(broken.path))
+    assert row.state == "fail"
+    assert "encodes '<|endoftext|><|pad|>' differently from tokenizer.json" in row.reason
+    assert "split_special_tokens" in row.remedy

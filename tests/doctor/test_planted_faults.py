@@ -141,6 +141,11 @@ def another_theta(folder: Broken):
     folder.json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
 
 
+@plant("config", reason=r"`rope_theta` is 500\.0, but 10000\.0 in `rope_parameters`")
+def two_thetas(folder: Broken):
+    folder.json("config.json", rope_theta=500.0)
+
+
 @plant("recipe", reason=r"`sliding_window` is 5, trained with \d+")
 def another_window(folder: Broken):
     folder.json("config.json", sliding_window=5)

@@ -182,6 +182,24 @@ def test_the_page_needs_weights_below_the_limit_in_float16(
         assert re.fullmatch(pattern, err)
 
 
+@pytest.mark.parametrize("name", ["README.md", "app.py", "index.html"])
+def test_a_file_of_the_space_that_was_edited_on_the_hub_and_is_replaced_is_reported(
+    name, push, hub, with_template, run_folder
+):
+    folder = run_folder / "model" if name == "index.html" else with_template
+    push("--space", folder=folder)
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/tiny", repo_type="space")
+    assert "edited" not in push("--space", folder=folder)[2]
+    edited = hub.files("user/tiny", repo_type="spaces")[name] + b"\n"
+    commit = HfApi().upload_file(path_or_fileobj=edited, path_in_repo=name, repo_id="user/tiny", repo_type="space")
+    code, _, errors = push("--space", folder=folder)
+    assert code == 0
+    assert f"user/tiny: {name} of the Space has been edited on the Hub, and is replaced" in errors
+    assert f"the earlier one is in the commit {commit.oid}" in errors
+    assert hub.files("user/tiny", repo_type="spaces")[name] != edited
+    assert "edited" not in push("--space", folder=folder)[2]
+
+
 def test_page_and_program_replace_each_other_in_one_commit(push, hub, with_template, run_folder):
     for folder, files in ((with_template, PROGRAM), (run_folder / "model", PAGE), (with_template, PROGRAM)):
         assert push("--space", folder=folder)[0] == 0
