@@ -325,8 +325,8 @@ def prepare(
         tokenizer: `bpe`, `characters`, `bytes`, or a folder or Hub id.
         vocab_size: Maximum vocabulary size of `bpe`.
         cache_dir: Root of the cache, for tokenizers and streams.
-        block_size: Length of an evaluation window in tokens, or a function of the training tokens that returns it; a sample of
-            the validation split consists of windows.
+        block_size: Length of an evaluation window in tokens, or a function of the training tokens that returns it; a sample
+            of the validation split consists of windows.
         validation_characters: Number of characters of the validation split to score, sampled from all its documents.
         num_proc: Number of encoding threads; default: one per core, at most 16.
         max_tokens: Maximum number of training tokens; see `build_stream`.

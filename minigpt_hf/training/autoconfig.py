@@ -183,7 +183,7 @@ class AutoConfigurator:
         self.characters = characters
 
     def choose_block_size(self, train: TokenStream) -> int:
-        """Choose the length of a sequence, before the validation sample is taken, which consists of windows of this length."""
+        """Choose the length of a sequence, before the validation sample is taken, which consists of windows of it."""
         if self.enabled and not self.has_block_size:
             self._choose_block_size(train)
             self.has_block_size = True
