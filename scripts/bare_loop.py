@@ -30,14 +30,15 @@ from minigpt_hf.training.text import prepare_text
 # Settings that change weights or losses of the Trainer but not of this loop, and the values that describe this loop.
 UNSUPPORTED = {
     **dict.fromkeys(("init_from", "minutes", "size", "neftune_noise_alpha", "fsdp", "deepspeed")),
-
-        "lora_rank": 0,
-        "chat": False,
-        "shuffle_window": 0,
-        "gradient_accumulation_steps": 1,
-        "dataloader_drop_last": False
-    ,
-    "label_smoothing_factor": 0, "fp16": False, "torch_compile": False, "on_bad_loss": "stop",
+    "lora_rank": 0,
+    "chat": False,
+    "shuffle_window": 0,
+    "gradient_accumulation_steps": 1,
+    "dataloader_drop_last": False,
+    "label_smoothing_factor": 0,
+    "fp16": False,
+    "torch_compile": False,
+    "on_bad_loss": "stop",
 }
 
 
