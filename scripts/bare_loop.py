@@ -3,8 +3,9 @@
     python scripts/bare_loop.py --recipe shakespeare-char --data tinyshakespeare.txt --output_dir runs/bare
 
 Takes the recipe and flags of `minigpt train`, and saves a folder that `from_pretrained` loads. On one CPU the losses
-are bit-identical to the Trainer's. It supports one device, without gradient accumulation, validation, checkpoints or
-resuming. It serves as an introduction, and as the baseline of `benchmark.py throughput`.
+are bit-identical to the Trainer's. It supports one device and a given number of steps, without validation, checkpoints or
+resuming, and rejects settings that it would ignore (`check`). It serves as an introduction, and as the baseline of
+`benchmark.py throughput`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from transformers import set_seed
 
 from minigpt_hf import MiniGPTForCausalLM
 from minigpt_hf.data.blocks import SequenceDataset, SequenceSampler
+from minigpt_hf.errors import MiniGPTError
 from minigpt_hf.training.arguments import MiniGPTTrainingArguments, Settings
 from minigpt_hf.training.auxiliary_head import add_auxiliary_loss, attach_auxiliary_head, detach_auxiliary_head
 from minigpt_hf.training.initialize import build_config, build_model
@@ -24,6 +26,38 @@ from minigpt_hf.training.optimizer import optimizer_factory
 from minigpt_hf.training.recipe import parse_arguments
 from minigpt_hf.training.schedule import learning_rate_schedule
 from minigpt_hf.training.text import prepare_text
+
+# Settings that change weights or losses of the Trainer but not of this loop, and the values that describe this loop.
+UNSUPPORTED = {
+    **dict.fromkeys(("init_from", "minutes", "size", "neftune_noise_alpha", "fsdp", "deepspeed")),
+    "lora_rank": 0,
+    "chat": False,
+    "shuffle_window": 0,
+    "gradient_accumulation_steps": 1,
+    "dataloader_drop_last": False,
+    "label_smoothing_factor": 0,
+    "fp16": False,
+    "torch_compile": False,
+    "on_bad_loss": "stop",
+}
+
+
+def check(arguments: Settings) -> None:
+    """Check that the loop has every requested setting.
+
+    Raises:
+        MiniGPTError: if it would ignore one.
+    """
+    values = {name: value for group in arguments for name, value in vars(group).items()}
+    for name, value in UNSUPPORTED.items():
+        if values[name] != value and (values[name] or value):
+            raise MiniGPTError(
+                f"{name} {values[name]}: is not supported by this loop: omit it, or choose another recipe"
+            )
+    if values["max_steps"] < 1:
+        raise MiniGPTError("num_train_epochs is not supported by this loop: give --max_steps")
+    if not values["muon"] and values["optim"] not in ("adamw_torch", "adamw_torch_fused"):
+        raise MiniGPTError(f"optim {values['optim']}: is not supported by this loop, which has Muon and AdamW")
 
 
 def train(arguments: Settings) -> list[float]:
@@ -33,6 +67,7 @@ def train(arguments: Settings) -> list[float]:
         The loss of every step, in nats per token.
     """
     data, architecture, training = arguments
+    check(arguments)
     set_seed(training.seed)
     text = prepare_text(data)
     config = build_config(architecture, data.block_size, text.tokenizer)
@@ -103,9 +138,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--recipe", default="demo")
     recipe, flags = parser.parse_known_args()
-    arguments = parse_arguments(flags, recipe.recipe)
-    if arguments[2].size or arguments[2].minutes:
-        raise SystemExit("size and minutes are not supported: give a recipe without them, e.g. --recipe demo")
-    if Path(arguments[2].output_dir).exists():
-        raise SystemExit(f"{arguments[2].output_dir} already exists: choose another --output_dir")
-    train(arguments)
+    try:
+        arguments = parse_arguments(flags, recipe.recipe)
+        check(arguments)
+        if Path(arguments[2].output_dir).exists():
+            raise MiniGPTError(f"{arguments[2].output_dir} already exists: choose another --output_dir")
+        train(arguments)
+    except MiniGPTError as error:
+        raise SystemExit(str(error)) from error

@@ -199,6 +199,28 @@ def test_bare_loop_losses_equal_the_trainers_for_a_schedule_with_keyword_argumen
     assert losses == pytest.approx([row["loss"] for row in rows if "loss" in row], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--num_train_epochs 1", "num_train_epochs"),
+        ("--init_from base --lora_rank 2 --no_muon", "init_from"),
+        ("--gradient_accumulation_steps 2", "gradient_accumulation_steps"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor"),
+        ("--shuffle_window 8", "shuffle_window"),
+        ("--no_muon --optim sgd", "optim"),
+        ("--size 30k", "size"),
+    ],
+)
+def test_bare_loop_rejects_settings_that_it_would_ignore(flags, name, text_file, tmp_path):
+    argv = [sys.executable, ROOT / "scripts" / "bare_loop.py", "--recipe", "shakespeare-char-fast", "--data", text_file]
+    if name in ("init_from", "size"):
+        argv[2:4] = ["--recipe", "lora" if name == "init_from" else "auto"]
+    argv += ["--use_cpu", "--output_dir", tmp_path / "bare", *flags.split()]
+    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True)
+    assert done.returncode == 1 and name in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "bare").exists()
+
+
 @pytest.fixture
 def sharded_text(text, tmp_path) -> list[str]:
     """Six files of text; returns data, tokenizer and output folder."""

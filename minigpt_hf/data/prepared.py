@@ -312,7 +312,7 @@ def prepare(
     vocab_size: int,
     cache_dir: Path,
     *,
-    block_size: int,
+    block_size: int | Callable[[TokenStream], int],
     validation_characters: int,
     num_proc: int | None = None,
     max_tokens: int | None = None,
@@ -325,7 +325,8 @@ def prepare(
         tokenizer: `bpe`, `characters`, `bytes`, or a folder or Hub id.
         vocab_size: Maximum vocabulary size of `bpe`.
         cache_dir: Root of the cache, for tokenizers and streams.
-        block_size: Length of an evaluation window in tokens; a sample of the validation split consists of windows.
+        block_size: Length of an evaluation window in tokens, or a function of the training tokens that returns it; a sample
+            of the validation split consists of windows.
         validation_characters: Number of characters of the validation split to score, sampled from all its documents.
         num_proc: Number of encoding threads; default: one per core, at most 16.
         max_tokens: Maximum number of training tokens; see `build_stream`.
@@ -366,7 +367,8 @@ def prepare(
         )
     validation = scored = None
     if corpus.validation is not None:
-        window = max(1, round(block_size * train.characters / (len(train) - len(train.documents))))
+        tokens = block_size if isinstance(block_size, int) else block_size(train)
+        window = max(1, round(tokens * train.characters / (len(train) - len(train.documents))))
         sampled = corpus.validation.sample(validation_characters, window)
         validation = build_stream(sampled, chosen, cache_dir, num_proc)
         if not len(validation):

@@ -23,6 +23,7 @@ from ..data.chat_format import ChatFormat
 from ..data.corpus import Corpus
 from ..data.packing import ConversationDataset
 from ..data.prepared import PreparedText
+from ..data.stream import TokenStream
 from ..data.tokenizer import vocabulary_size
 from ..errors import MiniGPTError
 from ..model.modeling_minigpt import MiniGPTForCausalLM
@@ -82,7 +83,7 @@ VALIDATION_CHARACTERS_PER_MINUTE = {"cpu": 5e4, "accelerator": 1e6}
 
 
 class AutoConfigurator:
-    """Complete the settings of a run in two steps: `choose_tokenizer` and `choose_remaining`.
+    """Complete the settings of a run in three steps: `choose_tokenizer`, `choose_block_size` and `choose_remaining`.
 
     Args:
         settings: The given settings. The attribute `settings` holds the current state.
@@ -99,6 +100,7 @@ class AutoConfigurator:
         self.is_auto = self.training.size == AUTO
         self.tokens_per_second: float | None = None  # speed of the chosen shape, if it was measured
         self.enabled = bool(self.training.minutes or self.training.size)
+        self.has_block_size = False
         if not self.enabled:
             return
         for name in () if self.is_auto else Shape(64).settings():
@@ -180,6 +182,13 @@ class AutoConfigurator:
             self._log(f"vocab_size {self.data.vocab_size:,}: about one token per 8,000 characters of training text")
         self.characters = characters
 
+    def choose_block_size(self, train: TokenStream) -> int:
+        """Choose the length of a sequence, before the validation sample is taken, which consists of windows of it."""
+        if self.enabled and not self.has_block_size:
+            self._choose_block_size(train)
+            self.has_block_size = True
+        return self.data.block_size
+
     def choose_remaining(self, text: PreparedText) -> Settings:
         """Choose the architecture, batch size, learning rates, steps and regularization.
 
@@ -190,6 +199,7 @@ class AutoConfigurator:
         """
         if self.enabled:
             self.stream, self.validation, self.tokenizer = text.train, text.validation, text.tokenizer
+            self.choose_block_size(text.train)  # a prepared text has its sample
             self.vocabulary = vocabulary_size(text.tokenizer)
             if self.is_auto:
                 self._choose_for_text(text)
@@ -214,9 +224,6 @@ class AutoConfigurator:
         self._choose(f"for fine-tuning {parameters:,} parameters", **rates)
 
     def _choose_for_size_or_time(self) -> None:
-        # `choose_tokenizer` is not called for a prepared text, which has its own tokenizer.
-        characters = getattr(self, "characters", self.stream.characters)
-        self._choose_block_size(block_size_for(characters), f"for a text of {characters:,.0f} characters")
         excluded = any(is_used(self.training, name) for name in UNSUPPORTED_WITH["mtp_loss_weight"])
         if (weight := mtp_loss_weight(self.vocabulary)) and not excluded:
             self._choose(f"the vocabulary has only {self.vocabulary:,} tokens", mtp_loss_weight=weight)
@@ -242,16 +249,12 @@ class AutoConfigurator:
 
     def _choose_for_text(self, text: PreparedText) -> None:
         stream = text.train
-        block_size = 128
-        while block_size > MIN_BLOCK_SIZE and len(stream) < 16 * block_size:
-            block_size //= 2
         if "block_size" not in self.training.given and len(stream) <= MIN_SEQUENCES * MIN_BLOCK_SIZE:
             raise MiniGPTError(
                 f"{text.name}: the training split has {len(stream):,} tokens ({stream.characters:,} characters), but more "
                 f"than {MIN_SEQUENCES * MIN_BLOCK_SIZE} tokens are required, and {MIN_RECOMMENDED_TEXT:,} characters "
                 "recommended; provide more text, or give --block_size"
             )
-        self._choose_block_size(block_size, f"the training text has {len(stream):,} tokens")
         parameters, tokens = size_for_text(stream.bytes, len(stream))
         reason = (
             f"intended {parameters:,.0f}, {PARAMETERS_PER_BYTE} per byte of training text ({stream.bytes:,} bytes), at most "
@@ -420,7 +423,15 @@ class AutoConfigurator:
     def _build(self, architecture: ModelArguments) -> PreTrainedModel:
         return build_model(build_config(architecture, self.data.block_size, self.tokenizer), architecture)
 
-    def _choose_block_size(self, block_size: int, reason: str) -> None:
+    def _choose_block_size(self, stream: TokenStream) -> None:
+        if self.is_auto:
+            block_size, reason = 128, f"the training text has {len(stream):,} tokens"
+            while block_size > MIN_BLOCK_SIZE and len(stream) < 16 * block_size:
+                block_size //= 2
+        else:
+            # `choose_tokenizer` is not called for a prepared text, which has its own tokenizer.
+            characters = getattr(self, "characters", stream.characters)
+            block_size, reason = block_size_for(characters), f"for a text of {characters:,.0f} characters"
         self._choose(reason, block_size=self._limit_to_context(block_size))
 
     def _limit_to_context(self, block_size: int) -> int:

@@ -14,6 +14,7 @@ from ..data.corpus import CACHE, Corpus, load_corpus
 from ..data.files import Share
 from ..data.prepared import PreparedText, find_prepared, prepare, prepare_conversations, report_lossy_tokenizer
 from ..data.shards import description_of, is_complete, share_tokenizer, write_shard
+from ..data.stream import TokenStream
 from ..data.tokenizer import bos_token_id, byte_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..errors import MiniGPTError
 from ..training_text import read_again, recipe_of, trained_on
@@ -32,12 +33,16 @@ CHARACTERS_PER_TOKEN = 4  # estimate for a stream, whose length is known in toke
 
 
 def prepare_text(
-    data: DataArguments, choose_tokenizer: Callable[[Corpus], DataArguments] | None = None, world_size: int = 1
+    data: DataArguments,
+    choose_tokenizer: Callable[[Corpus], DataArguments] | None = None,
+    choose_block_size: Callable[[TokenStream], int] | None = None,
+    world_size: int = 1,
 ) -> PreparedText:
     """Load the text, tokenizer and token streams, from the cache if they were prepared before.
 
     Args:
         choose_tokenizer: Returns the settings with a tokenizer chosen for the corpus.
+        choose_block_size: Returns the length of a sequence, chosen for the training tokens; default: that of the settings.
         world_size: Number of processes that wait for the text.
 
     Raises:
@@ -69,7 +74,7 @@ def prepare_text(
         data.tokenizer,
         data.vocab_size,
         cache_dir,
-        block_size=data.block_size,
+        block_size=choose_block_size or data.block_size,
         validation_characters=data.validation_characters,
         num_proc=data.num_proc,
         max_tokens=data.max_tokens,

@@ -166,7 +166,9 @@ def resolve(settings: Settings, run: RunFolder, began: float) -> Plan:
         check_divisible(config, training)
 
     with training.main_process_first(desc="text"):  # the other processes find the result in the cache
-        text = prepare_text(settings.data, configurator.choose_tokenizer, training.world_size)
+        text = prepare_text(
+            settings.data, configurator.choose_tokenizer, configurator.choose_block_size, training.world_size
+        )
         text = with_unseen_fraction(text, settings)
     raise_unless_same_text(text, training)
     raise_unless_same_tokenizer(text, settings)

@@ -133,6 +133,7 @@ def make_candidates(args: argparse.Namespace, folder: Path) -> dict[str, Callabl
 
     flags = ["--data", str(args.data.resolve()), "--cache_dir", str(folder / "cache"), "--use_cpu", "--fresh"]
     flags += ["--per_device_train_batch_size", str(args.batch_size), "--mtp_loss_weight", "0"]
+    flags += ["--gradient_accumulation_steps", "1"]
     flags += [
         "--eval_strategy",
         "no",

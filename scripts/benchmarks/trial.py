@@ -56,6 +56,7 @@ def prepare(
         dataset_class: The dataset that splits the token stream into sequences.
     """
     arguments = data, architecture, training = parse_arguments([*QUIET, *flags], recipe)
+    bare_loop.check(arguments)
     set_seed(training.seed)
     text = prepare_text(data)
     config = build_config(architecture, data.block_size, text.tokenizer)

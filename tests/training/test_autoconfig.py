@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import time
 
 import pytest
@@ -38,7 +39,7 @@ def automatic_settings(argv, folder, began=None):
     configurator = AutoConfigurator(
         arguments, RunFolder(folder / "run"), time.perf_counter() if began is None else began
     )
-    text = prepare_text(configurator.data, configurator.choose_tokenizer)
+    text = prepare_text(configurator.data, configurator.choose_tokenizer, configurator.choose_block_size)
     return configurator.choose_remaining(text), text.train
 
 
@@ -285,6 +286,27 @@ def test_a_run_resumes_with_the_chosen_settings_and_another_size_is_rejected(tex
     argv[2] = "800k"
     assert main(argv) == 2
     assert "contains another run, which is finished (size was 110k and is 800k)" in capsys.readouterr().err
+
+
+def test_the_validation_sample_of_a_chosen_sequence_length_is_that_of_the_recorded_one(text, tmp_path):
+    """The text is so short that the sequence length is below 128; the sample consists of windows of this length."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for i in range(24):
+        (folder / f"{i}.txt").write_text(text[i * 100 : i * 105 + 90])
+    flags = ["--data", str(folder), "--validation_characters", "200", "--use_cpu", "--max_steps", "2"]
+    runs = [tmp_path / "run", tmp_path / "again"]
+    argv = ["train", *flags, "--sample_tokens", "0", "--no_figures", "--output_dir", str(runs[0])]
+    assert main(argv) == 0
+    recipe = yaml.safe_load((runs[0] / "recipe.yaml").read_text())
+    assert recipe["block_size"] == 64
+    assert main(["train", "--recipe", str(runs[0] / "recipe.yaml"), "--output_dir", str(runs[1])]) == 0
+    one, other = (json.loads((run / "model" / "minigpt.json").read_text()) for run in runs)
+    assert one["data"]["validation"] == other["data"]["validation"] and one["results"] == other["results"]
+    assert one["data"]["validation"]["characters"] < one["data"]["validation"]["of_characters"]
+    shutil.rmtree(runs[0] / "model")
+    assert main(argv) == 0  # resumed with the recorded settings
+    assert json.loads((runs[0] / "model" / "minigpt.json").read_text())["results"] == one["results"]
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def fitted(folder, argv=(), recipe=None, **overrides):
     """The resolved settings of a command, and its text."""
     arguments = parse_arguments([*map(str, argv)], recipe, use_cpu=True, num_proc=1, **overrides)
     configurator = AutoConfigurator(arguments, RunFolder(folder / "run"), time.perf_counter())
-    text = prepare_text(configurator.data, configurator.choose_tokenizer)
+    text = prepare_text(configurator.data, configurator.choose_tokenizer, configurator.choose_block_size)
     return configurator.choose_remaining(text), text
 
 
