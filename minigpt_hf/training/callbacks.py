@@ -90,6 +90,10 @@ class ProgressLogger(TrainerCallback):
         ):
             control.should_log = True  # before a checkpoint of this step is saved, and not at `on_epoch_end`
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if args.logging_strategy == "epoch":
+            control.should_log = False  # also if training ends within an epoch: its checkpoint has no such row
+
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = None
 

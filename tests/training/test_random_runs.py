@@ -43,6 +43,7 @@ SETTINGS = [
     ["", "--label_smoothing_factor 0.1", "--mtp_loss_weight 0.3", "--logits_chunk_size 40", "--neftune_noise_alpha 5"],
     ["", "--gradient_checkpointing true", "--max_grad_norm 0.5", "--tie_word_embeddings false"],
     ["", "--include_num_input_tokens_seen true", "--eval_on_start true", "--eval_delay 3"],
+    ["", "--early_stopping_patience 1", "--early_stopping_patience 2"],
     ["", "--sample_tokens 4", "--on_bad_loss skip"],
 ]
 EVENTS = ["training_step", "evaluate", "log"]

@@ -107,6 +107,29 @@ def test_the_losses_of_epochs_are_those_of_an_uninterrupted_run(
     assert [step for step, _ in losses[0]] == [3, 6, 8]
 
 
+def test_a_run_that_early_stopping_ends_within_an_epoch_when_it_is_resumed_has_the_log_of_an_uninterrupted_one(
+    recipe, words, tmp_path, monkeypatch
+):
+    straight, folder, real = tmp_path / "straight", tmp_path / "run", trainer.MiniGPTTrainer.evaluate
+    flags = "--logging_strategy epoch --early_stopping_patience 1 --eval_steps 1 --save_steps 1".split()
+    flags += "--validation_fraction 0.3 --muon_learning_rate 1 --learning_rate 1".split()
+    assert train(recipe, words, straight, *flags) == 0
+    (*_, last) = steps_with(straight, "eval_loss")
+    assert last < 8
+
+    def evaluate(self, *args, **kwargs):
+        if self.state.global_step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.MiniGPTTrainer, "evaluate", evaluate)
+    assert train(recipe, words, folder, *flags) == 143
+    monkeypatch.setattr(trainer.MiniGPTTrainer, "evaluate", real)
+    assert train(recipe, words, folder, *flags) == 0
+    for name in ("loss", "eval_loss", "train_loss"):
+        assert steps_with(folder, name) == steps_with(straight, name)
+
+
 def test_a_loss_with_the_tokens_seen_is_kept_when_a_run_is_resumed_at_its_step(recipe, words, tmp_path, monkeypatch):
     """transformers adds `train_runtime` to such rows, as to the one at the end of training."""
     folder, real = tmp_path / "run", Trainer.training_step
