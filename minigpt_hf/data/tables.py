@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})
 BATCH_ROWS, BATCH_CHARACTERS = 10_000, 1_000_000  # limits of a written batch
-VERSION = 2  # version of the format of the cache
+VERSION = 3  # version of the format of the cache; 2 had CSV rows without the text column
 UNREAD = "unread.txt"  # names of what is not read of conversations
 # A CSV column is considered text if one of its first values is neither a number nor one of these.
 INSPECTED_ROWS = 1_000
@@ -522,6 +522,11 @@ class CsvTable(Table):
                 text_columns.append(late)
                 if choose_column(header, text_columns, header) != column:
                     raise self.late_column_error(f"row {number:,}", late, column)
+            if index >= len(row) and any(map(_is_text, row)):  # typically the rest of a text that contains a line end
+                raise self.error(
+                    f"row {number:,} has {len(row)} of the {len(header)} fields of the header, and not the column "
+                    f"{column!r}; quote fields that contain a line end, or remove the row"
+                )
             yield row[index] if index < len(row) else None
 
     def column_names(self) -> list[str]:

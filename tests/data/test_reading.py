@@ -431,6 +431,10 @@ def test_the_text_column_of_csv_is_detected(tmp_path):
     ("content", "message"),
     [
         ("text\nhello, world\n", r"a\.csv: the row that ends on line 2 has 2 fields and the header 1; quote fields"),
+        (
+            "id,text\n1,two\nlines\n2,one\n",
+            r"a\.csv: row 2 has 1 of the 2 fields of the header, and not the column 'text'; quote fields",
+        ),
         ("text,text\na,b\n", r"a\.csv: 2 columns are named 'text'"),
         ('text\n"never closed\nmore\n', r"a\.csv: line 3: unexpected end of data"),
         ("text\n", r"a\.csv: contains no text"),
