@@ -543,6 +543,14 @@ class CsvTable(Table):
         logger.info(
             "%s: the first row is the header, %s", printable(self.name), ", ".join(map(repr, self.column_names()))
         )
+        rows = self._rows()
+        header = next(rows, [])
+        if short := sum(len(row) < len(header) for row in islice(rows, INSPECTED_ROWS)):
+            logger.warning(
+                "%s: %s of the first %s rows have fewer fields than the header: a line end that is part of a field must be "
+                "quoted, otherwise it ends the row",
+                *(printable(self.name), f"{short:,}", f"{INSPECTED_ROWS:,}"),
+            )
         if self._delimiter == "\t":
             with self.lines("") as lines:
                 first = islice(lines, INSPECTED_ROWS)

@@ -476,6 +476,12 @@ def test_how_a_table_is_interpreted_is_logged(tmp_path, caplog):
     (tmp_path / "a.tsv").write_text('id\ttext\n1\t"one"\n2\ttwo "2"\n')
     assert texts_of(tmp_path / "a.tsv") == ["one", 'two "2"']
     assert "a.tsv: 1 fields in the first 1,000 lines begin with a quote" in caplog.text
+    assert "fewer fields" not in caplog.text
+    (tmp_path / "b.csv").write_text("id,text,label\n1,two\nlines,pos\n2,one,neg\n")
+    for _ in range(2):  # also if the table is in the cache
+        caplog.clear()
+        assert texts_of(tmp_path / "b.csv", text_column="text") == ["two", "pos", "one"]
+        assert "b.csv: 2 of the first 1,000 rows have fewer fields than the header" in caplog.text
 
 
 def write_json_lines(file, *rows) -> None:
