@@ -67,6 +67,10 @@ BAD: dict[str, dict[str, tuple[list[str], str]]] = {
             data("one.txt"),
             "one.txt: no text is left to train on: it has 0 training characters",
         ),
+        "a table of one character for a new BPE tokenizer": (
+            data("one.csv", "--tokenizer", "bpe", "--vocab_size", "300"),
+            "one.csv: no text is left to train on: it has 0 training characters",
+        ),
         "a validation fraction that leaves no training text": (
             data("short.txt", "--validation_fraction", "0.99"),
             "short.txt: no text is left to train on: … 5 characters held out",
@@ -504,6 +508,7 @@ def things(tmp_path_factory, text, run_folder, recipe_file):
     write("empty.txt", "")
     write("short.txt", "short")
     write("one.txt", "1")
+    write("one.csv", "text\na\n")
     write("latin.txt", "caf\xe9".encode("latin-1"))
     write("utf16.txt", b"\xff\xfe" + "text".encode("utf-16-le"))
     write("text.txt", text[:20_000])

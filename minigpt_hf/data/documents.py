@@ -235,7 +235,7 @@ class IndexedDocuments(Documents):
         return f"{self.source.describe(int(entry['row']))}, character {int(entry['begin']) + character + 1:,}"
 
     def evenly_spaced(self, characters: int) -> Iterator[str]:
-        return (text for _, text in self.source.parts(self.index, -(-self.characters // characters)))
+        return (text for _, text in self.source.parts(self.index, max(1, -(-self.characters // characters))))
 
 
 def document_batches(index: np.ndarray) -> Iterator[np.ndarray]:
