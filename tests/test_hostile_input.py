@@ -543,6 +543,15 @@ def exchange_two_tokens(folder) -> None:
     folder.write("tokenizer.json", json.dumps(tokenizer))
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "init_from"])
+def test_a_huge_number_in_the_metadata_is_not_a_share_of_the_text(verb, folder, text_file, recipe_file, capfd):
+    metadata = json.loads((folder.path / "minigpt.json").read_text())
+    metadata["data"]["unseen_fraction"] = 10**400
+    folder.write("minigpt.json", json.dumps(metadata))
+    assert main(arguments_of(verb, folder.path, text_file, recipe_file)) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["generate", "evaluate"])
 def test_the_tokenizer_of_another_model_is_reported(verb, folder, text_file, recipe_file, capfd):
     """It is not refused: other programs add tokens without updating the fingerprint in config.json."""
