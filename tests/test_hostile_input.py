@@ -612,6 +612,25 @@ def test_hostile_generation_settings_are_rejected_or_harmless(settings, folder, 
     assert time.process_time() - began < 10
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no\\x1b[2J system') }}", "no.*system"),
+        ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__'"),
+        ("{% if %}", "Expected an expression"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+    ],
+)
+def test_the_error_of_a_chat_template_is_reported_in_one_line(template, message, folder, monkeypatch, capfd):
+    folder.write("chat_template.jinja", template)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main(["chat", str(folder.path)]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("minigpt chat: ")]
+    assert len(lines) == 1
+    assert re.search(f"the chat template of the model rejects the conversation .*{message}", lines[0])
+    assert "\x1b" not in lines[0]
+
+
 def test_a_chat_template_is_not_rendered_without_chat(folder, text_file, recipe_file):
     folder.write(
         "chat_template.jinja", "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"
