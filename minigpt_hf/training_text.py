@@ -184,7 +184,9 @@ def training_text(
         return tokenizer, train, None
     held_out = corpus.validation
     if not reading["chat"]:
-        window = max(1, round(block_size * train.characters / max(1, len(train) - len(train.documents))))
+        window = window_characters_of(model)
+        if window is None:
+            window = max(1, round(block_size * train.characters / max(1, len(train) - len(train.documents))))
         held_out = held_out.sample(recipe.get("validation_characters") or HELD_OUT_CHARACTERS, window)
     return tokenizer, train, encode(held_out)
 
@@ -317,7 +319,7 @@ def trained_on(model: str | os.PathLike) -> tuple[str, float]:
         data = read_metadata(os.fspath(model))["data"]
         fraction = data.get("unseen_fraction", recipe_of(model).get("validation_fraction", 0))
         return data["train"]["fingerprint"].partition("-")[0], float(fraction)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return "", 0.0
 
 

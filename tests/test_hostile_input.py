@@ -543,6 +543,15 @@ def exchange_two_tokens(folder) -> None:
     folder.write("tokenizer.json", json.dumps(tokenizer))
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "init_from"])
+def test_a_huge_number_in_the_metadata_is_not_a_share_of_the_text(verb, folder, text_file, recipe_file, capfd):
+    metadata = json.loads((folder.path / "minigpt.json").read_text())
+    metadata["data"]["unseen_fraction"] = 10**400
+    folder.write("minigpt.json", json.dumps(metadata))
+    assert main(arguments_of(verb, folder.path, text_file, recipe_file)) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["generate", "evaluate"])
 def test_the_tokenizer_of_another_model_is_reported(verb, folder, text_file, recipe_file, capfd):
     """It is not refused: other programs add tokens without updating the fingerprint in config.json."""
@@ -601,6 +610,25 @@ def test_hostile_generation_settings_are_rejected_or_harmless(settings, folder, 
     assert code == len([line for line in err.splitlines() if line.startswith("minigpt ")]) * 2, err
     assert "Traceback" not in err
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no\\x1b[2J system') }}", "no.*system"),
+        ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__'"),
+        ("{% if %}", "Expected an expression"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+    ],
+)
+def test_the_error_of_a_chat_template_is_reported_in_one_line(template, message, folder, monkeypatch, capfd):
+    folder.write("chat_template.jinja", template)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main(["chat", str(folder.path)]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("minigpt chat: ")]
+    assert len(lines) == 1
+    assert re.search(f"the chat template of the model rejects the conversation .*{message}", lines[0])
+    assert "\x1b" not in lines[0]
 
 
 def test_a_chat_template_is_not_rendered_without_chat(folder, text_file, recipe_file):

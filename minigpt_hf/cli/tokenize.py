@@ -84,7 +84,7 @@ def run(argv: list[str]) -> None:
     check_new_folder(folder)
     configurator = AutoConfigurator(arguments, RunFolder(folder), time.perf_counter())
     with raising_on_sigterm():
-        text = prepare_text(configurator.data, configurator.choose_tokenizer)
+        text = prepare_text(configurator.data, configurator.choose_tokenizer, configurator.choose_block_size)
         configurator.report_vocabulary(text)
         text.save(folder, vars(configurator.data))
     held_out = f"{len(text.validation):,} validation tokens" if text.validation else "no validation split"

@@ -445,13 +445,19 @@ class Source:
         """Read a folder written by `save_to_disk`."""
         self._report_unused(f"the dataset {printable(self.data)}", *SETTINGS_OF_FILES)
         try:
-            dataset = datasets.load_from_disk(str(folder))
+            dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
         except (LookupError, TypeError, ValueError) as error:  # it has no rows, or its JSON files are damaged
             raise MiniGPTError(
                 f"{self.data}: cannot be read: a split of this saved dataset has no rows, or a file is damaged "
                 f"({_first_line(error)}); save it again"
             ) from error
         splits = dataset if isinstance(dataset, datasets.DatasetDict) else datasets.DatasetDict({"train": dataset})
+        for split in splits.values():  # `state.json` and `dataset_dict.json` may name any path
+            for file in (Path(each["filename"]).absolute() for each in split.cache_files):
+                if not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder.absolute())):
+                    raise MiniGPTError(
+                        f"{self.data}: its JSON files name a file outside the folder, {printable(str(file))}; save it again"
+                    )
         return self._read_splits(splits)
 
     def _read_hub_dataset(self) -> SourceContent:

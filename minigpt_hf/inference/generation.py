@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..data.chat_format import CHAT_TEMPLATE, ChatFormat, Message
 from ..data.encoding import unknown_character_error
 from ..data.tokenizer import tokenizer_mismatch
+from ..doctor.row import plain
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 
@@ -226,7 +227,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
             return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         if not tokenizer.chat_template:
             raise MiniGPTError("the model has no chat template: give a text, or a model trained with --recipe chat")
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            return tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # whatever the template raises, e.g. that it has no system message
+            raise MiniGPTError(
+                f"the chat template of the model rejects the conversation ({plain(str(error))}): change the messages, or "
+                "correct chat_template.jinja"
+            ) from error
     bos_token = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
     if not prompt and bos_token is None:
         raise MiniGPTError("the tokenizer has no BOS token to start a document with: give a prompt")

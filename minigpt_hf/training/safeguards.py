@@ -3,6 +3,7 @@
 Everything here returns without effect, warns or raises; only `LossGuard` with `on_bad_loss skip` changes a training step.
 """
 
+import copy
 import errno
 import json
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 EXPLOSION = 10
 # The argument of an optimizer for each setting of Adam.
 ADAM_SETTINGS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+WITH_TARGET_MODULES = ("galore", "apollo")  # optimizers that use `optim_target_modules`
 WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
@@ -359,10 +361,14 @@ def check_optimizer_and_schedule(trainer: Trainer) -> None:
     unused = {}
     if not args.muon:
         _, used = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-        unused = {name: f"optim {args.optim.value}" for name, argument in ADAM_SETTINGS.items() if argument not in used}
-    if args.warmup_steps and args.lr_scheduler_type in WITHOUT_WARMUP:
+        names = {name: name for name, argument in ADAM_SETTINGS.items() if argument not in used}
+        names |= {f"optim_args {pair}": "optim_args" for pair in unused_optim_args(trainer)}
+        if not args.optim.value.startswith(WITH_TARGET_MODULES):
+            names["optim_target_modules"] = "optim_target_modules"
+        unused = {each: f"optim {args.optim.value}" for each, name in names.items() if name in args.written}
+    if args.warmup_steps and args.lr_scheduler_type in WITHOUT_WARMUP and "warmup_steps" in args.written:
         unused["warmup_steps"] = f"lr_scheduler_type {args.lr_scheduler_type.value}"
-    for name in sorted(unused.keys() & args.written):
+    for name in sorted(unused):
         log_on_main_process(args, f"{name}: no effect with {unused[name]}", logging.WARNING)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
@@ -371,6 +377,18 @@ def check_optimizer_and_schedule(trainer: Trainer) -> None:
         raise MiniGPTError(
             f"lr_scheduler_type {args.lr_scheduler_type.value} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}: {error}"
         ) from error
+
+
+def unused_optim_args(trainer: Trainer) -> list[str]:
+    """Return the assignments in `optim_args` without which the optimizer gets the same arguments."""
+
+    def arguments(pairs: list[str]) -> tuple[Any, Any]:
+        args = copy.copy(trainer.args)
+        args.optim_args = ",".join(pairs)
+        return trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+
+    pairs = (trainer.args.optim_args or "").replace(" ", "").split(",")
+    return [pair for i, pair in enumerate(pairs) if pair and arguments(pairs) == arguments(pairs[:i] + pairs[i + 1 :])]
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -651,6 +651,21 @@ def test_a_saved_dataset_without_rows_or_with_a_damaged_file_is_an_error(fault, 
         load_corpus(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])
+def test_a_saved_dataset_that_names_files_outside_its_folder_is_rejected(file, table, tmp_path):
+    table.save_to_disk(tmp_path / "private")
+    saved = tmp_path / "saved"
+    datasets.DatasetDict(train=table).save_to_disk(saved)
+    if file == "state.json":
+        state = json.loads((saved / "train" / file).read_text())
+        name = f"../../private/{state['_data_files'][0]['filename']}"
+        (saved / "train" / file).write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    else:
+        (saved / file).write_text(json.dumps({"splits": ["train", "../private"]}))
+    with pytest.raises(MiniGPTError, match=r"its JSON files name a file outside the folder, .*private"):
+        load_corpus(str(saved))
+
+
 def test_settings_that_have_no_effect_on_binary_tables_and_datasets_are_reported(table, tmp_path, caplog):
     table.to_parquet(tmp_path / "table.parquet")
     rows = pa.table({"text": ["one", "two"]})

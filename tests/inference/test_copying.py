@@ -190,6 +190,24 @@ def test_a_prepared_text_is_the_training_text(run_folder, text_file, recipe_file
     assert "was prepared with another tokenizer than that of" in capsys.readouterr().err
 
 
+def test_the_original_of_a_prepared_text_has_the_same_baseline(text, recipe_file, tmp_path, capsys):
+    """The sequences of training are shorter than those for which the text was prepared and its sample was taken."""
+    (documents := tmp_path / "documents").mkdir()
+    for i in range(30):
+        (documents / f"{i}.txt").write_text(text[i * 900 : i * 900 + 600])
+    flags = ["--recipe", str(recipe_file), "--data", str(documents), "--validation_characters", "700"]
+    assert main(["tokenize", *flags, "--output_dir", str(tmp_path / "prepared")]) == 0
+    flags = ["--recipe", str(recipe_file), "--data", str(tmp_path / "prepared"), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *flags, *"--block_size 8 --max_steps 2".split()]) == 0
+    published = json.loads((tmp_path / "run" / "model" / "minigpt.json").read_text())["copying"]
+    for data in (tmp_path / "prepared", documents):
+        capsys.readouterr()
+        argv = ["evaluate", str(tmp_path / "run" / "model"), "--data", str(data), "--copying", "--json"]
+        assert main(argv) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {name: found[name] for name in published} == published
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

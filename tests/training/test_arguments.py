@@ -334,6 +334,22 @@ def test_settings_of_a_recipe_file_that_optimizer_schedule_and_tokenizer_do_not_
         assert message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("optim", "unused"),
+    [
+        ("adamw_torch", ["optim_args alpha=0.9", "optim_args momentum=0.5", "optim_target_modules"]),
+        ("sgd", ["optim_args alpha=0.9", "optim_target_modules"]),
+        ("rmsprop", ["optim_target_modules"]),
+    ],
+)
+def test_arguments_that_the_optimizer_does_not_use_are_reported(optim, unused, words, recipe, tmp_path, caplog):
+    settings = {"muon": False, "optim": optim, "optim_args": "momentum=0.5, alpha=0.9", "max_steps": 1}
+    with caplog.at_level(logging.INFO, "minigpt_hf"):
+        minigpt_hf.train(words, recipe, tmp_path / "run", optim_target_modules="all-linear", **settings)
+    reported = [record.message for record in caplog.records if "no effect" in record.message]
+    assert reported == [f"{name}: no effect with optim {optim}" for name in unused]
+
+
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"finetune", "lora", "chat"}))
 def test_a_recorded_recipe_contains_every_setting_and_reports_none_as_without_effect(name, tmp_path, caplog):
     settings = parse_arguments([], recipe=name)

@@ -309,6 +309,23 @@ def test_the_validation_sample_of_a_chosen_sequence_length_is_that_of_the_record
     assert json.loads((runs[0] / "model" / "minigpt.json").read_text())["results"] == one["results"]
 
 
+def test_a_prepared_text_has_the_validation_sample_of_the_original_with_automatic_settings(text, tmp_path):
+    """The chosen sequence length is 64, not 128."""
+    (folder := tmp_path / "documents").mkdir()
+    for i in range(24):
+        (folder / f"{i}.txt").write_text(text[i * 100 : i * 105 + 90])
+    data, prepared = ["--data", str(folder), "--validation_characters", "200"], str(tmp_path / "prepared")
+    assert main(["tokenize", *data, "--output_dir", prepared]) == 0
+    results = []
+    for argv in (data, ["--data", prepared]):
+        run = tmp_path / f"run{len(results)}"
+        flags = "--use_cpu --max_steps 2 --sample_tokens 0 --no_figures --output_dir".split()
+        assert main(["train", *argv, *flags, str(run)]) == 0
+        metadata = json.loads((run / "model" / "minigpt.json").read_text())
+        results.append((metadata["results"], metadata["data"]["validation"]))
+    assert results[0] == results[1]
+
+
 @pytest.fixture(scope="module")
 def sized(text_file, tmp_path_factory):
     """A command without a recipe, and its run folder."""
