@@ -145,4 +145,4 @@ if __name__ == "__main__":
             raise MiniGPTError(f"{arguments[2].output_dir} already exists: choose another --output_dir")
         train(arguments)
     except MiniGPTError as error:
-        raise SystemExit(str(error)) from error
+        parser.error(str(error))

@@ -217,7 +217,7 @@ def test_bare_loop_rejects_settings_that_it_would_ignore(flags, name, text_file,
         argv[2:4] = ["--recipe", "lora" if name == "init_from" else "auto"]
     argv += ["--use_cpu", "--output_dir", tmp_path / "bare", *flags.split()]
     done = subprocess.run([str(word) for word in argv], capture_output=True, text=True)
-    assert done.returncode == 1 and name in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.returncode == 2 and name in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "bare").exists()
 
 
