@@ -68,12 +68,12 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
         if debug:
             raise
         if not error.was_reported:
-            _print_error(command, error)
+            print_error(command, error)
         return error.exit_code
     except OSError as error:
         if debug:
             raise
-        _print_error(command, error)
+        print_error(command, error)
         # As for `DiskFullError`: a log or a sample may not fit on the disk either.
         return errno.ENOSPC if error.errno in (*DISK_FULL, errno.EFBIG) else 2
     except Exception as error:
@@ -82,7 +82,8 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
     return code or 0
 
 
-def _print_error(command: str, error: Exception) -> None:
+def print_error(command: str, error: Exception) -> None:
+    """Print an error in one line on standard error."""
     print(f"minigpt {command}: {_printable(str(error))}", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MiniGPTError
+from . import print_error
 from .parser import Parser, generation_options, quiet
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def run(argv: list[str]) -> None:
             if not chat.execute(text):
                 return
         except (MiniGPTError, OSError) as error:
-            print(f"minigpt chat: {error}", file=sys.stderr)
+            print_error("chat", error)
 
 
 class Chat:

@@ -25,7 +25,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..data.chat_format import CHAT_TEMPLATE, ChatFormat, Message
 from ..data.encoding import unknown_character_error
 from ..data.tokenizer import tokenizer_mismatch
-from ..doctor.row import plain
 from ..errors import MiniGPTError
 from ..trust import checked_folder, loading
 
@@ -233,8 +232,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special_to
             )
         except Exception as error:  # whatever the template raises, e.g. that it has no system message
             raise MiniGPTError(
-                f"the chat template of the model rejects the conversation ({plain(str(error))}): change the messages, or "
-                "correct chat_template.jinja"
+                f"the chat template of the model rejects the conversation ({' '.join(str(error).split())}): change the "
+                "messages, or correct chat_template.jinja"
             ) from error
     bos_token = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
     if not prompt and bos_token is None:
