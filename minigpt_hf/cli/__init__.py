@@ -83,7 +83,7 @@ def _run(command: str, argv: list[str], debug: bool) -> int:
 
 
 def print_error(command: str, error: Exception) -> None:
-    """Print an error in one line on standard error."""
+    """Write an error to stderr as a single line."""
     print(f"minigpt {command}: {_printable(str(error))}", file=sys.stderr)
 
 

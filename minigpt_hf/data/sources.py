@@ -445,6 +445,7 @@ class Source:
         """Read a folder written by `save_to_disk`."""
         self._report_unused(f"the dataset {printable(self.data)}", *SETTINGS_OF_FILES)
         try:
+            # A dataset in memory would not state its files, which are checked below.
             dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
         except (LookupError, TypeError, ValueError) as error:  # it has no rows, or its JSON files are damaged
             raise MiniGPTError(

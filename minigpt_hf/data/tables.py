@@ -545,11 +545,12 @@ class CsvTable(Table):
         )
         rows = self._rows()
         header = next(rows, [])
-        if short := sum(len(row) < len(header) for row in islice(rows, INSPECTED_ROWS)):
+        is_short = [len(row) < len(header) for row in islice(rows, INSPECTED_ROWS)]
+        if any(is_short):
             logger.warning(
                 "%s: %s of the first %s rows have fewer fields than the header: a line end that is part of a field must be "
                 "quoted, otherwise it ends the row",
-                *(printable(self.name), f"{short:,}", f"{INSPECTED_ROWS:,}"),
+                *(printable(self.name), f"{sum(is_short):,}", f"{len(is_short):,}"),
             )
         if self._delimiter == "\t":
             with self.lines("") as lines:

@@ -152,7 +152,7 @@ def tokenizer_loads(subject: LoadedFolder) -> Row:
     reference = tokenizer.load(subject.folder)
     loaded = AutoTokenizer.from_pretrained(subject.path, trust_remote_code=False)
     known = {token.content for token in reference.get_added_tokens_decoder().values()}
-    if added := sorted({str(token) for token in getattr(loaded, "added_tokens_decoder", {}).values()} - known):
+    if added := sorted({str(token) for token in loaded.added_tokens_decoder.values()} - known):
         return failed(
             f"{type(loaded).__name__} makes {some([*map(repr, added)])} a token, which tokenizer.json does not",
             "remove it from tokenizer_config.json, added_tokens.json and special_tokens_map.json",
@@ -164,7 +164,7 @@ def tokenizer_loads(subject: LoadedFolder) -> Row:
             return failed(
                 f"{type(loaded).__name__} encodes {text!r} differently from tokenizer.json",
                 "remove `split_special_tokens` from tokenizer_config.json"
-                if getattr(loaded, "split_special_tokens", False)
+                if loaded.split_special_tokens
                 else 'set `"tokenizer_class": "PreTrainedTokenizerFast"` in tokenizer_config.json',
             )
     return passed(f"as {type(loaded).__name__}, with the ids of tokenizer.json")

@@ -220,9 +220,7 @@ def _sacrebleu(name: str) -> Callable[[], Metric]:
             # The interval of sacrebleu, whose own computation fails if some samples have a score of 0.
             statistics = metric._extract_corpus_statistics(answers, [references])
             _, samples = significance._bootstrap_resample(statistics, metric, BOOTSTRAP_SAMPLES)
-            values = sorted(float(sample.score) for sample in samples)
-            tail = len(values) // 40
-            mean, half = float(np.mean(values)), (values[-tail - 1] - values[tail]) / 2
+            mean, half = significance.estimate_ci(np.array([sample.score for sample in samples]))
             low, high = np.clip([mean - half, mean + half], 0, 100).tolist()
             return score, low, high
 

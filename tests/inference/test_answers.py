@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import set_seed
@@ -131,8 +132,11 @@ def test_chrf_and_bleu_are_those_of_sacrebleu(metric, name):
     metrics = pytest.importorskip("sacrebleu.metrics")
     answers = ["It is that one.", "No.", "It is that.", "ж", "four five"]
     score, low, high = METRICS[metric]()(answers, REFERENCES)
-    assert score == getattr(metrics, name)().corpus_score(answers, [REFERENCES]).score
+    expected = getattr(metrics, name)().corpus_score(answers, [REFERENCES], n_bootstrap=1000)
+    assert score == expected.score
     assert low < score < high
+    interval = np.clip([expected._mean - expected._ci, expected._mean + expected._ci], 0, 100)
+    assert [low, high] == pytest.approx(interval, rel=1e-5)  # sacrebleu averages in float32
 
 
 def test_rouge_is_the_mean_of_rouge_l():

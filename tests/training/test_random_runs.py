@@ -73,8 +73,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(seed, recipe, words, tmp
     weights = [load_file(run / "model" / "model.safetensors") for run in (folder, straight)]
     assert_equal(*weights)
     newest = [RunFolder(run).checkpoints()[-1] for run in (folder, straight)]
-    if newest[0].name == newest[1].name:
-        assert_equal(*map(state_of, newest))
+    assert newest[0].name == newest[1].name
+    assert_equal(*map(state_of, newest))
 
 
 def ends_at(event, step, end, monkeypatch) -> None:
